@@ -1,4 +1,4 @@
-//! How long loading a checkpoint takes, and how much memory; `scripts/bench_load.py` sets it beside reading the files.
+//! Measures the time and memory of loading a checkpoint; `scripts/bench/bench_load.py` compares it with reading the files.
 //!
 //! ```text
 //! cargo run --release -p moonlight-convert --example load_time -- DIR [--dtype f32]
@@ -12,12 +12,12 @@ use burn::tensor::{DType, Device};
 use clap::Parser;
 use serde_json::json;
 
-/// Loads a checkpoint onto the default device and prints one JSON line.
+/// Load a checkpoint onto the default device and print a line of JSON
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// The checkpoint.
+    /// The checkpoint to load
     dir: PathBuf,
-    /// The dtype in memory: as stored where none is given.
+    /// The dtype in memory [default: as stored]
     #[arg(long)]
     dtype: Option<Choice>,
 }

@@ -1,4 +1,5 @@
-//! Loads one decoder layer of a checkpoint and runs it, and says what was read of the disk and how much memory it took.
+//! Loads one decoder layer of a checkpoint and runs it; prints how much was read from the disk and how much memory it
+//! took.
 //!
 //! ```text
 //! cargo run --release -p moonlight-convert --example one_layer -- DIR LAYER
@@ -13,12 +14,12 @@ use clap::Parser;
 use moonlight_convert::Checkpoint;
 use moonlight_model::ForwardContext;
 
-/// Loads one decoder layer and runs it over 16 tokens, in f32 on the default device.
+/// Load one decoder layer and run it over 16 tokens, in f32 on the default device
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// The checkpoint; files that the layer does not lie in may be absent.
+    /// The checkpoint; files that do not contain the layer may be missing
     dir: PathBuf,
-    /// The layer, counted from 0.
+    /// The layer, counted from 0
     layer: usize,
 }
 
@@ -39,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let values = block.forward(hidden, &context).hidden.into_data();
     let finite = values.iter::<f32>().all(f32::is_finite);
     println!("ran over 16 tokens in {:.1} s; all values finite: {finite}", start.elapsed().as_secs_f64());
-    // Linux's own counts: what this process had the disk read (nothing where the system's cache had it), and its memory.
+    // Linux's counts: bytes that this process read from the disk (none if they were cached), and its memory.
     for (file, keys) in [("/proc/self/io", ["read_bytes", "rchar"]), ("/proc/self/status", ["VmHWM", "VmRSS"])] {
         for line in std::fs::read_to_string(file).unwrap_or_default().lines() {
             if keys.iter().any(|key| line.starts_with(key)) {

@@ -1,4 +1,4 @@
-//! A Hugging Face directory, opened.
+//! Opening a checkpoint directory: its config, and the headers of its weight files.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -23,56 +23,60 @@ use crate::io::read_at::most_kept_open;
 use crate::mapping::names;
 use crate::report::validation::Problem;
 
-/// The model's configuration.
+/// The file name of the model's config.
 pub(crate) const CONFIG: &str = "config.json";
-/// The longest configuration that is read; the published ones have a few kB.
+/// Limit of its size in bytes; the published ones have a few kB.
 const LONGEST_CONFIG: u64 = 1_000_000;
 
-/// A Hugging Face directory: its configuration, and the tensors of its files, which are not read yet.
+/// An opened checkpoint directory: its config, and the headers of its files. Weights are read by
+/// [`load`](Checkpoint::load) and the like.
 ///
-/// Its files stay open (as many as the process may have), so that they can be read to the end also when the directory is
-/// replaced or removed meanwhile. One that becomes shorter is an error when it is read.
+/// The files stay open (as many as the process's limit allows), so that a checkpoint can be read to the end although
+/// the directory is replaced or removed meanwhile, as a training run does with its oldest. A file that is truncated
+/// meanwhile is an error when it is read.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     files: Vec<WeightFile>,
     tensors: Vec<StoredTensor>,
-    /// What is wrong with the files themselves.
-    pub(crate) broken: Vec<Problem>,
-    /// Whether the weights are Burn's own file, with tensors named by the module.
+    /// Problems of the files themselves, found while opening.
+    pub(crate) file_problems: Vec<Problem>,
+    /// Whether the weights are `model.bpk`, whose tensors have the module's paths as names.
     burnpack: bool,
-    /// The keys of tensors that should lie in files that cannot be read; `None` where that may be any.
-    pub(crate) unread: Option<HashSet<String>>,
+    /// The keys of tensors that the index maps to files that cannot be read; `None` if that may be any tensor.
+    pub(crate) unreadable_keys: Option<HashSet<String>>,
     tied_head: TiedHead,
-    /// Tensors that the index lists, that its file does not hold and that the model does not need.
+    /// Tensors that only the index lists and that the model does not need. transformers opens such checkpoints.
     pub(crate) listed_only: Vec<String>,
 }
 
-/// What the files hold for a head that `config.json` ties to the embedding.
+/// What the files contain for the output head, where `config.json` says `tie_word_embeddings`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TiedHead {
-    /// It is not tied, or the embedding alone is there, as it should be.
+    /// The head is not tied, or the files contain the embedding alone, as they should.
     #[default]
     Absent,
-    /// A head that repeats the embedding.
+    /// A head equal to the embedding.
     Repeated,
-    /// A head that differs from the embedding. It is used, and the model is one without a tied head.
+    /// A head that differs from the embedding. It is used, and the model is treated as untied.
     Separate,
-    /// A head alone, which is the embedding too.
+    /// A head without an embedding; it serves as both.
     HeadOnly,
 }
 
 impl TiedHead {
-    /// What to say of it.
+    /// A sentence for the user; `None` where nothing is unusual.
     pub fn describe(self) -> Option<&'static str> {
         match self {
             Self::Absent | Self::Repeated => None,
             Self::Separate => Some(
-                "`tie_word_embeddings` is true in config.json, and the files hold a head that differs from the embedding: the \
-                 head is used, as transformers 5 does",
+                "`config.json` ties the head to the embedding, but the files contain a different head: the head is used, \
+                 as in transformers 5",
             ),
-            Self::HeadOnly => Some("the files hold no embedding: the head stands for it, to which config.json ties it"),
+            Self::HeadOnly => {
+                Some("the files contain no embedding: the head is used for it, as `config.json` ties the two")
+            }
         }
     }
 }
@@ -82,51 +86,54 @@ impl TiedHead {
 pub struct WeightFile {
     /// Its name in the directory.
     pub name: String,
-    /// Its tensors; `None` where the file is absent or broken.
+    /// How many tensors it contains; `None` if the file is missing or damaged.
     pub tensors: Option<usize>,
-    /// Bytes of its tensors.
+    /// Bytes of its tensors, without the header.
     pub bytes: u64,
     shard: Option<Shard>,
 }
 
-/// A tensor of a checkpoint, by its name in the file.
+/// A tensor as a checkpoint stores it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredTensor {
-    /// Its name; in a burnpack file, the parameter's path.
+    /// Its name in the file; in a burnpack file, the parameter's path.
     pub name: String,
-    /// Its dtype as safetensors spells it: `BF16`, `F32`, ….
+    /// Its dtype in the terms of safetensors: `BF16`, `F32`, `F8_E4M3`, ….
     pub dtype: safetensors::Dtype,
-    /// Its shape, `[out, in]` for a projection (`[in, out]` in a burnpack file).
+    /// Its shape: `[out, in]` for a projection (`[in, out]` in a burnpack file).
     pub shape: Vec<usize>,
-    /// The file that holds it.
+    /// The name of its file.
     pub file: String,
     pub(crate) shard: usize,
     pub(crate) range: Range<usize>,
 }
 
 impl StoredTensor {
-    /// Length of its data.
+    /// Size of its data in bytes.
     pub fn bytes(&self) -> u64 {
         self.range.len() as u64
     }
 }
 
 impl Checkpoint {
-    /// Opens a directory: `config.json`, and the weights through `model.safetensors.index.json` or, where it stands there
-    /// (as transformers decides), the single file `model.safetensors`; where neither is there, Burn's `model.bpk`. The top
-    /// folder of a model in the Hub's cache stands for its newest snapshot, and so does `org/name` where there is no such
-    /// directory ([`hub::resolve`]).
+    /// Opens a directory: `config.json`, and the weights through `model.safetensors.index.json` or, if it exists
+    /// (transformers prefers it, too), the single file `model.safetensors`; without either, Burn's `model.bpk`. The top
+    /// folder of a repository in the Hub's cache stands for its newest snapshot, and so does `org/name` where no such
+    /// directory exists ([`hub::resolve`]).
     ///
-    /// No weight is read, but for one case: where `tie_word_embeddings` is true and the files hold a head beside the embedding,
-    /// the two are compared. If they differ, the head is used as transformers 5 uses it, and
-    /// [`config`](Checkpoint::config) says that it is not tied. Files that are absent or broken are no error yet: [`problems`](Checkpoint::problems) lists
-    /// them beside what does not fit the model, and [`load`](crate::load) refuses all of it in one error.
+    /// No weight is read, with one exception: if `tie_word_embeddings` is true and the files contain both a head and an
+    /// embedding, the two are compared. If they differ, the head is used, as in transformers 5, and
+    /// [`config`](Checkpoint::config) is that of an untied model.
+    ///
+    /// Missing and damaged files are no error yet: [`problems`](Checkpoint::problems) lists them along with what does
+    /// not match the model, and [`load`](fn@crate::load) refuses all of it in one error.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError`], where there is no such directory, no configuration that can be read, no weights, or an index
-    /// that cannot be read or names a file elsewhere.
+    /// [`CheckpointError`], if the directory does not exist, `config.json` cannot be read, there are no weights, or the
+    /// index is invalid or names a file outside the directory.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        // A save that was killed between two renames has left the directory under a hidden name.
         let dir = &atomic_dir::complete_path(&hub::resolve(dir)?);
         if !dir.is_dir() {
             return Err(CheckpointError::not_a_directory(dir));
@@ -140,24 +147,26 @@ impl Checkpoint {
             config,
             files: Vec::new(),
             tensors: Vec::new(),
-            broken: Vec::new(),
+            file_problems: Vec::new(),
             burnpack: false,
-            unread: Some(HashSet::new()),
+            unreadable_keys: Some(HashSet::new()),
             tied_head: TiedHead::Absent,
             listed_only: Vec::new(),
         };
+        // transformers, too, prefers the single file to an index.
         if confined.file(SINGLE)?.is_some() {
             checkpoint.open_files(&confined, vec![SINGLE.to_owned()]);
-            if !checkpoint.broken.is_empty() {
-                checkpoint.unread = None;
+            if !checkpoint.file_problems.is_empty() {
+                // Without an index nothing tells which tensors the file would contain.
+                checkpoint.unreadable_keys = None;
             }
         } else if let Some(index) = Index::read(&confined, &checkpoint.dir)? {
             checkpoint.open_indexed(&confined, index);
         } else if confined.file(BURNPACK)?.is_some() {
             checkpoint.burnpack = true;
             checkpoint.open_files(&confined, vec![BURNPACK.to_owned()]);
-            if !checkpoint.broken.is_empty() {
-                checkpoint.unread = None;
+            if !checkpoint.file_problems.is_empty() {
+                checkpoint.unreadable_keys = None;
             }
         } else {
             return Err(CheckpointError::NoWeights { others: other_weights(&checkpoint.dir), dir: checkpoint.dir });
@@ -170,16 +179,17 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// What the files hold for a head that `config.json` ties to the embedding.
+    /// What the files contain for the output head, where `config.json` says `tie_word_embeddings`.
     pub fn tied_head(&self) -> TiedHead {
         self.tied_head
     }
 
     fn find_tied_head(&self) -> Result<TiedHead, CheckpointError> {
         let find = |key: &str| self.tensors.iter().find(|tensor| names::key(&tensor.name) == key);
-        let absent = |key: &str| self.unread.as_ref().is_some_and(|unread| !unread.contains(key));
+        let absent = |key: &str| self.unreadable_keys.as_ref().is_some_and(|unread| !unread.contains(key));
         let packed = names::int4_names(names::HEAD).values;
         Ok(match (find(names::EMBEDDING), find(names::HEAD)) {
+            // A quantized head cannot be equal to an embedding that is not.
             _ if find(&packed).is_some() => TiedHead::Separate,
             (Some(embedding), Some(head)) => {
                 if self.equal_values(embedding, head)? {
@@ -193,9 +203,9 @@ impl Checkpoint {
         })
     }
 
-    /// Whether two tensors of plain values hold the same numbers, in whatever dtypes.
+    /// Whether two unquantized tensors have equal values, also across dtypes.
     fn equal_values(&self, a: &StoredTensor, b: &StoredTensor) -> Result<bool, CheckpointError> {
-        /// Values that are read at a time.
+        /// Values read at a time.
         const CHUNK: usize = 1 << 19;
         let dtypes = [a, b].map(|tensor| WeightDtype::from_safetensors(tensor.dtype));
         let ([Some(first), Some(second)], true) = (dtypes, a.shape == b.shape) else { return Ok(false) };
@@ -210,6 +220,7 @@ impl Checkpoint {
         for start in (0..count).step_by(CHUNK) {
             let values = start..count.min(start + CHUNK);
             let [left, right] = [read(a, first, values.clone())?, read(b, second, values)?];
+            // Exact for equal dtypes; across dtypes both are widened to f32, which is exact, too.
             let equal = if first == second { left == right } else { scales(&left, first) == scales(&right, second) };
             if !equal {
                 return Ok(false);
@@ -218,35 +229,37 @@ impl Checkpoint {
         Ok(true)
     }
 
-    /// The directory; for the top folder of a model in the Hub's cache, that of the snapshot.
+    /// The directory; for the top folder of a repository in the Hub's cache, that of its snapshot.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// What `config.json` says.
+    /// The model's config, as read from `config.json`.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// The files of weights, in the order of their names.
+    /// The weight files, sorted by name.
     pub fn files(&self) -> &[WeightFile] {
         &self.files
     }
 
-    /// All tensors of all files that can be read, in the order of their names.
+    /// The tensors of all readable files, sorted by name.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
         self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor))
     }
 
-    /// The bytes of a tensor of this checkpoint, little-endian, read from its file.
+    /// Reads the bytes of a tensor, little-endian.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::File`] where the file cannot be read or has become shorter, or memory does not hold the tensor.
+    /// [`CheckpointError::File`] if the file cannot be read or has been truncated, or the tensor does not fit into
+    /// memory.
     pub fn data(&self, tensor: &StoredTensor) -> Result<Vec<u8>, CheckpointError> {
         let mut bytes = Vec::new();
         let length = tensor.range.len();
         let reserved = bytes.try_reserve_exact(length).map_err(|_| io::ErrorKind::OutOfMemory.into());
+        // `try_reserve_exact`: the length comes from the file, and a failed allocation would abort the program.
         reserved.map_err(CheckpointError::read(self.shard(tensor.shard).path()))?;
         bytes.resize(length, 0);
         self.read_part(&FileRange { shard: tensor.shard, range: tensor.range.clone() }, &mut bytes)?;
@@ -257,25 +270,25 @@ impl Checkpoint {
         &self.tensors
     }
 
-    /// Reads a part of a file's data section; `target` is as long.
+    /// Reads a part of a file's data section into `target`, which has its length.
     pub(crate) fn read_part(&self, part: &FileRange, target: &mut [u8]) -> Result<(), CheckpointError> {
         debug_assert_eq!(part.range.len(), target.len());
         let shard = self.shard(part.shard);
         shard.read(part.range.start, target).map_err(CheckpointError::read(shard.path()))
     }
 
-    /// Asks the operating system to have a part of a file in its cache soon.
+    /// Asks the operating system to prefetch a part of a file into its cache.
     pub(crate) fn prefetch(&self, part: &FileRange) {
         self.shard(part.shard).prefetch(&part.range);
     }
 
-    /// Whether the weights are a burnpack file.
+    /// Whether the weights are in Burn's format, `model.bpk`.
     pub fn is_burnpack(&self) -> bool {
         self.burnpack
     }
 
     pub(crate) fn shard(&self, shard: usize) -> &Shard {
-        self.files[shard].shard.as_ref().expect("only tensors of files that were read are asked for")
+        self.files[shard].shard.as_ref().expect("a tensor in the list comes from a file that was opened")
     }
 
     fn open_indexed(&mut self, confined: &ConfinedDir, index: Index) {
@@ -300,7 +313,7 @@ impl Checkpoint {
                 if !readable {
                     unread.insert(names::key(tensor).to_owned());
                 } else if names::skip_reason(tensor, &self.config).is_some() {
-                    // transformers opens such checkpoints, too.
+                    // transformers opens such checkpoints, for example an index that still lists `inv_freq`.
                     self.listed_only.push(tensor.clone());
                 } else {
                     unread.insert(names::key(tensor).to_owned());
@@ -308,22 +321,24 @@ impl Checkpoint {
                 }
             }
         }
-        for problem in &mut self.broken {
+        // The number of tensors is only known now.
+        for problem in &mut self.file_problems {
             if let Problem::MissingFile { file, tensors } = problem {
                 *tensors = wanted.get(file).map_or(0, Vec::len);
             }
         }
-        // A tensor that lies in two files is the one that the index names.
+        // If two files contain a tensor, the index decides, as in transformers.
         self.tensors.retain(|tensor| {
             !placed.contains(&tensor.name)
                 || wanted.get(&tensor.file).is_some_and(|names| names.binary_search(&tensor.name).is_ok())
         });
-        self.broken.extend(misplaced);
-        self.unread = Some(unread);
+        self.file_problems.extend(misplaced);
+        self.unreadable_keys = Some(unread);
     }
 
     fn open_files(&mut self, confined: &ConfinedDir, names: Vec<String>) {
         let open = if self.burnpack { Shard::open_burnpack } else { Shard::open };
+        // Headers are read in parallel; the results keep the order of `names`, and so the indices of the files.
         let kept_open = most_kept_open();
         let opened: Vec<_> = names
             .into_par_iter()
@@ -354,14 +369,15 @@ impl Checkpoint {
         for (number, (name, shard)) in opened.into_iter().enumerate() {
             let shard = match shard {
                 None => {
-                    self.broken.push(Problem::MissingFile { file: name.clone(), tensors: 0 });
+                    self.file_problems.push(Problem::MissingFile { file: name.clone(), tensors: 0 });
                     None
                 }
                 Some(Err(problem)) => {
-                    self.broken.push(Problem::BrokenFile { file: name.clone(), problem });
+                    self.file_problems.push(Problem::BrokenFile { file: name.clone(), problem });
                     None
                 }
                 Some(Ok(mut shard)) => {
+                    // The entries move to the checkpoint: the header of a large model is not kept twice.
                     self.tensors.extend(shard.tensors.drain(..).map(|tensor| StoredTensor {
                         name: tensor.name,
                         dtype: tensor.dtype,
@@ -392,7 +408,7 @@ fn read_config(confined: &ConfinedDir, dir: &Path) -> Result<ModelConfig, Checkp
     config.map_err(|source| CheckpointError::Config { path, source })
 }
 
-/// Files of weights that are not opened by themselves.
+/// Names of weight files in formats that are not read, or of shards without an index; safetensors first.
 fn other_weights(dir: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
     let mut names: Vec<String> = entries

@@ -1,4 +1,4 @@
-//! What can go wrong with a checkpoint.
+//! Errors of opening, loading and saving a checkpoint.
 
 use std::fmt;
 use std::io;
@@ -12,9 +12,9 @@ use crate::io::file_error::FileError;
 use crate::printable::{Printable, printable};
 use crate::report::validation::ProblemList;
 
-/// A checkpoint that cannot be opened, loaded or saved.
+/// Why a checkpoint cannot be opened, loaded or saved.
 ///
-/// The message is one sentence; [`hint`](CheckpointError::hint) says what to do where we know.
+/// The message is one sentence; [`hint`](CheckpointError::hint) says what to do, where something helps.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
@@ -30,28 +30,29 @@ pub enum CheckpointError {
         /// The path as given.
         path: PathBuf,
     },
-    /// No directory, and no snapshot in the Hub's cache either.
+    /// The name is neither a directory nor a repository in the Hub's cache.
     #[error("`{}` is neither a directory nor a model in the Hub's cache `{}`", Printable(model), Printable(cache.display()))]
     NotCached {
         /// The name as given, `org/name` or `org/name@revision`.
         model: String,
-        /// The cache that was looked into.
+        /// The cache that was searched.
         cache: PathBuf,
     },
-    /// A file that is reached through a symbolic link out of the directory.
+    /// A file of the directory is a symbolic link to a file outside it. Such links are not followed: a checkpoint from
+    /// a stranger could expose any file of this machine.
     #[error("`{}` is a symbolic link that leads out of the directory", Printable(path.display()))]
     Link {
         /// The link.
         path: PathBuf,
     },
-    /// A text file of a checkpoint that is longer than any such file.
-    #[error("`{}` has {} bytes; no such file of a checkpoint has more than {most}", Printable(path.display()), bytes)]
+    /// A text file exceeds the size limit for its kind.
+    #[error("`{}` has {bytes} bytes, more than the limit of {most} for such a file", Printable(path.display()))]
     TooLong {
         /// The file.
         path: PathBuf,
-        /// Its length.
+        /// Its size in bytes.
         bytes: u64,
-        /// The longest that is read.
+        /// The limit in bytes.
         most: u64,
     },
     /// The directory has no `config.json`.
@@ -60,7 +61,7 @@ pub enum CheckpointError {
         /// The directory.
         dir: PathBuf,
     },
-    /// The `config.json` cannot be read as a model of the family.
+    /// The `config.json` does not describe a supported model.
     #[error("`{}`: {}", Printable(path.display()), Printable(source))]
     Config {
         /// The file.
@@ -74,23 +75,23 @@ pub enum CheckpointError {
         /// The directory.
         dir: PathBuf,
     },
-    /// The tokenizer's files are not what such files must be.
-    #[error("the tokenizer `{}` is not sound: {}", Printable(path.display()), Printable(problem))]
+    /// A file of the tokenizer is invalid.
+    #[error("the tokenizer file `{}` is invalid: {}", Printable(path.display()), Printable(problem))]
     Tokenizer {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         problem: String,
     },
-    /// The directory has neither `model.safetensors` nor an index of shards nor a burnpack file.
+    /// The directory contains neither `model.safetensors` nor an index of shards nor `model.bpk`.
     #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", Printable(dir.display()))]
     NoWeights {
         /// The directory.
         dir: PathBuf,
-        /// Other files of weights that are there.
+        /// Files of weights in formats that are not read, such as `pytorch_model.bin`.
         others: Vec<String>,
     },
-    /// The index of shards is not what such a file must be.
+    /// The index of shards is invalid.
     #[error("`{}` {}", Printable(path.display()), Printable(problem))]
     Index {
         /// The file.
@@ -98,7 +99,7 @@ pub enum CheckpointError {
         /// What is wrong with it, as the rest of a sentence.
         problem: String,
     },
-    /// A list of digests is not what such a file must be.
+    /// A list of digests is invalid.
     #[error("`{}` {problem}", Printable(path.display()))]
     Digests {
         /// The file.
@@ -106,8 +107,8 @@ pub enum CheckpointError {
         /// What is wrong with it, as the rest of a sentence.
         problem: String,
     },
-    /// An entry of the index names a file outside the checkpoint's directory.
-    #[error("`{}` puts the tensor `{tensor}` into `{}`, which is not a file of this directory", Printable(path.display()), Printable(entry))]
+    /// An entry of the index names a file outside the directory.
+    #[error("`{}` maps the tensor `{tensor}` to `{}`, which is outside this directory", Printable(path.display()), Printable(entry))]
     OutsideDirectory {
         /// The index.
         path: PathBuf,
@@ -116,24 +117,24 @@ pub enum CheckpointError {
         /// The file that the index names.
         entry: String,
     },
-    /// The files are broken, or do not hold the model that `config.json` describes. Says all that is wrong.
+    /// The files are damaged, or do not match `config.json`. Lists every problem, not only the first.
     #[error("`{}`: {problems}", Printable(dir.display()))]
     Mismatch {
         /// The directory.
         dir: PathBuf,
-        /// All that is wrong.
+        /// Every problem that was found.
         problems: ProblemList,
     },
-    /// A weight that is infinite or NaN.
-    #[error("the tensor `{tensor}`{} holds infinite or NaN values", In(file))]
+    /// A weight is NaN or infinite.
+    #[error("the tensor `{tensor}`{} contains NaN or infinity", In(file))]
     NonFinite {
         /// The tensor's name in the file.
         tensor: String,
         /// The file, where the tensor comes from one.
         file: Option<PathBuf>,
     },
-    /// A weight that is too large for the dtype asked for.
-    #[error("the tensor `{tensor}`{} holds values that {dtype} cannot represent", In(file))]
+    /// A weight is too large for the requested dtype.
+    #[error("the tensor `{tensor}`{} has values outside the range of {dtype}", In(file))]
     Overflow {
         /// The tensor's name in the file.
         tensor: String,
@@ -142,20 +143,20 @@ pub enum CheckpointError {
         /// The dtype asked for.
         dtype: WeightDtype,
     },
-    /// A dtype that weights cannot be kept in.
-    #[error("weights cannot be kept as `{dtype}`")]
+    /// The requested dtype is not one of weights.
+    #[error("weights cannot have the dtype `{dtype}`")]
     Dtype {
         /// The dtype.
         dtype: String,
     },
-    /// A dtype that the device cannot compute with.
-    #[error("the device has no {dtype}")]
+    /// The device does not support the dtype.
+    #[error("the device does not support {dtype}")]
     DeviceDtype {
         /// The dtype.
         dtype: WeightDtype,
     },
-    /// The directory to save into has something in it, and replacing it was not asked for.
-    #[error("`{}` exists already", Printable(dir.display()))]
+    /// The target directory is not empty, and `overwrite` is off.
+    #[error("`{}` already exists", Printable(dir.display()))]
     Exists {
         /// The directory.
         dir: PathBuf,
@@ -166,73 +167,75 @@ pub enum CheckpointError {
         /// The directory.
         dir: PathBuf,
     },
-    /// The directory to save into holds something that is not part of a checkpoint and would be lost.
-    #[error("`{}` is not replaced: `{}` in it is not part of a checkpoint", Printable(dir.display()), Printable(entry))]
+    /// The target directory contains something that is not part of a checkpoint. Replacing the directory would delete
+    /// it.
+    #[error("`{}` contains `{}`, which is not part of a checkpoint, and is not replaced", Printable(dir.display()), Printable(entry))]
     Foreign {
         /// The directory.
         dir: PathBuf,
         /// The file or folder.
         entry: String,
     },
-    /// There is no room for the checkpoint. What stood there before still does.
-    #[error("there is no room for `{}`: the checkpoint takes {} and the disk is full", Printable(dir.display()), Bytes(*needed))]
+    /// The disk became full while the checkpoint was written. What was written has been removed, the previous
+    /// checkpoint is unchanged.
+    #[error("the disk is full: the checkpoint `{}` takes {}", Printable(dir.display()), Bytes(*needed))]
     Full {
         /// The directory that was to be saved.
         dir: PathBuf,
         /// Bytes of the whole checkpoint.
         needed: u64,
     },
-    /// There is not enough room for the checkpoint, and nothing has been written.
-    #[error("there is no room for `{}`: the checkpoint takes {}, and {} are free", Printable(dir.display()), Bytes(*needed), Bytes(*free))]
+    /// The disk has too little free space. Checked before anything is written.
+    #[error("too little disk space for `{}`: the checkpoint takes {}, and {} are free", Printable(dir.display()), Bytes(*needed), Bytes(*free))]
     NoRoom {
         /// The directory that was to be saved.
         dir: PathBuf,
         /// Bytes of the whole checkpoint.
         needed: u64,
-        /// Bytes that are free.
+        /// Free space in bytes.
         free: u64,
     },
-    /// The caller ended the work. What was written of it has been removed.
-    #[error("interrupted; nothing was left behind")]
+    /// The caller stopped the work. What was written has been removed.
+    #[error("interrupted; what was written has been removed")]
     Interrupted,
-    /// The model has no parameter at or below a path.
+    /// No parameter of the model is at or below the path.
     #[error("the model has no parameter at or below `{}`", Printable(path))]
     NoSuchPart {
         /// The path.
         path: String,
     },
-    /// The device could not hand over a parameter.
-    #[error("the device cannot hand over `{parameter}`: {problem}")]
+    /// A parameter cannot be copied from the device to the host.
+    #[error("`{parameter}` cannot be copied from the device: {problem}")]
     Device {
         /// The parameter's path in the module.
         parameter: String,
         /// Why not.
         problem: String,
     },
-    /// A file or directory cannot be read or written; what stood there before is untouched.
+    /// A file or directory cannot be read or written. What existed before is unchanged.
     #[error(transparent)]
     File(#[from] FileError),
 }
 
 impl CheckpointError {
-    /// For `map_err` of what reads `path`.
+    /// For `map_err` after reading `path`.
     pub(crate) fn read(path: &Path) -> impl FnOnce(io::Error) -> Self {
         FileError::read(path)
     }
 
-    /// For `map_err` of what writes `path`.
+    /// For `map_err` after writing `path`.
     pub(crate) fn write(path: &Path) -> impl FnOnce(io::Error) -> Self {
         FileError::write(path)
     }
 
-    /// For a path that should be a directory and is none. Looks at the disk now, so that the message does not.
+    /// For a path that should be a directory: tells a missing path from a file.
     pub(crate) fn not_a_directory(path: &Path) -> Self {
         let path = path.to_path_buf();
         if path.exists() { Self::NotADirectory { path } } else { Self::NoSuchDirectory { path } }
     }
 
-    /// The repository and, where one was named, the revision of a model that [`NotCached`](Self::NotCached) is about, so
-    /// that a program can name its own way to fetch it.
+    /// The repository and revision (if one was given) of a [`NotCached`](Self::NotCached) error, so that a program can
+    /// name its own command to download it.
     pub fn not_cached(&self) -> Option<(&str, Option<&str>)> {
         let Self::NotCached { model, .. } = self else { return None };
         Some(match model.split_once('@') {
@@ -241,31 +244,29 @@ impl CheckpointError {
         })
     }
 
-    /// What to do about it, where we know.
+    /// What to do, where something helps.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::NotADirectory { .. } => Some("give the directory that holds `config.json` and the weights".into()),
-            Self::NotCached { model, .. } => Some(format!("fetch `{}` into the cache first", Printable(model))),
-            Self::Link { .. } => Some("copy the file into the directory, if you trust what it leads to".into()),
-            Self::NoConfig { .. } => Some(
-                "a checkpoint is a directory with `config.json` and safetensors files, as Hugging Face keeps it".into(),
-            ),
+            Self::NotADirectory { .. } => Some("pass the directory that contains `config.json` and the weights".into()),
+            Self::NotCached { model, .. } => Some(format!("download `{}` into the cache first", Printable(model))),
+            Self::Link { .. } => Some("replace the link by a copy of the file, if you trust its target".into()),
+            Self::NoConfig { .. } => {
+                Some("pass a directory in the Hugging Face layout, with `config.json` and safetensors files".into())
+            }
             Self::NoWeights { others, .. } => match &*printable(others.first()?) {
                 shard if shard.ends_with(".safetensors") => {
-                    Some(format!("`{shard}` is there: the index that belongs to it is missing; download it too"))
+                    Some(format!("download `model.safetensors.index.json`, the index of `{shard}`, too"))
                 }
-                other => {
-                    Some(format!("`{other}` is there: only safetensors files are read; convert it with transformers"))
-                }
+                other => Some(format!("only safetensors files are read; convert `{other}` with transformers")),
             },
             Self::Mismatch { problems, .. } => problems.hint(),
             Self::Config { source, .. } => source.hint().map(str::to_owned),
-            Self::Overflow { .. } => Some("bf16 and f32 have the range; try one of them".into()),
+            Self::Overflow { .. } => Some("use bf16 or f32, which have a larger range".into()),
             Self::DeviceDtype { .. } => Some("load the weights as f32".into()),
-            Self::Dtype { .. } => Some("the dtypes of weights are f32, bf16 and f16".into()),
-            Self::Exists { .. } => Some("choose another directory, or ask for it to be replaced".into()),
-            Self::Busy { .. } => Some("wait for it, or save into another directory".into()),
-            Self::Foreign { .. } => Some("save into a new directory".into()),
+            Self::Dtype { .. } => Some("use f32, bf16 or f16".into()),
+            Self::Exists { .. } => Some("choose another directory, or allow it to be replaced".into()),
+            Self::Busy { .. } => Some("wait until it has finished, or save to another directory".into()),
+            Self::Foreign { .. } => Some("save to a new directory".into()),
             Self::Full { .. } | Self::NoRoom { .. } => Some(MAKE_ROOM.into()),
             Self::File(error) if error.is_full() => Some(MAKE_ROOM.into()),
             _ => None,
@@ -273,9 +274,9 @@ impl CheckpointError {
     }
 }
 
-const MAKE_ROOM: &str = "free some space; what was there before is untouched";
+const MAKE_ROOM: &str = "free some disk space; what existed before is unchanged";
 
-/// ` in FILE`, or nothing.
+/// ` in FILE`, or nothing without a file.
 struct In<'a>(&'a Option<PathBuf>);
 
 impl fmt::Display for In<'_> {
@@ -287,7 +288,7 @@ impl fmt::Display for In<'_> {
     }
 }
 
-/// A number of bytes for people, in powers of 1000 as disks are sold.
+/// A number of bytes as people read it, in powers of 1000 (as the Hub and disk vendors count).
 pub(crate) struct Bytes(pub(crate) u64);
 
 impl fmt::Display for Bytes {
@@ -299,5 +300,98 @@ impl fmt::Display for Bytes {
             1_000_000..1_000_000_000 => write!(formatter, "{:.1} MB", bytes / 1e6),
             _ => write!(formatter, "{:.2} GB", bytes / 1e9),
         }
+    }
+}
+
+/// Examples of an enum from `pattern => [examples]`. The match has no wildcard, so that a new variant does not compile
+/// without an example, and with it a message that a reviewer reads in the snapshot.
+#[cfg(test)]
+macro_rules! every_variant {
+    ($enum:ty: $($pattern:pat => [$($example:expr),+ $(,)?]),+ $(,)?) => {{
+        let _ = |value: &$enum| match value { $($pattern => (),)+ };
+        let examples: Vec<$enum> = vec![$($($example),+),+];
+        examples
+    }};
+}
+#[cfg(test)]
+pub(crate) use every_variant;
+
+/// An error and its hint as the programs print them.
+#[cfg(test)]
+pub(crate) fn rendered(error: impl fmt::Display, hint: Option<String>) -> String {
+    let hint = hint.map(|hint| format!("hint: {hint}\n")).unwrap_or_default();
+    format!("error: {error}\n{hint}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::validation::Problem;
+
+    #[test]
+    fn messages_and_hints() {
+        use CheckpointError as E;
+        let problems = |list: Vec<Problem>| ProblemList { list, quantized: None };
+        let examples = every_variant!(CheckpointError:
+            E::NoSuchDirectory { .. } => [E::NoSuchDirectory { path: "model".into() }],
+            E::NotADirectory { .. } => [E::NotADirectory { path: "model.safetensors".into() }],
+            E::NotCached { .. } => [E::NotCached { model: "moonshotai/Kimi@v2".into(), cache: "cache".into() }],
+            E::Link { .. } => [E::Link { path: "model/config.json".into() }],
+            E::TooLong { .. } => [E::TooLong { path: "model/config.json".into(), bytes: 2_000_000, most: 1_000_000 }],
+            E::NoConfig { .. } => [E::NoConfig { dir: "model".into() }],
+            E::Config { .. } => [E::Config {
+                path: "model/config.json".into(),
+                source: ConfigError::Json("it is not UTF-8 text".into()),
+            }],
+            E::NoRanks { .. } => [E::NoRanks { dir: "model".into() }],
+            E::Tokenizer { .. } => [E::Tokenizer {
+                path: "model/tiktoken.model".into(),
+                problem: "no token stands for the byte 0".into(),
+            }],
+            E::NoWeights { .. } => [
+                E::NoWeights { dir: "model".into(), others: vec![] },
+                E::NoWeights { dir: "model".into(), others: vec!["pytorch_model.bin".into()] },
+                E::NoWeights { dir: "model".into(), others: vec!["model-1-of-2.safetensors".into()] },
+            ],
+            E::Index { .. } => [E::Index {
+                path: "model/model.safetensors.index.json".into(),
+                problem: "lists no tensors".into(),
+            }],
+            E::Digests { .. } => [E::Digests { path: "SHA256SUMS".into(), problem: "lists no files".into() }],
+            E::OutsideDirectory { .. } => [E::OutsideDirectory {
+                path: "model/model.safetensors.index.json".into(),
+                tensor: "model.norm.weight".into(),
+                entry: "/etc/passwd".into(),
+            }],
+            E::Mismatch { .. } => [E::Mismatch {
+                dir: "model".into(),
+                problems: problems(vec![Problem::Missing { tensor: "lm_head.weight".into() }]),
+            }],
+            E::NonFinite { .. } => [
+                E::NonFinite { tensor: "model.norm.weight".into(), file: None },
+                E::NonFinite { tensor: "model.norm.weight".into(), file: Some("model.safetensors".into()) },
+            ],
+            E::Overflow { .. } => [E::Overflow {
+                tensor: "model.norm.weight".into(),
+                file: Some("model.safetensors".into()),
+                dtype: WeightDtype::F16,
+            }],
+            E::Dtype { .. } => [E::Dtype { dtype: "f64".into() }],
+            E::DeviceDtype { .. } => [E::DeviceDtype { dtype: WeightDtype::Bf16 }],
+            E::Exists { .. } => [E::Exists { dir: "out".into() }],
+            E::Busy { .. } => [E::Busy { dir: "out".into() }],
+            E::Foreign { .. } => [E::Foreign { dir: "out".into(), entry: "notes.txt".into() }],
+            E::Full { .. } => [E::Full { dir: "out".into(), needed: 31_920_223_872 }],
+            E::NoRoom { .. } => [E::NoRoom { dir: "out".into(), needed: 31_920_223_872, free: 5_300_000 }],
+            E::Interrupted => [E::Interrupted],
+            E::NoSuchPart { .. } => [E::NoSuchPart { path: "layers.99".into() }],
+            E::Device { .. } => [E::Device { parameter: "norm.weight".into(), problem: "out of memory".into() }],
+            E::File(_) => [
+                E::read(Path::new("model/config.json"))(io::ErrorKind::PermissionDenied.into()),
+                E::write(Path::new("out/config.json"))(io::ErrorKind::StorageFull.into()),
+            ],
+        );
+        let text: String = examples.iter().map(|error| rendered(error, error.hint())).collect();
+        insta::assert_snapshot!(text);
     }
 }

@@ -1,6 +1,6 @@
-//! Readers of what others made, from bytes: each gives what it found or the rest of a sentence, soon and in little memory,
-//! whatever the bytes are. No part of the library's interface; [`crate::tokenizer::Ranks::parse`] and
-//! [`crate::adapter::read_adapter_config`] are others.
+//! Parsers of untrusted bytes, for fuzzing: each returns what it found or a problem, quickly and in little memory,
+//! whatever the bytes are. Not part of the library's interface; [`crate::tokenizer::Ranks::parse`] and
+//! [`crate::adapter::read_adapter_config`] are further targets.
 
 use std::path::PathBuf;
 
@@ -8,17 +8,17 @@ use crate::format::index::Index;
 use crate::format::shard;
 use crate::tokenizer::{BosEos, Ranks, SpecialNames, special_tokens, tokenizer_json};
 
-/// A header of a safetensors file, which `held` bytes follow: how many tensors it has.
+/// The number of tensors in a safetensors header that is followed by `held` bytes.
 pub fn safetensors_header(header: &[u8], held: u64) -> Result<usize, String> {
     shard::read_header(header, held).map(|(tensors, _)| tensors.len())
 }
 
-/// An index of shards: how many tensors it has.
+/// The number of tensors in an index of shards.
 pub fn index(text: &[u8]) -> Result<usize, String> {
     Index::parse(text, PathBuf::from("index")).map(|index| index.weight_map.len()).map_err(|error| error.to_string())
 }
 
-/// A `tiktoken.model` and the `tokenizer_config.json` beside it: the length of the `tokenizer.json` that they make.
+/// The length of the `tokenizer.json` made from a `tiktoken.model` and a `tokenizer_config.json`.
 pub fn tiktoken(ranks: &[u8], config: &[u8]) -> Result<usize, String> {
     let ranks = Ranks::parse(ranks).map_err(|error| error.to_string())?;
     let names = SpecialNames::parse([Some(config); 4]).map_err(|(_, problem)| problem)?;
@@ -26,7 +26,7 @@ pub fn tiktoken(ranks: &[u8], config: &[u8]) -> Result<usize, String> {
     tokenizer_json(&ranks, &special, &BosEos::new(&names, &special)?).map(|json| json.to_string().len())
 }
 
-/// The Hub's list of a repository's files: how many of them a checkpoint is made of.
+/// The number of checkpoint files in the Hub's list of a repository.
 #[cfg(feature = "download")]
 pub fn hub_list(answer: &[u8]) -> Result<usize, String> {
     crate::hub::parse_list(answer)

@@ -1,4 +1,4 @@
-//! Loading: from the files straight into the model's parameters.
+//! Loading: from the files straight into the model's parameters, in Burn's layout.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,33 +20,35 @@ use crate::io::parallel_copy::{self, RowChunk, in_order};
 use crate::io::prefetch::PrefetchReader;
 use crate::mapping::load_plan::{LoadPlan, PlannedParameter, Scope};
 use crate::mapping::names::SkipReason;
+use crate::module_path::ModulePath;
 
-/// Bytes that a thread reads at a time, about.
+/// Bytes that a thread reads at a time, roughly.
 const CHUNK: usize = 1 << 20;
-/// Rows of a matrix that is transposed, at least: fewer would write to more cache lines than they fill.
+/// The fewest rows of a chunk that is transposed. A row of the file becomes a column of the target, so that fewer rows
+/// would touch more cache lines than they fill.
 const MIN_ROWS: usize = 64;
 
-/// A model with the weights of a checkpoint.
+/// A model with the weights of a checkpoint, and a report.
 #[derive(Debug)]
 pub struct Loaded {
-    /// The model.
+    /// The model, with every parameter loaded.
     pub model: CausalLm,
-    /// What was read and what was passed over.
+    /// What was read and what was ignored.
     pub report: LoadReport,
 }
 
-/// What loading read and passed over.
+/// What loading read and what it ignored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadReport {
-    /// The dtype of the model's weights (the router's own and its correction bias apart).
+    /// The dtype of the model's weights, except routers and correction biases, which may have another.
     pub dtype: WeightDtype,
-    /// Parameters of the model that were loaded.
+    /// Number of the model's parameters (tensors) that were loaded.
     pub parameters: usize,
-    /// Tensors of the files that they were made of.
+    /// Number of tensors read from the files; a stack of experts is one parameter and many tensors.
     pub tensors: usize,
-    /// Bytes that were read from the files.
+    /// Bytes read from the files.
     pub bytes: u64,
-    /// The names of tensors that have no place in the model, and need not have one.
+    /// The names of tensors that the model does not use, by reason.
     pub skipped: BTreeMap<SkipReason, Vec<String>>,
 }
 
@@ -61,49 +63,52 @@ impl fmt::Display for LoadReport {
     }
 }
 
-/// Loads a Hugging Face directory onto `device`.
+/// Loads a checkpoint directory onto `device`.
 ///
-/// `dtype` is that of the weights in memory; `None` keeps them as they are stored, or where the files mix dtypes, in the
-/// widest of them, which loses nothing. Two tensors go their own way: the router's correction bias is always f32, and
-/// with `None` the router's matrix keeps its own dtype.
+/// `dtype` is the dtype of the weights in memory. `None` keeps the stored one, or the widest if the files mix dtypes,
+/// so that nothing is lost. Two parameters are exceptions: the router's correction bias is always f32, and with `None`
+/// the router's matrix keeps its own dtype.
 ///
-/// Every name, shape and dtype is checked before the first byte is copied, and every value on its way.
+/// Every name, shape and dtype is checked before the first byte is copied, and every value while it is copied.
 ///
 /// # Errors
 ///
-/// [`CheckpointError`]: what [`Checkpoint::open`] refuses, all that does not fit the model in one error, a value that is
-/// infinite or NaN, or a dtype that the device does not have.
+/// [`CheckpointError`]: those of [`Checkpoint::open`]; one error with everything that does not match the model; a value
+/// that is NaN or infinite; a dtype that the device does not support.
 pub fn load(dir: &Path, device: &Device, dtype: Option<DType>) -> Result<Loaded, CheckpointError> {
     Checkpoint::open(dir)?.load(device, dtype)
 }
 
 impl Checkpoint {
-    /// [`load`](crate::load) of a checkpoint that is open already.
+    /// [`load`](fn@crate::load) for a checkpoint that is already open.
     ///
     /// # Errors
     ///
-    /// Those of [`load`](crate::load).
+    /// Those of [`load`](fn@crate::load).
     pub fn load(&self, device: &Device, dtype: Option<DType>) -> Result<Loaded, CheckpointError> {
         let plan = self.checked_plan(Scope::All)?;
-        self.warn(&plan);
+        self.warn();
         let (model, report) = self.fill(self.config().init(device), "", &plan, device, dtype)?;
         Ok(Loaded { model, report })
     }
 
-    /// [`load`](Checkpoint::load) with the projections of all layers in few bits and frozen. Each layer is packed as soon as
-    /// it is there, so that no more than one is in memory in full.
+    /// [`load`](Checkpoint::load) with the projections of all layers quantized to `bits` and frozen. Each layer is
+    /// quantized as soon as it is loaded, so that at most one is in memory in full precision.
     ///
     /// # Errors
     ///
-    /// Those of [`load`](crate::load).
+    /// Those of [`load`](fn@crate::load).
     pub fn load_quantized(
         &self,
         device: &Device,
         dtype: Option<DType>,
         bits: QuantBits,
     ) -> Result<CausalLm, CheckpointError> {
-        self.warn(&self.checked_plan(Scope::All)?);
+        // Before the first layer is read: a missing file must not be found after minutes.
+        self.checked_plan(Scope::All)?;
+        self.warn();
         let mut model = self.config().init(device);
+        // Only projections of layers are quantized.
         model.embed_tokens = self.load_part(model.embed_tokens, "embed_tokens", device, dtype)?.0;
         model.norm = self.load_part(model.norm, "norm", device, dtype)?.0;
         if let Some(head) = model.lm_head.take() {
@@ -119,9 +124,9 @@ impl Checkpoint {
         Ok(model)
     }
 
-    /// Loads a part of the model: `module` is what stands at `path` in it, such as a decoder layer at `layers.3`, the
-    /// embedding at `embed_tokens`, or with an empty path the model itself. Only what the part needs is checked and read:
-    /// other files may be absent, and none of their weights is touched. The report says how many bytes were read.
+    /// Loads a part of the model: `module` is the part at `path`, such as a decoder layer at `layers.3`, the embedding
+    /// at `embed_tokens`, or with an empty path the whole model. Only what the part needs is checked and read: other
+    /// files may be missing, and none of their weights is read. The report has the number of bytes read.
     ///
     /// ```
     /// # use moonlight_convert::{Checkpoint, SaveOptions, save};
@@ -142,11 +147,11 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// Those of [`load`](crate::load), and [`CheckpointError::NoSuchPart`].
+    /// Those of [`load`](fn@crate::load), and [`CheckpointError::NoSuchPart`].
     ///
     /// # Panics
     ///
-    /// When `module` is not what stands at `path`.
+    /// If `module` is not the part at `path`.
     pub fn load_part<M: Module>(
         &self,
         module: M,
@@ -161,13 +166,10 @@ impl Checkpoint {
         self.fill(module, path, &plan, device, dtype)
     }
 
-    /// Logs what the configuration does not lead one to expect.
-    fn warn(&self, plan: &LoadPlan) {
+    /// Logs where the weights in use are not those that `config.json` leads a user to expect.
+    fn warn(&self) {
         if let Some(head) = self.tied_head().describe() {
             tracing::warn!("{head}");
-        }
-        if let Some(names) = plan.skipped.get(&SkipReason::UndeclaredPrediction) {
-            tracing::warn!("{} tensors are left out: {}", names.len(), SkipReason::UndeclaredPrediction.describe());
         }
     }
 
@@ -181,20 +183,21 @@ impl Checkpoint {
     ) -> Result<(M, LoadReport), CheckpointError> {
         let dtype = dtype.map(weight_dtype).transpose()?;
         let common = dtype.unwrap_or_else(|| stored_dtype(plan));
+        // f32 is needed for correction biases, whatever the dtype of the weights.
         for needed in [common, WeightDtype::F32] {
             if !device.supports_dtype(DType::from(needed)) {
                 return Err(CheckpointError::DeviceDtype { dtype: needed });
             }
         }
-        let path = path.split('.').filter(|name| !name.is_empty()).map(str::to_owned).collect();
         let module = PrefetchReader::open(self, plan, |reader| {
+            let path = ModulePath::new(path);
             let mut loader =
                 WeightLoader { checkpoint: self, plan, reader, device, dtype, common, path, loaded: 0, failure: None };
             let module = module.map(&mut loader);
             if let Some(failure) = loader.failure {
                 return Err(failure);
             }
-            assert_eq!(loader.loaded, plan.parameters.len(), "the list of parameters is that of the module");
+            assert_eq!(loader.loaded, plan.parameters.len(), "the plan lists every parameter of the module");
             Ok(module)
         })?;
         let sources = || plan.parameters.iter().flat_map(|planned| &planned.sources);
@@ -208,8 +211,8 @@ impl Checkpoint {
         Ok((module, report))
     }
 
-    /// The values of a parameter in Burn's layout. All threads take rows as they lie in the files, in order, so that the
-    /// disk is read from front to back, and put each where it belongs.
+    /// Reads the values of a parameter in Burn's layout. All threads take chunks of rows in the order of the files, so
+    /// that the disk is read sequentially, and write each to its place.
     fn read<T: Weight>(
         &self,
         planned: &PlannedParameter,
@@ -220,12 +223,14 @@ impl Checkpoint {
         let mut values = huge_pages::zeros::<T>(length);
         let target = DisjointMut::new(&mut values);
         in_order(&row_chunks(sources), |_, RowChunk { source, rows }, buffer: &mut Vec<u64>| {
-            let at = source * (length / sources.len());
+            let at = source * (length / sources.len()); // a parameter with several sources is [experts, in, out]
             let source = &sources[*source];
             let part = source.stored_rows(rows);
+            // Read straight into the target: the bytes are already in the requested layout and dtype.
             let outcome = if source.verbatim(Layout::Burn, dtype_of::<T>(), rows).is_some() {
                 let (_, columns) = source.dims(Layout::Burn);
-                // SAFETY: `in_order` takes each chunk once, and `row_chunks` divides the rows of a source.
+                // SAFETY: `in_order` takes each chunk once, and the chunks of `row_chunks` partition the rows of a
+                // source.
                 let target = unsafe { target.row(at + rows.start * columns..at + rows.end * columns) };
                 reader.read(&part, bytemuck::cast_slice_mut(target))?;
                 all_finite::<T>(bytemuck::cast_slice(target))
@@ -245,12 +250,13 @@ impl Checkpoint {
     }
 }
 
-/// Divides sources into rows as they lie in the files.
+/// Divides sources into chunks of rows in the order of the files.
 fn row_chunks(sources: &[SourceTensor]) -> Vec<RowChunk> {
     let mut chunks = Vec::new();
     for (number, source) in sources.iter().enumerate() {
         let (rows, _) = source.dims(source.stored());
         let usual = CHUNK / (source.part.range.len() / rows.max(1)).max(1);
+        // A multiple of a tile's height, so that no tile is cut.
         let height = match usual / HEIGHT * HEIGHT {
             0 if source.transposed_in(Layout::Burn) => MIN_ROWS,
             0 => usual.max(1),
@@ -264,14 +270,15 @@ fn row_chunks(sources: &[SourceTensor]) -> Vec<RowChunk> {
 }
 
 fn dtype_of<T: Weight>() -> WeightDtype {
-    WeightDtype::try_from(T::dtype()).expect("a weight has a dtype of weights")
+    WeightDtype::try_from(T::dtype()).expect("`Weight` is implemented for the dtypes of weights")
 }
 
 pub(crate) fn weight_dtype(dtype: DType) -> Result<WeightDtype, CheckpointError> {
     WeightDtype::try_from(dtype).map_err(|dtype| CheckpointError::Dtype { dtype: format!("{dtype:?}").to_lowercase() })
 }
 
-/// The widest dtype of the weights; routers do not count.
+/// The widest dtype of the weights. Routers and correction biases do not count: they are often f32 in a bf16
+/// checkpoint, and would make the whole model f32.
 pub(crate) fn stored_dtype(plan: &LoadPlan) -> WeightDtype {
     let counts = |kind| !matches!(kind, ParameterKind::Router | ParameterKind::CorrectionBias);
     plan.parameters
@@ -282,7 +289,7 @@ pub(crate) fn stored_dtype(plan: &LoadPlan) -> WeightDtype {
         .unwrap_or(WeightDtype::F32)
 }
 
-/// Replaces the parameters of a fresh model. They are lazy: none of them is ever drawn.
+/// Replaces the parameters of a fresh model. They are lazy, so that no random weight is ever drawn.
 struct WeightLoader<'a> {
     checkpoint: &'a Checkpoint,
     plan: &'a LoadPlan,
@@ -290,28 +297,29 @@ struct WeightLoader<'a> {
     device: &'a Device,
     dtype: Option<WeightDtype>,
     common: WeightDtype,
-    path: Vec<String>,
-    /// How many have been replaced: the plan has them in the module's order.
+    path: ModulePath,
+    /// How many have been replaced. The plan lists them in the module's order.
     loaded: usize,
     failure: Option<CheckpointError>,
 }
 
 impl ModuleMapper for WeightLoader<'_> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.to_owned());
+        self.path.enter(name);
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
+        self.path.exit();
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        // A mapper cannot stop: after an error the remaining parameters stay lazy.
         if self.failure.is_some() {
             return param;
         }
-        let planned =
-            self.plan.parameters.get(self.loaded).filter(|planned| planned.parameter.path == self.path.join("."));
-        let planned = planned.unwrap_or_else(|| panic!("{} is in the list of parameters", self.path.join(".")));
+        let path = self.path.dotted();
+        let planned = self.plan.parameters.get(self.loaded).filter(|planned| planned.parameter.path == path);
+        let planned = planned.unwrap_or_else(|| panic!("the plan lists `{path}` next"));
         self.loaded += 1;
         let dtype = match (planned.parameter.kind, self.dtype) {
             (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
@@ -326,6 +334,7 @@ impl ModuleMapper for WeightLoader<'_> {
             Ok(data) => {
                 let tensor = Tensor::from_data(data, (self.device, DType::from(dtype)));
                 let id = param.id;
+                // Keeps the parameter's id, by which Burn's optimizers find their state.
                 param.transform_for_load(tensor, id)
             }
             Err(failure) => {

@@ -1,5 +1,4 @@
-//! `moonlight-convert`: what is in a checkpoint, the same weights in another dtype or other files, and how far two
-//! checkpoints are apart.
+//! The program `moonlight-convert`: inspects, converts, compares and downloads checkpoints.
 
 mod cli;
 
@@ -11,7 +10,7 @@ use moonlight_convert::CheckpointError;
 #[cfg(feature = "download")]
 use moonlight_convert::hub::DownloadError;
 
-/// Checkpoints of the Moonlight family, Hugging Face's and Burn's.
+/// Inspect, convert, compare and download checkpoints of the Moonlight family
 #[derive(Debug, Parser)]
 #[command(name = "moonlight-convert", version, max_term_width = 100)]
 struct Arguments {
@@ -21,16 +20,16 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Say what is in a checkpoint, and everything that is wrong with it.
+    /// Show the contents of a checkpoint, and every problem that it has
     Inspect(cli::inspect::Arguments),
-    /// Write a checkpoint anew: in another dtype, in other files, without what a model does not need.
+    /// Rewrite a checkpoint in another dtype or file format, without the tensors that no model uses
     Convert(cli::convert::Arguments),
-    /// Compare two checkpoints tensor by tensor, or files with their digests: exit code 1 where they differ.
+    /// Compare two checkpoints tensor by tensor, or files with their digests; exit code 1 if they differ
     Verify(cli::verify::Arguments),
-    /// Fetch a model from the Hub into its cache; what is there already is checked and kept.
+    /// Download a model from the Hub into its cache, and check it; resumes partial files
     #[cfg(feature = "download")]
     Download(cli::download::Arguments),
-    /// Write the `tokenizer.json` that means the same as a directory's `tiktoken.model`.
+    /// Write a `tokenizer.json` that is equivalent to a directory's `tiktoken.model`
     Tokenizer(cli::tokenizer::Arguments),
 }
 
@@ -67,7 +66,7 @@ fn main() -> ExitCode {
         #[cfg(feature = "download")]
         Err(Failure::Download(error)) => cli::output::fail(&error, cli::hint::download(&error)),
         Err(Failure::Output(error)) => {
-            cli::output::note(format_args!("error: what was found cannot be written to standard output: {error}"));
+            cli::output::note(format_args!("error: standard output cannot be written: {error}"));
         }
     }
     ExitCode::FAILURE

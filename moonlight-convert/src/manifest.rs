@@ -1,5 +1,5 @@
-//! The manifest of a checkpoint: the size and a hash of each of its files, written last, so that a checkpoint that has one
-//! was complete, and damage done to it later is seen.
+//! The manifest of a checkpoint: the size and a hash of each file. It is written last, so that a checkpoint with a
+//! manifest was complete, and later damage is detected.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,64 +16,64 @@ use crate::io::confined_dir::ConfinedDir;
 use crate::io::file_error::FileError;
 use crate::io::storage;
 
-/// The file's name in a checkpoint.
+/// The manifest's file name.
 pub const MANIFEST: &str = "manifest.json";
 
-/// A manifest of more bytes is not one of ours: a checkpoint has some hundred files at most.
+/// Size limit in bytes; a checkpoint has a few hundred files at most.
 const LONGEST: u64 = 16 << 20;
 const VERSION: u32 = 1;
-/// Read at a time for hashing.
+/// Bytes read at a time for hashing.
 const CHUNK: usize = 1 << 20;
 
-/// The files of a checkpoint.
+/// Sizes and hashes of the files of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     version: u32,
-    /// By name.
+    /// By file name.
     files: BTreeMap<String, FileEntry>,
 }
 
-/// What a file was when the checkpoint was written.
+/// A file as it was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct FileEntry {
     bytes: u64,
-    /// XXH3, 128 bits, in hexadecimal digits.
+    /// XXH3 with 128 bits, in hexadecimal. It detects damage, not tampering.
     xxh3: String,
 }
 
-/// How much of a checkpoint is compared with its manifest.
+/// How thoroughly a checkpoint is compared with its manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
-    /// Whether each file is there, in its size: no contents are read.
+    /// Existence and size of each file; no contents are read.
     Sizes,
-    /// Also every byte.
+    /// Also the hash of each file, for which every byte is read.
     Digests,
 }
 
-/// What is wrong with a checkpoint.
+/// One way in which a checkpoint differs from its manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Damage {
-    /// The manifest itself cannot be read as one.
+    /// The manifest is invalid; what is wrong with it.
     Manifest(String),
-    /// A file is not there.
+    /// A file is missing; its name.
     Missing(String),
-    /// A file has another size.
+    /// A file has a different size.
     Size {
         /// The file.
         name: String,
-        /// Its bytes.
+        /// Its size in bytes.
         found: u64,
-        /// What they were.
+        /// The size in the manifest.
         expected: u64,
     },
-    /// A file has other contents.
+    /// A file has the same size and different contents.
     Contents(String),
 }
 
 impl fmt::Display for Damage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Manifest(problem) => write!(f, "`{MANIFEST}` is no manifest: {problem}"),
+            Self::Manifest(problem) => write!(f, "`{MANIFEST}` is invalid: {problem}"),
             Self::Missing(name) => write!(f, "`{name}` is missing"),
             Self::Size { name, found, expected } => {
                 write!(f, "`{name}` has {found} bytes and was written with {expected}")
@@ -84,11 +84,7 @@ impl fmt::Display for Damage {
 }
 
 impl Manifest {
-    /// That of the files in `dir`, every one of which is read.
-    ///
-    /// # Errors
-    ///
-    /// A file that cannot be read.
+    /// The manifest of the files in `dir`; reads all of them.
     pub fn compute(dir: &Path) -> Result<Self, FileError> {
         let paths = storage::read_dir(dir).map_err(FileError::read(dir))?;
         let names = paths.iter().filter_map(|path| path.file_name()?.to_str()).filter(|name| *name != MANIFEST);
@@ -102,11 +98,7 @@ impl Manifest {
         Ok(Self { version: VERSION, files })
     }
 
-    /// Writes it beside the files.
-    ///
-    /// # Errors
-    ///
-    /// A file that cannot be written.
+    /// Writes the manifest into the directory of the files.
     pub fn write(&self, dir: &Path) -> Result<(), FileError> {
         let path = dir.join(MANIFEST);
         let mut text = serde_json::to_vec_pretty(self).expect("names and numbers are always JSON");
@@ -114,13 +106,13 @@ impl Manifest {
         storage::write(&path, &text).map_err(FileError::write(&path))
     }
 
-    /// Compares a checkpoint with the manifest in it; `None` where it has none.
+    /// Compares a checkpoint with its manifest; `None` if it has none.
     ///
-    /// Files that the manifest does not name are nobody's damage.
+    /// Files that the manifest does not name are ignored: users may add notes of their own.
     ///
     /// # Errors
     ///
-    /// A file that is there and cannot be read, which is not damage: a disk or a right may be back later.
+    /// A file that exists and cannot be read. That is not damage: a disk or a permission may come back.
     pub fn check(dir: &Path, depth: Depth) -> Result<Option<Vec<Damage>>, CheckpointError> {
         let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
         storage::announce(storage::Call::Read(&dir.join(MANIFEST))).map_err(CheckpointError::read(dir))?;
@@ -131,10 +123,10 @@ impl Manifest {
             Err(error) => return damage(error.to_string()),
         };
         if manifest.version != VERSION {
-            return damage(format!("it has the version {}, and {VERSION} is known", manifest.version));
+            return damage(format!("it has version {}; this program reads version {VERSION}", manifest.version));
         }
         if let Some(name) = manifest.files.keys().find(|name| name.contains(['/', '\\']) || *name == "..") {
-            return damage(format!("it names {name:?}"));
+            return damage(format!("it lists the file {name:?}"));
         }
         let check = |(name, entry): (&String, &FileEntry)| entry.check(&confined, dir, name, depth);
         let damages: Vec<Option<Damage>> = manifest.files.par_iter().map(check).collect::<Result<_, _>>()?;
@@ -162,6 +154,7 @@ impl FileEntry {
         if found != self.bytes {
             return Ok(Some(Damage::Size { name: name.to_owned(), found, expected: self.bytes }));
         }
+        // Comparing whole entries also catches a file that grew while it was hashed.
         let same = depth == Depth::Sizes || hash(file).map_err(CheckpointError::read(&path))? == *self;
         Ok((!same).then(|| Damage::Contents(name.to_owned())))
     }
@@ -186,6 +179,20 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::error::every_variant;
+
+    #[test]
+    fn messages() {
+        let name = || "model.safetensors".to_owned();
+        let examples = every_variant!(Damage:
+            Damage::Manifest(_) => [Damage::Manifest("it has version 2; this program reads version 1".into())],
+            Damage::Missing(_) => [Damage::Missing(name())],
+            Damage::Size { .. } => [Damage::Size { name: name(), found: 5, expected: 9 }],
+            Damage::Contents(_) => [Damage::Contents(name())],
+        );
+        let text: String = examples.iter().map(|damage| format!("{damage}\n")).collect();
+        insta::assert_snapshot!(text);
+    }
 
     fn home() -> tempfile::TempDir {
         let home = tempfile::tempdir().unwrap();
@@ -200,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_whole_and_files_of_others_do_not_matter() {
+    fn a_checkpoint_as_written_is_complete_and_added_files_do_not_matter() {
         let home = home();
         fs::write(home.path().join("notes"), "mine").unwrap();
         assert_eq!(damage(&home, Depth::Digests), []);
@@ -209,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn every_damage_is_named() {
+    fn every_kind_of_damage_is_named() {
         let home = home();
         fs::write(home.path().join("a"), "some test").unwrap();
         assert_eq!(damage(&home, Depth::Sizes), []);
@@ -222,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_manifest_that_is_none_is_damage() {
+    fn an_invalid_manifest_is_damage() {
         let home = home();
         for text in [
             "",

@@ -1,17 +1,17 @@
-//! Text of others on its way to a terminal: a file's name, a key, a message of a server.
+//! Escaping text from files and servers before it is printed on a terminal.
 
 use std::borrow::Cow;
 use std::fmt::{self, Write};
 
-/// A text in one line, with what would move a terminal's cursor, colour it, ring it or forge a line of ours escaped:
-/// `\u{1b}`, `\n`. Text without such characters is given back as it is.
+/// A text on one line, with everything escaped that would move a terminal's cursor, color it, ring it or forge a line
+/// of a message: `\u{1b}`, `\n`. Text without such characters is returned unchanged.
 ///
-/// Escaped are control characters and those that change the order or the lines of what is shown (U+202E, U+2028).
+/// Escaped are control characters and those that reorder or break the displayed text (such as U+202E and U+2028).
 pub fn printable(text: &str) -> Cow<'_, str> {
     escaped(text, is_command)
 }
 
-/// [`printable`] for a text of several lines, such as a sample that a model wrote: line breaks and tabs stay.
+/// [`printable`] for a text of several lines, such as one that a model generated: line breaks and tabs are kept.
 pub fn printable_lines(text: &str) -> Cow<'_, str> {
     escaped(text, |character| !matches!(character, '\n' | '\t') && is_command(character))
 }
@@ -30,15 +30,15 @@ fn escaped(text: &str, wrong: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// Whether a terminal may do something else than show the character where it stands.
+/// Whether a terminal may act on the character instead of showing it.
 pub(crate) fn is_command(character: char) -> bool {
-    // Directions of writing, and the two separators that are line breaks.
+    // Bidirectional controls, and the two separators that are line breaks.
     let reorders =
         matches!(character, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{061c}');
     character.is_control() || reorders
 }
 
-/// Anything that can be shown, as [`printable`]: ``format!("`{}`", Printable(path.display()))``.
+/// Wraps a value so that its display is [`printable`]: ``format!("`{}`", Printable(path.display()))``.
 #[derive(Debug, Clone, Copy)]
 pub struct Printable<T>(pub T);
 
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn commands_to_a_terminal_are_escaped_and_text_is_not() {
+    fn terminal_commands_are_escaped_and_other_text_is_not() {
         for text in ["", "plain", "Grüße, 月之暗面 \u{1f600}", "a\\b"] {
             assert!(matches!(printable(text), Cow::Borrowed(same) if same == text), "{text}");
         }

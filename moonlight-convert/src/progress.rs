@@ -1,12 +1,12 @@
-//! What a long piece of work tells its caller, and how the caller stops it.
+//! Progress of a conversion or comparison, and how a caller stops it.
 
 use std::ops::ControlFlow;
 
-/// Hears how far a conversion or a comparison has come. `()` listens to nothing and never stops.
+/// Is called with the progress of a conversion or a comparison. `()` ignores it and never stops.
 pub trait Progress: Sync {
-    /// The work is going to be `bytes` long.
+    /// The total, in bytes.
     fn begin(&self, bytes: u64);
-    /// So many more are done. `Break` ends the work with
+    /// That many more bytes are done. `Break` stops the work with
     /// [`CheckpointError::Interrupted`](crate::CheckpointError::Interrupted), and what was written is removed.
     fn advance(&self, bytes: u64) -> ControlFlow<()>;
 }

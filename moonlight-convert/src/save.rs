@@ -1,4 +1,5 @@
-//! Saving: Hugging Face's layout or Burn's, written part by part, put in place by renaming.
+//! Saving in the Hugging Face layout or in Burn's: written tensor by tensor into a hidden directory, which is renamed
+//! at the end.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,37 +23,38 @@ use crate::io::writer::{OutTensor, Output, Sharding};
 use crate::load::{stored_dtype, weight_dtype};
 use crate::mapping::load_plan::{LoadPlan, Scope};
 use crate::mapping::names::{self, HfTensor};
+use crate::module_path::ModulePath;
 use crate::progress::Progress;
 
-/// The files that weights are saved in.
+/// The file format of saved weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Format {
-    /// Safetensors under Hugging Face's names.
+    /// Safetensors with the names of Hugging Face.
     #[default]
     HuggingFace,
-    /// One burnpack file, `model.bpk`, under the module's paths: what burn-store's `BurnpackStore` opens.
+    /// One burnpack file, `model.bpk`, with the module's paths as names, as burn-store's `BurnpackStore` reads it.
     Burnpack,
 }
 
-/// How a checkpoint is saved.
+/// Options for saving a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SaveOptions {
-    /// The dtype of the weights; `None` keeps each parameter's own. The router's correction bias is always f32.
+    /// The dtype of the weights; `None` keeps that of each parameter. The router's correction bias is always f32.
     pub dtype: Option<DType>,
-    /// The files that weights are saved in.
+    /// The file format of the weights.
     pub format: Format,
-    /// Most bytes of weights in one safetensors file (a single tensor may be larger). The default is 5 GB, as the Hub
-    /// likes it.
+    /// The most bytes of weights in one safetensors file (a single larger tensor gets a file of its own). Default: 5
+    /// GB, as in `huggingface_hub`.
     pub max_shard_size: u64,
-    /// One safetensors file a layer, as Moonlight was published, whatever its size.
+    /// Write one safetensors file for each layer, as Moonlight was published, whatever its size.
     pub shard_by_layer: bool,
-    /// A directory whose tokenizer, chat template and generation configuration are copied along.
+    /// A directory from which the tokenizer, chat template and generation config are copied.
     pub sidecars_from: Option<PathBuf>,
-    /// Whether a checkpoint that stands there is replaced (the default) or an error. A directory that holds anything
-    /// that is not part of a checkpoint is never replaced.
+    /// Whether an existing checkpoint is replaced (the default) or is an error. A directory that contains anything that
+    /// is not part of a checkpoint is never replaced.
     pub overwrite: bool,
-    /// Convert what is there of a checkpoint that lacks files or tensors, instead of refusing it. What is written lacks
-    /// the same parameters. For going through a checkpoint in parts where the disk does not hold it twice.
+    /// Convert a checkpoint that lacks files or tensors instead of refusing it; the result lacks the same parameters.
+    /// This way a checkpoint can be converted in parts where the disk cannot hold it twice.
     pub partial: bool,
 }
 
@@ -70,30 +72,31 @@ impl Default for SaveOptions {
     }
 }
 
-/// Saves a model as a Hugging Face directory: `config.json`, `generation_config.json`, the weights in
-/// `model.safetensors` or in shards with an index, and the sidecars asked for. With [`Format::Burnpack`] the weights
-/// are `model.bpk` instead.
+/// Saves a model as a checkpoint directory: `config.json`, `generation_config.json`, the weights in `model.safetensors`
+/// or in shards with an index, and the requested sidecars. With [`Format::Burnpack`] the weights are in `model.bpk`
+/// instead.
 ///
-/// The directory appears whole or not at all, and one that stood there before is replaced in one step: it is written
-/// beside, flushed to the disk and renamed. After a crash at any moment the old or the new checkpoint is whole. (Linux and
-/// macOS exchange the two directories' names in one step; where a file system cannot, three renamings do it, and the
-/// next [`Checkpoint::open`] of the directory finishes what a crash between them left.) An error, a full disk for one,
-/// removes what was written and leaves the old checkpoint alone.
+/// The directory appears complete or not at all, and an existing one is replaced in one step: the new files are written
+/// to a hidden sibling, flushed to the disk and renamed. After a crash at any moment the old or the new checkpoint is
+/// complete. (Linux and macOS exchange the names of the two directories atomically. Where a file system cannot, three
+/// renames do it; after a crash between them [`Checkpoint::open`] finds the new one, and the next save finishes.) An
+/// error, such as a full disk, removes what was written and leaves the old checkpoint unchanged.
 ///
-/// Weights in few bits are unpacked and adapters merged into what is written; [`write_adapter`](crate::adapter::write_adapter) writes them by themselves.
+/// Quantized weights are dequantized and adapters are merged; [`write_adapter`](crate::adapter::write_adapter) writes
+/// the adapters alone.
 ///
-/// Memory: one parameter on the host at a time, and less than 100 MB.
+/// Memory: one parameter on the host at a time, plus less than 100 MB.
 ///
 /// # Errors
 ///
-/// [`CheckpointError`], also for a weight that is infinite or NaN, or becomes so in the dtype asked for.
+/// [`CheckpointError`], also for a weight that is NaN or infinite, or becomes so in the requested dtype.
 pub fn save(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
     check_target(dir, options.overwrite)?;
     replace_directory(dir, |new| write_files(model, new, dir, options))
 }
 
-/// Writes the files of a checkpoint into a directory that exists, for callers who put it in its place themselves, say by
-/// [`replace_directory`]. Nothing is flushed to the disk, and `overwrite` means nothing here.
+/// Writes the files of a checkpoint into an existing directory, for callers that rename it themselves, for example with
+/// [`replace_directory`]. Nothing is flushed to the disk, and `overwrite` has no effect.
 ///
 /// # Errors
 ///
@@ -105,6 +108,7 @@ pub fn write_into(model: &CausalLm, dir: &Path, options: &SaveOptions) -> Result
 fn write_files(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
     let merged;
     let model = if model.has_adapters() || model.is_quantized() {
+        // Cloning shares the tensors; only changed weights are copied.
         merged = model.clone().dequantized().merge();
         &merged
     } else {
@@ -113,7 +117,7 @@ fn write_files(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
     let dtype = options.dtype.map(weight_dtype).transpose()?;
     let mut collector = DtypeCollector {
         parameters: model.config().parameter_shapes(),
-        path: Vec::new(),
+        path: ModulePath::default(),
         dtypes: Vec::new(),
         failure: None,
     };
@@ -143,7 +147,7 @@ fn write_files(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
             shape: tensor.shape,
         }));
     }
-    // The embedding comes first, and has the dtype that the model computes in.
+    // The embedding comes first, and its dtype is the one that the model computes in.
     let main = dtype_of(0);
     fill(model.config(), main, &tensors, dir, shown, options, |output| {
         let mut saving = WeightSaver {
@@ -161,24 +165,25 @@ fn write_files(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
 }
 
 impl Checkpoint {
-    /// Writes this checkpoint anew: in another dtype, in other files, without what loading skips, with its experts one by
-    /// one where they were stacked, and with plain values where they were quantized. Weights go from file to file; no
-    /// model is built, and memory stays small (about 100 MB, and the largest tensor where it has to be transposed).
+    /// Rewrites this checkpoint: in another dtype or file format, without the tensors that loading ignores, with one
+    /// tensor for each expert where they were stacked, and with plain values where they were quantized. Weights are
+    /// copied from file to file without building a model, and memory stays small (about 100 MB, plus the largest tensor
+    /// if it has to be transposed).
     ///
-    /// The sidecar files are this checkpoint's own unless `options` name others.
+    /// The sidecars are copied from this checkpoint unless `options` name another directory.
     ///
     /// # Errors
     ///
-    /// Those of [`save`] and of [`load`](crate::load); [`CheckpointError::NoRoom`] before anything is written.
+    /// Those of [`save`] and of [`load`](fn@crate::load); [`CheckpointError::NoRoom`] before anything is written.
     pub fn convert(&self, dir: &Path, options: &SaveOptions) -> Result<(), CheckpointError> {
         self.convert_with(dir, options, &())
     }
 
-    /// [`convert`](Checkpoint::convert), which tells `progress` how far it has come in bytes of what it writes.
+    /// [`convert`](Checkpoint::convert) with a progress callback, in bytes written.
     ///
     /// # Errors
     ///
-    /// Those of [`convert`](Checkpoint::convert), and [`CheckpointError::Interrupted`] where `progress` ends the work.
+    /// Those of [`convert`](Checkpoint::convert), and [`CheckpointError::Interrupted`] if `progress` stops the work.
     pub fn convert_with(
         &self,
         dir: &Path,
@@ -200,7 +205,7 @@ impl Checkpoint {
     }
 }
 
-/// What is written, and where each of its values comes from.
+/// The tensors to write, and where each of their values comes from.
 fn tasks(plan: &LoadPlan, dtype: Option<WeightDtype>, format: Format) -> (Vec<OutTensor>, Vec<CopyTask<'_>>) {
     let (mut tensors, mut tasks) = (Vec::new(), Vec::new());
     for planned in &plan.parameters {
@@ -233,7 +238,8 @@ fn tasks(plan: &LoadPlan, dtype: Option<WeightDtype>, format: Format) -> (Vec<Ou
     (tensors, tasks)
 }
 
-/// Fills a directory with everything but the weights, which `write` writes. Messages call it `shown`.
+/// Fills a directory: sidecars and configs here, the weights by `write`. `dir` is a temporary directory; messages name
+/// it `shown`, the path that the user knows.
 fn fill(
     config: &ModelConfig,
     dtype: WeightDtype,
@@ -259,8 +265,9 @@ fn fill(
     output.finish()
 }
 
-/// Refuses to replace what must not be replaced.
+/// Refuses a target that must not be replaced.
 fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
+    // A file at the path is refused by `replace_directory`.
     if !dir.is_dir() {
         return Ok(());
     }
@@ -273,6 +280,7 @@ fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
         return Err(CheckpointError::Exists { dir: dir.to_path_buf() });
     }
     let foreign = |name: &&String| !sidecars::belongs_to_checkpoint(name) || dir.join(name).is_dir();
+    // Without a `config.json` the directory is not a checkpoint, although its files could belong to one.
     let foreign = names.iter().find(foreign).or_else(|| names.first().filter(|_| !dir.join(CONFIG).exists()));
     match foreign {
         Some(entry) => Err(CheckpointError::Foreign { dir: dir.to_path_buf(), entry: entry.clone() }),
@@ -280,27 +288,28 @@ fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
     }
 }
 
-/// Collects the dtypes of all parameters, in order.
+/// Collects the dtypes of all parameters, in the module's order. The layout of the files must be known before the first
+/// value is written, and the headers contain the dtypes.
 struct DtypeCollector {
     parameters: Vec<ParameterShape>,
-    path: Vec<String>,
+    path: ModulePath,
     dtypes: Vec<WeightDtype>,
     failure: Option<CheckpointError>,
 }
 
 impl ModuleVisitor for DtypeCollector {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.to_owned());
+        self.path.enter(name);
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
+        self.path.exit();
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let path = self.path.join(".");
+        let path = self.path.dotted();
         let expected = self.parameters.get(self.dtypes.len()).map(|parameter| parameter.path.as_str());
-        assert_eq!(expected, Some(path.as_str()), "the list of parameters is that of the module");
+        assert_eq!(expected, Some(path.as_str()), "`parameter_shapes` lists the parameters in the module's order");
         match weight_dtype(param.val().dtype()) {
             Ok(dtype) => self.dtypes.push(dtype),
             Err(failure) => {
@@ -311,11 +320,11 @@ impl ModuleVisitor for DtypeCollector {
     }
 }
 
-/// Writes parameter after parameter.
+/// Writes one parameter after the other.
 struct WeightSaver<'a> {
     parameters: &'a [ParameterShape],
     tensors: &'a [OutTensor],
-    /// For each parameter, the first of its tensors.
+    /// For each parameter, the index of its first tensor.
     starts: &'a [usize],
     format: Format,
     output: &'a Output,
@@ -356,6 +365,8 @@ impl WeightSaver<'_> {
         first: usize,
         values: &[S],
     ) -> Result<(), CheckpointError> {
+        // Called only after a failed conversion: the second pass over the values, which finds out why, costs nothing
+        // otherwise.
         let tensors = self.tensors;
         let blame = |tensor: usize| move || blame::<S, T>(&tensors[tensor].name, values);
         match parameter.shape.as_slice() {
@@ -381,7 +392,7 @@ fn blame<S: Weight, T: Weight>(tensor: &str, source: &[S]) -> CheckpointError {
     }
 }
 
-/// Writes a matrix `[input, output]` as `[output, input]`, some rows at a time.
+/// Writes a matrix `[input, output]` as `[output, input]`, a chunk of rows at a time.
 fn write_transposed<S: Weight, T: Weight>(
     output: &Output,
     tensor: usize,
@@ -395,7 +406,7 @@ fn write_transposed<S: Weight, T: Weight>(
     in_chunks(output, tensor, &chunks, rows, blame, |first, chunk: &mut [T]| transpose(&source, rows, first, chunk))
 }
 
-/// Writes values as they lie, some at a time.
+/// Writes values in their order, a chunk at a time.
 fn write_converted<S: Weight, T: Weight>(
     output: &Output,
     tensor: usize,
@@ -409,7 +420,7 @@ fn write_converted<S: Weight, T: Weight>(
     })
 }
 
-/// Has all threads make chunks of rows of `width` values, and writes them.
+/// Makes chunks of rows of `width` values on all threads, and writes them.
 fn in_chunks<T: Weight>(
     output: &Output,
     tensor: usize,
@@ -418,14 +429,14 @@ fn in_chunks<T: Weight>(
     blame: impl FnOnce() -> CheckpointError,
     make: impl Fn(usize, &mut [T]) -> Outcome + Sync,
 ) -> Result<(), CheckpointError> {
-    let spoilt = AtomicBool::new(false);
+    let non_finite = AtomicBool::new(false);
     in_order(chunks, |_, chunk, buffer| {
         let target = parallel_copy::values::<T>(buffer, chunk.rows.len() * width);
         if make(chunk.rows.start, target) == Outcome::NonFinite {
-            spoilt.store(true, Ordering::Relaxed);
+            non_finite.store(true, Ordering::Relaxed);
             return Ok(());
         }
         output.write(tensor, (chunk.rows.start * width * size_of::<T>()) as u64, bytemuck::cast_slice(target))
     })?;
-    if spoilt.into_inner() { Err(blame()) } else { Ok(()) }
+    if non_finite.into_inner() { Err(blame()) } else { Ok(()) }
 }

@@ -1,4 +1,4 @@
-//! Adapters to files and back, and everything that can be wrong with one.
+//! Round trips of adapters, and everything that can be wrong with one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ fn base(name: &str) -> CausalLm {
     load(&fixture(name), &Device::default(), Some(burn::tensor::DType::F32)).unwrap().model
 }
 
-/// The fixture with adapters that have moved.
+/// The fixture with nonzero adapters.
 fn adapted(name: &str, targets: &[&str], rslora: bool) -> CausalLm {
     let config = LoraConfig {
         rank: 3,
@@ -60,7 +60,7 @@ fn edit(dir: &Path, change: impl FnOnce(&mut Value)) {
 }
 
 #[test]
-fn what_is_written_comes_back_to_the_last_bit() {
+fn a_round_trip_changes_no_bit() {
     for name in ["moonlight-like", "deepseek-v3-like", "deepseek-v2-lite-like", "llama", "qwen2"] {
         for (targets, rslora) in
             [(&["attention"][..], false), (&["all"], true), (&["up_proj", "layers.1.self_attn.o_proj"], false)]
@@ -82,9 +82,9 @@ fn what_is_written_comes_back_to_the_last_bit() {
     }
 }
 
-/// The names and shapes that peft 0.21 gives for this model beside transformers 5.
+/// The names and shapes that peft 0.21 writes for this model with transformers 5.
 #[test]
-fn the_layout_is_pefts() {
+fn the_layout_is_that_of_peft() {
     let dir = written(&adapted("moonlight-like", &["all"], false), "moonlight-like");
     let config = json(dir.path());
     assert_eq!(config["target_modules"], serde_json::json!(["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_proj"]));
@@ -112,9 +112,9 @@ fn the_layout_is_pefts() {
     assert_eq!(base_of(dir.path()).unwrap(), fixture("moonlight-like"));
 }
 
-/// Without our note the pair of gate and up is read as peft has it: one `A` for both.
+/// Without this project's note, gate and up are read in peft's form: with one `A` for both.
 #[test]
-fn a_file_without_our_note_does_the_same() {
+fn a_file_without_the_note_has_the_same_effect() {
     for rslora in [false, true] {
         let model = adapted("moonlight-like", &["experts"], rslora);
         let dir = written(&model, "moonlight-like");
@@ -128,9 +128,9 @@ fn a_file_without_our_note_does_the_same() {
     }
 }
 
-/// Experts one by one, as transformers 4 and vLLM name them.
+/// One tensor per expert, with the names of transformers 4 and vLLM.
 #[test]
-fn experts_one_by_one_are_read() {
+fn one_tensor_per_expert_is_read() {
     let model = adapted("moonlight-like", &["experts"], false);
     let dir = written(&model, "moonlight-like");
     let mut tensors = Vec::new();
@@ -163,7 +163,7 @@ fn experts_one_by_one_are_read() {
 }
 
 #[test]
-fn a_model_is_saved_merged() {
+fn a_model_is_saved_with_its_adapters_merged() {
     let model = adapted("moonlight-like", &["all"], false);
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join("merged");
@@ -173,7 +173,7 @@ fn a_model_is_saved_merged() {
 }
 
 #[test]
-fn what_is_wrong_is_named() {
+fn errors_name_what_is_wrong() {
     let model = adapted("moonlight-like", &["q_proj"], false);
     let dir = written(&model, "moonlight-like");
     let dir = dir.path();
@@ -186,19 +186,19 @@ fn what_is_wrong_is_named() {
     assert!(matches!(&error, AdapterError::Rank { found: 3, expected: 4, .. }), "{error}");
     assert!(error.to_string().contains("of rank 3 for `layers.0.self_attn.q_proj`"), "{error}");
     for (key, value, expected) in [
-        ("peft_type", "LOHA".into(), "is of the type `LOHA`"),
+        ("peft_type", "LOHA".into(), "has the `peft_type` `LOHA`"),
         ("use_dora", true.into(), "DoRA"),
-        ("modules_to_save", serde_json::json!(["lm_head"]), "holds no `lm_head.weight`"),
+        ("modules_to_save", serde_json::json!(["lm_head"]), "lacks `lm_head.weight`"),
         ("rank_pattern", serde_json::json!({"(q|k)_proj": 2}), "has the pattern `(q|k)_proj`"),
         ("lora_alpha", "much".into(), "cannot be read"),
-        ("r", 0.into(), "has a rank of 0"),
-        ("r", 100_000.into(), "has a rank of 100000"),
-        ("rank_pattern", serde_json::json!({"q_proj": 1e30}), "has a rank of 1e30"),
-        ("rank_pattern", serde_json::json!({"q_proj": 2.5}), "has a rank of 2.5"),
+        ("r", 0.into(), "has the rank 0"),
+        ("r", 100_000.into(), "has the rank 100000"),
+        ("rank_pattern", serde_json::json!({"q_proj": 1e30}), "has the rank 1e30"),
+        ("rank_pattern", serde_json::json!({"q_proj": 2.5}), "has the rank 2.5"),
         ("rank_pattern", serde_json::json!({"q_proj": "2"}), "invalid type"),
-        ("lora_alpha", serde_json::json!(1e308), "has an alpha of 1e308 for a rank of 3"),
-        ("alpha_pattern", serde_json::json!({".*q_proj": 1e20}), "has an alpha of 1e20 for a rank of 3"),
-        ("lora_dropout", serde_json::json!(1.5), "has a dropout of 1.5"),
+        ("lora_alpha", serde_json::json!(1e308), "has the alpha 1e308 for the rank 3"),
+        ("alpha_pattern", serde_json::json!({".*q_proj": 1e20}), "has the alpha 1e20 for the rank 3"),
+        ("lora_dropout", serde_json::json!(1.5), "has the dropout 1.5"),
     ] {
         restore();
         edit(dir, |config| config[key] = value);
@@ -206,15 +206,15 @@ fn what_is_wrong_is_named() {
         assert!(error.contains(expected), "{error}");
     }
     restore();
-    // A model without such a projection, and one of another width.
+    // A model without such a projection, and one with another width.
     let error = load_adapter(base("deepseek-v3-like"), dir).unwrap_err().to_string();
-    assert!(error.contains("`layers.0.self_attn.q_proj`, which is no projection of the model"), "{error}");
+    assert!(error.contains("`layers.0.self_attn.q_proj`, which is not a projection of the model"), "{error}");
     let error = opened("llama");
     assert!(matches!(&error, AdapterError::Mismatch { .. }) && error.hint().is_some(), "{error}");
 
     edit(dir, |config| config["base_model_name_or_path"] = "/no/such/model".into());
     let error = base_of(dir).unwrap_err();
-    assert!(error.to_string().ends_with("was trained on `/no/such/model`, which is not there"), "{error}");
+    assert!(error.to_string().ends_with("was trained on `/no/such/model`, which does not exist"), "{error}");
     assert!(error.hint().unwrap().contains("name the base model"));
     edit(dir, |config| config["base_model_name_or_path"] = Value::Null);
     assert!(base_of(dir).unwrap_err().to_string().contains("does not say"));
@@ -229,7 +229,7 @@ fn what_is_wrong_is_named() {
     assert!(matches!(opened("moonlight-like"), AdapterError::NoConfig { .. }));
 }
 
-/// A file of these tensors of zeros.
+/// Writes a file with tensors of zeros.
 fn write_zeros(dir: &Path, tensors: &[(&str, &str, [u64; 2])]) {
     let (mut header, mut end) = (serde_json::Map::new(), 0);
     for (name, dtype, shape) in tensors {
@@ -244,13 +244,13 @@ fn write_zeros(dir: &Path, tensors: &[(&str, &str, [u64; 2])]) {
     let path = dir.join("adapter_model.safetensors");
     fs::write(&path, &bytes).unwrap();
     let file = fs::File::options().write(true).open(path).unwrap();
-    // A hole: it may be as long as it likes.
+    // A sparse file, which takes no disk space.
     file.set_len(bytes.len() as u64 + end).unwrap();
 }
 
-/// Shapes that lie are held against the model and the rank before memory is asked for.
+/// Shapes are checked against the model and the rank before memory is allocated.
 #[test]
-fn matrices_of_nothing_and_of_terabytes_are_refused() {
+fn empty_and_huge_matrices_are_refused() {
     let dir = written(&adapted("moonlight-like", &["all"], false), "moonlight-like");
     let dir = dir.path();
     edit(dir, |config| config["rank_pattern"] = serde_json::json!({"down_proj": 60_000, "up_proj": 60_000}));
@@ -264,22 +264,22 @@ fn matrices_of_nothing_and_of_terabytes_are_refused() {
         (
             "an expert's width",
             vec![(expert("A"), "F32", [3, HUGE]), (expert("B"), "F32", [HUGE, 3])],
-            "the expert takes 40 inputs to 11 outputs",
+            "the expert has 40 inputs and 11 outputs",
         ),
         (
             "a plain width",
             vec![("0.self_attn.q_proj.lora_A", "BF16", [3, HUGE]), ("0.self_attn.q_proj.lora_B", "BF16", [HUGE, 3])],
-            "does not fit",
+            "does not match the model",
         ),
         (
             "a plain width of nothing",
             vec![("0.self_attn.q_proj.lora_A", "F32", [3, 0]), ("0.self_attn.q_proj.lora_B", "F32", [0, 3])],
-            "does not fit",
+            "does not match the model",
         ),
         (
             "a stack",
             vec![("1.mlp.experts.lora_A", "F32", [HUGE, 11]), ("1.mlp.experts.lora_B", "F32", [40, HUGE])],
-            "which do not fit",
+            "which do not match",
         ),
         (
             "one expert of each stack, with ranks beyond all widths",
@@ -291,7 +291,7 @@ fn matrices_of_nothing_and_of_terabytes_are_refused() {
                 ("1.mlp.experts.0.up_proj.lora_A", "F32", [60_000, 40]),
                 ("1.mlp.experts.0.up_proj.lora_B", "F32", [11, 60_000]),
             ],
-            "more values than its model has",
+            "too many values",
         ),
     ] {
         write_zeros(dir, &tensors);
@@ -299,16 +299,16 @@ fn matrices_of_nothing_and_of_terabytes_are_refused() {
         let error = read_adapter(model.config(), dir).unwrap_err().to_string();
         assert!(error.contains(problem), "{what}: {error}");
     }
-    // Under two names.
+    // The same matrix under two names.
     let name = "0.self_attn.q_proj.lora_A";
     write_zeros(dir, &[(name, "F32", [3, 40]), ("0.self_attn.q_proj.lora_A.default", "F32", [3, 40])]);
     let error = load_adapter(base("moonlight-like"), dir).unwrap_err().to_string();
     assert!(error.contains("twice, under two names"), "{error}");
 }
 
-/// A note of ours that was changed, or is another's.
+/// A modified note, or one of another file.
 #[test]
-fn notes_that_lie_are_refused() {
+fn inconsistent_notes_are_refused() {
     let dir = written(&adapted("moonlight-like", &["q_proj"], false), "moonlight-like");
     let path = dir.path().join("adapter_model.safetensors");
     let bytes = fs::read(&path).unwrap();
@@ -317,10 +317,10 @@ fn notes_that_lie_are_refused() {
     let (alpha, no_alpha) = (r#"\"alpha\":5.0"#, r#"\"alpha\":1e99"#);
     assert!(text.contains(alpha), "{text}");
     for (from, to, problem) in [
-        (alpha, no_alpha, "has an alpha of 1e99 for a rank of 3"),
-        (r#"\"dropout\":0.1"#, r#"\"dropout\":7.0"#, "with numbers that no adapter has"),
-        (r#"\"rank\":3"#, r#"\"rank\":0"#, "with numbers that no adapter has"),
-        (r#"[{\"path"#, r#"[[\"path"#, "a note on its adapters that is broken"),
+        (alpha, no_alpha, "has the alpha 1e99 for the rank 3"),
+        (r#"\"dropout\":0.1"#, r#"\"dropout\":7.0"#, "with an invalid rank, alpha or dropout"),
+        (r#"\"rank\":3"#, r#"\"rank\":0"#, "with an invalid rank, alpha or dropout"),
+        (r#"[{\"path"#, r#"[[\"path"#, "an invalid note on its adapters"),
     ] {
         let changed = text.replace(from, to);
         assert!(changed != text, "{from}");
@@ -333,10 +333,10 @@ fn notes_that_lie_are_refused() {
     }
 }
 
-/// Pipes and links out are errors, soon.
+/// Pipes and links out of the directory are errors, without waiting.
 #[cfg(unix)]
 #[test]
-fn files_of_adapters_are_plain_files_of_the_directory() {
+fn adapters_must_be_plain_files_of_the_directory() {
     let dir = written(&adapted("moonlight-like", &["q_proj"], false), "moonlight-like");
     let dir = dir.path();
     for name in ["adapter_model.safetensors", "adapter_config.json"] {
@@ -359,22 +359,22 @@ fn files_of_adapters_are_plain_files_of_the_directory() {
     load_adapter(base("moonlight-like"), dir).unwrap();
 }
 
-/// Layer by layer into few bits is the whole model into few bits.
+/// Quantizing layer by layer while loading equals quantizing the whole model.
 #[test]
-fn packed_as_it_is_read() {
+fn quantizing_while_loading_equals_quantizing_afterwards() {
     use moonlight_model::QuantBits;
     for name in ["moonlight-like", "qwen2"] {
         let checkpoint = moonlight_convert::Checkpoint::open(fixture(name)).unwrap();
         let device = Device::default();
         for bits in [QuantBits::Eight, QuantBits::Four] {
-            let packed = checkpoint.load_quantized(&device, Some(burn::tensor::DType::F32), bits).unwrap();
-            assert!(packed.is_quantized());
-            assert_eq!(logits(&packed), logits(&base(name).quantized(bits)));
-            // What is saved is unpacked.
+            let quantized = checkpoint.load_quantized(&device, Some(burn::tensor::DType::F32), bits).unwrap();
+            assert!(quantized.is_quantized());
+            assert_eq!(logits(&quantized), logits(&base(name).quantized(bits)));
+            // What is saved is dequantized.
             let home = tempfile::tempdir().unwrap();
-            save(&packed, &home.path().join("saved"), &SaveOptions::default()).unwrap();
+            save(&quantized, &home.path().join("saved"), &SaveOptions::default()).unwrap();
             let saved = load(&home.path().join("saved"), &device, None).unwrap().model;
-            logits(&saved).assert_approx_eq(&logits(&packed), Tolerance::<f32>::rel_abs(1e-4, 1e-4));
+            logits(&saved).assert_approx_eq(&logits(&quantized), Tolerance::<f32>::rel_abs(1e-4, 1e-4));
         }
     }
 }

@@ -14,7 +14,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A checkpoint that transformers saved.
+/// A checkpoint saved by transformers.
 fn fixture() -> String {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fixtures/moonlight-like").display().to_string()
 }
@@ -40,14 +40,14 @@ fn inspect_names_architecture_files_and_problems() {
 }
 
 #[test]
-fn convert_and_back_is_equal_and_verify_says_so() {
+fn a_round_trip_is_equal_and_verify_reports_it() {
     let home = tempfile::tempdir().unwrap();
     let path = |name: &str| home.path().join(name).display().to_string();
     let (half, again, wide) = (path("half"), path("again"), path("wide"));
     assert!(run(&["convert", &fixture(), &half, "--dtype", "bf16"]).status.success());
     assert!(run(&["convert", &half, &wide, "--dtype", "f32", "--max-shard-size", "30KB"]).status.success());
     assert!(run(&["convert", &wide, &again, "--dtype", "bf16"]).status.success());
-    assert!(fs::read_dir(&wide).unwrap().count() > 4, "it was to be in shards");
+    assert!(fs::read_dir(&wide).unwrap().count() > 4, "the result has several shards");
     for (a, b) in [(&half, &again), (&half, &wide)] {
         let output = run(&["verify", a, b]);
         assert!(output.status.success(), "{}", text(&output.stdout));
@@ -78,7 +78,7 @@ fn errors_are_one_line_and_exit_code_one_or_two() {
 }
 
 #[test]
-fn inspect_speaks_json_and_tells_a_download_from_a_broken_checkpoint() {
+fn inspect_prints_json_and_distinguishes_a_download_from_a_broken_checkpoint() {
     let json = |dir: &str| -> (Option<i32>, serde_json::Value) {
         let output = run(&["inspect", dir, "--json"]);
         (output.status.code(), serde_json::from_slice(&output.stdout).unwrap())
@@ -93,7 +93,7 @@ fn inspect_speaks_json_and_tells_a_download_from_a_broken_checkpoint() {
     assert!(whole["parameters"]["total"].as_u64() > whole["parameters"]["activated"].as_u64());
     assert_eq!(whole["skipped"][0]["tensors"].as_array().unwrap().len(), 3, "{}", whole["skipped"]);
 
-    // Shards, one of them still on its way.
+    // Shards, one of them still downloading.
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("shards");
     let shards = path.display().to_string();
@@ -113,7 +113,7 @@ fn inspect_speaks_json_and_tells_a_download_from_a_broken_checkpoint() {
     let (code, broken) = json(&shards);
     assert_eq!((code, &broken["state"]), (Some(1), &"broken".into()));
 
-    // Not even a configuration yet.
+    // Not even a config yet.
     let early = home.path().join("early");
     fs::create_dir(&early).unwrap();
     fs::write(early.join("config.json.part"), "").unwrap();
@@ -122,13 +122,13 @@ fn inspect_speaks_json_and_tells_a_download_from_a_broken_checkpoint() {
 }
 
 #[test]
-fn burnpack_and_back_through_the_program() {
+fn the_program_converts_to_burnpack_and_back() {
     let home = tempfile::tempdir().unwrap();
     let path = |name: &str| home.path().join(name).display().to_string();
     let (pack, back) = (path("pack"), path("back"));
     let output = run(&["convert", &fixture(), &pack, "--format", "burnpack"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert!(text(&output.stderr).contains("in 1 file(s)"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("in 1 file to"), "{}", text(&output.stderr));
     assert!(text(&run(&["inspect", &pack]).stdout).contains("format         burnpack"));
     assert!(run(&["convert", &pack, &back, "--shard-by-layer"]).status.success());
     for (a, b) in [(&fixture(), &pack), (&pack, &back), (&fixture(), &back)] {
@@ -189,9 +189,8 @@ fn digests_are_checked() {
     assert!(text(&output.stdout).contains("generation_config.json: has the digest"), "{}", text(&output.stdout));
 }
 
-/// The fixture with names that hold commands to a terminal, and many of them.
 #[test]
-fn a_checkpoint_is_held_against_the_manifest_that_it_was_saved_with() {
+fn a_checkpoint_is_compared_with_its_manifest() {
     use moonlight_convert::manifest::Manifest;
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().display().to_string();
@@ -203,7 +202,7 @@ fn a_checkpoint_is_held_against_the_manifest_that_it_was_saved_with() {
     assert!(text(&output.stderr).contains("has no `manifest.json`"), "{}", text(&output.stderr));
     Manifest::compute(home.path()).unwrap().write(home.path()).unwrap();
     let output = run(&["verify", &dir]);
-    assert!(output.status.success() && text(&output.stdout).starts_with("whole: "), "{}", text(&output.stdout));
+    assert!(output.status.success() && text(&output.stdout).starts_with("complete: "), "{}", text(&output.stdout));
     let weights = home.path().join("model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
     let middle = bytes.len() / 2;
@@ -214,6 +213,7 @@ fn a_checkpoint_is_held_against_the_manifest_that_it_was_saved_with() {
     assert!(text(&output.stdout).contains("`model.safetensors` is not what was written"), "{}", text(&output.stdout));
 }
 
+/// The fixture with thousands of file names that contain terminal commands.
 fn noisy(home: &std::path::Path) -> PathBuf {
     let dir = home.join("noisy");
     fs::create_dir(&dir).unwrap();
@@ -228,7 +228,7 @@ fn noisy(home: &std::path::Path) -> PathBuf {
 
 #[cfg(unix)]
 #[test]
-fn names_of_files_are_no_commands_to_the_terminal() {
+fn file_names_are_escaped_on_the_terminal() {
     let home = tempfile::tempdir().unwrap();
     let dir = noisy(home.path());
     for arguments in [vec!["inspect"], vec!["inspect", "--json"]] {
@@ -244,10 +244,10 @@ fn names_of_files_are_no_commands_to_the_terminal() {
     assert!(!output.stderr.contains(&0x1b));
 }
 
-/// `head` that has seen enough is no error, a full disk is one, and a dead stderr costs its lines.
+/// A closed pipe is no error, a full disk is one, and a full stderr loses its lines.
 #[cfg(target_os = "linux")]
 #[test]
-fn what_cannot_be_written_is_no_panic() {
+fn failed_output_is_not_a_panic() {
     let home = tempfile::tempdir().unwrap();
     let dir = noisy(home.path()).display().to_string();
     let program = || Command::new(env!("CARGO_BIN_EXE_moonlight-convert"));
@@ -266,9 +266,9 @@ fn what_cannot_be_written_is_no_panic() {
         let output = program().args(&arguments).stdout(full()).output().unwrap();
         let stderr = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
-        assert!(stderr.starts_with("error: what was found cannot be written to standard output"), "{stderr}");
+        assert!(stderr.starts_with("error: standard output cannot be written"), "{stderr}");
     }
-    // Nobody hears, and the work is done.
+    // Without a usable stderr the work is done all the same.
     for stderr in [Stdio::from(full()), Stdio::null()] {
         let status = program().args(["convert", &dir, &pack, "--force"]).stderr(stderr).status().unwrap();
         assert!(status.success());
@@ -280,14 +280,14 @@ fn what_cannot_be_written_is_no_panic() {
     assert_eq!(status.code(), Some(1));
 }
 
-/// A `tiktoken.model` of the 256 bytes.
+/// A `tiktoken.model` of the 256 single bytes.
 fn ranks() -> String {
     use base64::Engine;
     use base64::engine::general_purpose::STANDARD;
     (0..=u8::MAX).map(|byte| format!("{} {byte}\n", STANDARD.encode([byte]))).collect()
 }
 
-/// A checkpoint of some hundred megabytes, most of it a hole.
+/// A checkpoint of a few hundred megabytes in a sparse file.
 fn large(dir: &std::path::Path) {
     fs::create_dir(dir).unwrap();
     let config = fs::read_to_string(PathBuf::from(fixture()).join("../llama/config.json")).unwrap();
@@ -311,7 +311,7 @@ fn large(dir: &std::path::Path) {
     file.set_len((bytes.len() + end) as u64).unwrap();
 }
 
-/// Waits until the child writes beside `out`, and for its first megabytes.
+/// Waits until the child has begun to write.
 #[cfg(unix)]
 fn wait_for(saving: impl Fn() -> bool, child: &mut std::process::Child) {
     let begun = Instant::now();
@@ -320,10 +320,10 @@ fn wait_for(saving: impl Fn() -> bool, child: &mut std::process::Child) {
     }
 }
 
-/// Each signal ends a conversion within seconds, and nothing is left beside what was there.
+/// Each signal ends a conversion within seconds and leaves no files.
 #[cfg(unix)]
 #[test]
-fn signals_end_the_work_and_leave_nothing() {
+fn signals_end_a_conversion_and_leave_no_files() {
     let home = tempfile::tempdir().unwrap();
     let source = home.path().join("source");
     large(&source);
@@ -335,7 +335,7 @@ fn signals_end_the_work_and_leave_nothing() {
     let mut interrupted = 0;
     for signal in ["INT", "TERM", "HUP"] {
         if signal == "HUP" && moonlight_convert::hangup_is_ignored() {
-            println!("SKIPPED: SIGHUP, which whoever started the tests has ignored");
+            println!("SKIPPED: SIGHUP, which was ignored when the tests were started");
             continue;
         }
         let mut child = Command::new(env!("CARGO_BIN_EXE_moonlight-convert"))
@@ -350,7 +350,7 @@ fn signals_end_the_work_and_leave_nothing() {
         let output = child.wait_with_output().unwrap();
         assert!(begun.elapsed() < Duration::from_secs(8), "{signal}");
         if output.status.success() {
-            // It was faster than the signal.
+            // The conversion was faster than the signal.
             fs::remove_dir_all(home.path().join("out")).unwrap();
             continue;
         }
@@ -359,13 +359,13 @@ fn signals_end_the_work_and_leave_nothing() {
         assert_eq!(output.status.code(), Some(130), "{signal}: {}", text(&output.stderr));
         assert_eq!(names(), ["source"], "{signal}");
     }
-    assert!(interrupted > 0, "no signal came in time");
+    assert!(interrupted > 0, "no signal arrived during a conversion");
 }
 
-/// A file that becomes shorter while it is read is an error and no signal.
+/// A file that is truncated while it is read is an error and does not kill the program.
 #[cfg(unix)]
 #[test]
-fn a_file_that_becomes_shorter_is_an_error() {
+fn a_truncated_file_is_an_error() {
     let home = tempfile::tempdir().unwrap();
     let source = home.path().join("source");
     let out = home.path().join("out");

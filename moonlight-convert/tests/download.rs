@@ -1,6 +1,6 @@
-//! `moonlight-convert download` against a server on this machine that does what servers and lines do: it drops
-//! connections, knows no ranges, wants a token, sends damaged or foreign bytes, falls silent. Every run ends with a whole
-//! cache, or with one line that says why not and no name for the commit.
+//! `moonlight-convert download` against a local server that imitates faulty servers and connections: it drops
+//! connections, ignores ranges, requires a token, sends damaged or wrong bytes, stops responding. Every run ends with a
+//! complete cache, or with an error and no ref to the commit.
 
 #![cfg(feature = "download")]
 
@@ -25,38 +25,38 @@ const REPO: &str = "moonshotai/Moonlight-tiny";
 const TOKEN: &str = "hf_secret";
 const WEIGHTS: &str = "model.safetensors";
 
-/// How the server behaves.
+/// The behavior of the server.
 #[derive(Clone, Default)]
 struct Behavior {
-    /// Closes the connection behind so many bytes of a file's part.
+    /// Closes the connection after this many bytes of a response.
     cut: Option<usize>,
-    /// Closes the connection where the whole file has so many bytes.
+    /// Closes the connection at this offset of the file.
     never_past: Option<usize>,
-    /// Sends the whole file whatever part is asked for.
+    /// Ignores ranges and sends the whole file.
     no_ranges: bool,
-    /// Answers 401 without the token.
+    /// Answers with status 401 without the token.
     gated: bool,
     /// Changes a byte of the weights.
     damage: bool,
-    /// Says nothing more in the middle of the first part of the weights.
+    /// Stops responding once, in the middle of the weights.
     silent_once: bool,
-    /// Sends more than the file has.
+    /// Sends more bytes than the file has.
     longer: bool,
-    /// Sends files by way of another address, as the Hub does with LFS.
+    /// Redirects files to another path, as the Hub does for LFS.
     redirect: bool,
-    /// Sends everything by way of this server.
+    /// Redirects everything to this server.
     elsewhere: Option<String>,
-    /// Sends the list a byte a second, which would take it minutes.
+    /// Sends the list a byte at a time, which would take minutes.
     drip: bool,
-    /// A status for the first requests of files.
+    /// Answers this many requests for the weights with status 503.
     busy: usize,
-    /// What the list of files says in place of the truth.
+    /// A false list of files.
     list: Option<Value>,
 }
 
 struct Server {
     address: String,
-    /// Path, first byte asked for, and whether the token was sent.
+    /// The requests so far.
     seen: Arc<Mutex<Vec<Seen>>>,
     behavior: Arc<Mutex<Behavior>>,
 }
@@ -68,7 +68,7 @@ struct Seen {
     token: bool,
 }
 
-/// The files of the repository: a checkpoint that transformers saved, and what nobody asked for.
+/// The files of the repository: a checkpoint saved by transformers, and others that are not part of one.
 fn files() -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::from([
         ("README.md".to_owned(), b"# Moonlight".to_vec()),
@@ -87,7 +87,7 @@ fn git_digest(bytes: &[u8]) -> String {
     format!("{digest:x}")
 }
 
-/// As the Hub lists them: LFS for the weights, git for the rest.
+/// The Hub's list of them: LFS for the weights, git for the rest.
 fn list() -> Value {
     let siblings: Vec<Value> = files()
         .into_iter()
@@ -112,11 +112,11 @@ impl Server {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let behavior = Arc::new(Mutex::new(behavior));
         let (shared, log) = (Arc::clone(&behavior), Arc::clone(&seen));
-        // Ends with the test program.
+        // The thread ends with the test program.
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let (shared, log) = (Arc::clone(&shared), Arc::clone(&log));
-                // A client that hangs up is no failure of the server's.
+                // A client may close the connection.
                 std::thread::spawn(move || drop(serve(stream, &shared, &log)));
             }
         });
@@ -128,7 +128,7 @@ impl Server {
         self.seen.lock().unwrap().clear();
     }
 
-    /// Where the parts of the weights that were asked for began.
+    /// The start offsets of the requests for the weights.
     fn starts(&self) -> Vec<usize> {
         let seen = self.seen.lock().unwrap();
         seen.iter().filter(|seen| seen.path.ends_with(WEIGHTS)).filter_map(|seen| seen.start).collect()
@@ -288,9 +288,9 @@ impl Hub {
         path.into()
     }
 
-    /// Every file that a checkpoint is made of is there as it should be, and nothing else.
+    /// The cache contains every file of the checkpoint, unchanged, and no others.
     #[track_caller]
-    fn assert_whole(&self, output: &Output) {
+    fn assert_complete(&self, output: &Output) {
         assert!(output.status.success(), "{}", text(&output.stderr));
         assert_eq!(text(&output.stdout).trim_end(), self.snapshot().display().to_string());
         let mut expected = files();
@@ -322,7 +322,7 @@ impl Hub {
         assert_eq!(fs::read_to_string(self.folder().join("refs").join("main")).unwrap(), COMMIT);
     }
 
-    /// One line of error and one of hint behind whatever went before; exit code 1; the branch has no commit.
+    /// Exit code 1, one line with the error and one with the hint, and no ref for the branch.
     #[track_caller]
     fn assert_fails(&self, output: &Output, error: &str, hint: &str) {
         let stderr = text(&output.stderr);
@@ -341,17 +341,17 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn a_checkpoint_is_fetched_once_and_found_by_its_name() {
+fn a_checkpoint_is_downloaded_once_and_found_by_its_name() {
     let hub = Hub::new(Behavior::default());
-    hub.assert_whole(&hub.download(&[]));
+    hub.assert_complete(&hub.download(&[]));
     hub.server.behave(Behavior::default());
     let again = hub.download(&[]);
-    hub.assert_whole(&again);
-    assert!(text(&again.stderr).contains("0 fetched"), "{}", text(&again.stderr));
+    hub.assert_complete(&again);
+    assert!(text(&again.stderr).contains(" 0 downloaded"), "{}", text(&again.stderr));
     let seen = hub.server.seen.lock().unwrap().clone();
-    assert_eq!(seen.len(), 1, "only the list is asked for: {seen:?}");
+    assert_eq!(seen.len(), 1, "only the list is requested: {seen:?}");
 
-    // Without a network: the server's address is not even set.
+    // Without network access: the server's address is not set.
     let inspect = |model: &str| hub.command(&["inspect", model]).env_remove("HF_ENDPOINT").output().unwrap();
     for model in [REPO, &format!("{REPO}@main"), &format!("{REPO}@{COMMIT}"), &hub.snapshot().display().to_string()] {
         let output = inspect(model);
@@ -365,17 +365,20 @@ fn a_checkpoint_is_fetched_once_and_found_by_its_name() {
     assert_eq!(absent.status.code(), Some(1));
     let stderr = text(&absent.stderr);
     assert!(stderr.contains("neither a directory nor a model in the Hub's cache"), "{stderr}");
-    assert!(stderr.contains("hint: `moonlight-convert download moonshotai/Moonlight-huge`"), "{stderr}");
+    assert!(
+        stderr.contains("hint: download it with `moonlight-convert download moonshotai/Moonlight-huge`"),
+        "{stderr}"
+    );
 
     let offline = hub.command(&["download", REPO]).env("HF_HUB_OFFLINE", "1").output().unwrap();
-    hub.assert_whole(&offline);
+    hub.assert_complete(&offline);
     let offline = hub.command(&["download", "moonshotai/other"]).env("HF_HUB_OFFLINE", "1").output().unwrap();
     assert_eq!(offline.status.code(), Some(1));
     assert!(text(&offline.stderr).contains("`HF_HUB_OFFLINE` forbids"), "{}", text(&offline.stderr));
 }
 
 #[test]
-fn patterns_and_revisions() {
+fn patterns_and_revisions_are_respected() {
     let hub = Hub::new(Behavior::default());
     let output = hub.download(&["--revision", "v1", "--include", "*.md", "--include", "figures/*"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -389,34 +392,30 @@ fn patterns_and_revisions() {
 }
 
 #[test]
-fn a_line_that_breaks_again_and_again() {
+fn an_unreliable_connection_is_resumed() {
     let size = files()[WEIGHTS].len();
     let cut = size / 12;
     let hub = Hub::new(Behavior { cut: Some(cut), redirect: true, ..Behavior::default() });
-    hub.assert_whole(&hub.download(&[]));
+    hub.assert_complete(&hub.download(&[]));
     let mut starts = hub.server.starts();
     starts.dedup();
     assert!(starts.len() >= 12 && starts.is_sorted() && starts[1] == cut, "{starts:?}");
 }
 
 #[test]
-fn a_line_that_stays_broken_and_a_run_that_goes_on() {
+fn the_next_run_resumes_after_a_permanent_failure() {
     let size = files()[WEIGHTS].len();
     let hub = Hub::new(Behavior { never_past: Some(size / 2), ..Behavior::default() });
-    hub.assert_fails(
-        &hub.download(&[]),
-        &format!("`model.safetensors` stops at {} of {size} bytes", size / 2),
-        "run the same command again",
-    );
+    hub.assert_fails(&hub.download(&[]), &format!("with {} of {size} bytes", size / 2), "run the same command again");
     assert!(!hub.snapshot().join(WEIGHTS).exists() && !hub.blob_of_weights().exists());
     assert_eq!(fs::metadata(hub.partial_of_weights()).unwrap().len() as usize, size / 2);
     hub.server.behave(Behavior::default());
-    hub.assert_whole(&hub.download(&[]));
+    hub.assert_complete(&hub.download(&[]));
     assert_eq!(hub.server.starts(), [size / 2]);
 }
 
 #[test]
-fn parts_from_before_of_every_kind() {
+fn partial_files_of_every_kind_are_completed() {
     let good = files()[WEIGHTS].clone();
     let mut bad = good[..good.len() / 2].to_vec();
     bad[10] ^= 0xFF;
@@ -434,75 +433,75 @@ fn parts_from_before_of_every_kind() {
         fs::write(hub.partial_of_weights(), part).unwrap();
         let output = hub.download(&[]);
         assert!(output.status.success(), "{kind}: {}", text(&output.stderr));
-        hub.assert_whole(&output);
+        hub.assert_complete(&output);
     }
 }
 
 #[test]
-fn damaged_files_get_no_name() {
+fn damaged_files_are_not_linked() {
     let hub = Hub::new(Behavior { damage: true, ..Behavior::default() });
     hub.assert_fails(
         &hub.download(&[]),
         "`model.safetensors` is damaged: its digest is",
-        "the damaged file is removed",
+        "the damaged file has been removed",
     );
     assert!(!hub.blob_of_weights().exists() && !hub.partial_of_weights().exists());
     hub.server.behave(Behavior { longer: true, ..Behavior::default() });
-    hub.assert_fails(&hub.download(&["--include", WEIGHTS]), "the server sends more than the file has", "again");
+    hub.assert_fails(&hub.download(&["--include", WEIGHTS]), "the server sent more bytes than listed", "again");
     hub.server.behave(Behavior::default());
-    hub.assert_whole(&hub.download(&[]));
-    // One that is damaged later is found, and fetched again.
+    hub.assert_complete(&hub.download(&[]));
+    // A blob that is damaged later is detected and downloaded again.
     let mut bytes = fs::read(hub.blob_of_weights()).unwrap();
     bytes[1000] ^= 4;
     fs::write(hub.blob_of_weights(), &bytes).unwrap();
     let output = hub.download(&[]);
-    hub.assert_whole(&output);
-    assert!(text(&output.stderr).contains(", 1 fetched"), "{}", text(&output.stderr));
+    hub.assert_complete(&output);
+    assert!(text(&output.stderr).contains(": 1 downloaded"), "{}", text(&output.stderr));
 }
 
 #[test]
-fn servers_that_are_busy_or_fall_silent() {
+fn busy_and_silent_servers_are_retried() {
     let hub = Hub::new(Behavior { busy: 2, ..Behavior::default() });
     let output = hub.download(&[]);
-    hub.assert_whole(&output);
-    assert!(text(&output.stderr).contains("status 503; once more"), "{}", text(&output.stderr));
+    hub.assert_complete(&output);
+    assert!(text(&output.stderr).contains("status 503; retrying"), "{}", text(&output.stderr));
     let hub = Hub::new(Behavior { silent_once: true, ..Behavior::default() });
     let begun = Instant::now();
-    hub.assert_whole(&hub.download(&[]));
-    assert!(begun.elapsed() < Duration::from_secs(15), "it waited for a server that says nothing");
+    hub.assert_complete(&hub.download(&[]));
+    assert!(begun.elapsed() < Duration::from_secs(15), "it waited too long for a silent server");
 }
 
 #[test]
-fn gated_absent_and_unreachable() {
+fn gated_missing_and_unreachable_repositories_are_errors() {
     let hub = Hub::new(Behavior { gated: true, ..Behavior::default() });
     hub.assert_fails(
         &hub.download(&[]),
-        "does not let anybody read `moonshotai/Moonlight-tiny` (status 401)",
+        "denies access to `moonshotai/Moonlight-tiny` without a token (status 401)",
         "`HF_TOKEN`",
     );
     let wrong = hub.command(&["download", REPO]).env("HF_TOKEN", "hf_wrong").output().unwrap();
-    hub.assert_fails(&wrong, "does not let the owner of this token read", "is valid");
-    hub.assert_whole(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
-    assert!(!text(&wrong.stderr).contains("hf_wrong"), "a token is nobody's business");
+    hub.assert_fails(&wrong, "denies access to `moonshotai/Moonlight-tiny` with this token", "is valid");
+    hub.assert_complete(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
+    assert!(!text(&wrong.stderr).contains("hf_wrong"), "a token is not shown");
 
     let hub = Hub::new(Behavior::default());
     hub.assert_fails(
         &hub.download(&["--revision", "v9"]),
-        "there is no model `moonshotai/Moonlight-tiny` with a revision `v9`",
+        "the model `moonshotai/Moonlight-tiny` with the revision `v9`",
         "name",
     );
     let absent = hub.command(&["download", "moonshotai/nothing"]).output().unwrap();
-    hub.assert_fails(&absent, "there is no model `moonshotai/nothing`", "name");
+    hub.assert_fails(&absent, "the model `moonshotai/nothing` with the revision", "name");
     let name = hub.command(&["download", "../../etc"]).output().unwrap();
     hub.assert_fails(&name, "is not the name of a model", "organization/model");
-    // A port that was free a moment ago.
+    // A free port.
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let nobody = hub.command(&["download", REPO]).env("HF_ENDPOINT", format!("http://{free}")).output().unwrap();
-    hub.assert_fails(&nobody, "cannot be reached", "`HF_ENDPOINT`");
+    let unreachable = hub.command(&["download", REPO]).env("HF_ENDPOINT", format!("http://{free}")).output().unwrap();
+    hub.assert_fails(&unreachable, "cannot be reached", "`HF_ENDPOINT`");
 }
 
 #[test]
-fn lists_that_lie() {
+fn invalid_lists_are_refused() {
     let hub = Hub::new(Behavior::default());
     let digest = git_digest(b"x");
     let lists = [
@@ -512,9 +511,9 @@ fn lists_that_lie() {
         ),
         (
             json!({"sha": COMMIT, "siblings": [{"rfilename": "config.json", "size": 1, "blobId": "../../evil"}]}),
-            "size and digest",
+            "no size or digest",
         ),
-        (json!({"sha": "../../evil", "siblings": []}), "is no commit"),
+        (json!({"sha": "../../evil", "siblings": []}), "is not a commit"),
         (
             json!({"sha": COMMIT, "siblings": [{"rfilename": "config.json", "size": u64::MAX, "blobId": digest}]}),
             "free",
@@ -526,50 +525,51 @@ fn lists_that_lie() {
         hub.assert_fails(&hub.download(&["--include", "*config.json"]), error, "");
         assert!(!hub.snapshot().exists());
     }
-    // A file that is listed and not there.
+    // A file that is listed but does not exist.
     let list = json!({"sha": COMMIT, "siblings": [{"rfilename": "tiktoken.model", "size": 1, "blobId": digest}]});
     hub.server.behave(Behavior { list: Some(list), ..Behavior::default() });
-    hub.assert_fails(&hub.download(&[]), "there is no file `tiktoken.model` in `moonshotai/Moonlight-tiny`", "");
+    hub.assert_fails(&hub.download(&[]), "the file `tiktoken.model` in `moonshotai/Moonlight-tiny` does not exist", "");
 }
 
-/// A commit names what it holds.
+/// A commit identifies its contents.
 #[test]
-fn another_commit_than_the_one_asked_for_is_refused() {
+fn a_list_for_another_commit_is_refused() {
     let hub = Hub::new(Behavior::default());
     let other = hub.download(&["--revision", OTHER_COMMIT]);
-    hub.assert_fails(&other, &format!("it is of the commit {COMMIT}, not of the one that was asked for"), "");
+    hub.assert_fails(&other, &format!("it is for the commit {COMMIT}, not for the requested one"), "");
     assert!(!hub.folder().join("blobs").exists());
     let own = hub.download(&["--revision", &COMMIT.to_uppercase()]);
-    assert!(!own.status.success(), "the server knows it by its own spelling alone");
+    assert!(!own.status.success(), "this server does not accept upper case");
     let own = hub.download(&["--revision", COMMIT]);
     assert!(own.status.success(), "{}", text(&own.stderr));
     assert!(hub.snapshot().join(WEIGHTS).exists());
 }
 
-/// Another port is another server, and none of the two need know.
+/// Another port is another origin.
 #[test]
-fn a_token_goes_to_its_own_origin_and_no_further() {
+fn a_token_is_sent_to_its_own_origin_only() {
     let other = Server::new(Behavior::default());
     let hub = Hub::new(Behavior { elsewhere: Some(other.address.clone()), ..Behavior::default() });
-    hub.assert_whole(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
+    hub.assert_complete(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
     let tokens = |server: &Server| -> Vec<bool> { server.seen.lock().unwrap().iter().map(|seen| seen.token).collect() };
     assert!(tokens(&hub.server).len() > 3 && tokens(&hub.server).iter().all(|token| *token));
     assert!(tokens(&other).len() > 3 && !tokens(&other).iter().any(|token| *token), "{:?}", tokens(&other));
-    // To the same origin it goes along, as the Hub wants of models that were renamed.
+    // The token is sent to redirects within its origin, as the Hub requires for renamed models.
     let hub = Hub::new(Behavior { redirect: true, gated: true, ..Behavior::default() });
-    hub.assert_whole(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
-    // And a circle ends.
+    hub.assert_complete(&hub.command(&["download", REPO]).env("HF_TOKEN", TOKEN).output().unwrap());
+    // A redirect loop ends.
     let hub = Hub::new(Behavior::default());
     hub.server.behave(Behavior { elsewhere: Some(hub.server.address.clone()), ..Behavior::default() });
-    hub.assert_fails(&hub.download(&[]), "it leads elsewhere more than 10 times", "");
+    hub.assert_fails(&hub.download(&[]), "it redirects more than 10 times", "");
 }
 
 #[test]
 fn passwords_and_tokens_are_never_shown() {
     let hub = Hub::new(Behavior { gated: true, ..Behavior::default() });
     let address = hub.server.address.replace("http://", "http://user:PASSWORD@");
-    let nobody = "http://user:PASSWORD@127.0.0.1:1";
-    for endpoint in [&address, nobody, "user:PASSWORD@nowhere", "ftp://user:PASSWORD@h", "http://user:PASSWORD@h/\u{7}"]
+    let unreachable = "http://user:PASSWORD@127.0.0.1:1";
+    for endpoint in
+        [&address, unreachable, "user:PASSWORD@nowhere", "ftp://user:PASSWORD@h", "http://user:PASSWORD@h/\u{7}"]
     {
         for arguments in [&["download", REPO][..], &["download", REPO, "--revision", "v9"]] {
             let output = hub.command(arguments).env("HF_ENDPOINT", endpoint).output().unwrap();
@@ -582,18 +582,22 @@ fn passwords_and_tokens_are_never_shown() {
     fs::write(&file, "hf_SECRET\nhf_SECRET\n").unwrap();
     for (name, value, shown) in [
         ("HF_TOKEN", "hf_SEC\nRET", "the token in `HF_TOKEN` has more than one line"),
-        ("HUGGING_FACE_HUB_TOKEN", "hf_SEC\u{1}RET", "the token in `HUGGING_FACE_HUB_TOKEN` has control characters"),
+        (
+            "HUGGING_FACE_HUB_TOKEN",
+            "hf_SEC\u{1}RET",
+            "the token in `HUGGING_FACE_HUB_TOKEN` contains control characters",
+        ),
         ("HF_TOKEN_PATH", &file.display().to_string(), "my-token` has more than one line"),
     ] {
         let output = hub.command(&["download", REPO]).env(name, value).output().unwrap();
-        hub.assert_fails(&output, shown, "copy the token once more");
+        hub.assert_fails(&output, shown, "copy the token again");
         assert!(!text(&output.stderr).contains("SEC"), "{}", text(&output.stderr));
     }
     assert!(hub.server.seen.lock().unwrap().iter().all(|seen| !seen.token));
 }
 
 #[test]
-fn a_list_that_drips_is_given_up() {
+fn a_list_that_arrives_too_slowly_is_an_error() {
     let hub = Hub::new(Behavior { drip: true, ..Behavior::default() });
     let begun = Instant::now();
     let output = hub.command(&["download", REPO]).env("HF_HUB_DOWNLOAD_TIMEOUT", "1").output().unwrap();
@@ -601,13 +605,13 @@ fn a_list_that_drips_is_given_up() {
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
 }
 
-/// At once, whatever it waits for; what has come of the file is gone on from.
+/// Signals end a download immediately, and the next run resumes the partial file.
 #[cfg(unix)]
 #[test]
 fn signals_end_a_download() {
     for signal in ["INT", "TERM", "HUP"] {
         if signal == "HUP" && moonlight_convert::hangup_is_ignored() {
-            println!("SKIPPED: SIGHUP, which whoever started the tests has ignored");
+            println!("SKIPPED: SIGHUP, which was ignored when the tests were started");
             continue;
         }
         let hub = Hub::new(Behavior { silent_once: true, ..Behavior::default() });
@@ -623,14 +627,14 @@ fn signals_end_a_download() {
         let begun = Instant::now();
         assert!(sent.success() && !child.wait().unwrap().success());
         assert!(begun.elapsed() < Duration::from_secs(5), "{signal}");
-        // A file that was being put into its place when the signal came goes an hour later, with the next download.
+        // A temporary file may be left by the signal; a download an hour later would remove it.
         let output = hub.download(&[]);
         for path in fs::read_dir(hub.snapshot()).unwrap().map(|entry| entry.unwrap().path()) {
             if path.file_name().unwrap().to_string_lossy().starts_with(".moonlight-") {
                 fs::remove_file(path).unwrap();
             }
         }
-        hub.assert_whole(&output);
-        assert!(hub.server.starts().iter().any(|start| *start > 0), "{signal}: it was begun anew");
+        hub.assert_complete(&output);
+        assert!(hub.server.starts().iter().any(|start| *start > 0), "{signal}: the file was not resumed");
     }
 }

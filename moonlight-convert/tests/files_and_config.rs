@@ -1,6 +1,5 @@
-//! Where the files and `config.json` say different things, or more than the model needs: a head beside one that is tied,
-//! quantized forms, prediction layers that are not announced. What is used is what transformers 5 uses; what is left out is
-//! named.
+//! Files that differ from `config.json` or contain more than the model needs: a separate head although it is tied,
+//! quantized forms, undeclared MTP layers. The same is used as in transformers 5, and what is ignored is named.
 
 mod common;
 
@@ -32,9 +31,10 @@ fn config_in(dir: &Path) -> Value {
     serde_json::from_str(&fs::read_to_string(dir.join("config.json")).unwrap()).unwrap()
 }
 
-/// transformers 5.24 (`tie_weights` after `from_pretrained`): two tensors that differ are not tied, with a warning.
+/// As in transformers 5.24 (`tie_weights` after `from_pretrained`): two tensors that differ are not tied, with a
+/// warning.
 #[test]
-fn a_head_that_differs_from_the_embedding_is_used_and_kept_although_the_configuration_ties_it() {
+fn a_head_that_differs_from_the_embedding_is_used_although_the_config_ties_it() {
     let home = tempfile::tempdir().unwrap();
     let [tied, converted, lost] = ["tied", "converted", "lost"].map(|name| home.path().join(name));
     let mut config = config_of("llama");
@@ -54,8 +54,8 @@ fn a_head_that_differs_from_the_embedding_is_used_and_kept_although_the_configur
     let (equal, said, _) = program(&[Path::new("verify"), &tied, &converted]);
     assert!(equal && said.starts_with("equal: "), "{said}");
     let (_, said, _) = program(&[Path::new("inspect"), &tied]);
-    assert!(said.contains("the head is used, as transformers 5 does"), "{said}");
-    // One that lost its head is another checkpoint, whichever way round they are compared.
+    assert!(said.contains("the head is used, as in transformers 5"), "{said}");
+    // Without its head it is a different checkpoint, in either order of the comparison.
     tensors.remove(HEAD);
     write_dir(&lost, &config, &tensors);
     for (a, b, side) in [(&tied, &lost, "only in the first"), (&lost, &tied, "only in the second")] {
@@ -65,7 +65,7 @@ fn a_head_that_differs_from_the_embedding_is_used_and_kept_although_the_configur
 }
 
 #[test]
-fn a_head_that_repeats_the_embedding_is_named_and_left_out() {
+fn a_head_equal_to_the_embedding_is_named_and_ignored() {
     let home = tempfile::tempdir().unwrap();
     let [tied, converted, alone] = ["tied", "converted", "alone"].map(|name| home.path().join(name));
     let plain = read_tensors(&fixture("qwen2"));
@@ -76,9 +76,9 @@ fn a_head_that_repeats_the_embedding_is_named_and_left_out() {
     convert(&tied, &converted);
     assert_eq!(read_tensors(&converted), plain);
     let (equal, said, _) = program(&[Path::new("verify"), &tied, &converted]);
-    let named = "not counted: 1 tensor only in the first: output head (repeats the embedding, to which it is tied)";
+    let named = "ignored: 1 tensor only in the first: output head (equal to the embedding, to which it is tied)";
     assert!(equal && said.contains(named), "{said}");
-    // In another dtype it is still the same.
+    // The comparison works across dtypes.
     let wide = |raw: &Raw| {
         let data = raw.data.chunks(2).flat_map(|half| [0, 0, half[0], half[1]]).collect();
         Raw { dtype: Dtype::F32, shape: raw.shape.clone(), data }
@@ -89,7 +89,7 @@ fn a_head_that_repeats_the_embedding_is_named_and_left_out() {
     tensors.get_mut(HEAD).unwrap().data[3] ^= 0x80;
     write_dir(&tied, &config_of("qwen2"), &tensors);
     assert_eq!(Checkpoint::open(&tied).unwrap().tied_head(), TiedHead::Separate);
-    // A head alone is the embedding, too, as in transformers 5.
+    // A head without an embedding serves as both, as in transformers 5.
     let mut tensors = plain.clone();
     let embedding = tensors.remove(EMBEDDING).unwrap();
     tensors.insert(HEAD.into(), embedding);
@@ -102,11 +102,12 @@ fn a_head_that_repeats_the_embedding_is_named_and_left_out() {
     assert_eq!(read_tensors(&again), plain);
 }
 
-/// Values of E4M3 by their bits.
+/// E4M3 bits and their values.
 const E4M3: [(u8, f32); 6] =
     [(0x38, 1.0), (0xb8, -1.0), (0x40, 2.0), (0x30, 0.5), (0x7e, 448.0), (0x01, 0.001_953_125)];
 
-/// The matrices of a family in FP8, each value one of [`E4M3`] and each row of scales another; and what they stand for.
+/// The matrices of a family in FP8, with values from [`E4M3`] and a different scale for each row; and the dequantized
+/// matrices.
 fn in_fp8(family: &str, scale_shape: impl Fn(usize) -> Vec<usize>) -> (Tensors, Tensors) {
     let (mut quantized, mut plain) = (Tensors::new(), Tensors::new());
     for (name, raw) in read_tensors(&fixture(family)) {
@@ -132,7 +133,7 @@ fn in_fp8(family: &str, scale_shape: impl Fn(usize) -> Vec<usize>) -> (Tensors, 
     (quantized, plain)
 }
 
-/// The shape of a matrix's scales, by its rows.
+/// The shape of a matrix's scales, given its number of rows.
 type ScaleShape = fn(usize) -> Vec<usize>;
 
 fn compressed(strategy: Option<&str>) -> Value {
@@ -145,19 +146,19 @@ fn compressed(strategy: Option<&str>) -> Value {
 }
 
 #[test]
-fn fp8_with_a_scale_a_tensor_or_a_row_is_its_value_times_its_scale() {
+fn fp8_is_dequantized_with_scales_per_tensor_and_per_row() {
     let home = tempfile::tempdir().unwrap();
     let family = "moonlight-like";
     let shapes: [(&str, &str, ScaleShape); 5] = [
-        ("tensor", "one scale a tensor", |_| vec![1]),
-        ("tensor", "one scale a tensor", |_| vec![]),
-        ("tensor", "one scale a tensor", |_| vec![1, 1]),
-        ("channel", "one scale a row", |rows| vec![rows, 1]),
-        ("channel", "one scale a row", |rows| vec![rows]),
+        ("tensor", "one scale per tensor", |_| vec![1]),
+        ("tensor", "one scale per tensor", |_| vec![]),
+        ("tensor", "one scale per tensor", |_| vec![1, 1]),
+        ("channel", "one scale per row", |rows| vec![rows, 1]),
+        ("channel", "one scale per row", |rows| vec![rows]),
     ];
     for (at, (strategy, form, shape)) in shapes.into_iter().enumerate() {
         let (mut quantized, plain) = in_fp8(family, shape);
-        // Scales of activations change no weight.
+        // Scales of activations do not change weights.
         let activations = "model.layers.0.self_attn.q_proj.input_scale";
         quantized.insert(activations.into(), quantized["model.layers.0.self_attn.q_proj.weight_scale"].clone());
         for (key, declared) in [
@@ -186,13 +187,13 @@ fn fp8_with_a_scale_a_tensor_or_a_row_is_its_value_times_its_scale() {
             assert!(loaded == parameters(&load(&written, &device, None).unwrap().model));
             let (_, said, _) = program(&[Path::new("inspect"), &dir]);
             assert!(said.contains(&format!("FP8, {form}: ")), "{said}");
-            assert!(said.contains("not needed     1 tensor: scales of quantized activations"), "{said}");
+            assert!(said.contains("ignored        1 tensor: scales of quantized activations"), "{said}");
         }
     }
 }
 
 #[test]
-fn scales_of_another_strategy_than_the_configuration_names_are_refused() {
+fn scales_of_another_granularity_than_in_the_config_are_refused() {
     let home = tempfile::tempdir().unwrap();
     let (quantized, _) = in_fp8("moonlight-like", |rows| vec![rows, 1]);
     let mut config = config_of("moonlight-like");
@@ -202,8 +203,8 @@ fn scales_of_another_strategy_than_the_configuration_names_are_refused() {
     let problems = checkpoint.problems();
     assert!(problems.iter().all(|problem| matches!(problem, Problem::QuantizedTensor { .. })), "{problems:?}");
     let said = problems[0].to_string();
-    assert!(said.ends_with("has a scale a row, and `quantization_config` says `tensor`"), "{said}");
-    // A shape that no strategy has is named as such.
+    assert!(said.ends_with("has one scale per row; `quantization_config` has the `strategy` `tensor`"), "{said}");
+    // A shape of no granularity is reported as a wrong shape.
     let (quantized, _) = in_fp8("moonlight-like", |rows| vec![rows, 2]);
     config["quantization_config"] = compressed(Some("channel"));
     write_dir(home.path(), &config, &quantized);
@@ -211,7 +212,7 @@ fn scales_of_another_strategy_than_the_configuration_names_are_refused() {
     let wrong_shape =
         |problem: &Problem| matches!(problem, Problem::WrongShape { expected, .. } if expected[1..] == [1]);
     assert!(!problems.is_empty() && problems.iter().all(wrong_shape), "{problems:?}");
-    // What is not read is named with what is.
+    // The hint lists what is supported.
     let int8: Tensors = quantized
         .into_iter()
         .map(|(name, raw)| (name, if raw.dtype == Dtype::F8_E4M3 { Raw { dtype: Dtype::I8, ..raw } } else { raw }))
@@ -220,12 +221,12 @@ fn scales_of_another_strategy_than_the_configuration_names_are_refused() {
     let error = load(home.path(), &Device::default(), None).unwrap_err();
     assert!(matches!(error, CheckpointError::Mismatch { .. }), "{error}");
     let hint = error.hint().unwrap();
-    assert!(hint.contains("read are FP8 (E4M3) with a scale a tensor, a row or a block, and INT4 in groups"), "{hint}");
+    assert!(hint.contains("supported are FP8 (E4M3) with one scale per tensor, row or block, and INT4"), "{hint}");
 }
 
-/// transformers' FP8 integrations (fbgemm, fine-grained) save these beside the weights.
+/// transformers' FP8 integrations (fbgemm, fine-grained) save these in addition to the weights.
 #[test]
-fn scales_of_activations_are_left_out_and_named() {
+fn scales_of_activations_are_ignored_and_named() {
     let home = tempfile::tempdir().unwrap();
     let (mut tensors, _) = in_fp8("moonlight-like", |rows| vec![rows, 1]);
     let names = [
@@ -246,7 +247,7 @@ fn scales_of_activations_are_left_out_and_named() {
 }
 
 #[test]
-fn a_quantization_that_is_not_followed_is_refused_by_name() {
+fn an_unsupported_quantization_is_refused_by_name() {
     let home = tempfile::tempdir().unwrap();
     let (tensors, _) = in_fp8("moonlight-like", |rows| vec![rows, 1]);
     let refused = |change: fn(&mut Value), tensors: &Tensors| {
@@ -262,12 +263,12 @@ fn a_quantization_that_is_not_followed_is_refused_by_name() {
     };
     let error = refused(transform, &tensors);
     assert!(error.to_string().contains("`quantization_config.transform_config` is {"), "{error}");
-    assert!(error.hint().unwrap().contains("take the weights before they were quantized"), "{error}");
+    assert!(error.hint().unwrap().contains("use the unquantized weights"), "{error}");
     let error = refused(|config| config["new_key"] = json!(1), &tensors);
-    assert!(error.to_string().contains("`quantization_config.new_key` is not known"), "{error}");
+    assert!(error.to_string().contains("unknown key `quantization_config.new_key`"), "{error}");
     let error = refused(|config| config["config_groups"]["group_0"]["weights"]["type"] = json!("int"), &tensors);
     assert!(
-        error.to_string().contains("is kept as FP8, and `quantization_config` has no group of the `type`"),
+        error.to_string().contains("is stored as FP8; `quantization_config` has no group of the `type`"),
         "{error}"
     );
     // FP8 that was cast without scales.
@@ -277,9 +278,9 @@ fn a_quantization_that_is_not_followed_is_refused_by_name() {
     assert!(error.hint().unwrap().contains("cast them to bf16"), "{error}");
 }
 
-/// Eight bits, floats, or groups of another size under the name of packed weights.
+/// 8-bit values, floats, or groups of another size in the layout of INT4.
 #[test]
-fn packed_weights_are_what_the_configuration_says() {
+fn int4_weights_must_match_the_config() {
     let home = tempfile::tempdir().unwrap();
     let weight = "model.layers.0.mlp.up_proj.weight";
     let mut tensors = read_tensors(&fixture("llama"));
@@ -304,7 +305,7 @@ fn packed_weights_are_what_the_configuration_says() {
         (packed(columns.div_ceil(4), 9, int(4, 9)), "has weights of 8 bits"),
         (
             packed(columns.div_ceil(8), 9, int(4, 18)),
-            "has a scale for 9 values, and `quantization_config` says `group_size` 18",
+            "has one scale per 9 values; `quantization_config` has the `group_size` 18",
         ),
         (packed(columns.div_ceil(8), 9, json!({"num_bits": 4, "type": "float"})), "no group of the `type` `int`"),
     ] {
@@ -313,9 +314,9 @@ fn packed_weights_are_what_the_configuration_says() {
     }
 }
 
-/// transformers opens an index that lists what was never saved, where its model has no place for it.
+/// transformers opens an index with tensors that were never saved, if its model does not need them.
 #[test]
-fn an_index_may_list_what_the_model_does_not_need() {
+fn an_index_may_list_tensors_that_the_model_does_not_need() {
     let home = tempfile::tempdir().unwrap();
     let tensors = read_tensors(&fixture("qwen2"));
     let [first, _] = write_sharded(home.path(), &config_of("qwen2"), &tensors);
@@ -335,13 +336,13 @@ fn an_index_may_list_what_the_model_does_not_need() {
     let note = checkpoint.skipped_notes().pop().unwrap();
     assert!(note.starts_with("the index lists `lm_head.weight` and 1 more, which"), "{note}");
     assert!(checkpoint.summary().unwrap().notes.contains(&note));
-    // What the model needs is missing as ever.
+    // Tensors that the model needs are still reported as missing.
     index("model.layers.0.self_attn.q_norm.weight");
     assert!(matches!(&Checkpoint::open(home.path()).unwrap().problems()[..], [Problem::NotInFile { .. }]));
 }
 
 #[test]
-fn a_prediction_layer_that_is_not_announced_is_left_out_and_said() {
+fn an_undeclared_mtp_layer_is_ignored_and_named() {
     let home = tempfile::tempdir().unwrap();
     let [source, converted] = ["source", "converted"].map(|name| home.path().join(name));
     let family = "moonlight-like";
@@ -355,9 +356,9 @@ fn a_prediction_layer_that_is_not_announced_is_left_out_and_said() {
     assert_eq!(checkpoint.problems(), []);
     assert_eq!(checkpoint.skipped()[&SkipReason::UndeclaredPrediction].len(), 4);
     let (_, _, said) = program(&[Path::new("convert"), &source, &converted]);
-    let named = "left out: 4 tensors: multi-token-prediction layers that config.json does not announce";
+    let named = "ignored 4 tensors: multi-token-prediction layers that `config.json` does not declare";
     assert!(said.contains(named), "{said}");
-    // They are no part of the model, and not in the other: not equal, but for those who ask for the model alone.
+    // The checkpoints differ, except in what the model uses.
     let (equal, said, error) = program(&[Path::new("verify"), &source, &converted]);
     assert!(
         !equal && said.contains("model.layers.3.eh_proj.weight: only in the first: multi-token-prediction"),
@@ -365,10 +366,10 @@ fn a_prediction_layer_that_is_not_announced_is_left_out_and_said() {
     );
     assert!(error.contains("--model-only"), "{error}");
     let (equal, said, _) = program(&[Path::new("verify"), &source, &converted, Path::new("--model-only")]);
-    assert!(equal && said.contains("not counted: 4 tensors only in the first"), "{said}");
+    assert!(equal && said.contains("ignored: 4 tensors only in the first"), "{said}");
     let comparison = checkpoint.compare(&Checkpoint::open(&converted).unwrap(), 0.0, &()).unwrap();
     assert!(comparison.differences.is_empty() && !comparison.is_equal());
-    // Where both have them, their bytes count.
+    // If both contain them, their bytes are compared.
     let other = home.path().join("other");
     tensors.get_mut("model.layers.3.enorm.weight").unwrap().data[0] ^= 1;
     write_dir(&other, &config_of(family), &tensors);
@@ -376,16 +377,16 @@ fn a_prediction_layer_that_is_not_announced_is_left_out_and_said() {
     let unused: Vec<_> = comparison.unused.iter().map(|unused| (unused.tensor.as_str(), unused.difference)).collect();
     assert_eq!(unused, [("model.layers.3.enorm.weight", UnusedDifference::Bytes)]);
 
-    // A plain decoder layer after the last one is no prediction layer: the configuration is another model's.
+    // A plain decoder layer after the last one is not an MTP layer: the config belongs to another model.
     tensors.retain(|name, _| !name.starts_with("model.layers.3.") || name.ends_with("o_proj.weight"));
     write_dir(&source, &config_of(family), &tensors);
     let error = load(&source, &Device::default(), None).unwrap_err();
     assert!(error.to_string().contains("1 tensor is unexpected: `model.layers.3.self_attn.o_proj.weight`"), "{error}");
-    assert!(error.hint().unwrap().contains("has no place for these tensors"), "{:?}", error.hint());
+    assert!(error.hint().unwrap().contains("has no parameters for these tensors"), "{:?}", error.hint());
 }
 
 #[test]
-fn a_key_that_is_not_followed_is_named_with_the_file_and_the_way_out() {
+fn an_unsupported_key_is_named_with_the_file_and_a_hint() {
     let home = tempfile::tempdir().unwrap();
     let mut config = config_of("llama");
     config["sliding_window"] = 3.into();
@@ -397,20 +398,36 @@ fn a_key_that_is_not_followed_is_named_with_the_file_and_the_way_out() {
         "{said}"
     );
     assert!(error.hint().unwrap().contains("`max_position_embeddings`"));
-    // The way out is one.
+    // The hint works.
     config["max_position_embeddings"] = 3.into();
     fs::write(home.path().join("config.json"), config.to_string()).unwrap();
     load(home.path(), &Device::default(), None).unwrap();
 }
 
 #[test]
-fn inspect_says_which_keys_were_passed_over() {
+fn inspect_lists_the_ignored_keys() {
     let (_, said, _) = program(&[Path::new("inspect"), &fixture("moonlight-like")]);
-    assert!(
-        said.contains("passed over    attention_dropout, aux_loss_alpha, seq_aux (training in other programs)"),
-        "{said}"
-    );
+    assert!(said.contains("ignored        config keys: attention_dropout, aux_loss_alpha, seq_aux ("), "{said}");
     let (_, said, _) = program(&[Path::new("inspect"), &fixture("moonlight-like"), Path::new("--json")]);
     let summary: Value = serde_json::from_str(&said).unwrap();
-    assert_eq!(summary["ignored_keys"]["how a program computes the same thing"], json!(["ep_size", "pretraining_tp"]));
+    let by_reason = summary["keys_passed_over"].as_object().unwrap();
+    assert!(by_reason.values().any(|keys| *keys == json!(["ep_size", "pretraining_tp"])), "{by_reason:?}");
+}
+
+/// Files of a published repository that are neither read nor copied.
+#[test]
+fn inspect_lists_the_ignored_files() {
+    let home = tempfile::tempdir().unwrap();
+    let [first, _] = write_sharded(home.path(), &config_of("qwen2"), &read_tensors(&fixture("qwen2")));
+    for name in ["pytorch_model.bin", "consolidated.00.pth", "extra.safetensors", "tokenizer.json", ".gitattributes"] {
+        fs::write(home.path().join(name), "{}").unwrap();
+    }
+    fs::create_dir(home.path().join("figures")).unwrap();
+    let summary = Checkpoint::open(home.path()).unwrap().summary().unwrap();
+    assert_eq!(summary.ignored_files, ["consolidated.00.pth", "extra.safetensors", "figures/", "pytorch_model.bin"]);
+    // With the single file, shards and index are ignored.
+    fs::copy(fixture("qwen2").join("model.safetensors"), home.path().join("model.safetensors")).unwrap();
+    let summary = Checkpoint::open(home.path()).unwrap().summary().unwrap();
+    assert!(summary.ignored_files.contains(&first), "{:?}", summary.ignored_files);
+    assert!(summary.ignored_files.contains(&"model.safetensors.index.json".to_owned()), "{:?}", summary.ignored_files);
 }

@@ -1,11 +1,11 @@
-//! Files that lie. Real configurations, indexes and headers (of transformers' checkpoints and of the full-size Moonlight)
-//! are changed at random and opened: whatever comes of it, it is a value, soon, and without much memory.
+//! Fuzzing. Real configs, indexes and headers (of transformers' checkpoints and of the full-size Moonlight) are changed
+//! at random and opened: the result is always a value or an error, quickly and in little memory.
 //!
 //! ```text
 //! FUZZ_INPUTS=1000000 cargo test -p moonlight-convert --test fuzz -- --ignored --nocapture
 //! ```
 //!
-//! `FUZZ_SEED` chooses other changes; a failure names the input, and `FUZZ_FIRST=N FUZZ_INPUTS=1` repeats it.
+//! `FUZZ_SEED` selects other changes; a failure names the input, and `FUZZ_FIRST=N FUZZ_INPUTS=1` repeats it.
 
 mod common;
 
@@ -33,12 +33,12 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
-/// The most that opening one input may have allocated at a time.
+/// The most bytes allocated at a time while opening an input.
 const MOST_MEMORY: usize = 100_000_000;
-/// The longest that it may take, on a machine that does other things besides.
+/// The longest time for an input, on a machine with other load.
 const LONGEST: Duration = Duration::from_secs(10);
 
-/// Counts what is allocated now, and the most since it was last asked.
+/// Counts the allocated bytes, and their maximum since the last reset.
 struct Counting;
 
 static NOW: AtomicUsize = AtomicUsize::new(0);
@@ -47,7 +47,7 @@ static MOST: AtomicUsize = AtomicUsize::new(0);
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-// SAFETY: every request is handed to the system's allocator as it is; only numbers are kept beside.
+// SAFETY: every request is passed unchanged to the system's allocator; only counters are added.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let now = NOW.fetch_add(layout.size(), Relaxed) + layout.size();
@@ -63,10 +63,10 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// One run at a time: the counts are of the whole program.
+/// One run at a time: the counters are global.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// A directory that is sound: the texts that are changed, and the lengths of the data behind headers.
+/// A valid directory: the texts to change, and the sizes of the data after headers.
 #[derive(Clone)]
 struct Base {
     name: &'static str,
@@ -77,18 +77,18 @@ struct Base {
 struct Part {
     name: String,
     kind: Kind,
-    /// The text; of a file of weights, the header.
+    /// The text; for a weight file, its header.
     text: Vec<u8>,
-    /// What follows it as far as it matters; the rest of a file is a hole.
+    /// The beginning of the data that follows; the rest of the file is sparse.
     data: Vec<u8>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Text,
-    /// A header whose length stands before it, and the length of the data behind it.
+    /// A header preceded by its length, and the size of the data after it.
     Weights(u64),
-    /// A header that knows its own length, and the length of the data behind it.
+    /// A header that contains its own length, and the size of the data after it.
     Burnpack(u64),
 }
 
@@ -97,7 +97,8 @@ impl Part {
         Self { name: name.into(), kind: Kind::Text, text: text.into(), data: Vec::new() }
     }
 
-    /// Writes it: `length` for the header's in place of the true one, `data` for the data's length.
+    /// Writes the file, with `length` as the header's length and `data` as the size of the data instead of the true
+    /// ones.
     fn write(&self, dir: &Path, text: &[u8], length: Option<u64>, data: Option<u64>) {
         let mut file = File::create(dir.join(&self.name)).unwrap();
         match self.kind {
@@ -123,7 +124,7 @@ fn weights(path: &Path, name: &str) -> Part {
     Part { name: name.into(), kind: Kind::Weights(data.len() as u64), text, data }
 }
 
-/// The fixtures' directories; of those that nothing is read of before their values, without these.
+/// The fixtures' directories; without values, except for those whose values are read on opening.
 fn fixtures() -> Vec<Base> {
     let base = |name: &'static str| {
         let dir = common::fixture(name);
@@ -145,14 +146,14 @@ fn fixtures() -> Vec<Base> {
     common::FAMILIES.into_iter().chain(["quantized/fp8", "quantized/int4"]).map(base).collect()
 }
 
-/// A fixture as Burn keeps it.
+/// A fixture in Burn's format.
 fn burnpack() -> Base {
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join("burnpack");
     let options = SaveOptions { format: Format::Burnpack, ..SaveOptions::default() };
     Checkpoint::open(common::fixture("moonlight-like")).unwrap().convert(&dir, &options).unwrap();
     let bytes = fs::read(dir.join("model.bpk")).unwrap();
-    // Descriptors are CBOR: as much as there can be of them.
+    // The descriptors in CBOR are at the beginning.
     let (text, rest) = bytes.split_at(bytes.len().min(16_000));
     let kind = Kind::Burnpack(rest.len() as u64);
     let model = Part { name: "model.bpk".into(), kind, text: text.to_vec(), data: Vec::new() };
@@ -160,7 +161,7 @@ fn burnpack() -> Base {
     Base { name: "burnpack", files: vec![config, model] }
 }
 
-/// The full-size Moonlight: its configuration, its index of all names, and one shard's header with the true sizes.
+/// The full-size Moonlight: its config, its index with all names, and the header of one shard with the true sizes.
 fn full_size() -> Base {
     let config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
     let tensors: Vec<_> = config.parameter_shapes().iter().flat_map(hugging_face_tensors).collect();
@@ -190,7 +191,7 @@ fn full_size() -> Base {
     Base { name: "moonlight-16b-a3b", files }
 }
 
-/// Ranks and the files beside them.
+/// Ranks, and the config next to them.
 fn tokenizer() -> Base {
     let pairs = ["th", "he", "the", " t", " the", "in", "月", "\r\n"].map(|token| token.as_bytes().to_vec());
     let mut ranks = String::new();
@@ -202,7 +203,7 @@ fn tokenizer() -> Base {
     Base { name: "tokenizer", files }
 }
 
-/// An adapter of a fixture: its configuration, with patterns, and the header of its matrices.
+/// An adapter of a fixture: its config, with patterns, and the header of its matrices.
 fn adapter() -> Base {
     let home = tempfile::tempdir().unwrap();
     let fixture = common::fixture("moonlight-like");
@@ -217,7 +218,7 @@ fn adapter() -> Base {
     Base { name: "adapter", files: vec![Part::text("adapter_config.json", config.to_string()), weights] }
 }
 
-/// Numbers that are one too many, or far too many, or none.
+/// Numbers at limits and beyond, and values that are not numbers.
 const NUMBERS: [&str; 24] = [
     "0",
     "-1",
@@ -267,7 +268,7 @@ const TEXTS: [&str; 20] = [
     "\\ud800",
 ];
 
-/// Changes a text a few times.
+/// Makes a few random changes to a text.
 fn change(text: &mut Vec<u8>, others: &[&[u8]], random: &mut ChaCha8Rng) {
     for _ in 0..random.random_range(1..=4) {
         let length = text.len();
@@ -310,7 +311,7 @@ fn change(text: &mut Vec<u8>, others: &[&[u8]], random: &mut ChaCha8Rng) {
     }
 }
 
-/// Another number in the place of one.
+/// Replaces a number by another.
 fn replace_number(text: &mut Vec<u8>, random: &mut ChaCha8Rng) {
     if text.is_empty() {
         return;
@@ -319,7 +320,7 @@ fn replace_number(text: &mut Vec<u8>, random: &mut ChaCha8Rng) {
     let Some(start) = text[from..].iter().position(u8::is_ascii_digit).map(|start| from + start) else { return };
     let end = text[start..].iter().position(|byte| !byte.is_ascii_digit()).map_or(text.len(), |end| start + end);
     let number = match random.random_range(0..4) {
-        // Near the one that is there, where a check may be off by one.
+        // Near the old one, for checks that are off by one.
         0 => {
             let old: u64 = String::from_utf8_lossy(&text[start..end]).parse().unwrap_or(0);
             old.wrapping_add(random.random_range(0..5)).wrapping_sub(2).to_string()
@@ -330,7 +331,7 @@ fn replace_number(text: &mut Vec<u8>, random: &mut ChaCha8Rng) {
     text.splice(start..end, number.into_bytes());
 }
 
-/// Another text in the place of a quoted one.
+/// Replaces a string by another.
 fn replace_string(text: &mut Vec<u8>, random: &mut ChaCha8Rng) {
     let quotes: Vec<usize> = text.iter().enumerate().filter(|(_, byte)| **byte == b'"').map(|(at, _)| at).collect();
     if quotes.len() < 2 {
@@ -341,7 +342,7 @@ fn replace_string(text: &mut Vec<u8>, random: &mut ChaCha8Rng) {
     text.splice(quotes[first] + 1..quotes[first + 1], new.bytes());
 }
 
-/// An entry of a map once more, beside itself.
+/// Duplicates an entry of a map.
 fn double_entry(text: &mut Vec<u8>, random: &mut ChaCha8Rng) {
     let commas: Vec<usize> = text.iter().enumerate().filter(|(_, byte)| **byte == b',').map(|(at, _)| at).collect();
     if commas.len() < 2 {
@@ -353,11 +354,11 @@ fn double_entry(text: &mut Vec<u8>, random: &mut ChaCha8Rng) {
     text.splice(commas[first]..commas[first], entry);
 }
 
-/// The largest checkpoint that is converted: of those that are still sound, one may claim a terabyte of nothing.
+/// The largest checkpoint that is converted: a still valid one may claim a terabyte in a sparse file.
 const MOST_CONVERTED: u64 = 1_000_000;
 
-/// Everything that a program does with a directory before it reads weights; of a small one that is sound, a conversion.
-fn look_at(dir: &Path, convert: bool) -> Seen {
+/// Everything that a program does with a directory before it reads weights; for small valid ones, also a conversion.
+fn open_everything(dir: &Path, convert: bool) -> Seen {
     let checkpoint = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint,
         Err(error) => {
@@ -386,20 +387,20 @@ fn look_at(dir: &Path, convert: bool) -> Seen {
         assert_eq!(checkpoint.data(tensor).unwrap().len() as u64, tensor.bytes());
     }
     if convert && bytes <= MOST_CONVERTED {
-        // Values that no weight has, for one, are found now.
+        // Only now are non-finite values found, for example.
         if let Err(error) = checkpoint.convert(&dir.with_extension("converted"), &SaveOptions::default()) {
             assert_one_line(&error.to_string());
         }
     }
-    Seen::Sound
+    Seen::Valid
 }
 
-/// No file's text may forge a line of ours or reach the terminal as a command.
+/// Text from a file must not forge a line of output or reach the terminal as a command.
 fn assert_one_line(message: &str) {
     assert!(!message.chars().any(char::is_control), "{}", message.escape_debug());
 }
 
-fn look_at_adapter(model: &ModelConfig, dir: &Path) -> Seen {
+fn open_adapter(model: &ModelConfig, dir: &Path) -> Seen {
     assert!(is_adapter(dir) || !dir.join("adapter_config.json").exists());
     if let Err(error) = base_of(dir) {
         assert_one_line(&error.to_string());
@@ -407,7 +408,7 @@ fn look_at_adapter(model: &ModelConfig, dir: &Path) -> Seen {
     match read_adapter(model, dir) {
         Ok(adapters) => {
             assert!(adapters.iter().all(|adapter| adapter.settings.scale(1).is_finite()));
-            Seen::Sound
+            Seen::Valid
         }
         Err(error) => {
             assert_one_line(&error.to_string());
@@ -417,9 +418,9 @@ fn look_at_adapter(model: &ModelConfig, dir: &Path) -> Seen {
     }
 }
 
-fn look_at_tokenizer(dir: &Path) -> Seen {
+fn open_tokenizer(dir: &Path) -> Seen {
     match write_tokenizer_json(dir, true) {
-        Ok(_) => Seen::Sound,
+        Ok(_) => Seen::Valid,
         Err(error) => {
             assert_one_line(&error.to_string());
             Seen::Refused
@@ -431,7 +432,7 @@ fn look_at_tokenizer(dir: &Path) -> Seen {
 enum Seen {
     Refused,
     Problems,
-    Sound,
+    Valid,
 }
 
 #[derive(Default)]
@@ -443,7 +444,7 @@ struct Report {
     longest: (Duration, u64),
 }
 
-/// Where files are written thousands of times a second.
+/// A directory for thousands of writes per second, in memory if possible.
 fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
@@ -463,15 +464,15 @@ fn fuzz(seed: u64, inputs: std::ops::Range<u64>) -> Report {
             dir
         })
         .collect();
-    // The directories are what they are taken for.
+    // The unchanged directories are valid.
     for (base, dir) in bases.iter().zip(&dirs) {
         let seen = match base.name {
-            "tokenizer" => look_at_tokenizer(dir),
-            "adapter" => look_at_adapter(&model, dir),
-            _ => look_at(dir, true),
+            "tokenizer" => open_tokenizer(dir),
+            "adapter" => open_adapter(&model, dir),
+            _ => open_everything(dir, true),
         };
-        // Of the full size, 26 of the 27 files are absent.
-        let expected = if base.name == "moonlight-16b-a3b" { Seen::Problems } else { Seen::Sound };
+        // Of the full-size model, 26 of the 27 files are missing.
+        let expected = if base.name == "moonlight-16b-a3b" { Seen::Problems } else { Seen::Valid };
         assert!(seen == expected, "{}", base.name);
     }
     let headers: Vec<&[u8]> = bases.iter().flat_map(|base| &base.files).map(|file| file.text.as_slice()).collect();
@@ -479,7 +480,7 @@ fn fuzz(seed: u64, inputs: std::ops::Range<u64>) -> Report {
     for input in inputs {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         random.set_stream(input);
-        // The full size costs a hundred times the others.
+        // The full-size model takes a hundred times longer than the others.
         let which = match random.random_range(0..200) {
             0 => bases.len() - 2,
             1..=15 => bases.len() - 1,
@@ -498,7 +499,7 @@ fn fuzz(seed: u64, inputs: std::ops::Range<u64>) -> Report {
                 1 => (text.len() as u64).wrapping_add(random.random_range(0..20)).wrapping_sub(10),
                 _ => *[0, 1, 1 << 31, 1 << 32, u64::MAX - 7, u64::MAX].choose(&mut random).unwrap(),
             });
-            // A file may be as long as its header wants, or longer, or cut: it has no bytes but for its header.
+            // The file has the size in its header, or is longer or truncated. It contains no data, only the header.
             let data = odd(&mut random).then(|| match random.random_range(0..3) {
                 0 => 0,
                 1 => random.random_range(0..1 << 40),
@@ -510,9 +511,9 @@ fn fuzz(seed: u64, inputs: std::ops::Range<u64>) -> Report {
         let (before, begun) = (NOW.load(Relaxed), Instant::now());
         MOST.store(before, Relaxed);
         let seen = catch_unwind(AssertUnwindSafe(|| match base.name {
-            "tokenizer" => look_at_tokenizer(dir),
-            "adapter" => look_at_adapter(&model, dir),
-            _ => look_at(dir, input % 4 == 0),
+            "tokenizer" => open_tokenizer(dir),
+            "adapter" => open_adapter(&model, dir),
+            _ => open_everything(dir, input % 4 == 0),
         }));
         let (memory, time) = (MOST.load(Relaxed).saturating_sub(before), begun.elapsed());
         let names: Vec<&str> = changed.iter().map(|part| part.name.as_str()).collect();
@@ -520,7 +521,7 @@ fn fuzz(seed: u64, inputs: std::ops::Range<u64>) -> Report {
         match seen {
             Ok(Seen::Refused) => report.refused += 1,
             Ok(Seen::Problems) => report.problems += 1,
-            Ok(Seen::Sound) => report.sound += 1,
+            Ok(Seen::Valid) => report.sound += 1,
             Err(_) => panic!("{} panics", which()),
         }
         assert!(memory <= MOST_MEMORY, "{} allocates {memory} bytes", which());
@@ -540,26 +541,26 @@ fn print(report: &Report, inputs: u64, begun: Instant) {
 }
 
 #[test]
-fn some_thousand_inputs() {
+fn some_thousand_inputs_cause_no_panic() {
     let begun = Instant::now();
     let report = fuzz(1, 0..4_000);
     print(&report, 4_000, begun);
-    // Changes that nothing notices, or that all end at the first brace, would test nothing.
+    // Changes without effect, or that all fail at the first brace, would test nothing.
     assert!(report.refused > 400 && report.problems > 400 && report.sound > 40);
 }
 
 #[test]
-#[ignore = "minutes: run it by name"]
-fn as_many_inputs_as_you_like() {
+#[ignore = "takes minutes"]
+fn many_inputs_cause_no_panic() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let (first, inputs) = (number("FUZZ_FIRST").unwrap_or(0), number("FUZZ_INPUTS").unwrap_or(1_000_000));
     let begun = Instant::now();
     print(&fuzz(number("FUZZ_SEED").unwrap_or(2), first..first + inputs), inputs, begun);
 }
 
-/// What chance might miss: each of these is refused or named.
+/// Cases that random changes might miss: each is refused or reported.
 #[test]
-fn known_lies() {
+fn known_inconsistencies_are_refused() {
     let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let base = fixtures().remove(0);
     let home = scratch();
@@ -567,7 +568,7 @@ fn known_lies() {
     let config = base.files.iter().find(|part| part.name == "config.json").unwrap();
     let weights = base.files.iter().find(|part| part.name == "model.safetensors").unwrap();
     base.files.iter().for_each(|part| part.write(dir, &part.text, None, None));
-    assert!(look_at(dir, true) == Seen::Sound);
+    assert!(open_everything(dir, true) == Seen::Valid);
 
     let sizes: Value = serde_json::from_slice(&config.text).unwrap();
     for (key, value) in sizes.as_object().unwrap() {
@@ -581,32 +582,32 @@ fn known_lies() {
             let before = NOW.load(Relaxed);
             MOST.store(before, Relaxed);
             let begun = Instant::now();
-            look_at(dir, true);
+            open_everything(dir, true);
             let memory = MOST.load(Relaxed).saturating_sub(before);
             assert!(memory <= MOST_MEMORY && begun.elapsed() < LONGEST, "{key} = {size}: {memory} bytes");
         }
     }
     for text in [&b"\xFF\xFE"[..], b"", b"[]", b"null", &b"[".repeat(1_000_000), br#"{"hidden_size": 1e400}"#] {
         config.write(dir, text, None, None);
-        assert!(look_at(dir, true) == Seen::Refused);
+        assert!(open_everything(dir, true) == Seen::Refused);
     }
     config.write(dir, &[config.text.as_slice(), &b" ".repeat(2_000_000)].concat(), None, None);
-    assert!(Checkpoint::open(dir).unwrap_err().to_string().contains("no such file of a checkpoint has more"));
+    assert!(Checkpoint::open(dir).unwrap_err().to_string().contains("more than the limit"));
     config.write(dir, &config.text, None, None);
 
-    // A file of a terabyte that is all hole, and headers that claim to be as long.
+    // A sparse file of a terabyte, and headers that claim its size.
     for (length, data) in [(Some(1 << 40), Some(1 << 40)), (Some(100_000_001), Some(1 << 40)), (None, Some(1 << 40))] {
         weights.write(dir, &weights.text, length, data);
         let before = NOW.load(Relaxed);
         MOST.store(before, Relaxed);
-        assert!(look_at(dir, true) == Seen::Problems);
+        assert!(open_everything(dir, true) == Seen::Problems);
         assert!(MOST.load(Relaxed).saturating_sub(before) < MOST_MEMORY);
     }
 }
 
 #[cfg(unix)]
 #[test]
-fn links_that_lead_out() {
+fn links_out_of_the_directory_are_refused() {
     use std::os::unix::fs::symlink;
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join("model");
@@ -628,7 +629,7 @@ fn links_that_lead_out() {
         };
         assert!(refused.contains("a symbolic link that leads out of the directory"), "{name}: {refused}");
     }
-    // A shard of an index, too, and there it is named beside what else is wrong.
+    // Also for a shard in an index, where it is reported along with other problems.
     copy();
     fs::rename(dir.join("model.safetensors"), home.path().join("shard")).unwrap();
     symlink("../shard", dir.join("a.safetensors")).unwrap();

@@ -1,5 +1,4 @@
-//! Every layout that the family was published in, or is kept in by Burn: FP8, INT4, burnpack; whole, in part, layer by
-//! layer.
+//! Every published layout of the family, and Burn's: FP8, INT4, burnpack; complete, partial, layer by layer.
 
 mod common;
 
@@ -29,7 +28,7 @@ fn quantized(layout: &str) -> PathBuf {
     fixture("quantized").join(layout)
 }
 
-/// What torch and compressed-tensors make of each weight (`scripts/make_quantized_fixtures.py`), as digests.
+/// The results of torch and compressed-tensors for each weight, as digests (written by the fixtures' script).
 #[derive(Deserialize)]
 struct Expected {
     bf16: String,
@@ -45,7 +44,7 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn quantized_weights_are_what_torch_makes_of_them_to_the_last_bit() {
+fn quantized_weights_equal_those_of_torch_bit_for_bit() {
     let home = tempfile::tempdir().unwrap();
     for layout in ["fp8", "int4"] {
         let expected = expected(layout);
@@ -73,7 +72,7 @@ fn quantized_weights_are_what_torch_makes_of_them_to_the_last_bit() {
     }
 }
 
-/// Loading gives the model that the converted files give, in each dtype.
+/// Loading equals converting and loading, in each dtype.
 #[test]
 fn quantized_weights_load_as_they_convert() {
     let home = tempfile::tempdir().unwrap();
@@ -91,7 +90,7 @@ fn quantized_weights_load_as_they_convert() {
     }
 }
 
-/// Takes a quantized fixture apart, changes it, and says what is wrong with it then.
+/// The problems of a quantized fixture after a change.
 fn problems(layout: &str, change: impl FnOnce(&mut common::Tensors, &mut serde_json::Value)) -> Vec<Problem> {
     let directory = tempfile::tempdir().unwrap();
     let mut tensors = read_tensors(&quantized(layout));
@@ -104,7 +103,7 @@ fn problems(layout: &str, change: impl FnOnce(&mut common::Tensors, &mut serde_j
 }
 
 #[test]
-fn what_is_wrong_with_quantized_weights_is_named() {
+fn problems_of_quantized_weights_are_named() {
     let up = "model.layers.1.mlp.experts.0.up_proj.weight";
     let scale = format!("{up}_scale_inv");
     let found = problems("fp8", |tensors, _| drop(tensors.remove(&scale)));
@@ -115,7 +114,7 @@ fn what_is_wrong_with_quantized_weights_is_named() {
         wrong.shape.push(1);
     });
     assert!(matches!(&found[..], [Problem::WrongShape { tensor, .. }] if *tensor == scale), "{found:?}");
-    // The configuration's block decides what shape is right.
+    // The config's block determines the right shape.
     let found = problems("fp8", |_, config| config["quantization_config"]["weight_block_size"] = vec![64, 64].into());
     assert!(found.len() > 5 && found.iter().all(|problem| matches!(problem, Problem::WrongShape { .. })), "{found:?}");
 
@@ -140,7 +139,7 @@ fn what_is_wrong_with_quantized_weights_is_named() {
     });
     assert_eq!(found.len(), 9, "each expert's matrix");
     assert!(found[0].to_string().contains("has weights with zero points"), "{}", found[0]);
-    // A NaN of FP8's.
+    // A NaN in FP8.
     let directory = tempfile::tempdir().unwrap();
     let mut tensors = read_tensors(&quantized("fp8"));
     tensors.get_mut(up).unwrap().data[7] = 0x7f;
@@ -151,7 +150,7 @@ fn what_is_wrong_with_quantized_weights_is_named() {
 }
 
 #[test]
-fn a_burnpack_file_and_back_changes_nothing() {
+fn a_round_trip_through_burnpack_changes_nothing() {
     let home = tempfile::tempdir().unwrap();
     let device = Device::default();
     for family in FAMILIES {
@@ -176,9 +175,9 @@ fn a_burnpack_file_and_back_changes_nothing() {
     }
 }
 
-/// burn-store opens what we write, and we open what burn-store writes, byte for byte the same tensors.
+/// burn-store opens what this crate writes and vice versa, with equal tensors byte for byte.
 #[test]
-fn burn_store_and_we_read_each_other() {
+fn burn_store_and_this_crate_read_each_others_files() {
     let home = tempfile::tempdir().unwrap();
     let device = Device::default();
     for family in FAMILIES {
@@ -202,7 +201,7 @@ fn burn_store_and_we_read_each_other() {
     }
 }
 
-/// A layer is loaded from the one file that it lies in; no other is there.
+/// A layer is loaded from the only file that contains it, with all others missing.
 #[test]
 fn one_layer_is_loaded_and_run_without_the_other_files() {
     let home = tempfile::tempdir().unwrap();
@@ -234,7 +233,7 @@ fn one_layer_is_loaded_and_run_without_the_other_files() {
     }
     let refused = checkpoint.load_part(config.init_layer(0, &device), "layers.7", &device, None);
     assert!(matches!(refused, Err(CheckpointError::NoSuchPart { .. })));
-    // Any part, also of a burnpack file.
+    // Any part can be loaded, also from a burnpack file.
     let pack = home.path().join("pack");
     original.convert(&pack, &burnpack()).unwrap();
     let (embedding, _) = Checkpoint::open(&pack)
@@ -244,7 +243,7 @@ fn one_layer_is_loaded_and_run_without_the_other_files() {
     assert_eq!(embedding.weight.val().into_data(), whole.embed_tokens.weight.val().into_data());
 }
 
-/// What is there of a checkpoint goes through a burnpack file and back, and compares as equal.
+/// A partial checkpoint is converted to burnpack and back, and compares as equal.
 #[test]
 fn a_part_of_a_checkpoint_converts_when_asked_to() {
     let home = tempfile::tempdir().unwrap();
@@ -304,7 +303,7 @@ fn norm_bytes() -> Vec<u8> {
     read_tensors(&fixture("moonlight-like"))["model.norm.weight"].data.clone()
 }
 
-/// Counts, and stops when it has counted enough.
+/// Counts bytes, and stops after `at`.
 struct Stop {
     at: u64,
     done: AtomicU64,
@@ -323,7 +322,7 @@ impl Progress for Stop {
 }
 
 #[test]
-fn an_interrupted_conversion_leaves_nothing_behind() {
+fn an_interrupted_conversion_leaves_no_files() {
     let home = tempfile::tempdir().unwrap();
     let original = Checkpoint::open(fixture("moonlight-like")).unwrap();
     let target = home.path().join("target");
@@ -343,7 +342,7 @@ fn an_interrupted_conversion_leaves_nothing_behind() {
 
 #[test]
 fn a_checkpoint_larger_than_the_disk_is_refused_before_anything_is_written() {
-    // The configuration asks for an embedding of more than a TB; the file claims it, and is as sparse as it claims.
+    // The config has an embedding of more than a TB; the sparse file claims to contain it.
     let home = tempfile::tempdir().unwrap();
     let mut config = config_of("llama");
     (config["vocab_size"], config["hidden_size"]) = ((1u64 << 20).into(), (1u64 << 18).into());
@@ -372,9 +371,9 @@ fn a_checkpoint_larger_than_the_disk_is_refused_before_anything_is_written() {
     assert!(!home.path().join("target").exists());
 }
 
-/// Every layout, with weights that are cut short between opening and reading: whatever reads them says so.
+/// Files of every layout that are truncated between opening and reading: every reader reports it.
 #[test]
-fn weights_that_are_cut_between_opening_and_reading_are_an_error() {
+fn weights_truncated_after_opening_are_an_error() {
     let home = tempfile::tempdir().unwrap();
     let copy = |from: &Path, name: &str| {
         let to = home.path().join(name);
@@ -394,14 +393,14 @@ fn weights_that_are_cut_between_opening_and_reading_are_an_error() {
         assert_eq!(checkpoint.problems(), []);
         let file = dir.join(&checkpoint.files()[0].name);
         let length = fs::metadata(&file).unwrap().len();
-        // The last tensors of a file may be of those that nobody reads.
+        // The last tensors of a file may be ignored ones, so that a small cut might not be noticed.
         for left in [length / 2, 10, 0] {
             fs::File::options().write(true).open(&file).unwrap().set_len(left).unwrap();
             let shorter = |error: CheckpointError| {
                 assert!(error.to_string().contains("it is shorter than when it was opened"), "{dir:?}: {error}");
             };
             for options in [SaveOptions::default(), burnpack(), SaveOptions { dtype: Some(DType::F32), ..burnpack() }] {
-                // Packed shapes are looked at again, and are gone then.
+                // `problems` reads the shapes of INT4 matrices again, and reports them.
                 if checkpoint.problems().is_empty() {
                     shorter(checkpoint.convert(&home.path().join("out"), &options).unwrap_err());
                     shorter(checkpoint.compare(&whole, 0.0, &()).unwrap_err());
@@ -416,7 +415,8 @@ fn weights_that_are_cut_between_opening_and_reading_are_an_error() {
     }
 }
 
-/// What is open can be read to its end when the directory is replaced, or removed as a live run removes its oldest.
+/// Open files can be read to their end after the directory was replaced or removed, as a training run does with its
+/// oldest.
 #[cfg(unix)]
 #[test]
 fn a_checkpoint_that_is_removed_can_be_read_to_its_end() {
@@ -432,9 +432,9 @@ fn a_checkpoint_that_is_removed_can_be_read_to_its_end() {
     assert!(parameters(&model) == parameters(&expected));
 }
 
-/// The time to open an index grows with its length, not with its square.
+/// The time to open an index is linear in its length.
 #[test]
-fn an_index_of_many_absent_files_is_read_in_time() {
+fn an_index_of_many_missing_files_is_read_quickly() {
     let home = tempfile::tempdir().unwrap();
     fs::write(home.path().join("config.json"), config_of("moonlight-like").to_string()).unwrap();
     let map: BTreeMap<String, String> =
@@ -443,7 +443,7 @@ fn an_index_of_many_absent_files_is_read_in_time() {
     let begun = std::time::Instant::now();
     let checkpoint = Checkpoint::open(home.path()).unwrap();
     let problems = checkpoint.problems();
-    // The square took some ten seconds.
+    // Quadratic time took about ten seconds.
     assert!(begun.elapsed() < std::time::Duration::from_secs(6), "{:?}", begun.elapsed());
     let absent = |problem: &&Problem| matches!(problem, Problem::MissingFile { tensors: 1, .. });
     assert_eq!(problems.iter().filter(absent).count(), 60_000);

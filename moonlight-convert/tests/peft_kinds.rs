@@ -1,5 +1,5 @@
-//! Adapters of every kind that peft makes, held against what peft makes of them (`scripts/check_lora.py --write
-//! fixtures/lora`); and files that are not what their configuration says.
+//! Adapters of every kind that peft makes, compared with peft's results (`scripts/parity/check_lora.py --write
+//! fixtures/lora`); and files that do not match their config.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -45,7 +45,7 @@ fn base(name: &str) -> CausalLm {
     load(&fixture(name), &Device::default(), Some(DType::F32)).unwrap().model
 }
 
-/// The log-probability of each token but the first.
+/// The log-probability of each token except the first.
 fn logprobs(model: &CausalLm, tokens: &[u32]) -> Vec<f32> {
     let count = tokens.len();
     let ids: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
@@ -62,7 +62,7 @@ fn apart(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[test]
-fn each_kind_does_what_it_does_in_peft() {
+fn each_kind_has_the_same_effect_as_in_peft() {
     let Expected { tokens, kinds } = expected();
     for (name, Kind { base: family, logprobs: theirs }) in &kinds {
         if name == "alora" {
@@ -73,7 +73,7 @@ fn each_kind_does_what_it_does_in_peft() {
         println!("{name}: {distance:.1e}");
         assert!(distance < 1e-4, "{name}: {distance:.1e}");
         assert!(apart(&logprobs(&base(family), &tokens), theirs) > 1e-2, "{name} does something");
-        // And merged into its model.
+        // Merged into its model.
         let home = tempfile::tempdir().unwrap();
         let merged = home.path().join("merged");
         save(&model.merge(), &merged, &SaveOptions::default()).unwrap();
@@ -87,20 +87,21 @@ fn each_kind_does_what_it_does_in_peft() {
 #[test]
 fn an_activated_adapter_is_refused_by_name() {
     let error = load_adapter(base("llama"), &kind("alora")).unwrap_err();
-    assert!(error.to_string().contains("`alora_invocation_tokens`: it is activated LoRA"), "{error}");
-    assert!(error.hint().unwrap().contains("run it in peft"));
+    assert!(error.to_string().contains("`alora_invocation_tokens`: it enables activated LoRA"), "{error}");
+    assert!(error.hint().unwrap().contains("run this one in peft"));
 }
 
-/// What changes the weights themselves can be used and merged; trained further it would be saved as what it is not.
+/// An adapter that changes weights can be used and merged. If it were trained further, it would be saved as plain LoRA,
+/// which it is not.
 #[test]
-fn what_changes_weights_is_not_trained_further() {
+fn adapters_that_change_weights_are_not_trained_further() {
     for (family, name, what) in [
         ("llama", "dora", "is DoRA"),
         ("llama", "olora", "is OLoRA, which changes the base's weights"),
         ("qwen2", "pissa-rslora", "is PiSSA, which changes the base's weights"),
         ("llama", "embedding", "has an adapter of `embed_tokens.weight`"),
-        ("qwen2", "bias-all", "has a `layers.0.self_attn.k_proj.bias` of its own"),
-        ("llama", "tokens", "has a `embed_tokens.weight` of its own"),
+        ("qwen2", "bias-all", "replaces `layers.0.self_attn.k_proj.bias`"),
+        ("llama", "tokens", "replaces `embed_tokens.weight`"),
     ] {
         let error = read_adapter(base(family).config(), &kind(name)).unwrap_err();
         let AdapterError::NotTrainable { what: found, .. } = &error else { panic!("{name}: {error}") };
@@ -113,20 +114,20 @@ fn what_changes_weights_is_not_trained_further() {
 }
 
 #[test]
-fn weights_in_few_bits_are_not_changed() {
+fn quantized_weights_are_not_changed() {
     let checkpoint = Checkpoint::open(fixture("llama")).unwrap();
-    let packed = || checkpoint.load_quantized(&Device::default(), Some(DType::F32), QuantBits::Eight).unwrap();
-    let error = load_adapter(packed(), &kind("dora")).unwrap_err();
+    let quantized = || checkpoint.load_quantized(&Device::default(), Some(DType::F32), QuantBits::Eight).unwrap();
+    let error = load_adapter(quantized(), &kind("dora")).unwrap_err();
     assert!(matches!(error, AdapterError::Quantized { .. }), "{error}");
-    assert!(error.hint().unwrap().contains("merge the adapter into its model in full first"));
-    // What is beside the weights is, and embeddings are never packed.
-    load_adapter(packed(), &kind("layers")).unwrap();
-    load_adapter(packed(), &kind("tokens")).unwrap();
+    assert!(error.hint().unwrap().contains("merge the adapter into the unquantized model first"));
+    // Adapters in addition to quantized weights are allowed, and embeddings are never quantized.
+    load_adapter(quantized(), &kind("layers")).unwrap();
+    load_adapter(quantized(), &kind("tokens")).unwrap();
 }
 
-/// Trained here, a router's adapter has peft's names.
+/// A router's adapter is saved under peft's names.
 #[test]
-fn a_routers_adapter_goes_to_files_and_back() {
+fn a_round_trip_preserves_a_routers_adapter() {
     let config = LoraConfig { rank: 2, targets: vec!["router".into(), "q_proj".into()], ..LoraConfig::default() };
     let model = base("moonlight-like").with_lora(&config, 1).unwrap();
     let adapters = model.adapters();
@@ -143,13 +144,13 @@ fn a_routers_adapter_goes_to_files_and_back() {
     assert_eq!(file.tensor("base_model.model.model.layers.1.mlp.gate.lora_B.weight").unwrap().shape(), [10, 2]);
     let back = load_adapter(base("moonlight-like"), dir.path()).unwrap();
     assert_eq!(back.adapters(), adapters);
-    // `all` are the projections; a router is asked for by its name.
+    // `all` means the projections; a router has to be named.
     let config = LoraConfig { targets: vec!["all".into()], ..config };
     let all = base("moonlight-like").with_lora(&config, 1).unwrap().adapters();
     assert!(all.iter().all(|adapter| !adapter.path.ends_with("router")));
 }
 
-/// A copy of one of the kinds, with another configuration and other tensors.
+/// A copy of one of the kinds with a changed config and changed tensors.
 fn altered(name: &str, config: impl FnOnce(&mut Value), keep: impl Fn(&str) -> Option<String>) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let mut value: Value =
@@ -168,18 +169,18 @@ fn all(name: &str) -> Option<String> {
 }
 
 #[test]
-fn files_that_are_not_what_their_configuration_says_are_refused() {
+fn files_that_do_not_match_their_config_are_refused() {
     let refused = |family: &str, dir: tempfile::TempDir, expected: &str| {
         let error = load_adapter(base(family), dir.path()).unwrap_err();
         assert!(error.to_string().contains(expected), "{expected}: {error}");
         assert!(error.hint().is_some(), "{error}");
     };
     let without = |part: &'static str| move |name: &str| (!name.contains(part)).then(|| name.to_owned());
-    refused("llama", altered("layers", |_| {}, |_| None), "holds no tensor at all");
+    refused("llama", altered("layers", |_| {}, |_| None), "contains no tensors");
     refused(
         "llama",
         altered("mica", |_| {}, without("layers.1.self_attn.o_proj")),
-        "holds no adapter of `layers.1.self_attn.o_proj`, which `adapter_config.json` announces",
+        "lacks the adapter of `layers.1.self_attn.o_proj`, which `adapter_config.json` lists",
     );
     refused("llama", altered("mica", |_| {}, without("o_proj")), "`layers.0.self_attn.o_proj` (and 2 more)");
     refused(
@@ -200,17 +201,17 @@ fn files_that_are_not_what_their_configuration_says_are_refused() {
     refused(
         "llama",
         altered("modules-to-save", |config| config["modules_to_save"] = json!(["embed_tokens", "lm_head"]), all),
-        "`base_model.model.model.layers.0.input_layernorm.weight`, which `adapter_config.json` does not announce",
+        "`base_model.model.model.layers.0.input_layernorm.weight`, which `adapter_config.json` does not list",
     );
     refused(
         "llama",
         altered("modules-to-save", |_| {}, without("model.norm.weight")),
-        "holds no `model.norm.weight`, which `adapter_config.json` announces",
+        "lacks `model.norm.weight`, which `adapter_config.json` lists",
     );
     refused(
         "qwen2",
         altered("bias-all", |config| config["bias"] = json!("none"), all),
-        "k_proj.bias`, which `adapter_config.json` does not announce",
+        "k_proj.bias`, which `adapter_config.json` does not list",
     );
     refused(
         "qwen2",
@@ -222,27 +223,27 @@ fn files_that_are_not_what_their_configuration_says_are_refused() {
         altered("bias-all", |_| {}, without("layers.1.self_attn.v_proj.bias")),
         "layers.1.self_attn.v_proj.bias",
     );
-    refused("llama", altered("dora", |_| {}, without("magnitude")), "holds no DoRA magnitudes of");
+    refused("llama", altered("dora", |_| {}, without("magnitude")), "lacks the DoRA magnitudes of");
     refused(
         "llama",
         altered("tokens", |config| config["trainable_token_indices"] = json!(null), all),
-        "holds trained tokens of `embed_tokens`, which `adapter_config.json` does not announce",
+        "contains trained tokens of `embed_tokens`, which `adapter_config.json` does not list",
     );
-    refused("llama", altered("tokens", |_| {}, without("tokens_delta")), "holds no trained tokens of `embed_tokens`");
+    refused("llama", altered("tokens", |_| {}, without("tokens_delta")), "lacks the trained tokens of `embed_tokens`");
     refused(
         "moonlight-like",
         altered("router", |_| {}, without("layers.2")),
-        "holds no adapter of `layers.2.mlp.router`",
+        "lacks the adapter of `layers.2.mlp.router`",
     );
     refused(
         "moonlight-like",
         altered("all-linear-moonlight", |_| {}, without("layers.1.mlp.experts")),
-        "holds no adapter of `layers.1.mlp.experts.gate_up_proj`",
+        "lacks the adapter of `layers.1.mlp.experts.gate_up_proj`",
     );
     refused(
         "moonlight-like",
         altered("all-linear-moonlight", |_| {}, without("layers.2.mlp.experts.base_layer")),
-        "holds no adapter of `layers.2.mlp.experts.gate_up_proj`",
+        "lacks the adapter of `layers.2.mlp.experts.gate_up_proj`",
     );
     refused(
         "moonlight-like",
@@ -256,24 +257,27 @@ fn files_that_are_not_what_their_configuration_says_are_refused() {
     refused("llama", altered("mica", |config| config["target_modules"] = json!("(q|o_proj"), all), "an expression");
     refused("llama", altered("mica", |config| config["use_something_new"] = json!(true), all), "`use_something_new`");
 
-    // Magnitudes that nobody asked for.
+    // Magnitudes that the config does not list.
     let dir = altered("dora", |config| config["use_dora"] = json!(false), all);
     let error = load_adapter(base("llama"), dir.path()).unwrap_err().to_string();
-    assert!(error.contains("has no `use_dora`"), "{error}");
-    // A tensor of nothing that is known.
+    assert!(error.contains("does not set `use_dora`"), "{error}");
+    // An unknown tensor.
     let dir = altered("layers", |_| {}, |name| Some(name.replace("q_proj.lora_A.weight", "q_proj.lora_C.weight")));
     let error = load_adapter(base("llama"), dir.path()).unwrap_err().to_string();
-    assert!(error.contains("lora_C.weight` of shape") || error.contains("lora_C.weight`, which is no part"), "{error}");
-    // A file that pickle made.
+    assert!(
+        error.contains("lora_C.weight` of shape") || error.contains("lora_C.weight`, which is neither part"),
+        "{error}"
+    );
+    // A file in pickle format.
     let dir = altered("layers", |_| {}, all);
     fs::rename(dir.path().join("adapter_model.safetensors"), dir.path().join("adapter_model.bin")).unwrap();
     let error = load_adapter(base("llama"), dir.path()).unwrap_err();
     assert!(error.hint().unwrap().contains("safe_serialization"), "{error}");
 }
 
-/// peft's own ways to say the same thing.
+/// Equivalent ways to name the targets in peft.
 #[test]
-fn other_ways_to_name_the_targets_are_read() {
+fn equivalent_ways_to_name_the_targets_are_read() {
     let expected = expected();
     let same = |name: &str, change: &dyn Fn(&mut Value)| {
         let dir = altered(name, change, all);
@@ -289,7 +293,7 @@ fn other_ways_to_name_the_targets_are_read() {
         config["target_modules"] = json!(["layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"]);
     });
     same("all-linear-moonlight", &|config| {
-        // As beside transformers 4.
+        // As with transformers 4.
         config["target_modules"] =
             json!(["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj"]);
         config["target_parameters"] = Value::Null;
@@ -300,7 +304,7 @@ fn other_ways_to_name_the_targets_are_read() {
     });
 }
 
-/// The rows of a matrix by its path, `[vocab, hidden]`; those of a head are its columns.
+/// The rows of a matrix by its path, `[vocab, hidden]`; for a head, its columns.
 fn rows(model: &CausalLm, path: &str) -> Vec<Vec<f32>> {
     struct Find<'a>(&'a str, Vec<String>, Vec<Vec<f32>>);
     impl ModuleVisitor for Find<'_> {
@@ -352,7 +356,7 @@ fn trained_tokens_belong_to_both_matrices_where_the_configuration_ties_them() {
     assert_eq!((numbers(&embedding), numbers(&head)), (vec![3, 12], vec![5]));
 }
 
-/// `save_pretrained(..., save_embedding_layers=True)` of peft 0.21.0 beside a tied model: both names, one matrix.
+/// `save_pretrained(..., save_embedding_layers=True)` of peft 0.21.0 with a tied model: two names, one matrix.
 #[test]
 fn copies_of_a_tied_embedding_are_one_weight() {
     let adapter = |embedding: f32, head: Option<f32>, change: fn(&mut Value)| {
@@ -380,20 +384,20 @@ fn copies_of_a_tied_embedding_are_one_weight() {
         assert!(rows(&model, "embed_tokens.weight").concat().iter().all(|value| *value == 0.25));
     }
     let error = load_adapter(base("qwen2"), adapter(0.25, Some(0.5), |_| {}).path()).unwrap_err();
-    assert!(error.to_string().contains("and another `base_model.model.lm_head.weight`"), "{error}");
-    // A module of its own is another weight in peft.
+    assert!(error.to_string().contains("and a different `base_model.model.lm_head.weight`"), "{error}");
+    // A module in `modules_to_save` is a separate weight in peft.
     let own: fn(&mut Value) = |config| config["modules_to_save"] = json!(["embed_tokens"]);
     let error = load_adapter(base("qwen2"), adapter(0.25, None, own).path()).unwrap_err();
     assert!(error.to_string().contains("the model's head is its embedding"), "{error}");
 }
 
 #[test]
-fn hints_say_what_is_so() {
+fn hints_match_the_problem() {
     let dir = altered("modules-to-save", |config| config["modules_to_save"] = json!(null), all);
     let error = load_adapter(base(&expected().kinds["modules-to-save"].base), dir.path()).unwrap_err();
-    assert!(error.to_string().contains("which `adapter_config.json` does not announce"), "{error}");
-    assert!(error.hint().unwrap().starts_with("take the tensor out of the file, or name what was trained"), "{error}");
-    // Experts that were trained whole have three dimensions.
+    assert!(error.to_string().contains("which `adapter_config.json` does not list"), "{error}");
+    assert!(error.hint().unwrap().starts_with("remove the tensor from the file, or list what was trained"), "{error}");
+    // Fully trained experts have three dimensions.
     let dir = altered("router", |config| config["modules_to_save"] = json!(["experts"]), all);
     let path = dir.path().join("adapter_model.safetensors");
     let bytes = [0; 2 * 3 * 4 * 4];
@@ -401,6 +405,6 @@ fn hints_say_what_is_so() {
     let name = "base_model.model.model.layers.1.mlp.experts.gate_up_proj";
     safetensors::serialize_to_file([(name.to_owned(), view)], None, &path).unwrap();
     let error = load_adapter(base("moonlight-like"), dir.path()).unwrap_err();
-    assert!(error.to_string().contains("trained experts in place of the model's are not read"), "{error}");
+    assert!(error.to_string().contains("fully trained experts are not supported"), "{error}");
     assert!(error.hint().unwrap().contains("target_parameters"), "{error}");
 }

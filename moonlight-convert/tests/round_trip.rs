@@ -14,7 +14,7 @@ use moonlight_model::config::ParameterKind;
 use moonlight_model::moe::Router;
 use safetensors::Dtype;
 
-/// What a directory is expected to hold after a round trip: the same, without what is skipped, correction biases in f32.
+/// The expected tensors after a round trip: the same, without ignored ones, and with correction biases in f32.
 fn expected(mut tensors: Tensors) -> Tensors {
     tensors.retain(|name, _| !name.ends_with("inv_freq"));
     for (name, raw) in &mut tensors {
@@ -28,7 +28,7 @@ fn expected(mut tensors: Tensors) -> Tensors {
 }
 
 #[test]
-fn every_family_comes_back_as_it_was() {
+fn a_round_trip_preserves_every_family() {
     let device = Device::default();
     for family in FAMILIES {
         let original = read_tensors(&fixture(family));
@@ -48,9 +48,9 @@ fn every_family_comes_back_as_it_was() {
     }
 }
 
-/// Matrices of many tiles and of odd sizes, taken by all threads in several parts.
+/// Matrices of many tiles and odd sizes, processed by all threads in several parts.
 #[test]
-fn large_matrices_come_back_as_they_were() {
+fn a_round_trip_preserves_large_matrices() {
     let mut config = ModelConfig::preset("bench-small").unwrap();
     (config.vocab_size, config.num_hidden_layers) = (5001, 2);
     config.hidden_size = 264;
@@ -67,7 +67,7 @@ fn large_matrices_come_back_as_they_were() {
         }
         save(&again, &path("again"), &SaveOptions::default()).unwrap();
         assert_eq!(read_tensors(&path("again")), read_tensors(&path(name)), "{name}");
-        // Rows as they lie, through another format, and another dtype on the way.
+        // Untransposed rows, another format, and another dtype in between.
         let burnpack = SaveOptions { format: Format::Burnpack, ..SaveOptions::default() };
         Checkpoint::open(path(name)).unwrap().convert(&path("burnpack"), &burnpack).unwrap();
         assert_eq!(parameters(&load(&path("burnpack"), &device, None).unwrap().model), parameters(&again), "{name}");
@@ -77,7 +77,7 @@ fn large_matrices_come_back_as_they_were() {
     }
 }
 
-/// A model, and the checkpoint at `path` that it was saved as.
+/// A model, and the checkpoint at `path` to which it was saved.
 #[cfg(unix)]
 fn saved_and_opened(path: &std::path::Path) -> (moonlight_model::CausalLm, Checkpoint) {
     let model = load(&fixture("moonlight-like"), &Device::default(), None).unwrap().model;
@@ -85,10 +85,10 @@ fn saved_and_opened(path: &std::path::Path) -> (moonlight_model::CausalLm, Check
     (model, Checkpoint::open(path).unwrap())
 }
 
-/// What was opened is what is loaded, also when another checkpoint has taken its place.
+/// The opened checkpoint is loaded, even after another one has replaced it.
 #[cfg(unix)]
 #[test]
-fn a_checkpoint_that_is_replaced_meanwhile_is_still_the_old_one() {
+fn a_checkpoint_replaced_after_opening_is_loaded_as_opened() {
     let device = Device::default();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model");
@@ -99,10 +99,10 @@ fn a_checkpoint_that_is_replaced_meanwhile_is_still_the_old_one() {
     assert_ne!(parameters(&load(&path, &device, None).unwrap().model), parameters(&old));
 }
 
-/// A file that becomes shorter is an error, and no crash.
+/// A truncated file is an error and does not crash.
 #[cfg(unix)]
 #[test]
-fn a_file_that_is_shortened_meanwhile_is_an_error() {
+fn a_file_truncated_after_opening_is_an_error() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model");
     let (_, opened) = saved_and_opened(&path);
@@ -113,7 +113,7 @@ fn a_file_that_is_shortened_meanwhile_is_an_error() {
 }
 
 #[test]
-fn files_to_files_comes_back_as_it_was() {
+fn converting_files_preserves_every_family() {
     for family in FAMILIES {
         let original = read_tensors(&fixture(family));
         let directory = tempfile::tempdir().unwrap();
@@ -124,9 +124,9 @@ fn files_to_files_comes_back_as_it_was() {
     }
 }
 
-/// bf16 to f32 and back loses nothing; the model and the file-to-file way write the same bytes.
+/// bf16 to f32 and back is exact; saving a model and converting files write the same bytes.
 #[test]
-fn dtypes_are_changed_the_same_way_by_both_ways() {
+fn saving_and_converting_change_dtypes_in_the_same_way() {
     let device = Device::default();
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
@@ -136,7 +136,7 @@ fn dtypes_are_changed_the_same_way_by_both_ways() {
             save(&load(&fixture(family), &device, None).unwrap().model, &path(name), &options).unwrap();
             Checkpoint::open(fixture(family)).unwrap().convert(&path("files"), &options).unwrap();
             assert_eq!(read_tensors(&path(name)), read_tensors(&path("files")), "{family} {name}");
-            // Converting while loading gives the same as loading what was converted.
+            // Converting while loading equals loading the converted files.
             let converted = load(&fixture(family), &device, Some(dtype)).unwrap();
             assert_eq!(
                 parameters(&converted.model),
@@ -150,7 +150,7 @@ fn dtypes_are_changed_the_same_way_by_both_ways() {
 }
 
 #[test]
-fn the_correction_bias_is_f32_and_no_optimizer_may_take_it() {
+fn the_correction_bias_is_f32_and_is_not_trained() {
     let loaded = load(&fixture("moonlight-like"), &Device::default().autodiff(), None).unwrap();
     let model = &loaded.model;
     for (path, dtype, _) in parameters(model) {
@@ -161,7 +161,7 @@ fn the_correction_bias_is_f32_and_no_optimizer_may_take_it() {
     let Router { weight, e_score_correction_bias, .. } = &moe.router;
     assert!(weight.val().is_require_grad());
     assert!(!e_score_correction_bias.as_ref().unwrap().val().is_require_grad());
-    // And so it stays through validation and back, and through saving.
+    // That holds after `valid`, `train`, and saving.
     let model = model.valid().train();
     let moonlight_model::FeedForward::Moe(moe) = &model.layers[1].mlp else { panic!("layer 1 has experts") };
     assert!(!moe.router.e_score_correction_bias.as_ref().unwrap().val().is_require_grad());
@@ -173,7 +173,7 @@ fn the_correction_bias_is_f32_and_no_optimizer_may_take_it() {
 }
 
 #[test]
-fn a_router_kept_in_another_dtype_stays_in_it() {
+fn a_router_in_another_dtype_keeps_it() {
     let directory = tempfile::tempdir().unwrap();
     let mut tensors = read_tensors(&fixture("moonlight-like"));
     let router = tensors.get_mut("model.layers.1.mlp.gate.weight").unwrap();
@@ -185,7 +185,7 @@ fn a_router_kept_in_another_dtype_stays_in_it() {
         let f32 = path == "layers.1.mlp.router.weight" || path.ends_with("e_score_correction_bias");
         assert_eq!(dtype, if f32 { DType::F32 } else { DType::BF16 }, "{path}");
     }
-    // Any other tensor in f32 makes the model f32, which loses nothing.
+    // Any other tensor in f32 makes the model f32, so that nothing is lost.
     let down = tensors.get_mut("model.layers.1.mlp.experts.3.down_proj.weight").unwrap();
     *down = widened(down);
     write_dir(directory.path(), &config_of("moonlight-like"), &tensors);
@@ -196,7 +196,7 @@ fn a_router_kept_in_another_dtype_stays_in_it() {
     assert!(routers_apart(&mixed.model).eq(routers_apart(&plain.model)));
 }
 
-/// How many tensors were skipped for each reason.
+/// The number of ignored tensors for each reason.
 fn counts(skipped: &BTreeMap<SkipReason, Vec<String>>) -> Vec<(SkipReason, usize)> {
     skipped.iter().map(|(reason, names)| (*reason, names.len())).collect()
 }
@@ -206,10 +206,10 @@ fn widened(raw: &Raw) -> Raw {
     Raw { dtype: Dtype::F32, shape: raw.shape.clone(), data }
 }
 
-/// The same weights under other names: Kimi-VL's prefixes with a vision tower beside, a prediction layer, a stored head
-/// that is tied, and transformers 5's stacked experts.
+/// The same weights under other names: Kimi-VL's prefixes with a vision tower, an MTP layer, a stored head that is
+/// tied, and transformers 5's stacked experts.
 #[test]
-fn other_spellings_load_the_same_model() {
+fn other_tensor_names_load_the_same_model() {
     let device = Device::default();
     let family = "deepseek-v3-like";
     let plain = parameters(&load(&fixture(family), &device, None).unwrap().model);
@@ -242,7 +242,7 @@ fn other_spellings_load_the_same_model() {
             [(SkipReason::MultiTokenPrediction, 1), (SkipReason::Vision, 2)],
             "{model}"
         );
-        // What was skipped is not promised by the configuration that is saved.
+        // The saved config does not declare what was ignored.
         let saved = directory.path().join("saved");
         save(&loaded.model, &saved, &SaveOptions::default()).unwrap();
         assert_eq!(Checkpoint::open(&saved).unwrap().config().extra["num_nextn_predict_layers"], 0);
@@ -271,7 +271,7 @@ fn other_spellings_load_the_same_model() {
     }
     write_dir(directory.path(), &config_of(family), &stacked);
     assert_eq!(parameters(&load(directory.path(), &device, None).unwrap().model), plain);
-    // Written anew, the experts stand one by one.
+    // Converted, each expert has its own tensors.
     let saved = directory.path().join("one-by-one");
     Checkpoint::open(directory.path()).unwrap().convert(&saved, &SaveOptions::default()).unwrap();
     assert_eq!(read_tensors(&saved), expected(tensors));
@@ -283,9 +283,9 @@ fn other_spellings_load_the_same_model() {
     assert_eq!(counts(&loaded.report.skipped), [(SkipReason::TiedHead, 1)]);
 }
 
-/// The files around the weights.
+/// The files other than weights.
 #[test]
-fn companions_and_configurations_are_written() {
+fn sidecars_and_configs_are_written() {
     let directory = tempfile::tempdir().unwrap();
     let (source, saved) = (directory.path().join("source"), directory.path().join("a/b/saved"));
     let mut config = config_of("moonlight-like");

@@ -1,8 +1,8 @@
-//! `tokenizer.json` as `tokenizers` reads it, against `tiktoken.model` as `tiktoken-rs` reads it.
+//! `tokenizer.json`, read by `tokenizers`, compared with `tiktoken.model`, read by `tiktoken-rs`.
 //!
-//! Moonlight's own ranks cannot be had without a network. In their place stand the ranks that the `tiktoken-rs` crate
-//! carries: `o200k_base` (199,998 tokens, more than Moonlight's 163,584) and `cl100k_base` (100,256), both trained on text
-//! of the whole world, under Moonlight's pattern and Moonlight's special tokens.
+//! Moonlight's own ranks are not available offline. The tests use the ranks in the `tiktoken-rs` crate instead:
+//! `o200k_base` (199,998 tokens, more than Moonlight's 163,584) and `cl100k_base` (100,256), both trained on
+//! multilingual text, with Moonlight's pattern and special tokens.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -20,15 +20,15 @@ use rustc_hash::FxHashMap;
 use tiktoken_rs::CoreBPE;
 use tokenizers::Tokenizer;
 
-/// Bytes of other people's text that the ordinary test reads.
+/// Bytes of real text in the ordinary test.
 const SAMPLE: usize = 3 << 20;
 
-/// One set of ranks, read by both.
+/// A set of ranks in both implementations.
 struct Pair {
     tiktoken: CoreBPE,
-    /// Special text is special.
+    /// Text of special tokens becomes special tokens.
     special: Tokenizer,
-    /// Special text is text.
+    /// Text of special tokens stays text.
     plain: Tokenizer,
     ranks: u32,
 }
@@ -36,7 +36,7 @@ struct Pair {
 static O200K: LazyLock<Pair> = LazyLock::new(|| Pair::new(tiktoken_rs::o200k_base_singleton()));
 static CL100K: LazyLock<Pair> = LazyLock::new(|| Pair::new(tiktoken_rs::cl100k_base_singleton()));
 
-/// `added_tokens_decoder` as the family publishes it.
+/// `added_tokens_decoder` as published for the family.
 fn tokenizer_config(ranks: u32) -> String {
     let named = [
         (0, "[BOS]"),
@@ -62,7 +62,7 @@ fn tokenizer_config(ranks: u32) -> String {
     serde_json::json!({"bos_token": "[BOS]", "eos_token": "<|im_end|>", "added_tokens_decoder": added}).to_string()
 }
 
-/// The tokens of an encoding that the crate carries, by rank.
+/// The tokens of an encoding in the crate, by rank.
 fn tokens_of(bpe: &CoreBPE) -> Vec<Vec<u8>> {
     (0..).map_while(|rank| bpe.decode_bytes(&[rank]).ok()).collect()
 }
@@ -92,7 +92,7 @@ impl Pair {
         Self { tiktoken, special, plain, ranks: ranks.count() }
     }
 
-    /// Encodes with all four and compares; gives the number of tokens.
+    /// Compares the encodings of a text; returns the number of tokens.
     fn agree(&self, text: &str) -> usize {
         let ids = |tokenizer: &Tokenizer| tokenizer.encode_fast(text, false).unwrap().get_ids().to_vec();
         let (plain, special) = (ids(&self.plain), ids(&self.special));
@@ -124,7 +124,7 @@ fn both() -> [&'static Pair; 2] {
 }
 
 #[test]
-fn ids_and_names() {
+fn special_tokens_have_the_published_ids_and_names() {
     let pair = &*O200K;
     assert_eq!(pair.ranks, 199_998);
     assert_eq!(pair.special.get_vocab_size(true), 199_998 + 256);
@@ -138,7 +138,7 @@ fn ids_and_names() {
 }
 
 #[test]
-fn adversarial_texts() {
+fn adversarial_texts_are_encoded_equally() {
     let long = [
         " ".repeat(20_000),
         "\t \u{3000}".repeat(3_000),
@@ -197,16 +197,16 @@ fn adversarial_texts() {
         for text in short.iter().copied().chain(long.iter().map(String::as_str)) {
             pair.agree(text);
         }
-        // Each beside each, so that pieces meet that never meet in one text.
+        // All pairs, for pieces that are never adjacent in one text.
         for (a, b) in short.iter().flat_map(|a| short.iter().map(move |b| (a, b))) {
             pair.agree(&format!("{a}{b}"));
         }
     }
 }
 
-/// Every token alone, and every token behind a letter and a space: the largest, the rarest and the unreachable ones.
+/// Every token alone, and after a letter and a space: including the longest, the rarest and the unreachable ones.
 #[test]
-fn every_token_that_is_text() {
+fn every_token_is_encoded_equally() {
     for pair in both() {
         for rank in 0..pair.ranks {
             if let Ok(token) = String::from_utf8(pair.tiktoken.decode_bytes(&[rank]).unwrap()) {
@@ -219,15 +219,15 @@ fn every_token_that_is_text() {
     }
 }
 
-/// Texts that people wrote: this repository's, the sources of the crates it is built from (with their translations), and
-/// Debian's documentation, as far as they are there.
+/// Real texts, as far as available: this repository's, the sources of the crates it is built from (with their
+/// translations), and Debian's documentation.
 fn real_texts(most: usize) -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let home = std::env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")))
         .unwrap_or_default();
-    // A few bytes of the repository are always there.
+    // The repository itself is always available.
     let mut folders = vec![(root.join("moonlight-model/src"), most / 8), (root.join("configs"), most / 8)];
     folders.push((home.join("registry").join("src"), most / 2));
     folders.extend(
@@ -238,7 +238,7 @@ fn real_texts(most: usize) -> Vec<(PathBuf, String)> {
         let mut files = Vec::new();
         collect(&folder, &mut files);
         files.sort();
-        // Spread over the whole folder. Files in other languages than English first.
+        // Distributed over the whole folder, with files in other languages than English first.
         files.sort_by_key(|path| (path.extension().is_none_or(|ending| ending != "po"), spread(path)));
         let mut taken = 0;
         for path in files {
@@ -271,7 +271,7 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
-/// In parts without the lengths that tiktoken's regular expression runs out of patience at.
+/// Splits a text into parts, because tiktoken's regular expression fails on very long ones.
 fn parts(text: &str) -> Vec<&str> {
     let mut parts = Vec::new();
     let mut rest = text;
@@ -301,19 +301,19 @@ fn agree_on_real_texts(most: usize) {
 }
 
 #[test]
-fn texts_that_people_wrote() {
+fn real_texts_are_encoded_equally() {
     agree_on_real_texts(SAMPLE);
 }
 
 /// `cargo test --release -p moonlight-convert --test tokenizer -- --ignored --nocapture`; `TEXT_MB` for another amount.
 #[test]
-#[ignore = "minutes: run it by name"]
-fn many_texts_that_people_wrote() {
+#[ignore = "takes minutes"]
+fn many_real_texts_are_encoded_equally() {
     let megabytes: usize = std::env::var("TEXT_MB").ok().and_then(|text| text.parse().ok()).unwrap_or(100);
     agree_on_real_texts(megabytes << 20);
 }
 
-/// Characters that lie in wait: of each kind that the pattern tells apart, and those at the kinds' edges.
+/// Difficult characters: of each class in the pattern, and at the boundaries of the classes.
 fn character() -> impl Strategy<Value = char> {
     prop_oneof![
         4 => proptest::char::any(),
@@ -339,7 +339,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn random_texts(pieces in prop::collection::vec(piece(), 0..20)) {
+    fn random_texts_are_encoded_equally(pieces in prop::collection::vec(piece(), 0..20)) {
         let text = pieces.concat();
         for pair in both() {
             pair.agree(&text);

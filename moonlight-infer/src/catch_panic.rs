@@ -1,30 +1,31 @@
-//! Libraries that panic at what a file holds.
+//! Calls into libraries that panic at damaged files.
 
 use std::cell::Cell;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Once;
 
-/// What `read` comes to; `None` where it panicked. The panic is the answer to a file that is not what it says, so nothing
-/// of it is shown.
+/// The result of `call`; `None` where it panics. The panic is an expected answer to a damaged file, so its message is not
+/// printed.
 ///
-/// What `read` had borrowed mutably must not be used after a `None`.
-pub(crate) fn catch_panic<T>(read: impl FnOnce() -> T) -> Option<T> {
+/// What `call` borrows mutably may be in any state after a `None`, and must not be used again.
+pub(crate) fn catch_panic<T>(call: impl FnOnce() -> T) -> Option<T> {
     thread_local! {
-        static READING: Cell<bool> = const { Cell::new(false) };
+        static IN_CALL: Cell<bool> = const { Cell::new(false) };
     }
     static HOOK: Once = Once::new();
+    // One hook for the process: it stays silent on the threads that are in a call, and runs the previous hook on others.
     HOOK.call_once(|| {
-        let shown = panic::take_hook();
+        let previous = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
-            if !READING.get() {
-                shown(info)
+            if !IN_CALL.get() {
+                previous(info)
             }
         }));
     });
-    let outer = READING.replace(true);
-    let read = panic::catch_unwind(AssertUnwindSafe(read));
-    READING.set(outer);
-    read.ok()
+    let outer = IN_CALL.replace(true);
+    let result = panic::catch_unwind(AssertUnwindSafe(call));
+    IN_CALL.set(outer);
+    result.ok()
 }
 
 #[cfg(test)]
@@ -35,6 +36,6 @@ mod tests {
     fn a_panic_is_none() {
         assert_eq!(catch_panic(|| 3), Some(3));
         assert_eq!(catch_panic(|| catch_panic(|| panic!("inner")).unwrap_or(4)), Some(4));
-        assert_eq!(catch_panic(|| if true { panic!("no") } else { 1 }), None);
+        assert_eq!(catch_panic(|| if true { panic!("outer") } else { 1 }), None);
     }
 }

@@ -1,45 +1,45 @@
-//! Devices and dtypes by name: the only place where a backend is named.
+//! Devices and dtypes by name. No other file names a backend.
 
 use burn::tensor::{DType, Device};
 
-/// A device or dtype that there is not.
+/// A device or dtype that does not exist or is not available.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
-    /// A name that is no device's.
+    /// An unknown device.
     #[error("there is no device `{0}`")]
     Unknown(String),
-    /// A device that this build cannot use.
-    #[error("this build has no `{kind}` (it has: {built})")]
+    /// A backend that is not compiled in.
+    #[error("this build does not support `{kind}` (it supports {built})")]
     NotBuilt {
-        /// The kind of device.
+        /// The name of the backend.
         kind: &'static str,
-        /// The kinds that the build has, with commas between.
+        /// The backends of this build, separated by commas.
         built: String,
     },
-    /// A device whose number is none.
-    #[error("`{index}` in `{name}` is not the number of a device")]
+    /// A device index that is not a number.
+    #[error("`{index}` in `{name}` is not a device index")]
     Index {
-        /// The name as it was given.
+        /// The device as passed.
         name: String,
-        /// Its kind.
+        /// The name of the backend.
         kind: &'static str,
-        /// What is in the number's place.
+        /// The text after the colon.
         index: String,
     },
-    /// A number for a kind of which there is one.
-    #[error("`{0}` takes no number")]
+    /// An index for a backend with a single device.
+    #[error("`{0}` has a single device, and does not take an index")]
     NoIndex(&'static str),
-    /// A name that is no dtype's.
+    /// An unknown dtype.
     #[error("there is no dtype `{0}`")]
     Dtype(String),
 }
 
 impl DeviceError {
-    /// What to do about it.
+    /// What to do.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::Unknown(_) => "devices are cpu, cuda[:N], wgpu[:N], vulkan[:N] and metal".into(),
+            Self::Unknown(_) => "devices are cpu, cuda[:N], wgpu[:N], vulkan[:N], metal and auto".into(),
             Self::NotBuilt { kind, .. } => format!("build with `--features {kind}`"),
             Self::Index { kind, .. } => format!("write `{kind}` or `{kind}:0`"),
             Self::NoIndex(kind) => format!("write `{kind}`"),
@@ -48,16 +48,16 @@ impl DeviceError {
     }
 }
 
-/// A device to run on.
+/// A device that is chosen by name.
 #[derive(Debug, Clone)]
 pub struct ComputeDevice {
-    /// The device, without gradients.
+    /// The device, without autodiff.
     pub device: Device,
-    /// Whether it is the CPU, where weights are f32 unless another dtype is asked for.
+    /// Whether it is the CPU, where the default dtype is f32.
     pub is_cpu: bool,
 }
 
-/// The names of the devices, in the order in which `auto` tries them.
+/// The backends, in the order in which `auto` tries them, and whether they are compiled in.
 const KINDS: &[(&str, bool)] = &[
     ("cuda", cfg!(feature = "cuda")),
     ("metal", cfg!(feature = "metal")),
@@ -67,11 +67,11 @@ const KINDS: &[(&str, bool)] = &[
 ];
 
 impl ComputeDevice {
-    /// Opens `cpu`, `cuda[:N]`, `wgpu[:N]`, `vulkan[:N]`, `metal`, or `auto` for the first that the build has.
+    /// Opens `cpu`, `cuda[:N]`, `wgpu[:N]`, `vulkan[:N]`, `metal`, or `auto` for the first backend of this build.
     ///
     /// # Errors
     ///
-    /// [`DeviceError`] for a name that is no device's, and for a device that this build cannot use.
+    /// [`DeviceError`] for an unknown device and for a backend that is not compiled in.
     pub fn open(name: &str) -> Result<Self, DeviceError> {
         let built: Vec<&str> = KINDS.iter().filter(|(_, built)| *built).map(|(kind, _)| *kind).collect();
         let name = if name == "auto" { built.first().copied().unwrap_or("cpu") } else { name };
@@ -88,29 +88,29 @@ impl ComputeDevice {
             None => None,
             Some(_) if matches!(kind, "cpu" | "metal") => return Err(DeviceError::NoIndex(kind)),
             Some(index) => {
-                let wrong = |_| DeviceError::Index { name: name.into(), kind, index: index.into() };
-                Some(index.parse::<usize>().map_err(wrong)?)
+                let invalid = |_| DeviceError::Index { name: name.into(), kind, index: index.into() };
+                Some(index.parse::<usize>().map_err(invalid)?)
             }
         };
         Ok(Self { device: device(kind, index), is_cpu: kind == "cpu" })
     }
 }
 
-/// The name of the device `offset` places after the one that `name` means, for the workers of one machine; there is one CPU,
-/// and one device of Metal.
+/// The name of the device for the `offset`th rank of one machine, if `name` is that of the first: `cuda` and 3 is `cuda:3`.
+/// All ranks share the CPU, and the one Metal device.
 pub fn nth_device_name(name: &str, offset: usize) -> String {
     let first = KINDS.iter().find(|(_, built)| *built).map_or("cpu", |(kind, _)| *kind);
     let name = if name == "auto" { first } else { name };
     let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
     match (kind, index.parse::<usize>()) {
         ("cpu" | "metal", _) | (_, Err(_)) => name.to_owned(),
-        // What is not numbered is left to the backend, which has a device of its own choice.
+        // Unchanged without an index: the backend then chooses the device.
         (_, Ok(0)) if offset == 0 => name.to_owned(),
         (_, Ok(index)) => format!("{kind}:{}", index + offset),
     }
 }
 
-#[allow(unused_variables, reason = "a build with the CPU alone has no use for the number")]
+#[allow(unused_variables, reason = "not used in a build for the CPU alone")]
 fn device(kind: &str, index: Option<usize>) -> Device {
     #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
     let gpu = index.map_or(burn::tensor::DeviceKind::DefaultDevice, burn::tensor::DeviceKind::DiscreteGpu);
@@ -129,7 +129,7 @@ fn device(kind: &str, index: Option<usize>) -> Device {
     }
 }
 
-/// The dtype that `f32`, `bf16`, `f16` or `auto` stands for: `auto` is f32 on the CPU and `None`, as stored, elsewhere.
+/// The dtype of `f32`, `bf16`, `f16` or `auto`, which is f32 on the CPU, and elsewhere `None`: the dtype of the checkpoint.
 ///
 /// # Errors
 ///
@@ -147,9 +147,10 @@ pub fn parse_dtype(name: &str, target: &ComputeDevice) -> Result<Option<DType>, 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::tests::render;
 
     #[test]
-    fn wrong_names_say_what_there_is() {
+    fn hints_list_the_devices() {
         let hint = |name: &str| ComputeDevice::open(name).unwrap_err().hint().unwrap();
         assert!(hint("gpu").contains("vulkan[:N]"));
         assert!(hint("cpu:1").contains("`cpu`"));
@@ -158,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn workers_use_one_device_after_the_other() {
+    fn ranks_use_consecutive_devices() {
         assert_eq!(nth_device_name("cuda", 0), "cuda");
         assert_eq!(nth_device_name("cuda", 3), "cuda:3");
         assert_eq!(nth_device_name("vulkan:2", 1), "vulkan:3");
@@ -167,10 +168,31 @@ mod tests {
 
     #[cfg(feature = "cpu")]
     #[test]
-    fn weights_are_f32_on_the_cpu_unless_another_dtype_is_asked_for() {
+    fn the_default_dtype_on_the_cpu_is_f32() {
         let cpu = ComputeDevice::open("cpu").unwrap();
         assert_eq!(parse_dtype("auto", &cpu).unwrap(), Some(DType::F32));
         assert_eq!(parse_dtype("bf16", &cpu).unwrap(), Some(DType::BF16));
         assert!(parse_dtype("int8", &cpu).is_err());
+    }
+
+    #[test]
+    fn messages_of_device_errors() {
+        let errors = [
+            DeviceError::Unknown("gpu".into()),
+            DeviceError::NotBuilt { kind: "cuda", built: "cpu".into() },
+            DeviceError::Index { name: "cuda:x".into(), kind: "cuda", index: "x".into() },
+            DeviceError::NoIndex("cpu"),
+            DeviceError::Dtype("int8".into()),
+        ];
+        // A new variant does not compile here: add an example of it above.
+        let is_covered = |error: &DeviceError| match error {
+            DeviceError::Unknown(_)
+            | DeviceError::NotBuilt { .. }
+            | DeviceError::Index { .. }
+            | DeviceError::NoIndex(_)
+            | DeviceError::Dtype(_) => true,
+        };
+        assert!(errors.iter().all(is_covered));
+        insta::assert_snapshot!(render(errors.iter().map(|error| (error.to_string(), error.hint()))));
     }
 }

@@ -1,6 +1,5 @@
-//! What can go wrong when a model is opened and run.
+//! Errors of opening and running a model.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use moonlight_convert::adapter::AdapterError;
@@ -11,83 +10,83 @@ use crate::device::DeviceError;
 use crate::records::{FilePosition, JsonError, RecordError};
 use crate::tokenizer::TokenizerError;
 
-/// Why a model cannot be opened, or cannot do what was asked of it. Every message is one sentence for the person who asked.
+/// Why a model cannot be opened, or cannot do what was asked of it. Every message is one sentence.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum InferError {
-    /// The weights.
+    /// A checkpoint that cannot be loaded.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// An adapter.
+    /// An adapter that cannot be loaded, or does not fit the model.
     #[error(transparent)]
     Adapter(#[from] AdapterError),
-    /// The tokenizer.
+    /// A tokenizer that cannot be read, or a text that it cannot encode.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// A conversation, or the template for it.
+    /// A conversation, or its template.
     #[error(transparent)]
     Chat(#[from] ChatError),
-    /// A file of records.
+    /// A file of records that cannot be read.
     #[error(transparent)]
     Records(#[from] RecordError),
-    /// A device or a dtype.
+    /// An unknown or unavailable device or dtype.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// An adapter where the model was wanted that another adapter belongs to.
-    #[error("`{}` is itself an adapter", Printable(.0.display()))]
+    /// An adapter in place of the model that another adapter is for.
+    #[error("`{}` is an adapter, not a model", Printable(.0.display()))]
     AdapterOnAdapter(PathBuf),
-    /// A model whose folder has no tokenizer, where text is to be read.
+    /// Text for a model whose directory has no tokenizer.
     #[error("`{}` has no tokenizer", Printable(.0.display()))]
     NoTokenizer(PathBuf),
-    /// A prompt without a token.
+    /// A prompt of no tokens.
     #[error("the prompt has no tokens")]
     EmptyPrompt,
-    /// A prompt that does not fit.
+    /// A prompt that does not fit into the context or the KV cache.
     #[error("the prompt has {tokens} tokens, more than the model's context of {context}")]
     PromptTooLong {
         /// Tokens of the prompt.
         tokens: usize,
-        /// Tokens that there is room for.
+        /// Tokens that fit.
         context: usize,
     },
-    /// More tokens to score than the model can read.
+    /// More tokens to score than the context has.
     #[error("{tokens} tokens are more than the model's context of {context}")]
     TooManyTokens {
-        /// Tokens that were given.
+        /// Tokens to score.
         tokens: usize,
-        /// Tokens that the model can read.
+        /// Tokens that fit.
         context: usize,
     },
     /// A token without a row in the embedding.
-    #[error("there is no token {token}: the model has {vocab_size}")]
+    #[error("there is no token {token}: the vocabulary has {vocab_size}")]
     UnknownToken {
         /// The token.
         token: u32,
-        /// How many there are.
+        /// The rows of the embedding.
         vocab_size: usize,
     },
-    /// A file without a row.
+    /// A task file without rows.
     #[error("`{}` has no rows", Printable(.0.display()))]
     NoRows(PathBuf),
-    /// Examples before rows that are no questions.
-    #[error("examples do not go with rows of {format}")]
+    /// Shots for a format that is not multiple choice.
+    #[error("few-shot examples are not supported for rows of `{format}`")]
     ShotsWithoutChoices {
-        /// What the rows are.
+        /// The [format](crate::eval::TaskFormat) of the rows.
         format: String,
     },
     /// Fewer examples than shots.
     #[error("there are {examples} examples for {shots} shots")]
     TooFewExamples {
-        /// Examples that a question may have before it.
+        /// Examples that may precede the question.
         examples: usize,
-        /// How many it should have.
+        /// Examples that are asked for.
         shots: usize,
     },
-    /// A question without a context, for a tokenizer that has no token to begin with.
-    #[error("a question without a text, and the tokenizer has no token to begin with")]
+    /// An empty context with a tokenizer that has no token to put in its place.
+    #[error("the context is empty, and the tokenizer has neither BOS nor EOS to replace it")]
     NoFirstToken,
-    /// Logits of which some are NaN or infinite.
-    #[error("the model's logits are non-finite ({token}: {value})")]
+    /// A logit that is NaN or infinite.
+    #[error("the model's logits are non-finite: that of token {token} is {value}")]
     NonFinite {
         /// The first token with such a logit.
         token: usize,
@@ -95,38 +94,38 @@ pub enum InferError {
         value: f32,
     },
     /// A log-probability that is NaN or infinite.
-    #[error("the log-probability of token {place} is non-finite: the model's logits are")]
+    #[error("the log-probability of token {position} of the sequence is non-finite")]
     NonFiniteScore {
-        /// The token's place in its sequence, from 1.
-        place: usize,
+        /// The position in the sequence, from 1.
+        position: usize,
     },
-    /// A file of the model's folder.
+    /// A file of settings in the model's directory that cannot be read.
     #[error("`{}` cannot be read: {}", Printable(path.display()), Printable(problem))]
     ModelFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The rest of the sentence.
         problem: String,
     },
-    /// A line of a file that is wrong.
+    /// A record of a file.
     #[error("{}:{place}: {}", Printable(path.display()), Printable(problem))]
     Line {
         /// The file.
         path: PathBuf,
-        /// The line, in a parquet file the row, and perhaps the column.
+        /// The line, or in a parquet file the row; with a column where it is known.
         place: FilePosition,
-        /// What is wrong with it.
+        /// The sentence.
         problem: String,
-        /// What to do, where we know.
+        /// What to do, where it is known.
         hint: Option<String>,
     },
-    /// A file cannot be read or written.
+    /// A file that cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
 }
 
 impl InferError {
-    /// What to do about it, where we know.
+    /// What to do, where it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Checkpoint(error) => error.hint(),
@@ -135,24 +134,31 @@ impl InferError {
             Self::Chat(error) => error.hint(),
             Self::Records(error) => error.hint(),
             Self::Device(error) => error.hint(),
-            Self::AdapterOnAdapter(_) => Some("an adapter is put beside the model that it belongs to".into()),
-            Self::NoTokenizer(_) => Some("put its tokenizer.json or tiktoken.model into the folder".into()),
-            Self::TooFewExamples { .. } => Some("take fewer shots, or another file of examples".into()),
-            Self::NonFinite { .. } | Self::NonFiniteScore { .. } => Some(
-                "its weights are damaged, or its configuration or adapter has a number that is far too large".into(),
-            ),
+            Self::AdapterOnAdapter(_) => Some("pass the model that the adapter was trained on".into()),
+            Self::NoTokenizer(_) => Some("add its tokenizer.json or tiktoken.model to the directory".into()),
+            Self::TooFewExamples { .. } => Some("use fewer shots, or a file with more examples".into()),
+            Self::NonFinite { .. } | Self::NonFiniteScore { .. } => {
+                Some("check the weights, config and adapter: some value is damaged or far too large".into())
+            }
             Self::Line { hint, .. } => hint.clone(),
             Self::File(error) if error.is_full() => Some("free some space and run it again".into()),
-            _ => None,
+            Self::File(_)
+            | Self::EmptyPrompt
+            | Self::PromptTooLong { .. }
+            | Self::TooManyTokens { .. }
+            | Self::UnknownToken { .. }
+            | Self::NoRows(_)
+            | Self::ShotsWithoutChoices { .. }
+            | Self::NoFirstToken
+            | Self::ModelFile { .. } => None,
         }
     }
 
-    /// The error of a line of a file: what is wrong with the tokens that the line holds is said with file and line, and
-    /// every other error (a full disk, say) stays as it is.
-    pub fn with_position(self, path: &Path, place: FilePosition) -> Self {
+    /// An error about the tokens of a record, with its file and line; any other error (a full disk, say) unchanged.
+    pub fn with_position(self, path: &Path, position: FilePosition) -> Self {
         match self {
             Self::EmptyPrompt | Self::PromptTooLong { .. } | Self::TooManyTokens { .. } | Self::UnknownToken { .. } => {
-                Self::at(path, place, &self, self.hint())
+                Self::at(path, position, &self, self.hint())
             }
             error => error,
         }
@@ -162,18 +168,98 @@ impl InferError {
         Self::at(path, FilePosition::line(line), problem, hint)
     }
 
-    /// What is wrong at a place of a file.
     pub(crate) fn at(path: &Path, place: FilePosition, problem: impl std::fmt::Display, hint: Option<String>) -> Self {
         Self::Line { path: path.to_owned(), place, problem: problem.to_string(), hint }
     }
 
-    /// A record at `place` that is not JSON.
-    pub(crate) fn json(path: &Path, place: FilePosition, error: &JsonError, hint: Option<String>) -> Self {
-        let place = error.at().map_or(place, |at| place.within(at));
-        Self::at(path, place, error, error.hint().or(hint))
+    /// A record at `position` that is not JSON; `hint` is for errors that have none of their own.
+    pub(crate) fn json(path: &Path, position: FilePosition, error: &JsonError, hint: Option<String>) -> Self {
+        let position = error.at().map_or(position, |at| position.within(at));
+        Self::at(path, position, error, error.hint().or(hint))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::io;
+
+    use insta::assert_snapshot;
+
+    use super::*;
+
+    /// Messages and hints as the programs print them, for snapshots.
+    pub(crate) fn render(errors: impl Iterator<Item = (String, Option<String>)>) -> String {
+        let blocks = errors.map(|(message, hint)| match hint {
+            Some(hint) => format!("error: {message}\nhint: {hint}\n"),
+            None => format!("error: {message}\n"),
+        });
+        blocks.collect::<Vec<_>>().join("\n")
     }
 
-    pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        FileError::write(path)
+    #[test]
+    fn messages_of_infer_errors() {
+        let gone = || io::Error::from(io::ErrorKind::NotFound);
+        let full = || io::Error::from(io::ErrorKind::StorageFull);
+        let errors = [
+            InferError::Checkpoint(CheckpointError::File(FileError::read::<FileError>("model/config.json")(gone()))),
+            InferError::Adapter(AdapterError::Checkpoint(CheckpointError::File(FileError::read::<FileError>(
+                "adapter/adapter_config.json",
+            )(gone())))),
+            InferError::Tokenizer(TokenizerError::NotFound("nowhere".into())),
+            InferError::Chat(ChatError::NoTemplate { dir: "models/base".into() }),
+            InferError::Records(RecordError::File {
+                path: "tasks/mmlu.jsonl".into(),
+                problem: "it is a zip archive".into(),
+                hint: None,
+            }),
+            InferError::Device(DeviceError::Unknown("gpu".into())),
+            InferError::AdapterOnAdapter("runs/lora".into()),
+            InferError::NoTokenizer("models/tiny".into()),
+            InferError::EmptyPrompt,
+            InferError::PromptTooLong { tokens: 9000, context: 8192 },
+            InferError::TooManyTokens { tokens: 9000, context: 8192 },
+            InferError::UnknownToken { token: 999, vocab_size: 128 },
+            InferError::NoRows("tasks/empty.jsonl".into()),
+            InferError::ShotsWithoutChoices { format: "perplexity".into() },
+            InferError::TooFewExamples { examples: 3, shots: 5 },
+            InferError::NoFirstToken,
+            InferError::NonFinite { token: 17, value: f32::NAN },
+            InferError::NonFiniteScore { position: 2 },
+            InferError::ModelFile { path: "model/generation_config.json".into(), problem: "it is not JSON".into() },
+            InferError::Line {
+                path: "prompts.jsonl".into(),
+                place: FilePosition { line: 3, column: 17 },
+                problem: "the record is not JSON: expected `,` or `}`".into(),
+                hint: Some("a record is `{\"tokens\": [1, 2, 3]}` or `{\"text\": \"...\"}`".into()),
+            },
+            FileError::write("out.jsonl")(gone()),
+            FileError::write("out.jsonl")(full()),
+        ];
+        // A new variant does not compile here: add an example of it above.
+        let is_covered = |error: &InferError| match error {
+            InferError::Checkpoint(_)
+            | InferError::Adapter(_)
+            | InferError::Tokenizer(_)
+            | InferError::Chat(_)
+            | InferError::Records(_)
+            | InferError::Device(_)
+            | InferError::AdapterOnAdapter(_)
+            | InferError::NoTokenizer(_)
+            | InferError::EmptyPrompt
+            | InferError::PromptTooLong { .. }
+            | InferError::TooManyTokens { .. }
+            | InferError::UnknownToken { .. }
+            | InferError::NoRows(_)
+            | InferError::ShotsWithoutChoices { .. }
+            | InferError::TooFewExamples { .. }
+            | InferError::NoFirstToken
+            | InferError::NonFinite { .. }
+            | InferError::NonFiniteScore { .. }
+            | InferError::ModelFile { .. }
+            | InferError::Line { .. }
+            | InferError::File(_) => true,
+        };
+        assert!(errors.iter().all(is_covered));
+        assert_snapshot!(render(errors.iter().map(|error| (error.to_string(), error.hint()))));
     }
 }

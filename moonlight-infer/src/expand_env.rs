@@ -1,11 +1,11 @@
-//! `~`, `$NAME` and `${NAME}` in paths.
+//! Environment variables in paths.
 
-/// Expands a leading `~` and every `$NAME` or `${NAME}` from the environment. `CARGO_HOME`, where it is not set, is
-/// cargo's own default, `~/.cargo`.
+/// Expands a leading `~` and every `$NAME` or `${NAME}` from the environment. `CARGO_HOME` has cargo's default, `~/.cargo`,
+/// where it is not set.
 ///
 /// # Errors
 ///
-/// The name of a variable that is not set.
+/// The name of the first variable that is not set.
 pub fn expand_env(text: &str) -> Result<String, String> {
     expand_with(text, |name| std::env::var(name).ok())
 }
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn variables_and_home() {
+    fn variables_and_the_home_directory_are_expanded() {
         let environment = |name: &str| match name {
             "HOME" => Some("/home/me".to_owned()),
             "DATA" => Some("/data".to_owned()),

@@ -1,4 +1,4 @@
-//! A model from a folder: a checkpoint, an adapter with the model that it belongs to, or both by name.
+//! Loads a model from a directory: a checkpoint, or an adapter with its base model.
 
 use std::path::Path;
 
@@ -10,25 +10,25 @@ use moonlight_model::{CausalLm, QuantBits};
 use crate::error::InferError;
 use crate::model_dir::{ModelDir, resolve_weights};
 
-/// A model, and where it came from.
+/// A model, and the directory that it was loaded from.
 #[derive(Debug)]
 pub struct LoadedModel {
-    /// The model, with the adapter beside its weights where there is one.
+    /// The model, with the adapter as separate LoRA weights if there is one.
     pub model: CausalLm,
-    /// The folder of the model; that of an adapter's base where an adapter was opened.
+    /// The directory of the checkpoint; for an adapter that of its base model.
     pub dir: ModelDir,
 }
 
-/// Loads the model of a folder or, for the folder of an adapter, the base that its configuration names with the adapter;
-/// and puts `adapter` beside it.
+/// Loads a checkpoint, with `adapter` on it if there is one; or, if `dir` is that of an adapter, the base model that its
+/// `adapter_config.json` names, with the adapter.
 ///
-/// `dtype` is that of the model's weights; `None` keeps them as stored. With `bits` its projections are quantized while
-/// they are read, so that the whole model is never in memory.
+/// The weights have `dtype`; `None` keeps that of the checkpoint. With `bits` the projections are quantized while they are
+/// read, so that the unquantized model is never in memory as a whole.
 ///
 /// # Errors
 ///
-/// [`InferError::Checkpoint`] and [`InferError::Adapter`] for what cannot be opened, [`InferError::AdapterOnAdapter`] for
-/// two adapters.
+/// [`InferError::Checkpoint`] and [`InferError::Adapter`] for what cannot be loaded, [`InferError::AdapterOnAdapter`] if both
+/// are adapters.
 pub fn load_model(
     dir: &Path,
     adapter: Option<&Path>,
@@ -51,11 +51,11 @@ pub fn load_model(
     Ok(LoadedModel { model, dir: base })
 }
 
-/// The model of a checkpoint's folder, without an adapter; `dtype` and `bits` are those of [`load_model`].
+/// Loads a checkpoint without an adapter; `dtype` and `bits` as in [`load_model`].
 ///
 /// # Errors
 ///
-/// [`CheckpointError`] for what cannot be opened.
+/// [`CheckpointError`] for what cannot be loaded.
 pub fn load_base(
     dir: &Path,
     device: &Device,

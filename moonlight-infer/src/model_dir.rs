@@ -1,4 +1,4 @@
-//! The directory that holds the weights of what a user names as a model.
+//! From what a user names as a model to the directory with its weights.
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use moonlight_convert::{CheckpointError, hub};
 
 use crate::run_dir::{LockAttempt, ReadLock, TRAINER_STATE, newest_checkpoint};
 
-/// A directory of weights. While it is held, no run removes it if it is one of its checkpoints.
+/// A directory with weights. If it is a checkpoint of a run, the run does not remove it while this value exists.
 #[derive(Debug, Clone)]
 pub struct ModelDir {
     path: PathBuf,
@@ -16,7 +16,7 @@ pub struct ModelDir {
 }
 
 impl ModelDir {
-    /// The path alone, without the lock.
+    /// The path; the lock is released.
     pub fn into_path(self) -> PathBuf {
         self.path
     }
@@ -36,27 +36,28 @@ impl AsRef<Path> for ModelDir {
     }
 }
 
-/// The directory of the weights that `model` names, which is one of
+/// The directory with the weights of `model`, which is one of
 ///
-/// * a directory with a `config.json`, or an adapter's: itself;
-/// * the folder of a training run: its newest whole checkpoint;
-/// * the folder of a model in the Hub's cache (`models--org--name`): the snapshot of `main`;
-/// * `org/name` or `org/name@revision`, where no such path exists: its snapshot in the Hub's cache. Nothing is fetched.
+/// * a directory with a `config.json`, or that of an adapter: itself;
+/// * the folder of a training run: its newest complete checkpoint;
+/// * the directory of a model in the Hub's cache (`models--org--name`): the snapshot of `main`;
+/// * `org/name` or `org/name@revision`, if there is no such path: its snapshot in the Hub's cache. Nothing is downloaded.
 ///
-/// Anything else is returned as it is, so that opening it says what is wrong with it. Nothing is written or removed.
+/// Any other path is returned unchanged, so that the error comes from opening it. Nothing is written or removed.
 ///
 /// # Errors
 ///
-/// [`CheckpointError::NotCached`] for a repository that the Hub's cache does not have; a run's folder that cannot be read.
+/// [`CheckpointError::NotCached`] for a repository that is not in the Hub's cache; an error for the folder of a run that
+/// cannot be read.
 pub fn resolve_model(model: impl AsRef<Path>) -> Result<ModelDir, CheckpointError> {
     resolve_weights(&hub::resolve(model)?)
 }
 
-/// [`resolve_model`] for a path that is not a repository's name, such as an adapter's.
+/// [`resolve_model`] for a path that is never the name of a repository, such as that of an adapter.
 ///
 /// # Errors
 ///
-/// A run's folder that cannot be read.
+/// The folder of a run cannot be read.
 pub fn resolve_weights(dir: &Path) -> Result<ModelDir, CheckpointError> {
     if dir.join("config.json").exists() || is_adapter(dir) {
         let lock = match dir.join(TRAINER_STATE).exists().then(|| ReadLock::acquire(dir)) {
@@ -81,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_is_its_newest_checkpoint_and_a_checkpoint_itself() {
+    fn a_run_resolves_to_its_newest_checkpoint_and_a_checkpoint_to_itself() {
         let home = tempfile::tempdir().unwrap();
         let run = home.path();
         assert_eq!(&*resolve_model(run).unwrap(), run);
@@ -95,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_of_the_cache_is_the_snapshot_of_its_main_branch() {
+    fn a_directory_of_the_cache_resolves_to_the_snapshot_of_its_main_branch() {
         let home = tempfile::tempdir().unwrap();
         let commit = "0123456789abcdef0123456789abcdef01234567";
         let snapshot = home.path().join("snapshots").join(commit);

@@ -1,7 +1,7 @@
-//! The published chat template of Moonlight, which both the templates and the tokenizer of bytes know.
+//! The published chat template of Moonlight. In a file of its own, because both `chat` and `tokenizer` use it.
 
-/// Moonlight's template, as published in its `tokenizer_config.json`: no line breaks, no `[BOS]`, and a system message
-/// where the conversation has none.
+/// Moonlight's template, as published in its `tokenizer_config.json`. It writes no line breaks and no `[BOS]`, and adds a
+/// system message to a conversation without one.
 pub const MOONLIGHT_TEMPLATE: &str = "{%- for message in messages -%}{%- if loop.first and messages[0]['role'] != \
      'system' -%}<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>{%- endif -%}{%- if \
      message['role'] == 'system' -%}<|im_system|>{%- endif -%}{%- if message['role'] == 'user' -%}<|im_user|>{%- endif \

@@ -1,4 +1,4 @@
-//! A model that is ready to run: weights, tokenizer, and the tokens that end a text.
+//! Opens a model with all that running it needs: weights, tokenizer, and the tokens that end a text.
 
 use std::path::{Path, PathBuf};
 
@@ -17,10 +17,10 @@ use crate::tokenizer::Tokenizer;
 ///
 /// | option | default |
 /// |---|---|
-/// | [`with_device`](Self::with_device) | `auto`: the first that the build has of CUDA, Metal, Vulkan, WGPU and the CPU |
-/// | [`with_dtype`](Self::with_dtype) | `auto`: f32 on the CPU, elsewhere as stored |
-/// | [`with_adapter`](Self::with_adapter) | none; an adapter's folder may be opened as the model |
-/// | [`with_bits`](Self::with_bits) | none: weights as they are |
+/// | [`with_device`](Self::with_device) | `auto`: the first of CUDA, Metal, Vulkan, WGPU and CPU that is compiled in |
+/// | [`with_dtype`](Self::with_dtype) | `auto`: f32 on the CPU, elsewhere that of the checkpoint |
+/// | [`with_adapter`](Self::with_adapter) | none; the directory of an adapter can also be opened as the model |
+/// | [`with_bits`](Self::with_bits) | not quantized |
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
     device: String,
@@ -51,22 +51,22 @@ impl OpenOptions {
         Self { dtype: dtype.into(), ..self }
     }
 
-    /// The folder of an adapter, or of a training run of adapters, to put beside the model.
+    /// The directory of an adapter, or the folder of a LoRA run, to apply to the model.
     pub fn with_adapter(self, adapter: impl Into<PathBuf>) -> Self {
         Self { adapter: Some(adapter.into()), ..self }
     }
 
-    /// Quantizes the layers' projections to so many bits, with a scale for each 64 weights.
+    /// Quantizes the projections of the layers, with a scale for each block of 64 weights.
     pub fn with_bits(self, bits: QuantBits) -> Self {
         Self { bits: Some(bits), ..self }
     }
 
-    /// Opens what `model` names in any of the ways of [`resolve_model`].
+    /// Opens a model by any of the names that [`resolve_model`] takes.
     ///
     /// # Errors
     ///
-    /// [`InferError`]: a device that this build does not have, a dtype that is none, weights, an adapter or a tokenizer
-    /// that cannot be read.
+    /// [`InferError`]: an unknown or unavailable device, an unknown dtype; weights, an adapter or a tokenizer that cannot be
+    /// read.
     pub fn open(&self, model: impl AsRef<Path>) -> Result<OpenedModel, InferError> {
         let target = ComputeDevice::open(&self.device)?;
         let dtype = device::parse_dtype(&self.dtype, &target)?;
@@ -82,41 +82,42 @@ impl OpenOptions {
     }
 }
 
-/// A model that is ready to run.
+/// A model with its tokenizer.
 #[derive(Debug)]
 pub struct OpenedModel {
-    /// The folder that it came from; an adapter's base.
+    /// The directory of the checkpoint; for an adapter that of its base model.
     pub dir: ModelDir,
-    /// The model.
+    /// The model, with its adapter if there is one.
     pub model: CausalLm,
-    /// The tokenizer of its folder, where that has one.
+    /// The tokenizer in `dir`, if there is one.
     pub tokenizer: Option<Tokenizer>,
-    /// Tokens that end a text: those of `generation_config.json`, else of `config.json`, else the tokenizer's EOS.
+    /// The tokens that end a text: those of `generation_config.json`, else of `config.json`, else the tokenizer's EOS.
     pub eos: Vec<u32>,
 }
 
 impl OpenedModel {
-    /// The tokenizer.
+    /// The tokenizer, or an error without one.
     ///
     /// # Errors
     ///
-    /// [`InferError::NoTokenizer`] where the model's folder has none.
+    /// [`InferError::NoTokenizer`].
     pub fn tokenizer(&self) -> Result<&Tokenizer, InferError> {
         self.tokenizer.as_ref().ok_or_else(|| InferError::NoTokenizer(self.dir.to_path_buf()))
     }
 
-    /// Turns conversations into tokens, by the chat template of the model's folder.
+    /// An encoder of conversations, by the chat template of the model.
     ///
     /// # Errors
     ///
-    /// [`InferError::NoTokenizer`], and [`InferError::Chat`] for a template that is absent or broken.
+    /// [`InferError::NoTokenizer`], and [`InferError::Chat`] for a missing or invalid template.
     pub fn chat_encoder(&self) -> Result<ChatEncoder, InferError> {
         let tokenizer = self.tokenizer()?;
         Ok(ChatEncoder::new(ChatTemplate::from_model_dir(&self.dir, tokenizer)?, tokenizer.clone()))
     }
 
-    /// The tokens that end an answer in a chat: [`eos`](Self::eos), the tokenizer's EOS, and the token that ends a turn of
-    /// the chat template, whatever its name ([`ChatEncoder::end_token`]): the files of a base model do not name it.
+    /// The tokens that end an answer in a chat: [`eos`](Self::eos), the tokenizer's EOS, and the token with which the chat
+    /// template ends a turn ([`ChatEncoder::end_token`]). The files of a base model do not list the last one, but a model
+    /// that was fine-tuned from it writes it.
     pub fn end_of_turn(&self, chat: &ChatEncoder) -> Vec<u32> {
         let tokenizer = self.tokenizer.as_ref().and_then(Tokenizer::eos);
         let mut tokens = self.eos.clone();
@@ -131,14 +132,14 @@ impl OpenedModel {
 
 const GENERATION: &str = "generation_config.json";
 
-/// `eos_token_id` of `generation_config.json`, one or a list; `None` where nothing is said of it.
+/// `eos_token_id` of `generation_config.json`, a token or a list; `None` where it is not set.
 fn generation_eos(dir: &Path) -> Result<Option<Vec<u32>>, InferError> {
     let read = ModelFiles::new(dir).read(GENERATION, MAX_SETTINGS_BYTES);
     let Some(text) = read.map_err(|(path, problem)| InferError::ModelFile { path, problem })? else { return Ok(None) };
-    let wrong = |problem: String| InferError::ModelFile { path: dir.join(GENERATION), problem };
-    let value: Value = serde_json::from_slice(&text).map_err(|error| wrong(format!("it is not JSON: {error}")))?;
+    let invalid = |problem: String| InferError::ModelFile { path: dir.join(GENERATION), problem };
+    let value: Value = serde_json::from_slice(&text).map_err(|error| invalid(format!("it is not JSON: {error}")))?;
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    // -1 stands for none, as in `config.json`.
+    // -1 means none, as in `config.json`.
     let none = |value: &Value| value.as_i64() == Some(-1);
     let ids: Option<Vec<u32>> = match &value["eos_token_id"] {
         Value::Null => return Ok(None),
@@ -146,7 +147,7 @@ fn generation_eos(dir: &Path) -> Result<Option<Vec<u32>>, InferError> {
         one if none(one) => return Ok(None),
         one => id(one).map(|id| vec![id]),
     };
-    ids.map(Some).ok_or_else(|| wrong("its `eos_token_id` is neither a token nor a list of tokens".into()))
+    ids.map(Some).ok_or_else(|| invalid("its `eos_token_id` is neither a token nor a list of tokens".into()))
 }
 
 #[cfg(test)]
@@ -154,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_read_is_not_absent() {
+    fn an_invalid_generation_config_is_an_error() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path();
         let path = dir.join(GENERATION);

@@ -1,47 +1,47 @@
-//! Rows of parquet files as lines of JSON.
+//! Rows of parquet files as JSON.
 //!
-//! Hugging Face keeps data sets in parquet: a column for each key of a record, lists of structs for `messages`. A row
-//! becomes the JSON of that record and goes the way of all [records](crate::records); where a line has a number a row has its
-//! own, from 1.
-//! Built in by the cargo feature `parquet`.
+//! The Hub stores data sets in parquet: a column for each key of a record, lists of structs for `messages`. A row becomes the
+//! JSON of a [record](crate::records), whose line number is that of the row, from 1.
+//!
+//! Needs the cargo feature `parquet`.
 
 use std::path::{Path, PathBuf};
 
 use moonlight_convert::Printable;
 
-/// A parquet file, or a row of one, that cannot be read.
+/// A parquet file or row that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParquetError {
-    /// The file.
+    /// A file that cannot be opened, or does not have the columns.
     #[error("cannot read `{}`: {}", Printable(path.display()), Printable(problem))]
     File {
-        /// Its path.
+        /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The rest of the sentence.
         problem: String,
-        /// What to do, where we know.
+        /// What to do, where it is known.
         hint: Option<String>,
     },
-    /// A row.
+    /// A row that cannot be decoded.
     #[error("{}:{row}: the row cannot be read: {}", Printable(path.display()), Printable(problem))]
     Row {
         /// The file.
         path: PathBuf,
-        /// The row, counted from 1.
+        /// The row, from 1.
         row: usize,
-        /// What is wrong with it.
+        /// The rest of the sentence.
         problem: String,
     },
 }
 
 impl ParquetError {
-    /// A file and what is wrong with it.
+    /// A [`File`](Self::File) error.
     pub fn file(path: &Path, problem: impl Into<String>, hint: Option<&str>) -> Self {
         Self::File { path: path.to_owned(), problem: problem.into(), hint: hint.map(Into::into) }
     }
 
-    /// What to do about it, where we know.
+    /// What to do, where it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::File { hint, .. } => hint.clone(),
@@ -50,18 +50,18 @@ impl ParquetError {
     }
 }
 
-/// The file must have one of these columns; any will do if there are no names. All columns are read: what is of use among
-/// them is known where records are.
+/// Columns of which a file must have at least one; any file will do if the list is empty. All columns are read, whatever the
+/// list: the parser of the records decides which of them it uses.
 pub type RequiredColumns = &'static [&'static str];
 
-/// What a conversation is kept in, in each of its shapes.
+/// The columns of conversations, one for each [format](crate::chat::ConversationFormat).
 pub const CONVERSATION_COLUMNS: RequiredColumns = &["messages", "conversations", "prompt", "instruction"];
-/// What `format = "tokens"` reads.
+/// The columns that `format = "tokens"` reads.
 pub const TOKEN_COLUMNS: RequiredColumns = &["tokens", "input_ids"];
-/// What `format = "text"` reads.
+/// The columns that `format = "text"` reads.
 pub const TEXT_COLUMNS: RequiredColumns = &["text", "content"];
 
-/// Says that this build has no reader.
+/// The reader of a build without the feature `parquet`.
 ///
 /// # Errors
 ///
@@ -69,10 +69,10 @@ pub const TEXT_COLUMNS: RequiredColumns = &["text", "content"];
 #[cfg(not(feature = "parquet"))]
 pub fn rows(
     path: &Path,
-    _wanted: RequiredColumns,
+    _required: RequiredColumns,
 ) -> Result<impl Iterator<Item = Result<String, ParquetError>> + use<>, ParquetError> {
-    let hint = "build with `--features parquet`, or write the rows as JSONL";
-    Err::<std::iter::Empty<_>, _>(ParquetError::file(path, "this build reads no parquet files", Some(hint)))
+    let hint = "build with `--features parquet`, or write the rows as JSON Lines";
+    Err::<std::iter::Empty<_>, _>(ParquetError::file(path, "this build does not read parquet files", Some(hint)))
 }
 
 #[cfg(feature = "parquet")]
@@ -93,25 +93,25 @@ mod reader {
     use crate::catch_panic::catch_panic;
     use crate::records::non_finite_to_json;
 
-    /// The rows of a file, each as a JSON object. Behind the first that cannot be read there is none.
+    /// The rows of a file, each as a JSON object. The iterator ends after the first row that cannot be read.
     ///
     /// # Errors
     ///
-    /// A file that is no whole parquet file, or has none of the columns; for a row, what the reader says of it.
+    /// A file that is not a complete parquet file or has none of the columns; in place of a row, that it cannot be decoded.
     pub fn rows(
         path: &Path,
-        wanted: RequiredColumns,
+        required: RequiredColumns,
     ) -> Result<impl Iterator<Item = Result<String, ParquetError>> + use<>, ParquetError> {
         let file = File::open(path).map_err(|error| ParquetError::file(path, error.to_string(), None))?;
-        let file =
-            guarded(|| SerializedFileReader::new(file)).map_err(|problem| ParquetError::file(path, problem, None))?;
+        let file = without_panic(|| SerializedFileReader::new(file))
+            .map_err(|problem| ParquetError::file(path, problem, None))?;
         let schema = file.metadata().file_metadata().schema_descr_ptr();
-        check(path, &schema, wanted)?;
-        Ok(Rows { path: path.to_owned(), file, schema, group: 0, rows: None, row: 0, broken: false })
+        check_columns(path, &schema, required)?;
+        Ok(Rows { path: path.to_owned(), file, schema, group: 0, rows: None, row: 0, failed: false })
     }
 
-    /// What the parquet crate says, without what it says before it.
-    fn said(error: ReaderError) -> String {
+    /// The message of the parquet crate without its prefix, up to the first line break.
+    fn message(error: ReaderError) -> String {
         let text = match error {
             ReaderError::General(text) | ReaderError::EOF(text) | ReaderError::NYI(text) => text,
             error => error.to_string(),
@@ -119,26 +119,24 @@ mod reader {
         text.lines().next().unwrap_or_default().to_owned()
     }
 
-    /// Whether a file has one of the columns.
-    fn check(path: &Path, schema: &SchemaDescPtr, wanted: RequiredColumns) -> Result<(), ParquetError> {
+    fn check_columns(path: &Path, schema: &SchemaDescPtr, required: RequiredColumns) -> Result<(), ParquetError> {
         let columns = schema.root_schema().get_fields();
-        if wanted.is_empty() || columns.iter().any(|column| wanted.contains(&column.name())) {
+        if required.is_empty() || columns.iter().any(|column| required.contains(&column.name())) {
             return Ok(());
         }
         let quoted = |names: &mut dyn Iterator<Item = &str>| {
             names.map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
         };
-        let missing = quoted(&mut wanted.iter().copied());
+        let missing = quoted(&mut required.iter().copied());
         let present = quoted(&mut columns.iter().map(|column| column.name()));
         Err(ParquetError::file(path, format!("it has none of the columns {missing}; it has {present}"), None))
     }
 
-    /// What a read comes to. The parquet crate's record reader takes a file's word for much and panics where it was broken:
-    /// that is an error of the file here, and nothing that is shown.
-    fn guarded<T>(read: impl FnOnce() -> Result<T, ReaderError>) -> Result<T, String> {
+    /// Calls the parquet crate. Its record reader does not check all of a file's metadata, and panics where it is wrong.
+    fn without_panic<T>(read: impl FnOnce() -> Result<T, ReaderError>) -> Result<T, String> {
         match catch_panic(read) {
-            Some(read) => read.map_err(said),
-            None => Err("the file is damaged, or of a form that is not known".into()),
+            Some(read) => read.map_err(message),
+            None => Err("the file is damaged or has an unknown layout".into()),
         }
     }
 
@@ -146,13 +144,13 @@ mod reader {
         path: std::path::PathBuf,
         file: SerializedFileReader<File>,
         schema: SchemaDescPtr,
-        /// The next group of rows.
+        /// The index of the next row group.
         group: usize,
-        /// What is left of the last one.
+        /// The remaining rows of the current row group.
         rows: Option<ReaderIter>,
-        /// Rows so far.
+        /// Rows that were read.
         row: usize,
-        broken: bool,
+        failed: bool,
     }
 
     impl Rows {
@@ -179,13 +177,14 @@ mod reader {
         type Item = Result<String, ParquetError>;
 
         fn next(&mut self) -> Option<Self::Item> {
-            if self.broken {
+            // The reader may be in any state after a panic, so it is not used again after an error.
+            if self.failed {
                 return None;
             }
-            let row = guarded(|| self.advance().transpose()).transpose()?;
+            let row = without_panic(|| self.advance().transpose()).transpose()?;
             self.row += 1;
             let object = row.and_then(|row| Ok(Value::Object(object(row)?).to_string()));
-            self.broken = object.is_err();
+            self.failed = object.is_err();
             let (path, row) = (&self.path, self.row);
             Some(object.map_err(|problem| ParquetError::Row { path: path.clone(), row, problem }))
         }
@@ -199,7 +198,8 @@ mod reader {
         if value.is_finite() { value.into() } else { non_finite_to_json(value) }
     }
 
-    /// A field as JSON: bytes are text, times the numbers that they are kept as; a decimal is the text of its digits.
+    /// A field as JSON. Bytes are UTF-8 text, times are the numbers that the file stores, and a decimal is the string of its
+    /// digits.
     fn value(field: Field) -> Result<Value, String> {
         Ok(match field {
             Field::Null => Value::Null,
@@ -217,14 +217,14 @@ mod reader {
             Field::UInt(value) => value.into(),
             Field::ULong(value) => value.into(),
             Field::Float16(value) => number(value.to_f64()),
-            // As JSON writes it: with as few digits as tell it from other numbers of 32 bits.
+            // Not converted to f64: JSON then has the shortest digits of the f32 (0.1, not 0.10000000149011612).
             Field::Float(value) if value.is_finite() => value.into(),
             Field::Float(value) => number(value.into()),
             Field::Double(value) => number(value),
             Field::Str(text) => text.into(),
             Field::Bytes(bytes) => {
                 let text = std::str::from_utf8(bytes.data());
-                text.map_err(|error| format!("its text is not UTF-8: byte {} is wrong", error.valid_up_to() + 1))?
+                text.map_err(|error| format!("its text is not UTF-8: byte {} is invalid", error.valid_up_to() + 1))?
                     .into()
             }
             Field::Group(row) => Value::Object(object(row)?),
@@ -258,23 +258,23 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/parquet").join(name)
     }
 
-    fn read(path: &Path, wanted: RequiredColumns) -> Result<Vec<Value>, ParquetError> {
-        rows(path, wanted)?.map(|row| Ok(serde_json::from_str(&row?).unwrap())).collect()
+    fn read(path: &Path, required: RequiredColumns) -> Result<Vec<Value>, ParquetError> {
+        rows(path, required)?.map(|row| Ok(serde_json::from_str(&row?).unwrap())).collect()
     }
 
-    /// What pyarrow reads, as far as the columns are `wanted`.
-    fn expected(name: &str, wanted: &[&str]) -> Vec<Value> {
+    /// The rows that pyarrow reads, with the `selected` columns or all.
+    fn expected(name: &str, selected: &[&str]) -> Vec<Value> {
         let lines = fs::read_to_string(fixture(name).with_extension("jsonl")).unwrap();
         let row = |line| {
             let mut row: Value = serde_json::from_str(line).unwrap();
-            row.as_object_mut().unwrap().retain(|key, _| wanted.is_empty() || wanted.contains(&key.as_str()));
+            row.as_object_mut().unwrap().retain(|key, _| selected.is_empty() || selected.contains(&key.as_str()));
             row
         };
         lines.lines().map(row).collect()
     }
 
     #[test]
-    fn rows_are_those_of_pyarrow() {
+    fn rows_are_equal_to_those_of_pyarrow() {
         for name in ["awkward", "messages-snappy", "sharegpt-zstd", "alpaca-gzip", "bad-records", "text"] {
             let name = format!("{name}.parquet");
             let rows = read(&fixture(&name), &[]).unwrap();
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn all_columns_are_read_of_a_file_that_has_one_of_those_wanted() {
+    fn all_columns_of_a_file_with_a_required_one_are_read() {
         for name in ["messages-snappy.parquet", "sharegpt-zstd.parquet", "alpaca-gzip.parquet"] {
             assert_eq!(read(&fixture(name), CONVERSATION_COLUMNS).unwrap(), expected(name, &[]), "{name}");
         }
@@ -300,28 +300,28 @@ mod tests {
         assert!(error.ends_with("it has none of the columns `tokens`, `input_ids`; it has `id`, `text`"), "{error}");
     }
 
-    /// A file with any of its bytes wrong, or without its end, is an error or other rows, and never the end of the program.
+    /// A file that is truncated or has a changed byte is an error or has other rows; it never ends the program.
     #[test]
     fn damaged_files_are_errors() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("damaged.parquet");
         for name in ["messages-snappy.parquet", "sharegpt-zstd.parquet", "bad-records.parquet"] {
-            let whole = fs::read(fixture(name)).unwrap();
-            for length in [0, 3, 8, whole.len() / 2, whole.len() - 1] {
-                fs::write(&path, &whole[..length]).unwrap();
+            let intact = fs::read(fixture(name)).unwrap();
+            for length in [0, 3, 8, intact.len() / 2, intact.len() - 1] {
+                fs::write(&path, &intact[..length]).unwrap();
                 let error = read(&path, CONVERSATION_COLUMNS).unwrap_err();
                 assert!(matches!(error, ParquetError::File { .. }), "{length}: {error}");
                 assert!(!error.to_string().contains('\n'), "{error}");
             }
-            let mut wrong = 0;
-            let places = (0..whole.len()).step_by(3);
-            for (at, flip) in places.clone().zip([0x01, 0x80, 0xFF].into_iter().cycle()) {
-                let mut bytes = whole.clone();
+            let mut errors = 0;
+            let positions = (0..intact.len()).step_by(3);
+            for (at, flip) in positions.clone().zip([0x01, 0x80, 0xFF].into_iter().cycle()) {
+                let mut bytes = intact.clone();
                 bytes[at] ^= flip;
                 fs::write(&path, &bytes).unwrap();
-                wrong += usize::from(read(&path, CONVERSATION_COLUMNS).is_err());
+                errors += usize::from(read(&path, CONVERSATION_COLUMNS).is_err());
             }
-            assert!(wrong > places.len() / 10, "{name}: {wrong} of {} were noticed", places.len());
+            assert!(errors > positions.len() / 10, "{name}: {errors} of {} were noticed", positions.len());
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The checkpoints of a training run: which of them are whole. The run itself, when it resumes and when it removes old ones,
-//! and everything that reads a run's folder ask here.
+//! The checkpoints in the folder of a training run, and which of them are complete.
 //!
-//! Nothing is written: the run may be in progress.
+//! [`check_checkpoint`] is the only check: resuming, the removal of old checkpoints, and every reader of a run's folder use
+//! it. It writes nothing, because the run may be in progress.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -15,53 +15,52 @@ use moonlight_convert::storage::{self, Call};
 use moonlight_convert::{Checkpoint, CheckpointError, ConfinedDir, FileError};
 use serde_json::Value;
 
-/// The file of a checkpoint with the run's progress.
+/// The file of a checkpoint with the trainer's state.
 pub const TRAINER_STATE: &str = "trainer.json";
-/// Its first version: of checkpoints without a manifest.
+/// The `version` in `trainer.json` of checkpoints without a manifest.
 pub const FIRST_VERSION: u64 = 1;
-/// Its newest version.
+/// The `version` in `trainer.json` that this program writes.
 pub const NEWEST_VERSION: u64 = 2;
-/// The whole state of the optimizer, as earlier versions wrote it with one rank.
+/// The optimizer's state in one file, as programs before version 2 wrote it on one rank.
 pub const SINGLE_OPTIMIZER: &str = "optimizer.bpk";
-/// The start of the name of a rank's part of it.
+/// The prefix of the name of a file with one rank's part of the optimizer's state.
 pub const OPTIMIZER_PART: &str = "optimizer-";
-/// The start of the name of a checkpoint's folder; the step follows.
+/// The prefix of the name of a checkpoint's directory, before the step.
 const PREFIX: &str = "step-";
-/// A longer `trainer.json` is none.
-const LONGEST_STATE: u64 = 16 << 20;
-/// How often a reader looks again when the run removed the checkpoint that it was about to open.
+const MAX_STATE_BYTES: u64 = 16 << 20;
+/// How often a reader tries again when a checkpoint is removed while it opens it.
 const ATTEMPTS: usize = 50;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Whether a checkpoint is whole.
+/// Whether a checkpoint is complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CheckpointStatus {
-    /// All of it is there: weights, the optimizer's state, the trainer's state, and the files beside them.
+    /// Every file is there with its size, and with its hash if that was checked.
     Complete {
         /// The step after which it was written.
         step: u64,
     },
-    /// Something is missing or is not what was written; a sentence without a subject for each.
+    /// Files are missing or differ from what was written: what is wrong with each, separated by commas.
     Damaged(String),
-    /// A newer program wrote it, and knows best.
+    /// A newer program wrote it, so that this one cannot check it.
     Newer {
-        /// The version of its `trainer.json`.
+        /// The `version` in `trainer.json`.
         version: u64,
     },
 }
 
-/// Judges the checkpoint in a folder. With [`Depth::Digests`] every byte is compared with the checkpoint's manifest; a
-/// checkpoint of an earlier version has none, and of it the headers and the list of files are looked at.
+/// Checks the checkpoint in a directory against its manifest, by size or with [`Depth::Digests`] by hash. Of a checkpoint of
+/// version 1, which has no manifest, the headers and the list of files are checked.
 ///
 /// # Errors
 ///
-/// [`CheckpointError`] for a file that is there and cannot be read: that is no damage, and nobody may conclude from it that
-/// the checkpoint is lost.
+/// [`CheckpointError`] for a file that exists and cannot be read. It is not damage: a caller must not conclude that the
+/// checkpoint is lost, and remove it.
 pub fn check_checkpoint(dir: &Path, depth: Depth) -> Result<CheckpointStatus, CheckpointError> {
     let confined = ConfinedDir::new(dir).map_err(FileError::read::<CheckpointError>(dir))?;
     let path = dir.join(TRAINER_STATE);
     storage::announce(Call::Read(&path)).map_err(FileError::read::<CheckpointError>(&path))?;
-    let Some(text) = confined.read(TRAINER_STATE, LONGEST_STATE)? else {
+    let Some(text) = confined.read(TRAINER_STATE, MAX_STATE_BYTES)? else {
         return Ok(CheckpointStatus::Damaged(format!("`{TRAINER_STATE}` is missing")));
     };
     let state: Value = match serde_json::from_slice(&text) {
@@ -69,7 +68,7 @@ pub fn check_checkpoint(dir: &Path, depth: Depth) -> Result<CheckpointStatus, Ch
         Err(error) => return Ok(CheckpointStatus::Damaged(format!("`{TRAINER_STATE}` cannot be parsed: {error}"))),
     };
     let (Some(version), Some(step)) = (state["version"].as_u64(), state["step"].as_u64()) else {
-        return Ok(CheckpointStatus::Damaged(format!("`{TRAINER_STATE}` names no step")));
+        return Ok(CheckpointStatus::Damaged(format!("`{TRAINER_STATE}` has no step")));
     };
     if version > NEWEST_VERSION {
         return Ok(CheckpointStatus::Newer { version });
@@ -85,7 +84,7 @@ pub fn check_checkpoint(dir: &Path, depth: Depth) -> Result<CheckpointStatus, Ch
     }
 }
 
-/// What is wrong with a checkpoint of an earlier version, as far as names and headers tell.
+/// What is wrong with a checkpoint of version 1, by its file names and headers.
 fn damages_without_manifest(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     let mut damages = Vec::new();
     if is_adapter(dir) {
@@ -104,12 +103,12 @@ fn damages_without_manifest(dir: &Path) -> Result<Vec<String>, CheckpointError> 
     Ok(damages)
 }
 
-/// The files of the optimizer's state in a checkpoint: a part of each rank that wrote it, or the single file of earlier
-/// versions. A part that is missing is listed as well.
+/// The files of a checkpoint with the optimizer's state: one for each rank that wrote it, or the single file of version 1.
+/// Missing parts are listed, too.
 pub fn optimizer_files(dir: &Path) -> Vec<PathBuf> {
     let paths = storage::read_dir(dir).unwrap_or_default();
     let mut names = paths.iter().filter_map(|path| path.file_name()?.to_str());
-    // Five digits, as the name is written; more would be nobody's.
+    // The name is written with five digits. A file with another number is not ours, and would make a huge list.
     let world_size = names.find_map(|name| {
         let (_, size) = name.strip_prefix(OPTIMIZER_PART)?.strip_suffix(".bpk")?.split_once("-of-")?;
         if size.len() == 5 { size.parse::<usize>().ok() } else { None }
@@ -120,27 +119,27 @@ pub fn optimizer_files(dir: &Path) -> Vec<PathBuf> {
     }
 }
 
-/// The file of a rank's part of the optimizer's state, in the folder of a checkpoint.
+/// The file with one rank's part of the optimizer's state, in the directory of a checkpoint.
 pub fn optimizer_part(dir: &Path, rank: usize, world_size: usize) -> PathBuf {
     dir.join(format!("{OPTIMIZER_PART}{rank:05}-of-{world_size:05}.bpk"))
 }
 
-/// The name of the folder of a step's checkpoint.
+/// The name of the directory of the checkpoint after `step`.
 pub fn checkpoint_name(step: u64) -> String {
     format!("{PREFIX}{step:08}")
 }
 
-/// Whether a folder of this name is a checkpoint: `step-` and digits.
+/// Whether a name is that of a checkpoint's directory: `step-` and digits.
 pub fn is_checkpoint_name(name: &str) -> bool {
     name.strip_prefix(PREFIX).is_some_and(|step| !step.is_empty() && step.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// The folders of checkpoints in `dir`, a run's `checkpoints`, whole or not, the highest step first; none where there is
-/// no such folder.
+/// The directories of checkpoints in `dir`, the `checkpoints` of a run, complete or damaged, with the highest step first;
+/// none where `dir` does not exist.
 ///
 /// # Errors
 ///
-/// A folder that cannot be read.
+/// `dir` cannot be read.
 pub fn checkpoint_folders(dir: &Path) -> Result<Vec<PathBuf>, FileError> {
     let paths = match storage::read_dir(dir) {
         Ok(paths) => paths,
@@ -151,6 +150,7 @@ pub fn checkpoint_folders(dir: &Path) -> Result<Vec<PathBuf>, FileError> {
     let mut folders: Vec<PathBuf> =
         paths.into_iter().filter(|path| is_checkpoint_name(&name(path)) && path.is_dir()).collect();
     folders.sort_by_cached_key(|path| {
+        // As digits, not as a number: a name may have more than a u64 holds.
         let name = name(path);
         let digits = name[PREFIX.len()..].trim_start_matches('0').to_owned();
         std::cmp::Reverse((digits.len(), digits))
@@ -158,23 +158,23 @@ pub fn checkpoint_folders(dir: &Path) -> Result<Vec<PathBuf>, FileError> {
     Ok(folders)
 }
 
-/// A folder that is being read; a run does not remove a checkpoint while there is one of these for it.
+/// A shared lock on the directory of a checkpoint. A run does not remove the checkpoint while a reader holds one.
 #[derive(Debug, Clone)]
 pub struct ReadLock(#[allow(dead_code, reason = "held, not used")] Arc<File>);
 
-/// What came of locking a checkpoint.
+/// The result of [`ReadLock::acquire`].
 #[derive(Debug)]
 pub enum LockAttempt {
-    /// Nobody removes it while this is held.
+    /// The lock.
     Held(ReadLock),
-    /// The run is about to remove it, or is not done with writing it.
+    /// The run is removing the checkpoint, or still writing it.
     Busy,
-    /// The file system has no locks.
+    /// The file system does not support locks.
     Unsupported,
 }
 
 impl ReadLock {
-    /// Locks a folder for reading.
+    /// Tries to lock a directory; does not wait.
     pub fn acquire(dir: &Path) -> LockAttempt {
         let Ok(file) = File::open(dir) else { return LockAttempt::Unsupported };
         match file.try_lock_shared() {
@@ -185,12 +185,12 @@ impl ReadLock {
     }
 }
 
-/// The newest whole checkpoint of a training run, locked for reading; `None` where `run` has none. A damaged one that is
-/// newer is named in a warning.
+/// The newest complete checkpoint of a training run, locked for reading; `None` where `run` has none. A warning names each
+/// newer one that is damaged.
 ///
 /// # Errors
 ///
-/// A folder or file that is there and cannot be read.
+/// A directory or file that exists and cannot be read.
 pub fn newest_checkpoint(run: &Path) -> Result<Option<(PathBuf, Option<ReadLock>)>, CheckpointError> {
     let dir = run.join("checkpoints");
     for attempt in 0.. {
@@ -206,12 +206,12 @@ pub fn newest_checkpoint(run: &Path) -> Result<Option<(PathBuf, Option<ReadLock>
                 }
                 LockAttempt::Busy | LockAttempt::Unsupported => None,
             };
-            let verdict = check_checkpoint(&path, Depth::Sizes);
+            let status = check_checkpoint(&path, Depth::Sizes);
             if !path.is_dir() && attempt < ATTEMPTS {
                 vanished = true;
                 break;
             }
-            match verdict? {
+            match status? {
                 CheckpointStatus::Complete { .. } => {
                     for message in damaged {
                         tracing::warn!("{message}");
@@ -219,10 +219,11 @@ pub fn newest_checkpoint(run: &Path) -> Result<Option<(PathBuf, Option<ReadLock>
                     return Ok(Some((path, lock)));
                 }
                 CheckpointStatus::Damaged(problem) => {
-                    damaged.push(format!("`{}` is damaged and not read: {problem}", path.display()));
+                    damaged.push(format!("ignored the damaged checkpoint `{}`: {problem}", path.display()));
                 }
-                CheckpointStatus::Newer { version } => damaged
-                    .push(format!("`{}` is not read: a newer program wrote it (version {version})", path.display())),
+                CheckpointStatus::Newer { version } => {
+                    damaged.push(format!("ignored `{}`: a newer program wrote it (version {version})", path.display()));
+                }
             }
         }
         if !vanished {
@@ -242,7 +243,7 @@ mod tests {
 
     use super::*;
 
-    /// A checkpoint that has a manifest.
+    /// A complete checkpoint.
     fn checkpoint(run: &Path, step: u64) -> PathBuf {
         let dir = run.join("checkpoints").join(checkpoint_name(step));
         fs::create_dir_all(&dir).unwrap();
@@ -257,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_is_whole_by_its_manifest() {
+    fn a_checkpoint_is_complete_by_its_manifest() {
         let home = tempfile::tempdir().unwrap();
         let dir = checkpoint(home.path(), 9);
         assert_eq!(check_checkpoint(&dir, Depth::Digests).unwrap(), CheckpointStatus::Complete { step: 9 });
@@ -275,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_that_is_none_is_damage_and_one_of_a_newer_program_is_not() {
+    fn an_invalid_state_is_damage_and_one_of_a_newer_program_is_not() {
         let home = tempfile::tempdir().unwrap();
         let dir = checkpoint(home.path(), 1);
         for text in ["", "{\"version\": 2, \"st", "[1]", "{\"version\": 2}"] {
@@ -292,13 +293,13 @@ mod tests {
     }
 
     #[test]
-    fn a_run_is_its_newest_whole_checkpoint_and_nothing_is_changed() {
+    fn a_run_resolves_to_its_newest_complete_checkpoint_and_nothing_is_changed() {
         let home = tempfile::tempdir().unwrap();
         let run = home.path();
         assert_eq!(newest(run), None);
         checkpoint(run, 9);
-        let whole = checkpoint(run, 10);
-        // Damaged, of a newer program, half written, set aside, and of somebody else.
+        let complete = checkpoint(run, 10);
+        // Damaged, of a newer program, empty, set aside, being written, and a file of the user.
         fs::write(checkpoint(run, 40).join("config.json"), "").unwrap();
         fs::write(checkpoint(run, 50).join(TRAINER_STATE), r#"{"version": 3, "step": 50}"#).unwrap();
         fs::create_dir(run.join("checkpoints/step-00000060")).unwrap();
@@ -306,7 +307,7 @@ mod tests {
         fs::create_dir(run.join("checkpoints/.step-00000030.moonlight-saving")).unwrap();
         fs::write(run.join("checkpoints/.step-notes"), "mine").unwrap();
         let count = fs::read_dir(run.join("checkpoints")).unwrap().count();
-        assert_eq!(newest(run), Some(whole));
+        assert_eq!(newest(run), Some(complete));
         assert_eq!(fs::read_dir(run.join("checkpoints")).unwrap().count(), count);
     }
 
@@ -328,7 +329,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path();
         assert_eq!(optimizer_files(dir), [dir.join(SINGLE_OPTIMIZER)]);
-        // A number that no program wrote.
+        // A world size that no run has.
         fs::write(dir.join("optimizer-00000-of-99999999999.bpk"), "").unwrap();
         assert_eq!(optimizer_files(dir), [dir.join(SINGLE_OPTIMIZER)]);
         fs::write(optimizer_part(dir, 1, 2), "").unwrap();
@@ -337,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn the_highest_step_comes_first_whatever_its_digits() {
+    fn checkpoints_are_sorted_by_step_and_not_by_name() {
         let home = tempfile::tempdir().unwrap();
         for name in ["step-99999999", "step-100000000", "step-00000002", "step-", "step-x", "step-00000003.damaged"] {
             fs::create_dir(home.path().join(name)).unwrap();

@@ -7,32 +7,33 @@ use moonlight_model::CausalLm;
 use crate::error::InferError;
 use crate::generate::check_tokens;
 
-/// How likely a model finds a token that it is given.
+/// The probability that a model gives to one token of a sequence.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenScore {
-    /// The natural logarithm of its probability given those before it.
+    /// The natural logarithm of the probability, given all tokens before.
     pub logprob: f32,
-    /// Whether no other token is likelier.
+    /// Whether no other token has a higher probability.
     pub greedy: bool,
 }
 
-/// The natural logarithm of each token's probability given those before it, in f32; `None` for the first.
+/// The natural logarithm of the probability of each token, given all before it; in f32. `None` for the first token.
 ///
 /// # Errors
 ///
-/// Tokens that the model does not have, and more of them than its context; logits that are non-finite.
+/// [`InferError::UnknownToken`], [`InferError::TooManyTokens`] beyond the model's context, and
+/// [`InferError::NonFiniteScore`].
 pub fn score(model: &CausalLm, tokens: &[u32]) -> Result<Vec<Option<f32>>, InferError> {
     let context = model.config().max_position_embeddings;
     if tokens.len() > context {
         return Err(InferError::TooManyTokens { tokens: tokens.len(), context });
     }
-    let scored = score_batch(model, &[tokens])?.into_iter().flatten();
+    let scores = score_batch(model, &[tokens])?.into_iter().flatten();
     let first = tokens.first().map(|_| None);
-    Ok(first.into_iter().chain(scored.map(|scored| Some(scored.logprob))).collect())
+    Ok(first.into_iter().chain(scores.map(|score| Some(score.logprob))).collect())
 }
 
-/// Each token of each sequence but the first, given those before it. The sequences are one batch, padded on the right. The
-/// last token of a sequence is not read, so it may be one more than the model's context holds.
+/// Scores each sequence except its first token, as one batch that is padded on the right. The last token of a sequence is
+/// predicted and not read, so a sequence may be one token longer than the model's context.
 ///
 /// # Errors
 ///
@@ -50,8 +51,8 @@ pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Tok
         return Ok(vec![Vec::new(); sequences.len()]);
     }
     let device = model.embed_tokens.weight.val().device();
-    let (rows, width) = (sequences.len(), longest - 1);
-    // Padding after a shorter sequence does not matter: attention is causal.
+    let (batch, width) = (sequences.len(), longest - 1);
+    // Attention is causal, so that padding after a sequence changes nothing in it.
     let padded = |from: usize| -> Vec<i32> {
         let row = |tokens: &&[u32]| {
             let tokens: Vec<i32> = tokens.iter().skip(from).take(width).map(|&token| token as i32).collect();
@@ -59,23 +60,24 @@ pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Tok
         };
         sequences.iter().flat_map(row).collect()
     };
-    let input = Tensor::<2, Int>::from_data(TensorData::new(padded(0), [rows, width]), &device);
-    let targets = Tensor::<3, Int>::from_data(TensorData::new(padded(1), [rows, width, 1]), &device);
-    let log_probabilities = log_softmax(model.logits(input, None).cast(DType::F32), 2);
-    let given = log_probabilities.clone().gather(2, targets);
+    let input = Tensor::<2, Int>::from_data(TensorData::new(padded(0), [batch, width]), &device);
+    let targets = Tensor::<3, Int>::from_data(TensorData::new(padded(1), [batch, width, 1]), &device);
+    let log_probabilities = log_softmax(model.logits(input, None).cast(DType::F32), 2); // [batch, width, vocab]
+    let of_targets = log_probabilities.clone().gather(2, targets); // [batch, width, 1]
     let best = log_probabilities.max_dim(2);
     let values =
         |tensor: Tensor<3>| -> Vec<f32> { tensor.into_data().try_into_vec().expect("the logits were cast to f32") };
-    let scored: Vec<TokenScore> = values(given)
+    let scores: Vec<TokenScore> = values(of_targets)
         .into_iter()
         .zip(values(best))
         .map(|(logprob, best)| TokenScore { logprob, greedy: logprob >= best })
         .collect();
-    let rows = scored.chunks(width).zip(sequences);
+    let rows = scores.chunks(width).zip(sequences);
     let rows: Vec<Vec<TokenScore>> = rows.map(|(row, tokens)| row[..tokens.len().saturating_sub(1)].to_vec()).collect();
     for row in &rows {
-        if let Some(place) = row.iter().position(|scored| !scored.logprob.is_finite()) {
-            return Err(InferError::NonFiniteScore { place: place + 2 });
+        if let Some(index) = row.iter().position(|score| !score.logprob.is_finite()) {
+            // The first score is that of the second token, and positions count from 1.
+            return Err(InferError::NonFiniteScore { position: index + 2 });
         }
     }
     Ok(rows)

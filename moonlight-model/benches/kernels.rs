@@ -1,8 +1,8 @@
-//! Every kernel, forward and backward, at the shapes that it has in `bench-small` with 4 sequences of 512 tokens.
+//! Benchmarks of every kernel, forward and backward, with its shapes in `bench-small` for 4 sequences of 512 tokens.
 //!
-//! `cargo bench -p moonlight-model`, or `cargo bench -p moonlight-model -- grouped_matmul` for one. Products are rated by floating-point
-//! operations a second ("elem/s"; attention's by its causal half), the rest by the bytes that must be read and written. Backward
-//! is the gradients alone, of every input that has one.
+//! `cargo bench -p moonlight-model` runs all, `cargo bench -p moonlight-model -- grouped_matmul` one. For products, "elem/s" is
+//! floating-point operations a second (for attention, those of the causal half); for other kernels the rate is that of the bytes that
+//! must be read and written. "backward" is the backward pass only, for every input that has a gradient.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,19 +26,19 @@ const VALUE: usize = 64;
 const EXPERTS: usize = 32;
 const CHOSEN: usize = 4;
 const ROWS: usize = TOKENS * CHOSEN;
-/// Width of an expert.
+/// Width of the MLP of an expert.
 const WIDTH: usize = 352;
 const VOCAB: usize = 8192;
 
-/// An operation whose inputs are there.
+/// An operation with its inputs.
 type Operation<const D: usize> = Box<dyn Fn() -> Tensor<D>>;
 
-/// What a kernel must do, by the formula.
+/// The work of a kernel by formula.
 #[derive(Clone, Copy)]
 enum Work {
     /// Floating-point operations.
     Operations(usize),
-    /// Values that are read or written, of four bytes each.
+    /// Values of four bytes that are read or written.
     Values(usize),
 }
 
@@ -51,7 +51,7 @@ impl Work {
     }
 }
 
-/// Times an operation without a graph, and the backward pass of its sum; `prepare` draws the inputs on a device.
+/// Times an operation without autodiff, and the backward pass of its sum. `prepare` draws the inputs.
 fn bench<const D: usize>(
     criterion: &mut Criterion,
     name: &str,
@@ -71,13 +71,13 @@ fn bench<const D: usize>(
     group.finish();
 }
 
-/// An input: one that a gradient is wanted of, where the device keeps graphs.
+/// A random input, which requires a gradient on an autodiff device.
 fn input<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
     let tensor = Tensor::random(shape, Distribution::Normal(0.0, 1.0), device);
     if device.is_autodiff() { tensor.require_grad() } else { tensor }
 }
 
-/// Every expert has as many tokens.
+/// A layout in which every expert has the same number of rows.
 fn layout() -> Arc<GroupLayout> {
     let choices: Vec<u32> = (0..ROWS).map(|slot| ((slot + slot / EXPERTS) % EXPERTS) as u32).collect();
     Arc::new(GroupLayout::from_choices(&choices, CHOSEN, EXPERTS))
@@ -96,7 +96,7 @@ fn products(criterion: &mut Criterion) {
     });
     for bits in [QuantBits::Eight, QuantBits::Four] {
         let name = format!("quantized_matmul {bits:?}");
-        // No gradient of the weight: it is frozen.
+        // The weight is frozen, so the backward pass has one product.
         bench(criterion, &name, [operations, operations].map(Work::Operations), |device| {
             let spec = QuantizedSpec { bits, input: HIDDEN, output: WIDTH };
             let bytes = bits.bytes(HIDDEN * WIDTH);

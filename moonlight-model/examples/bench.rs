@@ -1,5 +1,5 @@
-//! Times forward and backward of a preset and prints one JSON line; `scripts/bench_transformers.py` runs it beside
-//! transformers, `scripts/bench_scaling.py` over numbers of experts and lengths of sequences.
+//! Benchmark: forward and backward pass of a preset, or the forward pass only. Prints a line of JSON. `scripts/bench_transformers.py`
+//! runs it against transformers, `scripts/bench_scaling.py` for several numbers of experts and sequence lengths.
 //!
 //! `cargo run --release -p moonlight-model --example bench -- --batch 4 --sequence 512`
 
@@ -13,30 +13,30 @@ use serde_json::json;
 
 #[derive(Parser)]
 struct Options {
-    /// Timed steps.
+    /// Number of timed steps.
     #[arg(long, default_value_t = 5)]
     repeats: usize,
-    /// Sequences of a step.
+    /// Sequences in a step.
     #[arg(long, default_value_t = 4)]
     batch: usize,
-    /// Tokens of a sequence.
+    /// Tokens in a sequence.
     #[arg(long, default_value_t = 512)]
     sequence: usize,
-    /// A shape by name.
+    /// Name of a preset.
     #[arg(long, default_value = "bench-small")]
     preset: String,
-    /// Routed experts in place of the shape's own number.
+    /// Number of routed experts, instead of the preset's.
     #[arg(long)]
     experts: Option<usize>,
     /// f32 or bf16.
     #[arg(long, default_value = "f32", value_parser = measure::dtype)]
     dtype: DType,
-    /// Forward alone, to the logits of every token, without a graph.
+    /// Only the forward pass to the logits of every token, without autodiff.
     #[arg(long)]
     infer: bool,
 }
 
-/// A linear congruential generator: the same numbers on every run.
+/// A linear congruential generator: the same tokens in every run.
 struct Numbers(u64);
 
 impl Numbers {

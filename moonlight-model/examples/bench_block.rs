@@ -1,5 +1,5 @@
-//! Times one mixture layer of a preset, forward and backward or forward alone, and prints one JSON line;
-//! `scripts/bench_block.py` runs it beside transformers' layer.
+//! Benchmark: one layer of experts of a preset, with or without the backward pass. Prints a line of JSON. `scripts/bench_block.py`
+//! runs it against the layer of transformers.
 //!
 //! `cargo run --release -p moonlight-model --example bench_block -- --tokens 2048 --train`
 
@@ -13,19 +13,19 @@ use serde_json::json;
 
 #[derive(Parser)]
 struct Options {
-    /// Timed steps.
+    /// Number of timed steps.
     #[arg(long, default_value_t = 5)]
     repeats: usize,
-    /// Tokens of the one sequence.
+    /// Tokens in the one sequence.
     #[arg(long, default_value_t = 2048)]
     tokens: usize,
-    /// A shape by name; the layer is its last.
+    /// Name of a preset, whose last layer is timed.
     #[arg(long, default_value = "moonlight-16b-a3b")]
     preset: String,
     /// f32 or bf16.
     #[arg(long, default_value = "f32", value_parser = measure::dtype)]
     dtype: DType,
-    /// Backward too, for the input and every weight.
+    /// With the backward pass, for the input and every weight.
     #[arg(long)]
     train: bool,
 }

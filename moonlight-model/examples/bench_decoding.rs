@@ -1,12 +1,12 @@
-//! Times decoding, token by token, against what the memory allows, and prints one JSON line; `scripts/bench_decoding.py`
-//! runs it beside transformers.
+//! Benchmark: decoding token by token, compared with the bound by memory bandwidth. Prints a line of JSON. `scripts/bench_decoding.py`
+//! runs it against transformers.
 //!
-//! A token reads every activated weight once, so that it takes at least their bytes over the memory's bandwidth, which is
-//! measured here, between the tokens: all threads add up an array that no cache holds. Both are medians, for the
+//! A token reads every activated weight once, so it takes at least their bytes divided by the memory bandwidth. The bandwidth is
+//! measured between tokens: all threads sum an array that is larger than the caches. Both results are medians, because the
 //! bandwidth of a shared machine changes from second to second.
 //!
-//! `cargo run --release -p moonlight-model --example bench_decoding -- [tokens] [batch] [dtype] [shape]`, where the shape is
-//! a preset, or `moonlight-block`: the first dense and the first mixture layer of Moonlight-16B-A3B, and a small vocabulary.
+//! `cargo run --release -p moonlight-model --example bench_decoding -- [tokens] [batch] [dtype] [shape]`, where the shape is a preset, or
+//! `moonlight-block`: the first dense layer and the first layer of experts of Moonlight-16B-A3B with a small vocabulary.
 
 use std::time::Instant;
 
@@ -16,11 +16,11 @@ use moonlight_model::{CausalLm, KvCache, ModelConfig};
 use rayon::prelude::*;
 use serde_json::json;
 
-/// Tokens that are read before the clock starts.
+/// Tokens in the prompt, which is not timed.
 const PROMPT: usize = 16;
-/// Values of the array that measures the bandwidth: 256 MiB.
+/// Values in the array for measuring the bandwidth: 256 MiB.
 const VALUES: usize = 1 << 26;
-/// Tokens between two such measurements.
+/// Tokens between two measurements of the bandwidth.
 const TOKENS_PER_READING: usize = 4;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let dtype = match arguments.next().as_deref() {
         None | Some("f32") => DType::F32,
         Some("bf16") => DType::BF16,
-        Some(other) => return Err(format!("there is no dtype `{other}`").into()),
+        Some(other) => return Err(format!("unknown dtype `{other}`").into()),
     };
     let shape = arguments.next().unwrap_or_else(|| "bench-small".to_owned());
     let config = match shape.as_str() {
@@ -46,7 +46,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let model = config.init(&device);
     let model = if dtype == DType::F32 { model } else { model.map(&mut Cast(dtype)) };
     let Timings { seconds, bandwidth } = decode(&model, &config, tokens, batch, &device);
-    // An embedding is one row of its table.
+    // Of the embedding, a token reads one row.
     let count = config.parameter_count();
     let bytes = (count.activated - config.vocab_size as u64 * config.hidden_size as u64) * dtype.size() as u64;
     let bound = bandwidth / bytes as f64;
@@ -72,9 +72,9 @@ impl ModuleMapper for Cast {
     }
 }
 
-/// Medians.
+/// Medians over the measurements.
 struct Timings {
-    /// Of a step.
+    /// Seconds of a step.
     seconds: f64,
     /// Bytes a second.
     bandwidth: f64,
@@ -92,7 +92,7 @@ fn decode(model: &CausalLm, config: &ModelConfig, count: usize, batch: usize, de
         start.elapsed().as_secs_f64()
     };
     step(PROMPT, 0);
-    step(1, PROMPT); // lays out the weights that decoding wants
+    step(1, PROMPT); // prepares the weights for decoding
     let values = vec![1.0f32; VALUES];
     let (mut seconds, mut bandwidths) = (Vec::new(), Vec::new());
     for index in 1..count {
@@ -109,7 +109,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Bytes a second that all threads read.
+/// Bytes a second that all threads read together.
 fn bandwidth(values: &[f32]) -> f64 {
     let start = Instant::now();
     let sum: f32 = values

@@ -1,5 +1,5 @@
-//! Multi-head latent attention and a mixture of experts in a model of one's own: a character model of one block, trained
-//! with Burn's AdamW for a few steps.
+//! Multi-head latent attention and a mixture of experts in your own Burn model: a character model with one block, trained for a few
+//! steps with Burn's AdamW.
 //!
 //! `cargo run --release -p moonlight-model --example custom_model`
 
@@ -15,15 +15,15 @@ use moonlight_model::{
 };
 
 const TEXT: &str = "the moon takes its light from the sun and the night takes its light from the moon. ";
-/// ASCII.
+/// The ASCII characters.
 const VOCABULARY: usize = 128;
 const HIDDEN: usize = 32;
-/// Dimensions of a head that carry the position.
+/// Dimensions of a query or key head with position.
 const ROPE: usize = 8;
 const SEQUENCE: usize = 48;
 const BATCH: usize = 4;
 
-/// One block; deeper models have more of them.
+/// One block. A deeper model has a `Vec` of them.
 #[derive(Module, Debug)]
 struct CharModel {
     embedding: Embedding,
@@ -38,9 +38,9 @@ struct CharModel {
 impl CharModel {
     fn new(device: &Device) -> Self {
         let norm = RmsNormConfig::new(HIDDEN);
-        // Four heads; keys and values come from a latent of 16. A head's query and key are 8 + ROPE wide, its value 8.
+        // 4 heads, KV latent of 16, query and key heads of 8 + ROPE (without and with position), value heads of 8.
         let attention = MultiHeadLatentAttentionConfig::new(HIDDEN, 4, 16, 8, ROPE, 8).with_initializer_range(0.1);
-        // Two of eight experts for each token, each 16 wide, and one that every token visits.
+        // 8 routed experts of width 16, 2 of them for each token, and 1 shared expert.
         let router = RouterConfig::new(HIDDEN, 8, 2);
         let experts = MoeConfig::new(router, 16).with_n_shared_experts(1).with_initializer_range(0.1);
         Self {
@@ -71,7 +71,7 @@ fn main() {
     let mut model = CharModel::new(&device);
     let mut optimizer = AdamWConfig::new().init();
 
-    // All that the layers need to know of the tokens: their positions, and how hard to keep the experts in balance.
+    // What the layers need to know about the tokens: their positions, and the weight of the experts' balance loss.
     let rotary = RotaryEmbedding::new(&RopeConfig::new(), ROPE);
     let context = ForwardContext::new(&rotary, [BATCH, SEQUENCE], &device).with_balance_weight(0.001);
 
@@ -94,7 +94,7 @@ fn main() {
     assert!(last < 0.3 * first, "the model has not learned: {losses:?}");
 }
 
-/// Pieces of the text, each character's target the one after it.
+/// Sequences from the text, and as targets the same sequences shifted by one character.
 fn batch(step: usize, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
     let text: Vec<i32> = TEXT.bytes().cycle().take(4 * TEXT.len()).map(i32::from).collect();
     let piece = |shift: usize| {

@@ -30,7 +30,7 @@ impl<'a> Init<'a> {
         Self { device, kinds: None }
     }
 
-    /// The same, noting in `kinds` what each parameter is for.
+    /// Records kind and role of each parameter in `kinds`.
     pub(crate) fn recording(device: &'a Device, kinds: &'a ParameterKinds) -> Self {
         Self { device, kinds: Some(kinds) }
     }

@@ -106,7 +106,7 @@ pub enum MlpRole {
 }
 
 impl ProjectionRole {
-    /// Whether the projection's input is the layer's normalized hidden state (of which a routed expert reads a copy), and not
+    /// Whether the projection's input is the layer's normalized hidden state (a routed expert reads a copy of it), and not
     /// the output of another projection.
     pub fn reads_hidden(self) -> bool {
         match self {

@@ -1,12 +1,13 @@
-//! Weights in 8 or 4 bits, for models that are frozen.
+//! Weights in 8 or 4 bits, for frozen models.
 //!
-//! A matrix is cut into blocks of 64 consecutive values; a block is integers and one f32 scale, its largest magnitude over
-//! the largest integer: 8.5 or 4.5 bits a value, and an error of at most half a scale. The full matrix exists only during
-//! its product, forward and again backward (`dX = dY W^T`), one expert's at a time.
+//! A matrix is split into blocks of 64 consecutive values. A block has one f32 scale, its largest magnitude divided by the
+//! largest integer, and its values are rounded to multiples of the scale: 8.5 or 4.5 bits a value, and an error of at most half
+//! a scale. A matrix is dequantized only for its product, in the forward and again in the backward pass (`dX = dY W^T`), one
+//! expert at a time.
 //!
-//! Burn 0.22.1 quantises as well, and was tried: on the CPU its 4-bit values take a byte each, and the product of a float
-//! and a quantised tensor dequantises the whole weight (all experts of a stack), which autodiff then keeps until the
-//! backward pass.
+//! Burn 0.22.1's own quantization was tried and is not used: on the CPU its 4-bit values take a byte each, and the product of a
+//! float and a quantized tensor dequantizes the whole weight (all experts of a stack), which autodiff keeps until the backward
+//! pass.
 
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use burn::tensor::{DType, Int, Tensor};
 pub use crate::kernels::QuantBits;
 use crate::kernels::{GroupLayout, QUANT_BLOCK as BLOCK, QuantizedSpec, quantized_matmul};
 
-/// A matrix, or the stack of a layer's experts, in few bits.
+/// A quantized matrix, or the quantized stack of a layer's experts.
 #[derive(Module, Debug)]
 pub struct QuantizedWeight {
     /// u8 `[experts, bytes]`.
@@ -28,11 +29,12 @@ pub struct QuantizedWeight {
 }
 
 impl QuantizedWeight {
-    /// Packs `[experts, in, out]`, an expert at a time.
+    /// Quantizes `[experts, in, out]`, one expert at a time: the cast to f32 and the intermediate tensors then take the memory of
+    /// one expert.
     pub(crate) fn new(weight: Tensor<3>, bits: QuantBits) -> Self {
         let [experts, input, output] = weight.dims();
         let spec = QuantizedSpec { bits, input, output };
-        // The quantized weight has no gradient.
+        // The quantized weight has no gradient, so nothing of this belongs into an autodiff graph.
         let autodiff = weight.is_autodiff();
         let weight = if autodiff { weight.inner() } else { weight };
         let quantized: Vec<_> = (0..experts)
@@ -48,7 +50,7 @@ impl QuantizedWeight {
         Self { values: Param::initialized(ParamId::new(), values), scales, spec }
     }
 
-    /// The matrices in full, f32 `[experts, in, out]`.
+    /// The dequantized matrices, f32 `[experts, in, out]`.
     pub(crate) fn dequantized(&self) -> Tensor<3> {
         let QuantizedSpec { bits, input, output } = self.spec;
         let (values, scales) = (self.values.val(), self.scales.val());
@@ -56,15 +58,17 @@ impl QuantizedWeight {
         let matrices = (0..experts).map(|expert| {
             let bytes = values.clone().slice_dim(0, expert..expert + 1).float().cast(DType::F32);
             let bytes = bytes.reshape([blocks, bits.bytes(BLOCK)]);
-            let numbers = match bits {
+            let integers = match bits {
                 QuantBits::Eight => bytes,
+                // A byte has value `i` of the block in its low half and value `i + 32` in its high half. Split in f32, which is exact
+                // for integers below 256.
                 QuantBits::Four => {
                     let high = bytes.clone().div_scalar(16.0).floor();
                     Tensor::cat(vec![bytes - high.clone() * 16.0, high], 1)
                 }
             };
             let scales = scales.clone().slice_dim(0, expert..expert + 1).reshape([blocks, 1]);
-            let weight = (numbers - f64::from(bits.zero())) * scales;
+            let weight = (integers - f64::from(bits.zero())) * scales; // [blocks, BLOCK]
             weight.reshape([blocks * BLOCK]).slice_dim(0, 0..input * output).reshape([1, input, output])
         });
         Tensor::cat(matrices.collect(), 0)
@@ -75,18 +79,18 @@ impl QuantizedWeight {
         [self.scales.lazy_shape()[0], self.spec.input, self.spec.output]
     }
 
-    /// `[rows, in]` to `[rows, out]`, for a single matrix.
+    /// `x W` for a single matrix: `[rows, in]` to `[rows, out]`.
     pub(crate) fn product(&self, x: Tensor<2>) -> Tensor<2> {
         let [rows, _] = x.dims();
         self.grouped_product(x, &Arc::new(GroupLayout::uniform(1, rows)))
     }
 
-    /// Each expert's rows by its own matrix.
+    /// The grouped product: each row times the matrix of its expert, `[rows, in]` to `[rows, out]`.
     pub(crate) fn grouped_product(&self, rows: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
         quantized_matmul(rows, self.values.val(), self.scales.val(), self.spec, layout)
     }
 
-    /// Bytes of values and scales.
+    /// The bytes of values and scales; on a device without a byte type values take four times as many.
     pub fn bytes(&self) -> usize {
         let [experts, input, output] = self.dims();
         let blocks = (input * output).div_ceil(BLOCK);
@@ -94,29 +98,29 @@ impl QuantizedWeight {
     }
 }
 
-/// One matrix `[1, in, out]` as bytes `[1, bytes]` and scales `[1, blocks]`.
+/// Quantizes one matrix `[1, in, out]` to bytes `[1, bytes]` and scales `[1, blocks]`.
 fn quantize(weight: Tensor<3>, spec: QuantizedSpec) -> (Tensor<2, Int>, Tensor<2>) {
     let count = spec.input * spec.output;
     let blocks = count.div_ceil(BLOCK);
-    let mut flat = weight.reshape([count]);
+    let mut flat = weight.reshape([count]); // filled with zeros to whole blocks
     if count < blocks * BLOCK {
         let padding = Tensor::zeros([blocks * BLOCK - count], (&flat.device(), DType::F32));
         flat = Tensor::cat(vec![flat, padding], 0);
     }
     let values = flat.reshape([blocks, BLOCK]);
     let scales = values.clone().abs().max_dim(1) / f64::from(spec.bits.largest());
-    // A block of zeros has a scale of zero.
+    // A block of zeros has a scale of 0; dividing by 1 instead gives integers of 0 and not NaN.
     let divisors = scales.clone().mask_fill(scales.clone().equal_elem(0.0), 1.0);
-    let numbers = (values / divisors).round() + f64::from(spec.bits.zero());
+    let integers = (values / divisors).round() + f64::from(spec.bits.zero());
     let bytes = match spec.bits {
-        QuantBits::Eight => numbers,
+        QuantBits::Eight => integers,
         QuantBits::Four => {
             let half = BLOCK / 2;
-            numbers.clone().slice_dim(1, 0..half) + numbers.slice_dim(1, half..BLOCK) * 16.0
+            integers.clone().slice_dim(1, 0..half) + integers.slice_dim(1, half..BLOCK) * 16.0
         }
     };
     let bytes = bytes.reshape([1, blocks * spec.bits.bytes(BLOCK)]).int();
-    // WGSL has no bytes: a WGPU device keeps an integer of 32 bits for each.
+    // WGSL has no byte type: on WGPU each byte is an integer of 32 bits.
     let bytes = if bytes.device().supports_dtype(DType::U8) { bytes.cast(DType::U8) } else { bytes };
     (bytes, scales.reshape([1, blocks]))
 }
@@ -128,9 +132,9 @@ mod tests {
     use super::*;
 
     fn weight(device: &Device) -> Tensor<3> {
-        // 23 x 37 values are 13.3 blocks.
+        // 23 x 37 values are 13.3 blocks, so the last block is padded.
         let drawn = Tensor::<3>::random([3, 23, 37], Distribution::Normal(0.0, 0.5), device);
-        // An outlier, and a block of zeros.
+        // An outlier and a block of zeros.
         let mut values: Vec<f32> = drawn.into_data().iter::<f32>().collect();
         values[70] = 40.0;
         values[128..192].fill(0.0);
@@ -138,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn each_value_is_off_by_half_a_scale_at_most() {
+    fn each_value_is_off_by_at_most_half_a_scale() {
         let device = Device::default();
         let weight = weight(&device);
         for (bits, largest) in [(QuantBits::Eight, 127.0), (QuantBits::Four, 7.0)] {
@@ -153,7 +157,7 @@ mod tests {
                     }
                 }
             }
-            // Quantizing what was quantized loses nothing more.
+            // Quantizing dequantized values again changes nothing.
             let again = values(QuantizedWeight::new(quantized.dequantized(), bits).dequantized());
             let off = again.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(off < 1e-5, "{off}");
@@ -161,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_are_what_they_are_said_to_be() {
+    fn bytes_counts_what_the_tensors_hold() {
         let quantized = |bits| QuantizedWeight::new(weight(&Device::default()), bits);
         for (bits, per_block) in [(QuantBits::Eight, 68), (QuantBits::Four, 36)] {
             let quantized = quantized(bits);
@@ -172,9 +176,8 @@ mod tests {
         }
     }
 
-    /// Product and gradient are those of the dequantized matrix.
     #[test]
-    fn the_product_and_its_gradient_are_those_of_the_unpacked_matrix() {
+    fn product_and_gradient_are_those_of_the_dequantized_matrix() {
         let device = Device::default().autodiff();
         let choices: Vec<u32> = (0..50).map(|slot| [0, 2, 2, 0, 2][slot % 5]).collect();
         let layout = Arc::new(GroupLayout::from_choices(&choices, 1, 3));

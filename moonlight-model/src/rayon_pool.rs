@@ -1,11 +1,11 @@
-//! Running a chain of small operations inside the CPU's thread pool.
+//! Runs a sequence of small operations on a thread of the CPU's pool.
 
 use burn::tensor::Device;
 
-/// Runs `work` on one of rayon's threads, which the CPU's operations are divided among, where `device` is the CPU.
+/// Runs `work` on a thread of rayon's pool if `device` is the CPU, and in place otherwise.
 ///
-/// A thread of the pool divides an operation by itself; any other thread hands it over and waits, which takes longer than
-/// most operations of decoding one token do.
+/// A thread of the pool starts a parallel operation itself. Any other thread sends it to the pool and sleeps until it is done,
+/// and in decoding one token that handover takes longer than most operations.
 pub(crate) fn run_in_pool<R: Send>(device: &Device, work: impl FnOnce() -> R + Send) -> R {
     #[cfg(feature = "cpu")]
     if *device == Device::flex() {

@@ -1,21 +1,21 @@
-//! Rotary position embedding, plain and scaled for longer contexts.
+//! Rotary position embedding (arXiv 2104.09864), with linear, Llama 3.1 and YaRN scaling for longer contexts.
 
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::config::rope::{Llama3Config, RopeConfig, RopeScaling, YarnConfig, yarn_mscale};
 use crate::kernels::{RotationSpec, rotate};
 
-/// The frequencies of a model's rotary embedding.
+/// The frequencies of a rotary embedding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RotaryEmbedding {
-    /// Angle per position of each pair, `[dim / 2]`.
+    /// Angle per position of each pair, in radians, `[dim / 2]`.
     inverse_frequencies: Vec<f32>,
     /// Factor on cos and sin: 1, or YaRN's attention factor.
     scale: f32,
     interleave: bool,
 }
 
-/// Cos and sin of some positions, f32 `[positions, dim / 2]`.
+/// Cos and sin of the angles at some positions, f32 `[positions, dim / 2]`.
 #[derive(Debug, Clone)]
 pub struct Rotation {
     cos: Tensor<2>,
@@ -24,10 +24,12 @@ pub struct Rotation {
 }
 
 impl RotaryEmbedding {
-    /// Frequencies `theta^(-2i / dim)`, for `i` below `dim / 2`, changed as the configuration's scaling says.
+    /// The frequencies `theta^(-2i / dim)` for `i` in `0..dim / 2`, scaled as `config` says. `dim` is the number of rotated
+    /// dimensions of a head.
     pub fn new(config: &RopeConfig, dim: usize) -> Self {
         let plain = (0..dim / 2).map(|i| config.theta.powf(-2.0 * i as f64 / dim as f64));
         let (frequencies, scale): (Vec<f64>, f64) = match &config.scaling {
+            // Dynamic scaling acts beyond `max_position_embeddings` only, and no sequence is that long here.
             None | Some(RopeScaling::Dynamic { .. }) => (plain.collect(), 1.0),
             Some(RopeScaling::Linear { factor }) => (plain.map(|f| f / factor).collect(), 1.0),
             Some(RopeScaling::Llama3(llama)) => (plain.map(|f| llama3_frequency(llama, f)).collect(), 1.0),
@@ -46,7 +48,7 @@ impl RotaryEmbedding {
 
     /// Cos and sin at each of `positions`.
     ///
-    /// The angle is the f32 product of position and frequency, as transformers takes it.
+    /// The angle is the f32 product of position and frequency, as in transformers, so that logits agree at long contexts.
     pub fn at(&self, positions: &[u32], device: &Device) -> Rotation {
         let angles = || {
             positions.iter().flat_map(|&position| self.inverse_frequencies.iter().map(move |&f| position as f32 * f))
@@ -63,22 +65,30 @@ impl RotaryEmbedding {
 }
 
 impl Rotation {
-    /// The same on the device without gradients.
+    /// The rotation on the inner device, without gradients.
     pub(crate) fn inner(self) -> Self {
         Self { cos: self.cos.inner(), sin: self.sin.inner(), interleave: self.interleave }
     }
 
-    /// Turns dimensions `start..` of each head; `x` is `[batch, sequence, heads, width]`, one position a token.
+    /// Rotates dimensions `start..` of each head.
+    ///
+    /// # Shapes
+    ///
+    /// - x, output: `[batch, sequence, heads, width]`, with one position for each token
+    ///
+    /// # Panics
+    ///
+    /// If there are not `batch * sequence` positions, or `width - start` is not `dim`.
     pub fn apply(&self, x: Tensor<4>, start: usize) -> Tensor<4> {
         rotate(x, self.cos.clone(), self.sin.clone(), RotationSpec { start, interleave: self.interleave })
     }
 }
 
-/// How far each frequency is interpolated: 0 for those that turn often within the original context, 1 for those that
-/// turn seldom, a linear ramp between.
+/// How far each frequency is interpolated (YaRN, arXiv 2309.00071, section 3.2): 0 for frequencies with many rotations over the
+/// original context, 1 for those with few, and a linear ramp between.
 fn yarn_ramp(yarn: &YarnConfig, theta: f64, dim: usize) -> impl Iterator<Item = f64> {
     let context = yarn.original_max_position_embeddings as f64;
-    // The dimension whose frequency turns `rotations` times over the original context.
+    // The dimension whose frequency makes `rotations` rotations over the original context.
     let dimension =
         |rotations: f64| dim as f64 * (context / (rotations * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln());
     let (mut low, mut high) = (dimension(yarn.beta_fast), dimension(yarn.beta_slow));
@@ -87,20 +97,21 @@ fn yarn_ramp(yarn: &YarnConfig, theta: f64, dim: usize) -> impl Iterator<Item = 
     }
     let (low, mut high) = (low.max(0.0), high.min(dim as f64 - 1.0));
     if low == high {
-        high += 0.001; // Kimi-K2 has beta_fast = beta_slow: the ramp is a step
+        high += 0.001; // Kimi-K2 has beta_fast = beta_slow: the ramp becomes a step instead of 0 / 0, as in transformers
     }
     (0..dim / 2).map(move |i| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0))
 }
 
-/// Llama 3.1's change of one frequency.
+/// The scaling of Llama 3.1 for one frequency.
 fn llama3_frequency(llama: &Llama3Config, frequency: f64) -> f64 {
-    // How often the frequency turns over the original context.
-    let turns = llama.original_max_position_embeddings as f64 * frequency / (2.0 * std::f64::consts::PI);
-    // 0 where it takes the whole divisor, 1 where it is kept.
-    let kept = ((turns - llama.low_freq_factor) / (llama.high_freq_factor - llama.low_freq_factor)).clamp(0.0, 1.0);
+    // Rotations over the original context.
+    let rotations = llama.original_max_position_embeddings as f64 * frequency / (2.0 * std::f64::consts::PI);
+    // 0 for a frequency that is divided by `factor`, 1 for one that is kept.
+    let kept = ((rotations - llama.low_freq_factor) / (llama.high_freq_factor - llama.low_freq_factor)).clamp(0.0, 1.0);
     (1.0 - kept) * frequency / llama.factor + kept * frequency
 }
 
+/// The factor on cos and sin, by the precedence of transformers.
 fn yarn_attention_factor(yarn: &YarnConfig) -> f64 {
     match (yarn.attention_factor, yarn.mscale, yarn.mscale_all_dim) {
         (Some(factor), _, _) => factor,
@@ -138,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_betas_make_a_step() {
+    fn equal_betas_give_finite_frequencies() {
         let mut config = ModelConfig::preset("deepseek-v3").unwrap();
         let Some(RopeScaling::Yarn(yarn)) = &mut config.rope.scaling else { panic!("DeepSeek-V3 has YaRN") };
         yarn.beta_fast = 1.0;

@@ -1,5 +1,4 @@
-//! `config.json` as people have it: the published ones are read; keys that change nothing are passed over; every other key is
-//! followed or refused by name.
+//! `config.json` as published: each is read, keys that change nothing are ignored, and every other key is used or refused by name.
 
 #![recursion_limit = "512"] // long `json!`
 
@@ -9,7 +8,7 @@ use moonlight_model::config::{
 use moonlight_model::{AttentionConfig, ConfigError, ModelConfig};
 use serde_json::{Value, json};
 
-/// `base` with other values laid over it.
+/// `base` with some values replaced.
 fn with(base: &Value, over: Value) -> Value {
     let mut map = base.clone();
     for (key, value) in over.as_object().unwrap() {
@@ -27,7 +26,7 @@ fn qwen2() -> Value {
     with(&llama(), json!({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))
 }
 
-/// moonshotai/Moonlight-16B-A3B-Instruct, byte by byte the published keys and values.
+/// moonshotai/Moonlight-16B-A3B-Instruct, with exactly the published keys and values.
 fn moonlight() -> Value {
     json!({"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
         "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config",
@@ -67,7 +66,7 @@ fn transformers_4() -> Value {
 const YARN: &str = r#"{"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 4096, "type": "yarn"}"#;
 
-/// The key sets of published checkpoints, some in the sizes that matter for them.
+/// The keys of published checkpoints, with the published values of those that decide how they are read.
 fn published() -> Vec<(&'static str, Value)> {
     let yarn: Value = serde_json::from_str(YARN).unwrap();
     let fp8 = json!({"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
@@ -208,7 +207,7 @@ fn the_published_configurations_are_read_and_written_back() {
         let config = ModelConfig::from_value(value.clone()).unwrap_or_else(|error| panic!("{name}: {error}"));
         let again = ModelConfig::from_json(&config.to_json()).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(again, config, "{name}");
-        // Nothing is lost: what is not read is kept. (`rope_interleave` as the class has it need not be said.)
+        // Nothing is lost: keys that are not read are kept. (`rope_interleave` is not written if it is the default.)
         let source = value.get("text_config").unwrap_or(&value);
         let written = config.to_value();
         for (key, value) in source.as_object().unwrap().iter().filter(|(_, value)| !value.is_null()) {
@@ -223,7 +222,7 @@ fn refusal(value: Value) -> ConfigError {
 }
 
 #[test]
-fn keys_that_shape_the_computation_and_are_not_followed_are_refused_by_name() {
+fn unsupported_keys_that_shape_the_computation_are_refused_by_name() {
     let cases = [
         (qwen2(), "mlp_bias", json!(true)),
         (moonlight(), "mlp_bias", json!(true)),
@@ -270,7 +269,7 @@ fn keys_that_shape_the_computation_and_are_not_followed_are_refused_by_name() {
         assert!(matches!(&error, ConfigError::Unsupported { key: named, .. } if named == key), "{key}: {error:?}");
         assert!(error.to_string().contains(&format!("`{key}` ")), "{error}");
     }
-    // Values of the same keys that leave it off.
+    // Values of the same keys that turn it off.
     for (base, over) in [
         (
             llama(),
@@ -281,7 +280,7 @@ fn keys_that_shape_the_computation_and_are_not_followed_are_refused_by_name() {
         ),
         (llama(), json!({"sliding_window": 64})),
         (moonlight(), json!({"head_dim": 192, "num_experts": 64, "mla_use_nope": false})),
-        // A dense DeepSeek says nothing with the other keys about experts.
+        // In a dense DeepSeek the other keys about experts have no effect.
         (moonlight(), json!({"n_routed_experts": null})),
     ] {
         ModelConfig::from_value(with(&base, over)).unwrap();
@@ -289,22 +288,22 @@ fn keys_that_shape_the_computation_and_are_not_followed_are_refused_by_name() {
 }
 
 #[test]
-fn keys_that_nobody_knows_are_refused_together() {
-    let error = refusal(with(&llama(), json!({"depth_attention": 3, "mixer": "mamba", "says_nothing": null})));
+fn unknown_keys_are_refused_together() {
+    let error = refusal(with(&llama(), json!({"depth_attention": 3, "mixer": "mamba", "unset": null})));
     assert_eq!(error, ConfigError::Unknown { keys: vec!["depth_attention".into(), "mixer".into()] });
-    assert_eq!(error.to_string(), "the model configuration has the unknown keys `depth_attention`, `mixer`");
+    assert_eq!(error.to_string(), "the model config has the unknown keys `depth_attention`, `mixer`");
     assert!(error.hint().unwrap().contains("remove it from config.json"));
-    // Names without end do not make messages without end.
+    // Endless names do not make endless messages.
     let many: serde_json::Map<String, Value> =
         (0..5000).map(|at| ("k".repeat(9000) + &at.to_string(), json!(1))).collect();
     let error = refusal(with(&llama(), Value::Object(many))).to_string();
     assert!(error.len() < 1000 && error.ends_with("and 4992 more"), "{error}");
 }
 
-/// As transformers 5.24 decides (`Qwen2Config.__post_init__`): layers from `max_window_layers` on, where
-/// `use_sliding_window` is true, or those of `layer_types`.
+/// As in transformers 5.24 (`Qwen2Config.__post_init__`): the layers from `max_window_layers` on if `use_sliding_window` is true, or
+/// those in `layer_types`.
 #[test]
-fn a_sliding_window_belongs_to_the_layers_that_transformers_gives_it_to() {
+fn a_sliding_window_belongs_to_the_same_layers_as_in_transformers() {
     let windows = |over: &Value| {
         let config =
             ModelConfig::from_value(with(&qwen2(), over.clone())).unwrap_or_else(|error| panic!("{over}: {error}"));
@@ -331,12 +330,12 @@ fn a_sliding_window_belongs_to_the_layers_that_transformers_gives_it_to() {
     }
     let refused = refusal(with(&qwen2(), json!({"layer_types": ["sliding_attention", "full_attention"]}))).to_string();
     assert!(
-        refused.contains("`layer_types` has layers of `sliding_attention`, and no `sliding_window` is in use"),
+        refused.contains("`layer_types` has `sliding_attention` layers, but no `sliding_window` is in use"),
         "{refused}"
     );
     let refused = refusal(with(&qwen2(), json!({"layer_types": ["chunked_attention"]}))).to_string();
     assert!(refused.contains("`layer_types` must be a list of `full_attention` and `sliding_attention`"), "{refused}");
-    // A window that is set in Rust is written, and one that is taken away is not.
+    // A window that is set in Rust is written, and one that is removed is not.
     let mut config = ModelConfig::from_value(with(&qwen2(), sliding(json!(3), 1))).unwrap();
     let AttentionShape::Gqa(shape) = &mut config.attention else { unreachable!("Qwen2 has grouped-query attention") };
     shape.sliding_window = None;
@@ -347,9 +346,9 @@ fn a_sliding_window_belongs_to_the_layers_that_transformers_gives_it_to() {
     assert_eq!(again.attention, config.attention);
 }
 
-/// The other classes have no window: one that is shorter than the context is refused, with the way to open the model.
+/// The other classes have no window: one shorter than the context is refused, with a hint how to open the model.
 #[test]
-fn a_sliding_window_of_another_class_is_refused_where_it_changes_something() {
+fn a_sliding_window_of_another_class_is_refused_if_it_has_an_effect() {
     let error = refusal(with(&llama(), json!({"sliding_window": 63})));
     assert!(error.to_string().contains("`sliding_window` is 63, shorter than the 64 tokens"), "{error}");
     assert!(error.hint().unwrap().contains("`max_position_embeddings`"));
@@ -363,7 +362,7 @@ fn a_sliding_window_of_another_class_is_refused_where_it_changes_something() {
 }
 
 #[test]
-fn rope_scaling_is_followed_or_refused_by_its_keys() {
+fn rope_scaling_is_used_or_refused_by_its_keys() {
     let read = |rope: Value| ModelConfig::from_value(with(&llama(), json!({"rope_scaling": rope})));
     assert_eq!(
         read(json!({"type": "linear", "factor": 4})).unwrap().rope.scaling,
@@ -372,7 +371,7 @@ fn rope_scaling_is_followed_or_refused_by_its_keys() {
     let dynamic = read(json!({"rope_type": "dynamic", "factor": 2.0})).unwrap();
     assert_eq!(dynamic.rope.scaling, Some(RopeScaling::Dynamic { factor: 2.0 }));
     assert_eq!(read(json!({})).unwrap().rope.scaling, None);
-    // The original length may stand outside, and is the context itself where it stands nowhere, as in transformers.
+    // As in transformers, the original length may be outside the scaling, and defaults to the context length.
     let yarn = with(&llama(), json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}));
     let outside = with(&yarn, json!({"original_max_position_embeddings": 16}));
     for (value, original) in [(yarn, 64), (outside, 16)] {
@@ -402,12 +401,12 @@ fn rope_scaling_is_followed_or_refused_by_its_keys() {
     }
     let both = json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0},
         "rope_scaling": {"rope_type": "linear", "factor": 4.0}});
-    assert!(refusal(with(&llama(), both)).to_string().contains("and `rope_parameters` say different things"));
+    assert!(refusal(with(&llama(), both)).to_string().contains("`rope_scaling` contradicts `rope_parameters`"));
 }
 
-/// `attention_bias` is the class's own in Qwen2, followed in the others; a dropout that training has not is said.
+/// Qwen2 ignores `attention_bias`, the other classes use it; a dropout that training does not have is reported.
 #[test]
-fn biases_and_dropout() {
+fn biases_follow_the_class_and_dropout_is_reported() {
     let biased = |base: Value| {
         let config = ModelConfig::from_value(with(&base, json!({"attention_bias": true}))).unwrap();
         config
@@ -418,12 +417,15 @@ fn biases_and_dropout() {
     };
     assert_eq!([biased(llama()), biased(qwen2()), biased(moonlight())], [4, 3, 2]);
     let config = ModelConfig::from_value(with(&llama(), json!({"attention_dropout": 0.1}))).unwrap();
-    assert_eq!(config.training_notes(), ["`attention_dropout` is 0.1 in config.json; training here has no dropout"]);
+    assert_eq!(
+        config.training_notes(),
+        ["`attention_dropout` is 0.1 in config.json, but training has no such dropout"]
+    );
     assert!(ModelConfig::from_value(moonlight()).unwrap().training_notes().is_empty());
 }
 
 #[test]
-fn the_wrapper_of_a_text_model_says_what_is_outside() {
+fn a_wrapper_may_have_some_keys_of_the_text_model() {
     let wrapped = |outer: Value| {
         let value = with(&json!({"model_type": "kimi_vl", "text_config": llama(), "vision_config": {}}), outer);
         ModelConfig::from_value(value).unwrap()
@@ -437,9 +439,9 @@ fn the_wrapper_of_a_text_model_says_what_is_outside() {
     );
 }
 
-/// A text model in another wrapper may be computed otherwise, and keys on both sides may say two things.
+/// A text model in an unknown wrapper may be computed differently, and keys inside and outside may contradict each other.
 #[test]
-fn a_wrapper_that_is_not_known_or_has_a_shape_of_its_own_is_refused() {
+fn unknown_wrappers_and_contradicting_keys_are_refused() {
     let wrapped = |outer: Value| {
         ModelConfig::from_value(with(
             &json!({"model_type": "kimi_vl", "text_config": llama(), "vision_config": {}}),
@@ -448,7 +450,7 @@ fn a_wrapper_that_is_not_known_or_has_a_shape_of_its_own_is_refused() {
     };
     for name in [json!("llava"), json!("llama4"), json!(null)] {
         let error = wrapped(json!({"model_type": name})).unwrap_err();
-        assert!(error.to_string().contains("`text_config` stands in a model of the type"), "{error}");
+        assert!(error.to_string().contains("`text_config` is in a model of the type"), "{error}");
         assert!(error.hint().is_some());
     }
     for (key, value) in [
@@ -508,7 +510,7 @@ fn a_key_that_config_json_lacks_has_the_default_of_its_class() {
     assert_eq!([of("deepseek_v3"), of("kimi_k2")], [v3, v3]);
     let v2 = ((ScoringFunc::Softmax, TopkMethod::Greedy, false, 1.0), [1, 1, 0, 2, 1], Some(1536), 1e-6, 1e4);
     assert_eq!(of("deepseek_v2"), v2);
-    // A null is what it says, and a wrapper's text model has the same defaults.
+    // A null is not replaced by a default, and a wrapper's text model has the same defaults.
     let null = read(&with(&moonlight(), json!({"q_lora_rank": null, "n_group": null, "topk_group": null})));
     assert_eq!(null.moe.as_ref().map(|moe| (moe.n_group, moe.topk_group)), Some((1, 1)));
     let text = without(moonlight(), &["routed_scaling_factor", "model_type"]);
@@ -526,7 +528,7 @@ fn a_key_that_config_json_lacks_has_the_default_of_its_class() {
         assert_eq!((config.rms_norm_eps, config.rope.theta, config.initializer_range), (1e-6, 1e4, 0.02));
         assert!(!config.tie_word_embeddings && !config.mlp_bias);
     }
-    // The shape of a recipe has the defaults that are documented there.
+    // `[model]` in a recipe has the documented defaults of this crate.
     let recipe = ModelConfig::from_value(without(moonlight(), &keys)).unwrap().moe.unwrap();
     assert_eq!((recipe.routed_scaling_factor, recipe.n_group, recipe.first_k_dense_replace), (1.0, 1, 0));
 }
@@ -540,9 +542,8 @@ fn a_token_id_of_minus_one_is_none() {
     assert!(refusal(with(&llama(), json!({"eos_token_id": -2}))).to_string().contains("`eos_token_id` must be"));
 }
 
-/// A key is passed over or read, never both.
 #[test]
-fn the_lists_do_not_overlap() {
+fn no_key_is_both_read_and_ignored() {
     for key in shape_keys() {
         assert_eq!(moonlight_model::config::ignore_reason(key), None, "{key}");
     }

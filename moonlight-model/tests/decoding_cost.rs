@@ -1,4 +1,4 @@
-//! A token costs the same to decode wherever it stands.
+//! The cost of decoding a token hardly depends on its position.
 
 use std::time::{Duration, Instant};
 
@@ -35,9 +35,9 @@ fn position_two_thousand_costs_at_most_twice_position_ten() {
     };
     let (mut early, mut late) = (cache_of(10), cache_of(2000));
     for cache in [&mut early, &mut late] {
-        decode(&model, cache, &device); // lays out the weights that decoding wants
+        decode(&model, cache, &device); // prepares the weights for decoding
     }
-    // In turns, so that whatever else the machine does meets both alike.
+    // Alternating, so that other load on the machine affects both alike.
     let (mut early_times, mut late_times) = (Vec::new(), Vec::new());
     for _ in 0..TOKENS {
         early_times.push(decode(&model, &mut early, &device));

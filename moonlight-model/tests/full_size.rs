@@ -1,4 +1,4 @@
-//! Moonlight-16B at its own size: one block runs, the whole is counted.
+//! Moonlight-16B in full size: one block runs, and the parameters of the whole model are counted.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use moonlight_model::{LmBatch, ModelConfig, Probe};
@@ -43,7 +43,7 @@ fn one_full_size_block_runs_forward_and_backward() {
     };
     let output = model.loss(&batch, 0.001, Probe::default());
     let loss = output.loss_sum.clone().into_scalar::<f32>() / sequence as f32;
-    // Fresh weights know nothing: about ln 64 = 4.16.
+    // With initial weights the loss is about that of a uniform guess, ln 64 = 4.16.
     assert!((3.5..6.0).contains(&loss), "{loss}");
     let load = output.stats.expert_loads()[0].clone().expect("the block has experts");
     assert_eq!(load.iter().sum::<u64>(), 6 * sequence as u64);

@@ -1,9 +1,9 @@
-//! Every public function of `moonlight_model::kernels` under hostile arguments: wrong and empty shapes, other dtypes, strided
-//! and broadcast tensors, offsets that decrease or end elsewhere, ids out of range, sizes that overflow.
+//! Every public function of `moonlight_model::kernels` with hostile arguments: wrong and empty shapes, other dtypes, strided and
+//! broadcast tensors, offsets that decrease or end wrongly, indices out of range, sizes that overflow.
 //!
-//! A call either panics with a message of the function's own or gives what the reference gives, forward and backward. The
-//! reference runs the same call in f64, for which there are no kernels. The test profile has debug assertions, so claims of
-//! memory are recorded, and an overlap or a gap panics with another message.
+//! A call must either panic with a message of the function itself, or return what the reference returns, forward and backward.
+//! The reference runs by the same call in f64, a dtype without kernels. The test profile has debug assertions, so parallel
+//! writes are recorded, and an overlap or a gap panics with another message.
 
 #![cfg(feature = "cpu")]
 
@@ -18,7 +18,7 @@ use proptest::prelude::*;
 /// Calls a function.
 type Call = fn(&mut Arguments) -> Outcome;
 
-/// The functions, with a way to call each.
+/// The name of each function, and how to call it.
 const CALLS: [(&str, Call); 12] = [
     ("project", call_project),
     ("grouped_matmul", call_grouped_matmul),
@@ -34,10 +34,10 @@ const CALLS: [(&str, Call); 12] = [
     ("cross_entropy", call_cross_entropy),
 ];
 
-/// What a call gives: an output and the gradients of its sum, or `None` where the layout was refused beforehand.
+/// The result of a call: the output and the gradients of its sum; `None` if the layout was refused before the call.
 type Outcome = Option<(Vec<usize>, Vec<Vec<f64>>)>;
 
-/// Sizes of a call, and which of its arguments are spoiled, and how.
+/// The sizes of a call, and which of its arguments are corrupted, and how.
 #[derive(Debug, Clone)]
 struct TestCase {
     sizes: [usize; 5],
@@ -45,21 +45,21 @@ struct TestCase {
     seed: u64,
 }
 
-/// The spoil, modulo 8, that gives a tensor another dtype.
+/// The corruption, modulo 8, that gives a tensor another dtype.
 const OTHER_DTYPE: usize = 5;
 
-/// Makes the arguments of a call, all valid but those that are to be spoiled.
+/// Makes the arguments of a call, valid except those to be corrupted.
 struct Arguments<'a> {
     case: &'a TestCase,
     device: Device,
     dtype: DType,
-    /// Whether a tensor may be empty: not every backend can make one.
+    /// Whether to make empty tensors, which not every backend can.
     empty: bool,
     made: usize,
 }
 
 impl Arguments<'_> {
-    /// How the next argument is spoiled.
+    /// How the next argument is corrupted; `None` if it is valid.
     fn corruption(&mut self) -> Option<usize> {
         self.made += 1;
         self.case.corruptions.iter().find(|(argument, _)| *argument == self.made - 1).map(|(_, how)| *how)
@@ -132,7 +132,7 @@ impl Arguments<'_> {
         list
     }
 
-    /// A layout of `tokens` with `k` rows each in `groups`, by its parts; `None` where they are refused.
+    /// A layout of `tokens` tokens with `k` rows each in `groups` groups, made from its parts; `None` if they are refused.
     fn layout(&mut self, tokens: usize, k: usize, groups: usize) -> Option<Arc<GroupLayout>> {
         let choices: Vec<u32> = (0..tokens * k).map(|slot| (slot * 7 % groups) as u32).collect();
         let layout = GroupLayout::from_choices(&choices, k, groups);
@@ -157,7 +157,7 @@ fn of<const D: usize>(input: &Tensor<D>) -> GradientOf {
     Box::new(move |gradients| input.grad(gradients).map(Tensor::into_data))
 }
 
-/// An output with the gradients of its sum.
+/// An output, and the gradients of its sum.
 fn outcome<const D: usize>(output: Tensor<D>, inputs: Vec<GradientOf>) -> Outcome {
     let numbers = |data: TensorData| data.iter::<f64>().collect::<Vec<_>>();
     let shape = output.dims().to_vec();
@@ -304,7 +304,7 @@ thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Has panics of quiet threads not printed.
+/// Hides the panic messages of threads that set `QUIET`.
 fn install_hook() {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -317,7 +317,7 @@ fn install_hook() {
     });
 }
 
-/// Runs a call, and gives its outcome or the message of its panic, which is not printed.
+/// Runs a call, and returns its outcome or the message of its panic.
 fn caught(call: Call, case: &TestCase, device: &Device, dtype: DType, empty: bool) -> Result<Outcome, String> {
     install_hook();
     let mut arguments = Arguments { case, device: device.clone(), dtype, empty, made: 0 };
@@ -330,7 +330,7 @@ fn caught(call: Call, case: &TestCase, device: &Device, dtype: DType, empty: boo
     })
 }
 
-/// Whether the numbers are those of the reference, where the kernels' dtype is f32, or bf16 for an argument.
+/// Whether a result is that of the reference. The tolerance is that of bf16, which an argument may be.
 fn agrees(found: &Outcome, expected: &Outcome) -> bool {
     let (Some((shape, found)), Some((expected_shape, expected))) = (found, expected) else {
         return found.is_none() && expected.is_none();
@@ -340,7 +340,7 @@ fn agrees(found: &Outcome, expected: &Outcome) -> bool {
     shape == expected_shape && found.len() == expected.len() && found.iter().zip(expected).all(all_close)
 }
 
-/// The CPU, whose f64 runs the reference.
+/// The CPU, which runs the reference in f64.
 fn cpu() -> Device {
     Device::flex().autodiff()
 }
@@ -362,7 +362,7 @@ fn check(case: &TestCase) -> Result<(), TestCaseError> {
             }
             (Err(message), Err(_)) => {
                 prop_assert!(message.starts_with(&format!("{name}: ")), "{name} panicked with {message:?}");
-                prop_assert!(!case.corruptions.is_empty(), "{name} refused good arguments: {message}");
+                prop_assert!(!case.corruptions.is_empty(), "{name} refused valid arguments: {message}");
             }
             (found, expected) => prop_assert!(false, "{name}: {found:?}, where the reference has {expected:?}"),
         }
@@ -380,7 +380,7 @@ proptest! {
 }
 
 proptest! {
-    /// A layout of choices keeps the rules by which layouts of parts are accepted.
+    /// A layout made from choices passes the checks for layouts made from parts.
     #[test]
     fn hostile_choices_are_refused_or_give_a_valid_layout(
         choices in prop::collection::vec(prop_oneof![9 => 0_u32..6, 1 => any::<u32>()], 0..40),
@@ -404,7 +404,7 @@ proptest! {
     }
 }
 
-/// Beyond one block of every kernel, of one kind of spoil each.
+/// Sizes of more than a block of each kernel, each with one corruption.
 #[test]
 fn large_arguments_are_refused_or_give_what_the_reference_gives() {
     for (argument, how) in (0..8).map(|argument| (argument, 3 * argument + 1)) {
@@ -416,7 +416,7 @@ fn large_arguments_are_refused_or_give_what_the_reference_gives() {
     }
 }
 
-/// Which arguments must be refused, so that the test above does not pass by refusing nothing.
+/// Arguments that must be refused: without this, the tests above would pass if nothing were refused.
 #[test]
 fn arguments_that_break_a_rule_are_refused() {
     let refused = |name: &str, sizes: [usize; 5], corruption: (usize, usize), message: &str| {
@@ -442,7 +442,7 @@ fn arguments_that_break_a_rule_are_refused() {
         ("cross_entropy", vec![2]),
     ] {
         for tensor in tensors {
-            // An empty first dimension, and one more in the last.
+            // An empty first dimension.
             refused(name, sizes, (tensor, 0), if tensor == 7 { "shape" } else { "empty" });
         }
     }
@@ -456,28 +456,28 @@ fn arguments_that_break_a_rule_are_refused() {
     refused("rotate", sizes, (3, 2), "not a number of pairs");
     refused("rotate", sizes, (3, 1), "not a number of pairs");
     refused("rotate", sizes, (1, 5), "`cos` is BF16, not F32");
-    // Starts: none, one too many, decreasing, far beyond, after their query.
+    // Starts: none, one too many, decreasing, out of range, after their query.
     for how in [0, 1, 3, 4, 5] {
         refused("latent_attention", sizes, (0, how), "document start");
         refused("grouped_attention", sizes, (0, how), "document start");
     }
-    // Spans: a sequence twice or beyond the cache, a start and a count that overflow or leave the cache, no token.
+    // Spans: a sequence twice or outside the cache, start and count that overflow or exceed the capacity, no tokens.
     refused("cached_attention", sizes, (5, 0), "order of their sequences");
     refused("cached_attention", sizes, (5, 1), "not in the cache");
     refused("cached_attention", sizes, (3, 2), "capacity");
     refused("cached_attention", sizes, (7, 3), "fewer tokens");
     refused("cached_attention", sizes, (4, 2), "capacity");
     refused("cached_attention", sizes, (4, 0), "no token");
-    refused("cached_attention", sizes, (8, 0), "the key is no part");
-    refused("cached_attention", sizes, (9, 2), "the value is no part");
-    refused("cached_attention", sizes, (10, 2), "the value is no part");
+    refused("cached_attention", sizes, (8, 0), "the key is not a part");
+    refused("cached_attention", sizes, (9, 2), "the value is not a part");
+    refused("cached_attention", sizes, (10, 2), "the value is not a part");
     for how in 0..6 {
         refused("cross_entropy", sizes, (0, how), "is not in a vocabulary of 4");
     }
     refused("cross_entropy", sizes, (1, 0), "`targets` has the shape [3], not [2]");
 }
 
-/// The same on the first device that WGPU has, held against the CPU's f64. A target outside the vocabulary gives NaN.
+/// The first WGPU device against the CPU in f64. A target outside the vocabulary gives NaN.
 #[cfg(feature = "wgpu")]
 #[test]
 #[ignore = "needs a CubeCL device"]
@@ -485,12 +485,12 @@ fn cube_hostile_arguments_are_refused_or_give_what_the_reference_gives() {
     use proptest::test_runner::TestRunner;
 
     let device = Device::wgpu(burn::tensor::DeviceKind::DefaultDevice).autodiff();
-    // Sizes of few kinds and a few cases: each of some kernels' shapes is compiled anew, which takes long on a device in
-    // software. What fails is not shrunk for the same reason.
+    // Few sizes and few cases: some kernels are compiled for each shape, which takes long on a software device. Failures are
+    // not shrunk for the same reason.
     let config =
         ProptestConfig { cases: 12, max_shrink_iters: 0, failure_persistence: None, ..ProptestConfig::default() };
     let result = TestRunner::new(config).run(&test_cases(2), |mut case| {
-        // Not every device has a second float type to confuse the kernels with (WGSL has no bf16): the CPU's tests do that.
+        // WGSL has no bf16, so dtypes are not corrupted here; the tests on the CPU do that.
         case.corruptions.retain(|(_, how)| how % 8 != OTHER_DTYPE);
         for (name, call) in CALLS {
             let found = caught(call, &case, &device, DType::F32, false);

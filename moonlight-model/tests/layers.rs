@@ -1,4 +1,4 @@
-//! Layers are built and run from outside of the crate, each by itself, and agree with the model that is made of them.
+//! Single layers through the public API, and the model as the composition of its layers.
 
 use burn::config::Config;
 use burn::module::Module;
@@ -38,9 +38,8 @@ fn close<const D: usize>(actual: Tensor<D>, expected: Tensor<D>) {
     actual.into_data().assert_approx_eq(&expected.into_data(), Tolerance::<f32>::rel_abs(1e-5, 1e-5));
 }
 
-/// A token's output depends on itself and the tokens before it, and on nothing after it.
 #[test]
-fn attention_is_causal_and_packed_documents_are_apart() {
+fn attention_is_causal_and_stays_within_documents() {
     let device = Device::default();
     for attention in [AttentionConfig::Mla(latent()), AttentionConfig::Gqa(grouped())] {
         let attention = attention.init(&device);
@@ -56,7 +55,6 @@ fn attention_is_causal_and_packed_documents_are_apart() {
     }
 }
 
-/// The mixture is the weighted sum of its experts, which are MLPs.
 #[test]
 fn a_mixture_is_the_weighted_sum_of_its_experts() {
     let device = Device::default();
@@ -65,7 +63,7 @@ fn a_mixture_is_the_weighted_sum_of_its_experts() {
     let context = ForwardContext::without_positions([2, 7]).with_balance_weight(0.01);
     let output = moe.forward(x.clone(), &context);
     assert_eq!(output.load.iter().sum::<u64>(), 2 * 7 * 2);
-    // Balanced or not, `sum_i f_i P_i` is at least about 1 for a router whose scores follow its choices.
+    // `sum_i f_i P_i` is about 1 for a balanced router and larger for an unbalanced one.
     let balance = output.balance_loss.expect("the weight is not zero").into_scalar::<f32>();
     assert!(balance > 0.005 && balance < 0.1, "{balance}");
     assert!(moe.forward(x.clone(), &ForwardContext::without_positions([2, 7])).balance_loss.is_none());
@@ -73,7 +71,7 @@ fn a_mixture_is_the_weighted_sum_of_its_experts() {
     let routed = moe.router.forward(x.clone());
     let weights: Vec<f32> = routed.weights.into_data().iter::<f32>().collect();
     for pair in weights.chunks(2) {
-        assert!((pair.iter().sum::<f32>() - 2.5).abs() < 1e-4, "normalised, then scaled: {pair:?}");
+        assert!((pair.iter().sum::<f32>() - 2.5).abs() < 1e-4, "weights must be normalized, then scaled: {pair:?}");
     }
     let rows = x.clone().reshape([14, HIDDEN]);
     let mut expected = moe.shared_experts.as_ref().expect("there is one").forward(x.clone()).reshape([14, HIDDEN]);
@@ -95,7 +93,7 @@ fn one_expert(experts: &Experts, expert: usize, row: Tensor<2>) -> Tensor<2> {
 }
 
 #[test]
-fn a_norm_takes_any_rank_and_a_layer_adds_its_parts_to_the_stream() {
+fn a_norm_takes_any_rank_and_a_layer_is_its_parts_with_residuals() {
     let device = Device::default();
     let norm = RmsNormConfig::new(HIDDEN).with_epsilon(1e-6).init(&device);
     let x = hidden(&device);
@@ -125,9 +123,8 @@ fn model() -> ModelConfig {
     config
 }
 
-/// A model is its embedding, its layers one after the other, and its head: bit by bit.
 #[test]
-fn a_model_is_its_parts() {
+fn a_model_is_its_embedding_layers_and_head_bit_for_bit() {
     let device = Device::default();
     let config = model();
     let lm = config.init(&device);
@@ -168,9 +165,8 @@ fn a_model_is_its_parts() {
     assert_eq!(logits, lm.logits(tokens, None).into_data());
 }
 
-/// What `new` and `with_*` say is what `save` writes and `load` reads.
 #[test]
-fn configurations_are_saved_and_loaded() {
+fn saved_configs_are_loaded_unchanged() {
     fn again<C: Config + PartialEq>(config: &C, what: &str) {
         let path = std::env::temp_dir().join(format!("moonlight-{what}-{}.json", std::process::id()));
         config.save(&path).unwrap();
@@ -191,9 +187,8 @@ fn configurations_are_saved_and_loaded() {
     again(&model().layer(1), "layer-of-a-model");
 }
 
-/// The same model by `new` and by `config.json`.
 #[test]
-fn a_model_is_configured_in_rust_as_in_json() {
+fn configs_made_in_rust_equal_those_read_from_json() {
     let attention = AttentionShape::Mla(MlaShape::new(16, 8, 4, 8));
     let built = ModelConfig::new(ModelType::DeepseekV3, 61, 32, 48, 2, 3, attention)
         .with_rms_norm_eps(1e-5)
@@ -229,7 +224,7 @@ fn attention_without_positions_is_refused() {
 }
 
 #[test]
-#[should_panic(expected = "cannot visit")]
-fn a_router_with_too_few_experts_is_refused() {
+#[should_panic(expected = "a token can choose from")]
+fn a_router_with_fewer_experts_than_k_is_refused() {
     RouterConfig::new(HIDDEN, 4, 5).init(&Device::default());
 }

@@ -1,4 +1,4 @@
-//! Adapters in the model: beginnings, gradients, merging, decoding, dropout.
+//! LoRA adapters in a model: initialization, gradients, merging, decoding, dropout.
 
 mod common;
 
@@ -12,8 +12,8 @@ use moonlight_model::lora::{Adapter, LoraConfig, LoraError, LowRankSettings};
 use moonlight_model::{CausalLm, KvCache, LmBatch, ModelConfig, Probe};
 use serde_json::json;
 
-/// The device has one generator: tests that draw from it do so one after the other.
-fn alone() -> MutexGuard<'static, ()> {
+/// The device has one random generator: tests that draw from it must not run at the same time.
+fn lock_generator() -> MutexGuard<'static, ()> {
     static GENERATOR: Mutex<()> = Mutex::new(());
     GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -50,8 +50,8 @@ fn batch(device: &Device) -> LmBatch {
     LmBatch { targets: tokens.clone().flip([1]), tokens, loss_mask: Tensor::ones([4, 32], device), segments: None }
 }
 
-/// The adapters with a `B` that is not zero.
-fn moved(model: CausalLm, dropout: f64) -> CausalLm {
+/// The model with random `B` in its adapters, as after training.
+fn with_random_b(model: CausalLm, dropout: f64) -> CausalLm {
     let device = Device::default();
     let mut adapters = model.adapters();
     for Adapter { b, settings, .. } in &mut adapters {
@@ -64,40 +64,40 @@ fn moved(model: CausalLm, dropout: f64) -> CausalLm {
 }
 
 fn adapted(config: &ModelConfig, targets: &[&str], device: &Device) -> CausalLm {
-    moved(config.init(device).with_lora(&lora(targets), 3).unwrap(), 0.0)
+    with_random_b(config.init(device).with_lora(&lora(targets), 3).unwrap(), 0.0)
 }
 
 fn close(actual: Tensor<3>, expected: Tensor<3>) {
     actual.into_data().assert_approx_eq(&expected.into_data(), Tolerance::<f32>::rel_abs(1e-4, 1e-4));
 }
 
-/// Something of every parameter by its path.
+/// Collects data of each parameter by its path.
 struct ByPath<F> {
     stack: Vec<String>,
     of: F,
     found: BTreeMap<String, TensorData>,
 }
 
-trait Look {
-    fn look<const D: usize>(&self, param: &Param<Tensor<D>>) -> Option<TensorData>;
+trait ReadParam {
+    fn read<const D: usize>(&self, param: &Param<Tensor<D>>) -> Option<TensorData>;
 }
 
 struct Values;
 struct Grads<'a>(&'a Gradients);
 
-impl Look for Values {
-    fn look<const D: usize>(&self, param: &Param<Tensor<D>>) -> Option<TensorData> {
+impl ReadParam for Values {
+    fn read<const D: usize>(&self, param: &Param<Tensor<D>>) -> Option<TensorData> {
         Some(param.val().into_data())
     }
 }
 
-impl Look for Grads<'_> {
-    fn look<const D: usize>(&self, param: &Param<Tensor<D>>) -> Option<TensorData> {
+impl ReadParam for Grads<'_> {
+    fn read<const D: usize>(&self, param: &Param<Tensor<D>>) -> Option<TensorData> {
         param.val().grad(self.0).map(Tensor::into_data)
     }
 }
 
-impl<F: Look> ModuleVisitor for ByPath<F> {
+impl<F: ReadParam> ModuleVisitor for ByPath<F> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.stack.push(name.to_owned());
     }
@@ -107,21 +107,21 @@ impl<F: Look> ModuleVisitor for ByPath<F> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(data) = self.of.look(param) {
+        if let Some(data) = self.of.read(param) {
             self.found.insert(self.stack.join("."), data);
         }
     }
 }
 
-fn by_path(model: &CausalLm, of: impl Look) -> BTreeMap<String, TensorData> {
+fn by_path(model: &CausalLm, of: impl ReadParam) -> BTreeMap<String, TensorData> {
     let mut visitor = ByPath { stack: Vec::new(), of, found: BTreeMap::new() };
     model.visit(&mut visitor);
     visitor.found
 }
 
 #[test]
-fn a_fresh_adapter_changes_nothing_and_its_seed_decides_it() {
-    let _alone = alone();
+fn a_new_adapter_changes_no_logit_and_depends_on_its_seed_only() {
+    let _guard = lock_generator();
     let device = Device::default();
     for (name, config) in family() {
         let base = config.init(&device);
@@ -142,7 +142,7 @@ fn a_fresh_adapter_changes_nothing_and_its_seed_decides_it() {
 
 #[test]
 fn merged_equals_unmerged_and_decoding_sees_the_adapters() {
-    let _alone = alone();
+    let _guard = lock_generator();
     let device = Device::default();
     for (name, config) in family() {
         let model = adapted(&config, &["all"], &device);
@@ -160,7 +160,7 @@ fn merged_equals_unmerged_and_decoding_sees_the_adapters() {
     }
 }
 
-/// Everything trains, as in a model that was never frozen.
+/// Makes every parameter require a gradient.
 struct Thaw;
 
 impl ModuleMapper for Thaw {
@@ -169,10 +169,10 @@ impl ModuleMapper for Thaw {
     }
 }
 
-/// The adapters' gradients are the chain rule's of the merged weight's: `dA = s dW B^T`, `dB = s A^T dW`.
+/// The gradients of adapters follow by the chain rule from that of the merged weight: `dA = s dW B^T`, `dB = s A^T dW`.
 #[test]
-fn gradients_are_those_of_the_merged_weight_and_nothing_else_has_any() {
-    let _alone = alone();
+fn adapters_have_the_gradients_of_the_merged_weight_and_nothing_else_has_any() {
+    let _guard = lock_generator();
     let device = Device::default().autodiff();
     for (name, config) in family() {
         let model = adapted(&config, &["all"], &device);
@@ -191,7 +191,7 @@ fn gradients_are_those_of_the_merged_weight_and_nothing_else_has_any() {
                 true => (path.clone(), path.replace("_proj", "_lora")),
                 false => (format!("{path}.weight"), format!("{path}.lora")),
             };
-            // A matrix is a stack of one.
+            // A matrix becomes a stack of one.
             let stack = |data: &TensorData| {
                 let tensor = Tensor::<1>::from_data(
                     TensorData::new(data.iter::<f32>().collect::<Vec<_>>(), [data.num_elements()]),
@@ -224,9 +224,9 @@ fn rslora_scales_by_the_root_of_the_rank() {
 
 #[test]
 fn dropout_follows_its_seed_and_is_off_without_one() {
-    let _alone = alone();
+    let _guard = lock_generator();
     let device = Device::default();
-    let model = moved(moonlight(json!({})).init(&device).with_lora(&lora(&["all"]), 3).unwrap(), 0.5);
+    let model = with_random_b(moonlight(json!({})).init(&device).with_lora(&lora(&["all"]), 3).unwrap(), 0.5);
     let logits = |seed: Option<u64>| {
         model.set_dropout_seed(seed);
         model.logits(tokens(2, 9, &device), None).into_data()
@@ -239,9 +239,9 @@ fn dropout_follows_its_seed_and_is_off_without_one() {
     close(model.clone().merge().logits(tokens(2, 9, &device), None), model.logits(tokens(2, 9, &device), None));
 }
 
-/// A run that is resumed reads its adapters back, and must drop what the run before it would have dropped.
+/// A resumed run loads its adapters, and must draw the masks that the uninterrupted run would have drawn.
 #[test]
-fn adapters_that_are_read_back_have_the_same_masks() {
+fn loaded_adapters_have_the_same_dropout_masks() {
     struct MoveB(bool);
     impl ModuleMapper for MoveB {
         fn enter_module(&mut self, name: &str, _container_type: &str) {
@@ -252,7 +252,7 @@ fn adapters_that_are_read_back_have_the_same_masks() {
             if self.0 { param.map(|b| b + 0.1) } else { param }
         }
     }
-    let _alone = alone();
+    let _guard = lock_generator();
     let device = Device::default();
     let base = moonlight(json!({})).init(&device);
     for targets in [&["all"][..], &["experts", "self_attn.o_proj"]] {
@@ -270,13 +270,15 @@ fn adapters_that_are_read_back_have_the_same_masks() {
     }
 }
 
-/// The mean over many masks is the pass without any, where everything behind it is linear.
+/// For a linear layer, the mean of outputs over many masks is the output without dropout.
 #[test]
 fn dropout_keeps_the_mean() {
-    let _alone = alone();
+    let _guard = lock_generator();
     let device = Device::default();
-    let model =
-        moved(moonlight(json!({})).init(&device).with_lora(&lora(&["layers.0.self_attn.o_proj"]), 3).unwrap(), 0.3);
+    let model = with_random_b(
+        moonlight(json!({})).init(&device).with_lora(&lora(&["layers.0.self_attn.o_proj"]), 3).unwrap(),
+        0.3,
+    );
     let projection = match &model.layers[0].self_attn {
         moonlight_model::attention::Attention::Mla(attention) => attention.o_proj.clone(),
         moonlight_model::attention::Attention::Gqa(_) => panic!("Moonlight has latent attention"),
@@ -295,8 +297,8 @@ fn dropout_keeps_the_mean() {
 }
 
 #[test]
-fn what_does_not_fit_is_an_error() {
-    let _alone = alone();
+fn adapters_that_do_not_fit_are_refused() {
+    let _guard = lock_generator();
     let device = Device::default();
     let base = moonlight(json!({})).init(&device);
     let error = base.clone().with_lora(&lora(&["q_proj", "qproj"]), 0).unwrap_err();

@@ -1,4 +1,4 @@
-//! The model as a whole: parameter paths, decoding, packing, padding, routing rules.
+//! The complete model: parameter paths, decoding, packing, padding, load balancing.
 
 mod common;
 
@@ -8,7 +8,7 @@ use common::moonlight;
 use moonlight_model::{CausalLm, KvCache, LmBatch, ModelConfig, Probe, Segments};
 use serde_json::json;
 
-/// One configuration of each kind.
+/// A small config of each supported class and its variants.
 fn family() -> Vec<(&'static str, ModelConfig)> {
     let dense = |model_type: &str, tie: bool| {
         ModelConfig::from_value(json!({
@@ -79,7 +79,7 @@ impl ModuleVisitor for Paths {
 }
 
 #[test]
-fn the_module_holds_exactly_the_parameters_that_the_configuration_lists() {
+fn the_module_has_exactly_the_parameters_that_the_config_lists() {
     for (name, config) in family() {
         let mut paths = Paths::default();
         config.init(&Device::default()).visit(&mut paths);
@@ -92,23 +92,23 @@ fn the_module_holds_exactly_the_parameters_that_the_configuration_lists() {
 }
 
 #[test]
-fn fresh_parameters_have_the_configured_spread() {
+fn initial_parameters_have_the_configured_standard_deviation() {
     let config = moonlight(json!({"vocab_size": 6000, "initializer_range": 0.02}));
     let model = config.init(&Device::default());
-    let spread = |tensor: Tensor<1>| tensor.clone().powi_scalar(2).mean().sqrt().into_scalar::<f32>();
-    let embedding = spread(model.embed_tokens.weight.val().flatten(0, 1));
+    let deviation = |tensor: Tensor<1>| tensor.clone().powi_scalar(2).mean().sqrt().into_scalar::<f32>();
+    let embedding = deviation(model.embed_tokens.weight.val().flatten(0, 1));
     assert!((embedding - 0.02).abs() < 2e-4, "{embedding}");
     assert_eq!(model.norm.weight.val().into_data(), TensorData::new(vec![1.0f32; 40], [40]));
 }
 
 #[test]
-fn decoding_equals_the_whole_pass() {
+fn decoding_in_chunks_equals_one_forward_pass() {
     let device = Device::default();
     for (name, config) in family() {
         let model = config.init(&device);
         let tokens = tokens(2, 23, &device);
         let whole = model.logits(tokens.clone(), None);
-        // One prompt, then singles, then a chunk behind what is cached.
+        // A prompt, then single tokens, then several tokens after cached ones.
         let mut cache = KvCache::new(&config, 2, 23, &device, model.dtype());
         let mut parts = Vec::new();
         for (start, end) in [(0, 9), (9, 10), (10, 11), (11, 18), (18, 23)] {
@@ -116,7 +116,7 @@ fn decoding_equals_the_whole_pass() {
         }
         assert_eq!(cache.len(), 23, "{name}");
         close(Tensor::cat(parts, 1), whole);
-        // From the first token on, one by one.
+        // Token by token from the first one.
         let mut cache = KvCache::new(&config, 2, 3, &device, model.dtype());
         let parts = (0..3).map(|at| model.decode(tokens.clone().slice_dim(1, at..at + 1), &mut cache)).collect();
         close(Tensor::cat(parts, 1), model.logits(tokens.slice_dim(1, 0..3), None));
@@ -124,11 +124,11 @@ fn decoding_equals_the_whole_pass() {
 }
 
 #[test]
-fn sequences_of_any_length_go_on_side_by_side() {
+fn sequences_of_different_lengths_are_extended_together() {
     let device = Device::default();
     for (name, config) in family() {
         let model = config.init(&device);
-        // A text longer than the tokens that are taken at a time, and short ones.
+        // A text longer than a chunk of `extend`, and short ones.
         let lengths = [3, 530, 1];
         let texts: Vec<Vec<u32>> =
             lengths.iter().map(|&n| (0..n + 4).map(|i| (i * 37 + n) % config.vocab_size as u32).collect()).collect();
@@ -146,12 +146,12 @@ fn sequences_of_any_length_go_on_side_by_side() {
             close(logits, Tensor::cat(asked, 0));
             known = ends;
         };
-        // All prompts at once; each a token; one rests while another takes several; a prompt of one token only.
+        // Two prompts; a token for each and a prompt of one token; one sequence without new tokens.
         step(&mut cache, [3, 530, 0]);
         step(&mut cache, [4, 531, 1]);
         step(&mut cache, [4, 532, 4]);
         assert_eq!(cache.lengths(), [4, 532, 4], "{name}");
-        // Another text in the place of the second.
+        // The second sequence is replaced by another text.
         cache.truncate(1, 0);
         let logits = model.extend(&[&texts[0][4..5], &texts[2][..2], &[]], &mut cache);
         close(logits, Tensor::cat(vec![expected(&texts[0][..5]), expected(&texts[2][..2])], 0));
@@ -186,7 +186,7 @@ fn batch(documents: Option<&[i32]>, batch: usize, sequence: usize, device: &Devi
 }
 
 #[test]
-fn padding_counts_for_nothing() {
+fn padding_does_not_count() {
     let device = Device::default().autodiff();
     let config = moonlight(json!({}));
     let model = config.init(&device);
@@ -209,8 +209,8 @@ fn padding_counts_for_nothing() {
 }
 
 #[test]
-fn a_perfectly_balanced_router_has_the_smallest_balance_loss() {
-    // With equal scores f_i P_i sums to 1 whatever is chosen: the loss is its weight for each of the two MoE layers.
+fn equal_scores_have_a_balance_loss_of_its_weight() {
+    // With equal scores, f_i P_i sums to 1 whatever is chosen: the loss is its weight for each of the two layers of experts.
     let device = Device::default();
     let model = zero_routers(moonlight(json!({})).init(&device));
     let output = model.loss(&batch(None, 2, 8, &device), 0.5, Probe::default());
@@ -236,11 +236,11 @@ fn zero_routers(model: CausalLm) -> CausalLm {
 }
 
 #[test]
-fn the_bias_follows_the_load_and_changes_the_choice() {
+fn the_correction_bias_balances_the_load() {
     let device = Device::default();
     let model = moonlight(json!({})).init(&device);
     let input = batch(None, 2, 16, &device);
-    // Fresh routers can be in balance by chance. The rule, told that the first expert got nothing, gives it every token.
+    // A new router can be balanced by chance. An update with a load of 0 for expert 0 makes it send every token there.
     let idle: Vec<u64> = (0..9).map(|expert| u64::from(expert > 0)).collect();
     let mut model = model.update_router_bias(&[None, Some(idle.clone()), Some(idle)], 1.0);
     let before = model.loss(&input, 0.0, Probe::default()).stats.expert_loads();
@@ -257,10 +257,10 @@ fn the_bias_follows_the_load_and_changes_the_choice() {
 }
 
 #[test]
-fn the_bias_gets_no_gradient_and_everything_else_does() {
+fn all_parameters_but_the_correction_bias_have_a_gradient() {
     let device = Device::default().autodiff();
     for (name, config) in family() {
-        // Enough tokens that every expert is chosen.
+        // Enough tokens for every expert to be chosen.
         let model = config.init(&device);
         let output = model.loss(&batch(None, 4, 64, &device), 0.01, Probe::default());
         let loss = match output.balance_loss {
@@ -316,7 +316,8 @@ fn bf16_runs_near_f32() {
         let half = cast(model, DType::BF16);
         let logits = half.logits(tokens.clone(), None);
         assert_eq!(logits.dtype(), DType::BF16, "{name}");
-        // The median: a token whose scores are nearly equal may visit another expert in bf16, and is far off then.
+        // The median and not the mean: a token whose scores are nearly equal may be routed to another expert in bf16, and then
+        // differs much.
         let differences = (logits.cast(DType::F32) - full.clone()).abs().into_data();
         let mut differences = differences.try_into_vec::<f32>().unwrap();
         differences.sort_by(f32::total_cmp);
@@ -347,7 +348,7 @@ fn cast(model: CausalLm, dtype: DType) -> CausalLm {
 }
 
 #[test]
-fn one_token_alone_is_a_sequence() {
+fn a_sequence_may_have_one_token() {
     let device = Device::default().autodiff();
     for (_, config) in family() {
         let model = config.init(&device);
@@ -358,7 +359,7 @@ fn one_token_alone_is_a_sequence() {
 }
 
 #[test]
-fn random_input_is_deterministic() {
+fn the_same_input_gives_the_same_bits() {
     let device = Device::default();
     let model = moonlight(json!({})).init(&device);
     let tokens = Tensor::<2>::random([4, 300], Distribution::Uniform(0.0, 60.9), &device).int();

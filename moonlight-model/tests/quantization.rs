@@ -1,4 +1,4 @@
-//! Weights in few bits in the model: close to the full ones, smaller, trained beside.
+//! Quantized models: their logits, their size, and adapters on quantized weights.
 
 mod common;
 
@@ -17,19 +17,19 @@ fn tokens(device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(values, [2, 14]), device)
 }
 
-fn apart(a: Tensor<3>, b: Tensor<3>) -> f32 {
+fn mean_difference(a: Tensor<3>, b: Tensor<3>) -> f32 {
     (a - b).abs().mean().into_scalar::<f32>()
 }
 
-/// The median: a token whose scores are nearly equal may visit another expert, and is far off then.
-fn median(a: Tensor<3>, b: Tensor<3>) -> f32 {
-    let mut apart = (a - b).abs().into_data().iter::<f32>().collect::<Vec<_>>();
-    apart.sort_by(f32::total_cmp);
-    apart[apart.len() / 2]
+/// The median and not the mean: a token whose scores are nearly equal may be routed to another expert, and then differs much.
+fn median_difference(a: Tensor<3>, b: Tensor<3>) -> f32 {
+    let mut differences = (a - b).abs().into_data().iter::<f32>().collect::<Vec<_>>();
+    differences.sort_by(f32::total_cmp);
+    differences[differences.len() / 2]
 }
 
 #[test]
-fn more_bits_are_closer_and_what_is_dequantized_computes_the_same() {
+fn more_bits_are_closer_and_the_dequantized_model_computes_the_same() {
     let device = Device::default();
     let model = config().init(&device);
     let whole = model.logits(tokens(&device), None);
@@ -38,12 +38,15 @@ fn more_bits_are_closer_and_what_is_dequantized_computes_the_same() {
         let quantized = model.clone().quantized(bits);
         let logits = quantized.logits(tokens(&device), None);
         assert!(quantized.is_quantized() && !quantized.clone().dequantized().is_quantized());
-        assert!(apart(quantized.clone().dequantized().logits(tokens(&device), None), logits.clone()) < 1e-4 * size);
+        assert!(
+            mean_difference(quantized.clone().dequantized().logits(tokens(&device), None), logits.clone())
+                < 1e-4 * size
+        );
         let mut cache = KvCache::new(&config(), 2, 14, &device, quantized.dtype());
         let parts = [(0, 6), (6, 7), (7, 14)]
             .map(|(start, end)| quantized.decode(tokens(&device).slice_dim(1, start..end), &mut cache));
-        assert!(apart(Tensor::cat(parts.to_vec(), 1), logits.clone()) < 1e-4 * size);
-        median(logits, whole.clone()) / size
+        assert!(mean_difference(Tensor::cat(parts.to_vec(), 1), logits.clone()) < 1e-4 * size);
+        median_difference(logits, whole.clone()) / size
     });
     // Rounding to 7 instead of 127 steps is 18 times as coarse.
     assert!(off[0] < 0.08 && (6.0..40.0).contains(&(off[1] / off[0])), "{off:?}");
@@ -61,13 +64,13 @@ fn the_projections_take_eight_or_four_bits_and_a_scale() {
         .sum();
     for (bits, per_value) in [(QuantBits::Eight, 8.5), (QuantBits::Four, 4.5)] {
         let bytes = model.clone().quantized(bits).quantized_bytes() as f64;
-        // Each expert's matrix is filled up to whole blocks.
+        // The matrix of each expert is padded to whole blocks.
         assert!((bytes / (values as f64 * per_value / 8.0) - 1.0).abs() < 0.1, "{bytes} for {values} values");
     }
 }
 
 #[test]
-fn adapters_have_the_gradients_of_the_unpacked_base() {
+fn adapters_have_the_gradients_of_the_dequantized_base() {
     let device = Device::default().autodiff();
     let lora = LoraConfig { rank: 3, alpha: 6.0, targets: vec!["all".into()], ..LoraConfig::default() };
     let batch = LmBatch {
@@ -98,7 +101,7 @@ fn adapters_have_the_gradients_of_the_unpacked_base() {
             let off = ours.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(size > 0.0 && off < 1e-3 * size, "{off} of {size}");
         }
-        // Merging is unpacking and adding.
+        // Merging dequantizes the weights that have an adapter, here all of them.
         assert!(!quantized.merge().is_quantized());
     }
 }

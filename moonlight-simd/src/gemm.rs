@@ -1,4 +1,7 @@
-//! Matrix products in f32 at a level.
+//! Matrix products in f32 at the current level.
+//!
+//! The crate `gemm` chooses its kernel by the processor only. At the highest level this module calls it; at lower levels it calls
+//! the kernel of that level itself.
 
 use gemm_common::gemm::gemm_basic_generic;
 use gemm_common::simd::MixedSimd;
@@ -6,30 +9,32 @@ use gemm_f32::microkernel;
 
 use crate::{Level, level};
 
-/// A matrix that is read: element `(i, j)` lies at `i * row_stride + j * column_stride`.
+/// A read-only matrix: element `(i, j)` is at `i * row_stride + j * column_stride`.
 #[derive(Debug, Clone, Copy)]
 pub struct Operand {
-    /// The element `(0, 0)`.
+    /// A pointer to element `(0, 0)`.
     pub values: *const f32,
-    /// From one row to the next.
+    /// The distance between rows, in values.
     pub row_stride: usize,
-    /// From one column to the next.
+    /// The distance between columns, in values.
     pub column_stride: usize,
 }
 
-/// Whether the processor has what the kernels of the level `avx2` need.
+/// Whether the processor has the features of the kernels of the level `avx2`, FMA among them.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn has_fused_kernels() -> bool {
     <gemm_common::simd::V3 as MixedSimd<f32, f32, f32, f32>>::try_new().is_some()
 }
 
-/// `out = keep * out + factor * lhs * rhs` on the calling thread, `[rows, columns]` of `[rows, depth]` and `[depth, columns]`;
-/// `out` has `stride` values a row and unit column stride. With `keep` 0 what stood in `out` is not read.
+/// `out = keep * out + factor * lhs * rhs`, on the calling thread.
+///
+/// `lhs` is `[rows, depth]`, `rhs` `[depth, columns]`, and `out` `[rows, columns]` with rows `stride` values apart and contiguous columns.
+/// If `keep` is 0, `out` is not read and may be uninitialized.
 ///
 /// # Safety
 ///
-/// Every element of the operands that rows, columns and depth reach must be there to be read, every one of `out` to be written
-/// and, unless `keep` is 0, read; `out` must overlap neither operand.
+/// Every element of the operands within these shapes must be valid for reads, and every element of `out` for writes and, unless
+/// `keep` is 0, for reads. `out` must not overlap an operand.
 pub unsafe fn multiply(
     [rows, depth, columns]: [usize; 3],
     out: *mut f32,
@@ -41,7 +46,7 @@ pub unsafe fn multiply(
 ) {
     let level = level();
     if level == Level::best() {
-        // SAFETY: the caller's promises are those of `gemm`.
+        // SAFETY: the requirements of this function are those of `gemm`.
         unsafe {
             gemm::gemm(
                 rows,
@@ -67,12 +72,13 @@ pub unsafe fn multiply(
         }
         return;
     }
-    /// What `gemm` does once it has chosen, with the choice made here.
+    /// Calls the kernel `$kernels` as `gemm` does after choosing it.
     macro_rules! product {
         ($kernels:ident, $width:literal, $simd:ty) => {{
             use microkernel::$kernels::f32::{H_M, H_N, H_UKR, MR_DIV_N, NR, UKR};
-            let simd = <$simd as MixedSimd<f32, f32, f32, f32>>::try_new().expect("the processor has its level");
-            // SAFETY: as above; and the processor has the instructions, or there were no `simd`.
+            let simd =
+                <$simd as MixedSimd<f32, f32, f32, f32>>::try_new().expect("the processor has the current level");
+            // SAFETY: as above; and the processor has the instructions, because `try_new` succeeded.
             unsafe {
                 gemm_basic_generic::<_, f32, $width, { MR_DIV_N * $width }, NR, MR_DIV_N, H_M, H_N>(
                     simd,
@@ -119,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn products_agree_at_each_level() {
+    fn products_agree_with_f64_at_each_level() {
         at_each_level("products of matrices", |_| {
             for [rows, depth, columns] in [[1, 1, 1], [3, 5, 7], [17, 40, 33], [130, 65, 100]] {
                 let noise = |length: usize, seed: usize| -> Vec<f32> {
@@ -130,7 +136,7 @@ mod tests {
                     let mut out = if keep == 0.0 { vec![f32::NAN; rows * columns] } else { start.clone() };
                     let left = Operand { values: lhs.as_ptr(), row_stride: depth, column_stride: 1 };
                     let right = Operand { values: rhs.as_ptr(), row_stride: columns, column_stride: 1 };
-                    // SAFETY: the three matrices have the elements of their shapes, and `out` is one of its own.
+                    // SAFETY: the three matrices have the elements of their shapes, and `out` overlaps no other.
                     unsafe { multiply([rows, depth, columns], out.as_mut_ptr(), columns, left, right, keep, 2.0) };
                     for (place, found) in out.iter().enumerate() {
                         let (row, column) = (place / columns, place % columns);

@@ -1,14 +1,4 @@
-//! Which vector instructions the CPU kernels of the Moonlight crates use.
-//!
-//! A kernel that exists in several forms asks [`level`] and takes the widest form that the level allows. The level is the best
-//! that the processor has, or at most what the environment says ([`LEVEL_VARIABLE`], `MOONLIGHT_SIMD=avx2`), so that the form for
-//! an older processor can be run and tested on a newer one. Burn's own operations choose for themselves.
-//!
-//! # What is equal at every level
-//!
-//! [`by_level!`] compiles one body several times. Rust neither reorders sums nor fuses a product and a sum, so such a
-//! function gives the same bits at every level. [`gemm`](mod@gemm) does not: from `avx2` on it fuses, and how it divides a
-//! matrix depends on the width of registers. Its results, and what is computed with them, agree to rounding only.
+#![doc = include_str!("../README.md")]
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::is_x86_feature_detected;
@@ -23,23 +13,24 @@ use thiserror::Error;
 pub mod gemm;
 pub mod testing;
 
-/// The environment variable that names the level, at most.
+/// The environment variable with the highest level to use.
 pub const LEVEL_VARIABLE: &str = "MOONLIGHT_SIMD";
 
-/// Sets of vector instructions, each a superset of those before it on the same architecture.
+/// A set of vector instructions. On one architecture each level includes those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Level {
-    /// What every processor of the architecture has.
+    /// The instructions that every processor of the architecture has.
     Scalar,
     /// AArch64: NEON.
     Neon,
     /// x86-64: AVX2 and FMA.
     Avx2,
-    /// x86-64: AVX-512 F alone, as the first processors that had it. The kernels written for AVX-512 by hand run from here on
-    /// (those in bf16 where the processor has that, too); those that the compiler vectorises, as for AVX2.
+    /// x86-64: AVX-512 F, as the first processors with AVX-512 had it. From this level on, kernels written by hand for AVX-512 run
+    /// (those for bf16 if the processor has its instructions); kernels that the compiler vectorizes run as for AVX2.
     Avx512F,
-    /// x86-64: AVX-512 as of Ice Lake, with bytes and words, and without the lower clock of its first processors.
+    /// x86-64: AVX-512 as in Ice Lake, with instructions for bytes and words, and without the lower clock of the first processors.
+    /// Kernels that the compiler vectorizes run in 512 bits.
     Avx512,
 }
 
@@ -53,7 +44,7 @@ impl Level {
         &[Level::Scalar]
     };
 
-    /// Its name in [`LEVEL_VARIABLE`].
+    /// The name in [`LEVEL_VARIABLE`].
     pub fn name(self) -> &'static str {
         match self {
             Level::Scalar => "scalar",
@@ -64,12 +55,12 @@ impl Level {
         }
     }
 
-    /// Whether this processor has it.
+    /// Whether this processor has the level.
     pub fn is_available(self) -> bool {
         self <= Self::best() && Self::ALL.contains(&self)
     }
 
-    /// The highest that this processor has.
+    /// The highest level that this processor has.
     pub fn best() -> Self {
         static BEST: OnceLock<Level> = OnceLock::new();
         *BEST.get_or_init(|| {
@@ -88,7 +79,7 @@ impl Level {
             Level::Avx512F => is_x86_feature_detected!("avx512f"),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => is_x86_feature_detected!("avx512f") && compiled_level() == Level::Avx512,
-            #[allow(unreachable_patterns, reason = "each architecture has some of them")]
+            #[allow(unreachable_patterns, reason = "each architecture has some of the levels")]
             _ => false,
         }
     }
@@ -106,8 +97,8 @@ impl fmt::Display for Level {
     }
 }
 
-/// The widest of the targets of [`by_level!`] that this processor has: `multiversion` looks for the same features here as it
-/// compiles for there.
+/// The level of the widest target of [`by_level!`] that this processor has. `multiversion` detects here the same features that it
+/// compiles for in the macro, which is what makes the macro's calls sound.
 #[multiversion::multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
 fn compiled_level() -> Level {
     multiversion::target::match_target! {
@@ -118,41 +109,43 @@ fn compiled_level() -> Level {
     }
 }
 
-/// Why the level that the environment names cannot be taken.
+/// Why the level in the environment cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum LevelError {
-    /// No level of this architecture has the name.
-    #[error("MOONLIGHT_SIMD is `{}`, which is none of this architecture's levels", name.escape_debug())]
+    /// This architecture has no level with the name.
+    #[error("`MOONLIGHT_SIMD` is `{}`, which is not a level of this architecture", name.escape_debug())]
     Unknown {
-        /// What was asked for.
+        /// The name in the environment.
         name: String,
     },
-    /// The processor lacks it.
-    #[error("MOONLIGHT_SIMD is `{level}`, which this processor lacks: it has `{best}` at most")]
+    /// The processor does not have the level.
+    #[error("`MOONLIGHT_SIMD` is `{level}`, which this processor does not have: its highest level is `{best}`")]
     Unavailable {
-        /// What was asked for.
+        /// The level in the environment.
         level: Level,
-        /// The highest that there is.
+        /// The highest level of the processor.
         best: Level,
     },
 }
 
 impl LevelError {
-    /// What to do about it.
+    /// The levels that can be set instead.
     pub fn hint(&self) -> Option<String> {
         let names: Vec<&str> =
             Level::ALL.iter().filter(|level| level.is_available()).map(|level| level.name()).collect();
-        Some(format!("unset {LEVEL_VARIABLE}, or set it to one of: {}", names.join(", ")))
+        Some(format!("unset `{LEVEL_VARIABLE}`, or set it to one of: {}", names.join(", ")))
     }
 }
 
-/// The level that the environment asks for, or the best where it does not. Programs look before they begin, and stop with the
-/// error: kernels take the best level where there is one.
+/// The level in the environment, or the highest level if there is none.
+///
+/// A program should call this at its start and report the error. Kernels do not: they use the highest level if the environment
+/// has an invalid one.
 ///
 /// # Errors
 ///
-/// [`LevelError`] for a name that is no level, and for a level that the processor lacks.
+/// [`LevelError`] if the name is not a level, or the processor does not have it.
 pub fn from_environment() -> Result<Level, LevelError> {
     match std::env::var_os(LEVEL_VARIABLE) {
         Some(name) if !name.is_empty() => Level::parse(&name.to_string_lossy()),
@@ -161,11 +154,12 @@ pub fn from_environment() -> Result<Level, LevelError> {
 }
 
 thread_local! {
-    /// The level of this thread; `None` until it first asks.
+    /// The level of this thread; `None` until the first call of [`level`]. By thread and not by process, so that tests can run
+    /// a pool at another level.
     static LEVEL: Cell<Option<Level>> = const { Cell::new(None) };
 }
 
-/// The level that kernels have to keep to on this thread. The processor has it.
+/// The level that kernels on this thread must use. The processor has it.
 #[inline]
 pub fn level() -> Level {
     match LEVEL.get() {
@@ -182,8 +176,8 @@ fn process_level() -> Level {
     level
 }
 
-/// A function that is compiled once for each level, and runs as the one of the [`level`]. Type parameters stand in square
-/// brackets.
+/// Defines a function that is compiled once for each level and runs the version of the current [`level`]. Type parameters are in
+/// square brackets after the name.
 ///
 /// ```
 /// moonlight_simd::by_level! {
@@ -215,7 +209,7 @@ macro_rules! by_level {
             fn neon<$($type: $bound),*>($($argument: $of),*) $(-> $output)? $body
 
             match $crate::level() {
-                // SAFETY: `level` gives none that the processor lacks, and what this one is compiled for is what `Level` looks for.
+                // SAFETY: `level` returns only levels of the processor, and `Level` detects the features that this is compiled for.
                 #[cfg(target_arch = "x86_64")]
                 $crate::Level::Avx512 => unsafe { avx512::<$($type),*>($($argument),*) },
                 // SAFETY: as above; every higher level has AVX2.
@@ -235,7 +229,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn levels_are_known_by_their_names() {
+    fn levels_are_parsed_by_name() {
         for &level in Level::ALL.iter().filter(|level| level.is_available()) {
             assert_eq!(Level::parse(level.name()), Ok(level));
             assert_eq!(Level::parse(&level.name().to_uppercase()), Ok(level));
@@ -245,19 +239,31 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_level_or_not_there_is_an_error_that_names_those_that_are() {
+    fn unknown_and_unavailable_levels_are_errors() {
         let error = Level::parse("avx9000\u{1b}").unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "MOONLIGHT_SIMD is `avx9000\\u{1b}`, which is none of this architecture's levels"
-        );
         assert!(error.hint().unwrap().contains("scalar"));
-        let absent = LevelError::Unavailable { level: Level::Avx512, best: Level::Avx2 };
-        let text = "MOONLIGHT_SIMD is `avx512`, which this processor lacks: it has `avx2` at most";
-        assert_eq!(absent.to_string(), text);
         for &level in Level::ALL.iter().filter(|level| !level.is_available()) {
             assert_eq!(Level::parse(level.name()), Err(LevelError::Unavailable { level, best: Level::best() }));
         }
+    }
+
+    #[test]
+    fn messages() {
+        let examples = [
+            LevelError::Unknown { name: "avx9000\u{1b}".into() },
+            LevelError::Unavailable { level: Level::Avx512, best: Level::Avx2 },
+        ];
+        let lines = examples.map(|error| {
+            // The compiler asks for an example of a new variant here.
+            match error {
+                LevelError::Unknown { .. } | LevelError::Unavailable { .. } => {}
+            }
+            // The levels at the end of the hint are those of the machine.
+            let hint = error.hint().unwrap();
+            let hint = hint.split_once(": ").unwrap().0;
+            format!("error: {error}\nhint: {hint}: [..]\n")
+        });
+        insta::assert_snapshot!(lines.join("\n"));
     }
 
     crate::by_level! {
@@ -267,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_level_holds_for_the_threads_of_its_pool_alone() {
+    fn a_level_applies_to_the_threads_of_its_pool_only() {
         let outside = level();
         testing::at_each_level("a pool of its own", |forced| {
             use rayon::prelude::*;

@@ -1,4 +1,4 @@
-//! For tests: kernels at every level that there is, and a word about those that are not.
+//! Support for tests: runs kernels at every available level, and reports the levels that were skipped.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -8,22 +8,22 @@ use rayon::ThreadPoolBuilder;
 
 use crate::{LEVEL, Level};
 
-/// The environment variable that names a file which [`skipped`] adds its lines to, so that a run of many tests can show them
-/// together at its end.
+/// The environment variable with the path of a file to which [`skipped`] appends its lines, so that a run of many tests can show them
+/// together at the end.
 pub const SKIPPED: &str = "MOONLIGHT_SKIPPED";
 
-/// Runs `work` in a pool of two threads whose kernels keep to `level`.
+/// Runs `work` in a pool of two threads whose kernels use `level`.
 ///
 /// # Panics
 ///
-/// Where the processor lacks the level, where there can be no threads, and where `work` panics.
+/// If the processor does not have the level, if threads cannot be started, or if `work` panics.
 pub fn at_level<R: Send>(level: Level, work: impl FnOnce() -> R + Send) -> R {
     assert!(level.is_available(), "this processor has no {level}");
     let pool = ThreadPoolBuilder::new().num_threads(2).start_handler(move |_| LEVEL.set(Some(level)));
-    pool.build().expect("a test may have two threads").install(work)
+    pool.build().expect("two threads can be started").install(work)
 }
 
-/// Runs `work` at each level that the processor has, lowest first; of others [`skipped`] speaks.
+/// Runs `work` at each level that the processor has, lowest first, and reports the others by [`skipped`].
 ///
 /// # Panics
 ///
@@ -38,8 +38,8 @@ pub fn at_each_level(what: &str, mut work: impl FnMut(Level) + Send) {
     }
 }
 
-/// Says `SKIPPED: what, for why`, once: past the test harness, which hides what tests that pass have printed, and into the file
-/// that [`SKIPPED`] names.
+/// Prints the line `SKIPPED: what, for why`, once for each line, and appends it to the file of [`SKIPPED`]. It writes to stderr directly
+/// and not by `eprintln!`, which the test harness captures in tests that pass.
 pub fn skipped(what: &str, why: &str) {
     static PRINTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let line = format!("SKIPPED: {what}, for {why}\n");
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_at_a_level_is_the_tests() {
+    fn a_panic_at_a_level_fails_the_test() {
         let caught = std::panic::catch_unwind(|| at_level(Level::Scalar, || panic!("on purpose")));
         assert!(caught.is_err());
     }

@@ -237,3 +237,110 @@ macro_rules! from_infer {
     };
 }
 from_infer!(CheckpointError, AdapterError, TokenizerError, ChatError, DeviceError);
+
+/// An error as the program prints it, for the snapshots of messages.
+#[cfg(test)]
+pub(crate) fn rendered(error: &dyn std::error::Error, hint: Option<String>) -> String {
+    let hint = hint.map(|hint| format!("\nhint: {hint}")).unwrap_or_default();
+    format!("error: {error}{hint}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether the message is written here. The compiler demands an arm for each variant, and so an example in the test.
+    fn has_own_message(error: &TrainError) -> bool {
+        match error {
+            TrainError::OptimizerState { .. }
+            | TrainError::RunExists(_)
+            | TrainError::RunLocked { .. }
+            | TrainError::NoCompleteCheckpoint { .. }
+            | TrainError::NewerCheckpoint { .. }
+            | TrainError::OtherRun { .. }
+            | TrainError::NonFinite { .. }
+            | TrainError::NonFiniteMatrix { .. }
+            | TrainError::PlotFormat(_)
+            | TrainError::UnknownMetric { .. }
+            | TrainError::Request { .. }
+            | TrainError::Killed
+            | TrainError::Rank { .. }
+            | TrainError::RemoteFailure
+            | TrainError::Internal(_)
+            | TrainError::File(_)
+            | TrainError::Lora(_) => true,
+            // The texts of the libraries have snapshots of their own.
+            TrainError::Recipe(_)
+            | TrainError::Infer(_)
+            | TrainError::Data(_)
+            | TrainError::Rules(_)
+            | TrainError::Collective(_)
+            | TrainError::Optimizer(_) => false,
+        }
+    }
+
+    fn examples() -> Vec<TrainError> {
+        let full = io::Error::from(io::ErrorKind::StorageFull);
+        let damaged = |step: u32, problem: &str| DamagedCheckpoint {
+            path: format!("runs/a/checkpoints/step-{step:08}").into(),
+            problem: problem.into(),
+        };
+        let difference =
+            |key: &str, now: &str, then: &str| Difference { key: key.into(), now: now.into(), then: then.into() };
+        vec![
+            TrainError::OptimizerState {
+                path: "runs/a/checkpoints/step-00000100/optimizer-00000-of-00001.bpk".into(),
+                source: StateError::Unreadable("it ends too early".into()),
+            },
+            TrainError::Lora(LoraError::NoSuchProjection { path: "layers.0.mlp".into() }),
+            TrainError::write("runs/a/metrics.jsonl")(full),
+            TrainError::RunExists("runs/a".into()),
+            TrainError::RunLocked { folder: "runs/a".into(), holder: "process 7 on host, since 10:00".into() },
+            TrainError::RunLocked { folder: "runs/a".into(), holder: String::new() },
+            TrainError::NoCompleteCheckpoint {
+                damaged: vec![
+                    damaged(100, "`model.safetensors` is missing"),
+                    damaged(50, "`manifest.json` is missing"),
+                ],
+            },
+            TrainError::NewerCheckpoint { path: "runs/a/checkpoints/step-00000100".into(), version: 9 },
+            TrainError::OtherRun {
+                checkpoint: "runs/a/checkpoints/step-00000100".into(),
+                differences: vec![
+                    difference("`run.seed`", "2", "1"),
+                    difference("the tokenizer", "`bytes`", "`bytes-chat`"),
+                ],
+            },
+            TrainError::NonFinite {
+                step: 101,
+                what: "loss",
+                value: f64::NAN,
+                rank: Some(1),
+                last_checkpoint: Some("runs/a/checkpoints/step-00000100".into()),
+            },
+            TrainError::NonFinite {
+                step: 1,
+                what: "gradient norm",
+                value: f64::INFINITY,
+                rank: None,
+                last_checkpoint: None,
+            },
+            TrainError::NonFiniteMatrix { layer: 3, path: "self_attn.o_proj".into() },
+            TrainError::PlotFormat("loss.jpg".into()),
+            TrainError::UnknownMetric { metric: "los".into(), known: "loss, lr".into() },
+            TrainError::Request { problem: "a step needs 9.00 GB of memory".into(), hint: Some("lower it".into()) },
+            TrainError::Killed,
+            TrainError::Rank { rank: 2, source: Box::new(TrainError::RunExists("runs/a".into())) },
+            TrainError::RemoteFailure,
+            TrainError::Internal("a rank panicked".into()),
+        ]
+    }
+
+    #[test]
+    fn messages_and_hints() {
+        let examples = examples();
+        assert!(examples.iter().all(has_own_message));
+        let text: Vec<String> = examples.iter().map(|error| rendered(error, error.hint())).collect();
+        insta::assert_snapshot!(text.join("\n"));
+    }
+}

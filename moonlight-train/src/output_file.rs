@@ -1,20 +1,21 @@
-//! Files that are there whole or not at all: written under another name, beside their place, and renamed into it.
+//! Output files that appear complete or not at all: they are written under a temporary name in the same folder, and renamed.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
+use moonlight_convert::new_file;
 use tempfile::NamedTempFile;
 
-/// The files of this process that are not in their places yet.
+/// The files and folders of this process that do not have their final names yet.
 static UNFINISHED: LazyLock<Mutex<Vec<PathBuf>>> = LazyLock::new(Mutex::default);
 
 fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
     UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A file or a folder that [`remove_unfinished`] removes for as long as this lives.
+/// Marks a file or folder as unfinished while it lives: [`remove_unfinished`] removes it.
 #[derive(Debug)]
 pub(crate) struct Unfinished(PathBuf);
 
@@ -31,14 +32,15 @@ impl Drop for Unfinished {
     }
 }
 
-/// Removes what is half written, for a program that ends at once: nothing is dropped then.
+/// Removes unfinished files and folders. A program that exits on a signal calls this, because destructors do not run then.
 pub(crate) fn remove_unfinished() {
     for path in unfinished().drain(..) {
         remove(&path);
     }
 }
 
-/// Removes a file, or a folder that another thread may still be writing to. Nobody is left to tell if this fails.
+/// Removes a file, or a folder to which another thread may still be writing, hence the attempts. The process exits next, so an
+/// error is ignored.
 fn remove(path: &Path) {
     if fs::remove_file(path).is_err() {
         for _ in 0..20 {
@@ -50,81 +52,70 @@ fn remove(path: &Path) {
     }
 }
 
-/// A new file in `folder`, under a name that nobody has, with the mode of files that are made for others to read.
-pub(crate) fn temporary(folder: &Path, prefix: &str, mode: Option<Permissions>) -> io::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(prefix).suffix(".tmp").rand_bytes(12);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // The user's mask is taken off, as from every file that is made.
-        builder.permissions(Permissions::from_mode(0o666));
-    }
-    let file = builder.tempfile_in(folder)?;
-    if let Some(mode) = mode {
-        file.as_file().set_permissions(mode)?;
-    }
-    Ok(file)
-}
+/// A file that is being written.
+pub(crate) struct OutputFile(Destination);
 
-/// A file that is written.
-pub(crate) struct OutputFile(To);
-
-enum To {
-    /// Beside its place; dropped without [`OutputFile::finish`], it is removed.
-    Beside { out: BufWriter<NamedTempFile>, place: PathBuf, unfinished: Unfinished },
-    /// A device or a pipe, which has no place to be renamed to, a link to nothing, or a file in a folder that takes no other.
+enum Destination {
+    /// A temporary file, to be renamed to `path`. It is removed if it is dropped without [`OutputFile::finish`].
+    Temporary { out: BufWriter<NamedTempFile>, path: PathBuf, unfinished: Unfinished },
+    /// The file itself: a device or a pipe, which cannot be replaced, a link to nothing, or a file in a folder in which no file
+    /// can be created.
     InPlace(BufWriter<File>),
 }
 
 impl OutputFile {
-    /// Begins a file; what stands at `path` stays as it is until [`finish`](Self::finish).
+    /// Starts to write a file. An existing file at `path` is unchanged until [`finish`](Self::finish).
     pub(crate) fn create(path: &Path) -> io::Result<Self> {
-        let there = match fs::metadata(path) {
+        let existing = match fs::metadata(path) {
             Ok(metadata) => Some(metadata),
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => return Err(error),
         };
-        let in_place = || Ok(Self(To::InPlace(BufWriter::new(File::create(path)?))));
-        let leads_nowhere = there.is_none() && path.is_symlink();
-        if leads_nowhere || there.as_ref().is_some_and(|there| !there.is_file()) {
+        let in_place = || Ok(Self(Destination::InPlace(BufWriter::new(File::create(path)?))));
+        let is_dangling_link = existing.is_none() && path.is_symlink();
+        if is_dangling_link || existing.as_ref().is_some_and(|existing| !existing.is_file()) {
             return in_place();
         }
-        if there.is_some() {
-            // What must not be written to is not replaced either.
+        if existing.is_some() {
+            // A rename needs write access to the folder only; a read-only file must not be replaced all the same.
             OpenOptions::new().write(true).open(path)?;
         }
-        // A link stays one, and the file that it leads to is replaced.
-        let place = if there.is_some() { path.canonicalize()? } else { path.to_owned() };
-        let folder = place.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let name = place.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        // The file that a link points to is replaced, and not the link.
+        let path = if existing.is_some() { path.canonicalize()? } else { path.to_owned() };
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let short: String = name.chars().take(40).collect();
-        let mode = there.as_ref().map(fs::Metadata::permissions);
-        match temporary(folder, &format!(".{short}."), mode) {
+        let created = new_file(folder, &format!(".{short}."), ".tmp").and_then(|file| {
+            if let Some(existing) = &existing {
+                file.as_file().set_permissions(existing.permissions())?;
+            }
+            Ok(file)
+        });
+        match created {
             Ok(file) => {
                 let unfinished = Unfinished::new(file.path());
-                Ok(Self(To::Beside { out: BufWriter::new(file), place, unfinished }))
+                Ok(Self(Destination::Temporary { out: BufWriter::new(file), path, unfinished }))
             }
-            Err(error) if error.kind() == ErrorKind::PermissionDenied && there.is_some() => in_place(),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied && existing.is_some() => in_place(),
             Err(error) => Err(error),
         }
     }
 
-    /// Writes what is left and puts the file into its place.
+    /// Writes what is still buffered, and renames the file.
     pub(crate) fn finish(self) -> io::Result<()> {
         match self.0 {
-            To::InPlace(mut out) => out.flush(),
-            To::Beside { out, place, unfinished } => {
+            Destination::InPlace(mut out) => out.flush(),
+            Destination::Temporary { out, path, unfinished } => {
                 let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
                 file.as_file().sync_all()?;
-                file.persist(place).map_err(|error| error.error)?;
+                file.persist(path).map_err(|error| error.error)?;
                 drop(unfinished);
                 Ok(())
             }
         }
     }
 
-    /// A whole file at once.
+    /// Writes a file at once.
     pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
         let mut file = Self::create(path)?;
         file.write_all(bytes)?;
@@ -135,21 +126,24 @@ impl OutputFile {
 impl Write for OutputFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut self.0 {
-            To::Beside { out, .. } => out.write(bytes),
-            To::InPlace(out) => out.write(bytes),
+            Destination::Temporary { out, .. } => out.write(bytes),
+            Destination::InPlace(out) => out.write(bytes),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         match &mut self.0 {
-            To::Beside { out, .. } => out.flush(),
-            To::InPlace(out) => out.flush(),
+            Destination::Temporary { out, .. } => out.flush(),
+            Destination::InPlace(out) => out.flush(),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    #[cfg(unix)]
+    use std::fs::Permissions;
+
     use super::*;
 
     fn names(dir: &Path) -> Vec<String> {
@@ -160,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_replaced_whole_or_not_at_all() {
+    fn a_file_is_replaced_completely_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.jsonl");
         fs::write(&path, "before").unwrap();
@@ -178,14 +172,14 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn modes_and_links_stay_and_devices_are_written_to() {
+    fn modes_and_links_are_kept_and_devices_are_written_to() {
         use std::os::unix::fs::{PermissionsExt, symlink};
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         fs::write(dir.path().join("plain"), "").unwrap();
         OutputFile::write(&path, b"1").unwrap();
-        assert_eq!(mode(&path), mode(&dir.path().join("plain")), "as any file that is made");
+        assert_eq!(mode(&path), mode(&dir.path().join("plain")), "as for any new file");
         fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
         let link = dir.path().join("link");
         symlink(&path, &link).unwrap();
@@ -196,12 +190,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_half_written_is_removed_at_a_sudden_end() {
+    fn unfinished_files_are_removed_when_the_program_exits() {
         let dir = tempfile::tempdir().unwrap();
         let file = OutputFile::create(&dir.path().join("x")).unwrap();
         assert_eq!(names(dir.path()).len(), 1);
-        // Not all of them: other tests write at the same time.
-        let To::Beside { unfinished: Unfinished(path), .. } = &file.0 else { panic!("it is a plain file") };
+        // This file only, since other tests write at the same time.
+        let Destination::Temporary { unfinished: Unfinished(path), .. } = &file.0 else {
+            panic!("expected a regular file")
+        };
         assert!(unfinished().contains(path));
         let path = path.clone();
         drop(file);

@@ -1,5 +1,5 @@
-//! The memory that `moonlight plan` foretells, held against what training takes: all that is allocated, counted by an
-//! allocator of this test's own, over a grid of shapes and settings.
+//! The peak memory that `moonlight plan` predicts, compared with what training allocates, over a grid of shapes and settings.
+//! An allocator of this test counts the allocations.
 //!
 //! `cargo test --release -p moonlight-train --test plan_memory -- --nocapture` prints the table.
 
@@ -14,21 +14,21 @@ use moonlight_train::plan::{MemoryPlan, Threads};
 use moonlight_train::recipe::Recipe;
 use moonlight_train::trainer::train;
 
-/// The system's allocator, which counts.
+/// The system's allocator, with counters.
 struct Counting;
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-fn taken(bytes: usize) {
+fn count(bytes: usize) {
     let live = LIVE.fetch_add(bytes, Ordering::Relaxed) + bytes;
     PEAK.fetch_max(live, Ordering::Relaxed);
 }
 
-// SAFETY: everything is handed to the system's allocator as it came.
+// SAFETY: every call is passed to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        taken(layout.size());
+        count(layout.size());
         // SAFETY: the caller's promise.
         unsafe { System.alloc(layout) }
     }
@@ -90,8 +90,8 @@ plots = false
 /// What a case changes in the recipe.
 type Sets = &'static [&'static str];
 
-/// Bytes that training took beyond what there was before, and bytes that were foretold.
-fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, MemoryPlan) {
+/// The peak of bytes that training allocates in addition to those before it, and the plan with the predicted peak.
+fn measured_and_predicted(home: &Path, name: &str, sets: &[&str]) -> (usize, MemoryPlan) {
     let path = home.join(format!("{name}.toml"));
     let mut text = RECIPE.replace("HOME", &home.display().to_string()).replace("NAME", name);
     if name.starts_with("lora") {
@@ -108,7 +108,7 @@ fn measured_and_foretold(home: &Path, name: &str, sets: &[&str]) -> (usize, Memo
     (PEAK.load(Ordering::Relaxed) - before, plan)
 }
 
-/// The recipe from weights of its shape, twice as deep, instead of from the shape.
+/// The recipe, but starting from weights of its shape with twice the layers.
 fn on_weights(home: &Path, text: &str) -> String {
     let (start, end) = (text.find("[model]").unwrap(), text.find("[data]").unwrap());
     let model = home.join("model");
@@ -128,7 +128,7 @@ fn on_weights(home: &Path, text: &str) -> String {
 const DEEP: Sets = &["model.num_hidden_layers=10", "train.batch_size=8"];
 const WIDE_HEAD: Sets = &["model.vocab_size=16384", "train.batch_size=8"];
 
-/// Name, base, and what is changed in it.
+/// The name of each case, its base, and the changes to it.
 const GRID: &[(&str, Sets, Sets)] = &[
     ("activations", DEEP, &[]),
     ("activations-block", DEEP, &["train.activation_checkpointing=\"block\""]),
@@ -146,11 +146,11 @@ const GRID: &[(&str, Sets, Sets)] = &[
     ("lora-all", &["train.batch_size=8"], &["lora.targets=[\"all\"]"]),
     ("lora-block", &["train.batch_size=8"], &["train.activation_checkpointing=\"block\""]),
     ("lora-bf16", &["train.batch_size=8"], &["model.dtype=\"bf16\""]),
-    ("lora-int8", &["train.batch_size=8"], &["model.quantise=\"int8\""]),
+    ("lora-int8", &["train.batch_size=8"], &["model.quantize=\"int8\""]),
     (
         "lora-int4-block",
         &["train.batch_size=1"],
-        &["model.quantise=\"int4\"", "train.activation_checkpointing=\"block\""],
+        &["model.quantize=\"int4\"", "train.activation_checkpointing=\"block\""],
     ),
     ("head", WIDE_HEAD, &[]),
     ("head-chunks", WIDE_HEAD, &["train.loss_chunk_tokens=128"]),
@@ -217,7 +217,7 @@ const GRID: &[(&str, Sets, Sets)] = &[
 ];
 
 #[test]
-fn the_plan_is_within_a_tenth_of_what_training_takes() {
+fn the_predicted_peak_memory_is_within_a_tenth_of_the_measured_one() {
     let home = tempfile::tempdir().unwrap();
     let mut lines = String::new();
     for line in 0..64 {
@@ -227,18 +227,18 @@ fn the_plan_is_within_a_tenth_of_what_training_takes() {
     std::fs::write(home.path().join("tokens.jsonl"), lines).unwrap();
     let mib = |bytes: f64| bytes / f64::from(1 << 20);
     let mut table =
-        String::from("| case | taken, MiB | foretold, MiB | ratio | largest moment |\n|---|---|---|---|---|\n");
+        String::from("| case | measured, MiB | predicted, MiB | ratio | largest phase |\n|---|---|---|---|---|\n");
     let mut wrong = Vec::new();
     for (name, base, changes) in GRID {
-        let (taken, plan) = measured_and_foretold(home.path(), name, &[*base, *changes].concat());
-        let (moment, foretold) = (&plan.largest_phase().what, plan.peak());
-        let ratio = foretold as f64 / taken as f64;
-        let (taken, foretold) = (mib(taken as f64), mib(foretold as f64));
-        writeln!(table, "| {name} | {taken:.1} | {foretold:.1} | {ratio:.3} | {moment} |").unwrap();
+        let (measured, plan) = measured_and_predicted(home.path(), name, &[*base, *changes].concat());
+        let (phase, predicted) = (&plan.largest_phase().name, plan.peak());
+        let ratio = predicted as f64 / measured as f64;
+        let (measured, predicted) = (mib(measured as f64), mib(predicted as f64));
+        writeln!(table, "| {name} | {measured:.1} | {predicted:.1} | {ratio:.3} | {phase} |").unwrap();
         if (ratio - 1.0).abs() > 0.1 {
             wrong.push(*name);
         }
     }
     println!("{table}");
-    assert!(wrong.is_empty(), "more than a tenth off: {wrong:?}");
+    assert!(wrong.is_empty(), "predictions off by more than a tenth: {wrong:?}");
 }

@@ -11,7 +11,7 @@ use crate::{book, evidence, links, package, scripts, words};
 /// Examples that teach; each asserts what it shows.
 const EXAMPLES: [&str; 5] = ["own_burn_program", "custom_model", "generate", "lora", "custom_loop"];
 
-/// Features beside the default ones, except MPI.
+/// Features in addition to the default ones, except MPI.
 const FEATURES: &str =
     "moonlight-train/cuda,moonlight-train/wgpu,moonlight-train/vulkan,moonlight-train/metal,moonlight-train/parquet";
 
@@ -31,7 +31,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     links::run(root, true)?;
     package::run(root, true)?;
     let has_deny = succeeds(&mut cargo(root, "deny --version"));
-    optional("licenses of dependencies", has_deny, "cargo-deny is not installed", || deny(root))?;
+    optional("licenses of dependencies", has_deny, "cargo-deny is not installed", || deny(root, false))?;
 
     // The default build and all tests above need no MPI; where it can be had, it is tried.
     let has_mpi = has_mpi() || install_mpi(root);
@@ -114,16 +114,18 @@ pub(crate) fn examples(root: &Path) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn deny(root: &Path) -> Result<()> {
-    call(&mut cargo(root, "deny --all-features check"))
+/// Advisories are fetched from GitHub; the rest needs no network.
+pub(crate) fn deny(root: &Path, advisories: bool) -> Result<()> {
+    let what = if advisories { "all" } else { "bans licenses sources" };
+    call(&mut cargo(root, &format!("deny --all-features check {what}")))
 }
 
 pub(crate) fn mpi(root: &Path) -> Result<()> {
-    call(&mut command(root, "scripts/mpi_smoke.sh"))
+    call(&mut command(root, "scripts/cluster/mpi_smoke.sh"))
 }
 
 pub(crate) fn wgpu(root: &Path) -> Result<()> {
-    call(&mut command(root, "scripts/wgpu_smoke.sh"))
+    call(&mut command(root, "scripts/parity/wgpu_smoke.sh"))
 }
 
 /// The same inputs each time: new ones are for long runs by hand.

@@ -3,14 +3,17 @@
 
 mod book;
 mod ci;
+mod commands;
+mod errors;
 mod evidence;
 mod links;
 mod package;
+mod pages;
 mod scripts;
 mod shell;
 mod words;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -58,6 +61,12 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Run the blocks of the manual that are marked for it
+    Blocks {
+        /// The folder with the programs
+        #[arg(default_value = "target/release")]
+        programs: PathBuf,
+    },
     /// Check the links of all pages
     Links,
     /// Write the evidence page from its data file
@@ -73,7 +82,11 @@ enum Task {
         no_verify: bool,
     },
     /// Check licenses, advisories and sources of dependencies with `cargo deny`
-    Deny,
+    Deny {
+        /// Do not fetch the advisories
+        #[arg(long)]
+        no_advisories: bool,
+    },
     /// Train on two ranks with MPI
     Mpi,
     /// Run the GPU kernels on a Vulkan device in software
@@ -113,10 +126,11 @@ fn run(task: &Task, root: &Path) -> Result<()> {
         Task::Examples => ci::examples(root),
         Task::Scripts => scripts::run(root),
         Task::Book { check } => book::run(root, *check),
+        Task::Blocks { programs } => commands::run_blocks(root, &root.join(programs)),
         Task::Links => links::run(root, true),
         Task::Evidence { check } => evidence::run(root, *check),
         Task::Package { no_verify } => package::run(root, *no_verify),
-        Task::Deny => ci::deny(root),
+        Task::Deny { no_advisories } => ci::deny(root, !no_advisories),
         Task::Mpi => ci::mpi(root),
         Task::Wgpu => ci::wgpu(root),
         Task::Fuzz { seconds } => ci::fuzz(root, *seconds),

@@ -1,15 +1,15 @@
-//! A checkpoint with the names, shapes, dtypes and file sizes of Moonlight-16B-A3B-Instruct, and random weights.
+//! Writes a checkpoint with the names, shapes, dtypes and file sizes of Moonlight-16B-A3B-Instruct, and random weights.
 //!
 //! ```text
 //! cargo run --release -p moonlight-convert --example synthetic_checkpoint -- DIR
-//!     [--shards A..B]   only these of the 27 files, both ends included (the index names them all)
+//!     [--shards A..B]   only these of the 27 files, both ends included (the index lists them all)
 //!     [--layers N]      a model of the first N layers, in N files
 //!     [--scale K]       every width divided by K
 //!     [--seed S]
 //! ```
 //!
-//! The whole is 32 GB. Weights are bf16 of magnitudes 2^-11 to 2^-7 with random signs, norms 1/2 to 1; equal seeds give
-//! equal files.
+//! The complete checkpoint has 32 GB. Weights are bf16 with magnitudes from 2^-11 to 2^-7 and random signs, norms from
+//! 1/2 to 1; equal seeds give equal files.
 
 mod published;
 
@@ -25,31 +25,31 @@ use moonlight_model::config::AttentionShape;
 use published::{PublishedFile, published_files};
 use serde_json::json;
 
-/// Bytes that are made at a time; each begins a random sequence of its own.
+/// Bytes generated at a time; each chunk has its own random sequence.
 const CHUNK: usize = 4 << 20;
 
-/// Makes a checkpoint of Moonlight's shape with random weights.
+/// Write a checkpoint of Moonlight's shape with random weights
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// The directory to make.
+    /// The directory to create
     dir: PathBuf,
-    /// Only these files, `A..B`, both ends included.
+    /// Only these files, `A..B`, both ends included
     #[arg(long, value_parser = range)]
     shards: Option<(usize, usize)>,
-    /// Only the first layers.
+    /// Only the first layers
     #[arg(long)]
     layers: Option<usize>,
-    /// Divide every width by this.
+    /// Divide every width by this
     #[arg(long, default_value_t = 1)]
     scale: usize,
-    /// Where the random numbers begin.
+    /// The seed of the random numbers
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
 
 fn range(text: &str) -> Result<(usize, usize), String> {
     let ends = text.split_once("..").and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-    ends.filter(|(a, b)| 0 < *a && a <= b).ok_or_else(|| "it is not A..B".to_owned())
+    ends.filter(|(a, b)| 0 < *a && a <= b).ok_or_else(|| "expected A..B".to_owned())
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -88,8 +88,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(write)).collect();
-        workers.into_iter().try_for_each(|worker| worker.join().expect("a worker does not panic"))
+        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(write)).collect();
+        handles.into_iter().try_for_each(|handle| handle.join().expect("writing does not panic"))
     })?;
     let bytes: u64 = wanted.iter().map(|(_, file)| file.bytes()).sum();
     println!("{}: {bytes} bytes in {} files", arguments.dir.display(), wanted.len());
@@ -132,11 +132,12 @@ fn index(files: &[PublishedFile]) -> String {
     format!("{:#}\n", json!({"metadata": {"total_size": bytes}, "weight_map": map}))
 }
 
-/// Four bf16 exponents: that of 2^-11, to which two random bits are added; that of 1/2, to which none are.
+/// Bit patterns of four bf16 values: the exponent of 2^-11, to which two random bits are added; that of 1/2, to which
+/// none are.
 const WEIGHT: (u64, u64) = (0x3a00_3a00_3a00_3a00, 0x81ff_81ff_81ff_81ff);
 const NORM: (u64, u64) = (0x3f00_3f00_3f00_3f00, 0x007f_007f_007f_007f);
 
-/// xorshift64* (Vigna 2014): four values a step.
+/// xorshift64* (Vigna 2014), four values per step.
 fn fill(bytes: &mut [u8], seed: u64, (base, random): (u64, u64)) {
     let mut state = (seed ^ 0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1;
     for bytes in bytes.chunks_mut(8) {

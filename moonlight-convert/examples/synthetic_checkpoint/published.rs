@@ -1,4 +1,4 @@
-//! The files that Moonlight was published in, to the byte, for checkpoints of its size without its weights.
+//! The layout of the published Moonlight files, to the byte.
 
 use std::io;
 
@@ -7,31 +7,31 @@ use moonlight_model::ModelConfig;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
-/// A file as it was published.
+/// A file in the published layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PublishedFile {
     /// `model-1-of-27.safetensors`: the numbers are not padded.
     pub(crate) name: String,
-    /// Its tensors in the order of their names, which is the order of their bytes.
+    /// Its tensors, sorted by name, which is also the order of their bytes.
     pub(crate) tensors: Vec<HfTensor>,
-    /// Everything in front of the first tensor: compact JSON without metadata, padded to eight bytes.
+    /// Everything before the first tensor: compact JSON without metadata, padded to eight bytes.
     pub(crate) header: Vec<u8>,
 }
 
 impl PublishedFile {
-    /// Length of the file.
+    /// Size of the file in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         let values = |tensor: &HfTensor| tensor.shape.iter().map(|&size| size as u64).product::<u64>();
         self.header.len() as u64 + 2 * self.tensors.iter().map(values).sum::<u64>()
     }
 }
 
-/// The files of a model, one for each layer and all in bf16, as moonshotai's are: the embedding with the first layer, the
-/// last norm and the head with the last, and each layer's stale `inv_freq`.
+/// The files of a model, one for each layer and all in bf16, as published by moonshotai: the embedding with the first
+/// layer, the last norm and the head with the last, and an `inv_freq` buffer in each layer.
 ///
 /// # Errors
 ///
-/// Where the sizes are too large for a safetensors header.
+/// If the sizes are too large for a safetensors header.
 pub(crate) fn published_files(config: &ModelConfig) -> io::Result<Vec<PublishedFile>> {
     let layers = config.num_hidden_layers.max(1);
     let mut groups: Vec<Vec<HfTensor>> = vec![Vec::new(); layers];
@@ -54,7 +54,7 @@ pub(crate) fn published_files(config: &ModelConfig) -> io::Result<Vec<PublishedF
     groups.into_iter().enumerate().map(file).collect()
 }
 
-/// The layer that a tensor belongs to, `None` for those of no layer.
+/// The layer of a tensor, `None` if it belongs to none.
 fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("model.layers.")?.split_once('.')?.0.parse().ok()
 }

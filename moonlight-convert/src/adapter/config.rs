@@ -1,4 +1,4 @@
-//! `adapter_config.json`, as peft writes it.
+//! Reading and writing peft's `adapter_config.json`.
 
 use std::fmt;
 use std::path::Path;
@@ -15,77 +15,81 @@ use super::targets::{self, Names, Targets};
 use crate::error::CheckpointError;
 use crate::io::confined_dir::ConfinedDir;
 
-/// The file.
+/// The file's name in an adapter.
 pub(super) const ADAPTER_CONFIG: &str = "adapter_config.json";
-/// The longest that is read; peft's have a few kB, and a pattern for each module of a large model some 100 kB.
+/// Size limit in bytes; peft's files have a few kB, and one with a pattern for each module of a large model about 100
+/// kB.
 const LONGEST: u64 = 10_000_000;
-/// The most keys; peft's has some 40.
+/// The most keys; peft writes about 40.
 const MOST_KEYS: usize = 1_000;
-/// The most tokens that are trained by themselves.
+/// The most tokens in `trainable_token_indices`.
 const MOST_TOKENS: usize = 1 << 20;
-/// The highest rank that is read: no projection of the family is as wide.
+/// The highest rank; no projection of the family is as wide.
 const HIGHEST_RANK: usize = 1 << 16;
-/// The largest factor on an adapter's product that is read: what is larger drowns every weight.
+/// The largest scale of an adapter; a larger one would dominate every weight.
 const LARGEST_SCALE: f64 = 1e6;
 
-/// What becomes of a key of `adapter_config.json`.
+/// How a key of `adapter_config.json` is treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rule {
-    /// Read by [`AdapterConfig::parse`].
+    /// It is read by [`AdapterConfig::parse`].
     Read,
-    /// Without effect on an adapter that is trained, whatever it says.
+    /// It has no effect on a trained adapter, whatever its value.
     Ignored,
-    /// Without effect where it is null, false or empty, and refused where it is anything else: why, and what to do.
+    /// It has no effect if it is null, false or empty, and is refused otherwise: the reason, and a hint.
     MustBeOff(&'static str, &'static str),
 }
 
 pub(super) const MERGE_IN_PEFT: &str =
-    "merge it into its model in peft (`merge_and_unload()`, then `save_pretrained`) and use that";
-const TRAIN_WITHOUT: &str = "it cannot be merged into weights: train one without it, or run it in peft";
+    "merge it into its model with peft (`merge_and_unload()`, then `save_pretrained`), and use that model";
+const TRAIN_WITHOUT: &str = "train an adapter without it, or run this one in peft: it cannot be merged into weights";
 
-/// Every key that peft 0.21 writes, those of older releases, and those that ms-swift adds. A key that is not here is refused:
-/// it may change the arithmetic.
+/// Every key that peft 0.21 or an older release writes, and those that ms-swift adds. An unknown key is refused,
+/// because it may change the arithmetic.
 const KEYS: [(&str, Rule); 47] = [
-    ("alora_invocation_tokens", Rule::MustBeOff("is activated LoRA, which acts from certain tokens on", TRAIN_WITHOUT)),
+    (
+        "alora_invocation_tokens",
+        Rule::MustBeOff("enables activated LoRA, which takes effect after certain tokens", TRAIN_WITHOUT),
+    ),
     ("alpha_pattern", Rule::Read),
-    ("arrow_config", Rule::MustBeOff("routes among several adapters (Arrow)", TRAIN_WITHOUT)),
-    // Classes of the base's Python code.
+    ("arrow_config", Rule::MustBeOff("routes between several adapters (Arrow)", TRAIN_WITHOUT)),
+    // Names classes of the base's Python code.
     ("auto_mapping", Rule::Ignored),
     ("base_model_name_or_path", Rule::Read),
     ("bias", Rule::Read),
-    // What fresh matrices were made of; `init_lora_weights` says whether that matters.
+    // Describes how fresh matrices were initialized; `init_lora_weights` says whether that matters.
     ("corda_config", Rule::Ignored),
-    ("enable_lora", Rule::MustBeOff("adapts parts of a projection, as peft before 0.3 did", MERGE_IN_PEFT)),
-    // Embedding and head of one weight: their adapters are refused where the model has that.
+    ("enable_lora", Rule::MustBeOff("adapts parts of a projection (peft before 0.3)", MERGE_IN_PEFT)),
+    // Concerns tied embeddings, whose adapters are refused in any case.
     ("ensure_weight_tying", Rule::Ignored),
     ("eva_config", Rule::Ignored),
     ("exclude_modules", Rule::Read),
-    // peft itself sets it to false for `nn.Linear`, and all projections here are.
+    // peft sets it to false for `nn.Linear`, and all projections here are of that class.
     ("fan_in_fan_out", Rule::Ignored),
     ("inference_mode", Rule::Ignored),
     ("init_lora_weights", Rule::Read),
-    ("kasa_config", Rule::MustBeOff("is KaSA, which changes the base's weights", MERGE_IN_PEFT)),
-    ("layer_replication", Rule::MustBeOff("repeats layers of the base", MERGE_IN_PEFT)),
+    ("kasa_config", Rule::MustBeOff("enables KaSA, which changes the base's weights", MERGE_IN_PEFT)),
+    ("layer_replication", Rule::MustBeOff("repeats layers of the base model", MERGE_IN_PEFT)),
     ("layers_pattern", Rule::Read),
     ("layers_to_transform", Rule::Read),
-    // peft passes it over unless `init_lora_weights` is `loftq`, which is refused.
+    // peft ignores it unless `init_lora_weights` is `loftq`, which is refused.
     ("loftq_config", Rule::Ignored),
     ("lora_alpha", Rule::Read),
-    ("lora_bias", Rule::MustBeOff("has biases in its adapters", MERGE_IN_PEFT)),
+    ("lora_bias", Rule::MustBeOff("adds biases to the adapters", MERGE_IN_PEFT)),
     ("lora_dropout", Rule::Read),
-    // ms-swift: the dtype and the learning rates of training.
+    // From ms-swift: the dtype and the learning rates of training.
     ("lora_dtype", Rule::Ignored),
     ("lora_ga_config", Rule::Ignored),
     ("lorap_emb_lr", Rule::Ignored),
     ("lorap_lr_ratio", Rule::Ignored),
-    ("megatron_config", Rule::MustBeOff("is for Megatron's parallel layers", MERGE_IN_PEFT)),
+    ("megatron_config", Rule::MustBeOff("belongs to Megatron's parallel layers", MERGE_IN_PEFT)),
     ("megatron_core", Rule::Ignored),
     ("merge_weights", Rule::Ignored),
     ("modules_to_save", Rule::Read),
-    ("monteclora_config", Rule::MustBeOff("draws its matrices anew at each pass (MonteCLoRA)", TRAIN_WITHOUT)),
+    ("monteclora_config", Rule::MustBeOff("samples new matrices in each pass (MonteCLoRA)", TRAIN_WITHOUT)),
     ("peft_type", Rule::Read),
     ("peft_version", Rule::Ignored),
-    // The groups of `use_qalora`.
+    // Only used with `use_qalora`.
     ("qalora_group_size", Rule::Ignored),
     ("r", Rule::Read),
     ("rank_pattern", Rule::Read),
@@ -95,14 +99,14 @@ const KEYS: [(&str, Rule); 47] = [
     ("target_parameters", Rule::Read),
     ("task_type", Rule::Read),
     ("trainable_token_indices", Rule::Read),
-    ("use_bdlora", Rule::MustBeOff("has block-diagonal matrices (BD-LoRA)", MERGE_IN_PEFT)),
+    ("use_bdlora", Rule::MustBeOff("makes the matrices block-diagonal (BD-LoRA)", MERGE_IN_PEFT)),
     ("use_dora", Rule::Read),
-    ("use_qalora", Rule::MustBeOff("pools its inputs (QA-LoRA)", TRAIN_WITHOUT)),
+    ("use_qalora", Rule::MustBeOff("pools the inputs (QA-LoRA)", TRAIN_WITHOUT)),
     ("use_rslora", Rule::Read),
-    ("velora_config", Rule::MustBeOff("is VeLoRA", MERGE_IN_PEFT)),
+    ("velora_config", Rule::MustBeOff("enables VeLoRA", MERGE_IN_PEFT)),
 ];
 
-/// What is wrong with a file, as the rest of a sentence that begins with its name, and what to do about it.
+/// What is wrong with the file, as the rest of a sentence that begins with its name, and a hint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ConfigProblem {
     pub(super) text: String,
@@ -121,23 +125,23 @@ impl ConfigProblem {
     }
 }
 
-/// What peft takes off the base's weights when it puts a saved adapter beside them.
+/// What peft subtracts from the base's weights when it loads a saved adapter (`init_lora_weights`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BaseInit {
-    /// Unchanged.
+    /// Nothing.
     Unchanged,
-    /// The part of the largest singular values (PiSSA).
+    /// The component of the largest singular values (PiSSA).
     Pissa,
     /// The first columns of `Q` times the first rows of `R` (OLoRA).
     Olora,
 }
 
-/// Which biases were trained.
+/// Which biases were trained (`bias`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TrainedBiases {
     None,
     All,
-    /// Those of projections with adapters.
+    /// Those of the projections that have adapters.
     Adapted,
 }
 
@@ -145,18 +149,18 @@ pub(super) enum TrainedBiases {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum TrainedTokens {
     None,
-    /// Of the embedding, and of the head where it is the same weight.
+    /// Tokens of the embedding, and of a tied head.
     Embedding(Vec<usize>),
-    /// By modules' names.
+    /// Tokens by the name of the module.
     ByModule(Vec<(String, Vec<usize>)>),
 }
 
-/// What an adapter says of itself.
+/// A parsed `adapter_config.json`.
 #[derive(Debug, Clone)]
 pub(super) struct AdapterConfig {
-    /// The base: a path, or a name on the Hub.
+    /// The base model: a path, or a name on the Hub.
     pub(super) base: Option<String>,
-    /// Which of the base's versions on the Hub.
+    /// The revision of the base model on the Hub.
     pub(super) revision: Option<String>,
     r: usize,
     lora_alpha: f64,
@@ -171,7 +175,7 @@ pub(super) struct AdapterConfig {
     pub(super) tokens: TrainedTokens,
 }
 
-/// The keys with their values as text, in the file's order.
+/// The keys with their raw values, in the file's order.
 struct Entries<'a>(Vec<(String, &'a RawValue)>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Entries<'a> {
@@ -202,17 +206,17 @@ impl<'de: 'a, 'a> Deserialize<'de> for Entries<'a> {
     }
 }
 
-/// A value of the file. The error is the rest of a sentence that begins with the file's name.
+/// Parses a value. The error is the rest of a sentence that begins with the file's name.
 fn value<'a, T: Deserialize<'a>>(key: &str, raw: &'a RawValue) -> Result<T, ConfigProblem> {
     serde_json::from_str(raw.get()).map_err(|error| {
-        // Its place would be that in the value.
+        // The position in the message is relative to the value, and would mislead.
         let text = error.to_string();
         let what = text.rsplit_once(" at line ").map_or(text.as_str(), |(what, _)| what);
         format!("cannot be read: it has {what} in `{key}`").into()
     })
 }
 
-/// Null, false, and what is empty.
+/// Whether a value is null, false or empty.
 fn is_off(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -235,25 +239,27 @@ impl AdapterConfig {
         Self::parse(&bytes).map_err(|ConfigProblem { text, hint }| AdapterError::Config { path, problem: text, hint })
     }
 
-    /// The configuration of its text.
+    /// Parses the file's bytes.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, ConfigProblem> {
         let text = std::str::from_utf8(bytes).map_err(|_| "is not UTF-8".to_owned())?;
         let Entries(entries) = serde_json::from_str(text).map_err(|error| format!("cannot be read: it has {error}"))?;
-        // What is not LoRA at all is said before its keys are gone through.
+        // An adapter of another kind is reported as such, and not by its first unknown key.
         match entries.iter().find(|(key, _)| key == "peft_type").map(|(key, raw)| value::<Value>(key, raw)) {
             Some(kind) => match kind? {
                 Value::String(kind) if kind == "LORA" => {}
-                Value::String(kind) => return Err(format!("is of the type `{kind}`; only LORA is known").into()),
-                _ => return Err("has no type of adapter as its `peft_type`".to_owned().into()),
+                Value::String(kind) => {
+                    return Err(format!("has the `peft_type` `{kind}`; only LORA is supported").into());
+                }
+                _ => return Err("has a `peft_type` that is not a string".to_owned().into()),
             },
             None if entries.iter().any(|(key, _)| matches!(key.as_str(), "fine_tune_type" | "lora_parameters")) => {
                 return Err(ConfigProblem::with_hint(
-                    "is mlx-lm's, not peft's",
-                    "fuse it with `mlx_lm.fuse` and use that model",
+                    "is in the format of mlx-lm, not of peft",
+                    "fuse the adapter with `mlx_lm.fuse`, and use that model",
                 ));
             }
             None => {
-                let hint = "peft writes `\"peft_type\": \"LORA\"`; other libraries' adapters are not read";
+                let hint = "convert the adapter to peft's format, which has `\"peft_type\": \"LORA\"`";
                 return Err(ConfigProblem::with_hint("has no `peft_type`", hint));
             }
         }
@@ -277,8 +283,8 @@ impl AdapterConfig {
             match KEYS.iter().find(|(known, _)| known == key) {
                 None => {
                     return Err(ConfigProblem::with_hint(
-                        format!("has the key `{key}`, which is not known here"),
-                        "it may change what the adapter computes; where it does not, take it out of the file",
+                        format!("has the unknown key `{key}`"),
+                        "remove the key, if it does not change what the adapter computes",
                     ));
                 }
                 Some((_, Rule::Ignored)) => {}
@@ -287,17 +293,17 @@ impl AdapterConfig {
                         return Err(ConfigProblem::with_hint(format!("has `{key}`: it {why}"), *hint));
                     }
                 }
-                Some((_, Rule::Read)) => config.take(key, raw)?,
+                Some((_, Rule::Read)) => config.set(key, raw)?,
             }
         }
         config.check()?;
         Ok(config)
     }
 
-    /// Takes the value of a key that is read.
-    fn take(&mut self, key: &str, raw: &RawValue) -> Result<(), ConfigProblem> {
+    /// Sets the field of a key that is read.
+    fn set(&mut self, key: &str, raw: &RawValue) -> Result<(), ConfigProblem> {
         let with = |problem: String| {
-            let hint = "peft writes a list there; where it takes an expression, name the modules instead";
+            let hint = "write a list of names, as peft does";
             ConfigProblem::with_hint(format!("has `{key}` with {problem}"), hint)
         };
         match key {
@@ -328,7 +334,7 @@ impl AdapterConfig {
                     Some("all") => TrainedBiases::All,
                     Some("lora_only") => TrainedBiases::Adapted,
                     Some(other) => {
-                        return Err(format!("has the `bias` `{other}`; peft knows none, all, lora_only").into());
+                        return Err(format!("has the `bias` `{other}`; supported are none, all, lora_only").into());
                     }
                 };
             }
@@ -336,9 +342,9 @@ impl AdapterConfig {
                 None | Some("CAUSAL_LM") => {}
                 Some(task) => {
                     return Err(ConfigProblem::with_hint(
-                        format!("is for the task `{task}`; models here are of CAUSAL_LM"),
-                        "a classifier's or an encoder's head is not loaded; an adapter of the layers alone is once the task \
-                         is CAUSAL_LM or null",
+                        format!("has the `task_type` `{task}`; only CAUSAL_LM is supported"),
+                        "set `task_type` to CAUSAL_LM, if the adapter is of the layers alone; the heads of classifiers and \
+                         encoders are not supported",
                     ));
                 }
             },
@@ -347,7 +353,7 @@ impl AdapterConfig {
         Ok(())
     }
 
-    /// Refuses numbers that no adapter has, and combinations that peft has not.
+    /// Checks ranks, alphas and the dropout.
     fn check(&self) -> Result<(), ConfigProblem> {
         let Self { lora_dropout, rank_pattern, alpha_pattern, .. } = self;
         let numbers = |patterns: &Option<Patterns>| -> Vec<f64> {
@@ -359,12 +365,12 @@ impl AdapterConfig {
         let wrong = [
             (
                 rank.is_some(),
-                format!("has a rank of {:?}; whole ones of 1 to {HIGHEST_RANK} are read", rank.unwrap_or_default()),
+                format!("has the rank {:?}; supported are integers from 1 to {HIGHEST_RANK}", rank.unwrap_or_default()),
             ),
-            (alpha.is_some(), "has an alpha that is no finite number".into()),
+            (alpha.is_some(), "has a non-finite alpha".into()),
             (
                 !(0.0..1.0).contains(lora_dropout),
-                format!("has a dropout of {lora_dropout:?}; it is a share, 0 or more and less than 1"),
+                format!("has the dropout {lora_dropout:?}; it must be at least 0 and less than 1"),
             ),
         ];
         match wrong.into_iter().find(|(wrong, _)| *wrong) {
@@ -373,11 +379,11 @@ impl AdapterConfig {
         }
     }
 
-    /// The rank and the settings of a module, which has several names where it may be targeted as a parameter, too. The
-    /// error is the rest of a sentence that begins with a file's name.
-    pub(super) fn of(&self, names: &[String]) -> Result<(usize, LowRankSettings), String> {
+    /// The rank and the settings of a module. It has several names, because it may be targeted as a parameter, too. The
+    /// error is the rest of a sentence that begins with the file's name.
+    pub(super) fn settings_of(&self, names: &[String]) -> Result<(usize, LowRankSettings), String> {
         let find = |patterns: &Option<Patterns>| patterns.as_ref().and_then(|patterns| patterns.find(names));
-        // Checked to be a whole number.
+        // `check` has made sure that it is an integer.
         let rank = find(&self.rank_pattern).map_or(self.r, |rank| rank as usize);
         let alpha = find(&self.alpha_pattern).unwrap_or(self.lora_alpha);
         let settings = LowRankSettings { alpha, rslora: self.use_rslora, dropout: self.lora_dropout };
@@ -386,35 +392,31 @@ impl AdapterConfig {
     }
 }
 
-/// What `init_lora_weights` means for an adapter that is loaded (`LoraLayer.update_layer` of peft 0.21).
+/// What `init_lora_weights` means when an adapter is loaded (`LoraLayer.update_layer` of peft 0.21).
 fn initial(value: &Value) -> Result<BaseInit, ConfigProblem> {
     let text = match value {
         Value::Null | Value::Bool(_) => return Ok(BaseInit::Unchanged),
         Value::String(text) => text.as_str(),
-        _ => return Err("has an `init_lora_weights` that is neither a truth value nor a word".to_owned().into()),
+        _ => return Err("has an `init_lora_weights` that is neither a boolean nor a string".to_owned().into()),
     };
     let convert = "save it with `save_pretrained(path_initial_model_for_weight_conversion=...)`, which makes a plain LoRA of \
-                   it, or merge it into its model in peft";
+                   it, or merge it into its model with peft";
     match text.to_ascii_lowercase().as_str() {
-        // How fresh matrices are drawn; the base keeps its weights.
+        // Only initializes the matrices; the base keeps its weights.
         "gaussian" | "eva" | "orthogonal" | "mica" => Ok(BaseInit::Unchanged),
         "pissa" => Ok(BaseInit::Pissa),
         "olora" => Ok(BaseInit::Olora),
         fast if fast.starts_with("pissa_niter_") => Err(ConfigProblem::with_hint(
-            format!(
-                "has `init_lora_weights` `{text}`: peft draws random numbers for what it takes off the base's weights"
-            ),
+            format!("has `init_lora_weights` `{text}`: what peft subtracts from the base's weights is random"),
             convert,
         )),
         "corda" | "lora_ga" | "loftq" => Err(ConfigProblem::with_hint(
-            format!(
-                "has `init_lora_weights` `{text}`: it fits weights that training has changed, which only its data give"
-            ),
+            format!("has `init_lora_weights` `{text}`: it changes the base's weights depending on the training data"),
             convert,
         )),
         _ => Err(ConfigProblem::with_hint(
-            format!("has the `init_lora_weights` `{text}`, which is not known here"),
-            "where it does not change the base's weights, set it to true",
+            format!("has the unknown `init_lora_weights` `{text}`"),
+            "set it to true, if it does not change the base's weights",
         )),
     }
 }
@@ -433,20 +435,20 @@ fn tokens(value: &Value) -> Result<TrainedTokens, String> {
         }
         value => list(value).map(TrainedTokens::Embedding),
     };
-    read.ok_or_else(|| "a value that is no list of token ids".into())
+    read.ok_or_else(|| "a value that is not a list of token ids".into())
 }
 
-/// Refuses what would make every weight infinite. The error is the rest of a sentence that begins with a file's name.
+/// Refuses scales that would make weights infinite. The error is the rest of a sentence that begins with a file's name.
 pub(super) fn check_scale(settings: LowRankSettings, rank: usize) -> Result<(), String> {
     let scale = settings.scale(rank);
     if scale.abs() <= LARGEST_SCALE {
         return Ok(());
     }
     let alpha = settings.alpha;
-    Err(format!("has an alpha of {alpha:e} for a rank of {rank}; a factor of up to {LARGEST_SCALE:e} is read"))
+    Err(format!("has the alpha {alpha:e} for the rank {rank}; the scale may be at most {LARGEST_SCALE:e}"))
 }
 
-/// What [`write`](super::write_adapter) has to say.
+/// The content of a new `adapter_config.json`, for [`write_adapter`](super::write_adapter).
 #[derive(Debug, Clone, Default)]
 pub(super) struct NewConfig {
     pub(super) base: String,
@@ -467,7 +469,7 @@ impl NewConfig {
         let alphas: Map<String, Value> =
             self.alphas.iter().map(|(name, alpha)| (escape(name), number(*alpha))).collect();
         let parameters = (!self.parameters.is_empty()).then_some(&self.parameters);
-        // peft refuses a dropout beside adapters of parameters; it plays no part once the adapter is trained.
+        // peft refuses dropout for adapters of parameters; a trained adapter does not need it.
         let dropout = if parameters.is_some() { 0.0 } else { self.dropout };
         let config = json!({
             "alpha_pattern": alphas,
@@ -497,7 +499,7 @@ impl NewConfig {
     }
 }
 
-/// A whole number as one: some readers take no other.
+/// Writes an integral number as an integer, because some readers accept no other.
 fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
 }
@@ -536,31 +538,39 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_the_arithmetic_is_refused_by_name() {
+    fn keys_that_change_the_arithmetic_are_refused_by_name() {
         for (change, text, hint) in [
-            (json!({"alora_invocation_tokens": [12, 44]}), "`alora_invocation_tokens`: it is activated LoRA", "peft"),
-            (json!({"lora_bias": true}), "`lora_bias`: it has biases", "merge_and_unload"),
+            (
+                json!({"alora_invocation_tokens": [12, 44]}),
+                "`alora_invocation_tokens`: it enables activated LoRA",
+                "peft",
+            ),
+            (json!({"lora_bias": true}), "`lora_bias`: it adds biases", "merge_and_unload"),
             (
                 json!({"layer_replication": [[0, 4], [2, 5]]}),
                 "`layer_replication`: it repeats layers",
                 "merge_and_unload",
             ),
             (json!({"megatron_config": {"tp": 1}}), "`megatron_config`", "merge_and_unload"),
-            (json!({"use_qalora": true}), "`use_qalora`", "train one without"),
+            (json!({"use_qalora": true}), "`use_qalora`", "train an adapter without"),
             (json!({"use_bdlora": {"nblocks": 2}}), "`use_bdlora`", "merge_and_unload"),
-            (json!({"arrow_config": {"top_k": 3}}), "`arrow_config`", "train one without"),
+            (json!({"arrow_config": {"top_k": 3}}), "`arrow_config`", "train an adapter without"),
             (json!({"kasa_config": {"beta": 1.0}}), "`kasa_config`", "merge_and_unload"),
-            (json!({"monteclora_config": {"num_samples": 8}}), "`monteclora_config`", "train one without"),
+            (json!({"monteclora_config": {"num_samples": 8}}), "`monteclora_config`", "train an adapter without"),
             (json!({"velora_config": {"num_groups": 64}}), "`velora_config`", "merge_and_unload"),
             (json!({"enable_lora": [true, false]}), "`enable_lora`", "merge_and_unload"),
-            (json!({"init_lora_weights": "pissa_niter_16"}), "`pissa_niter_16`: peft draws", "path_initial_model"),
-            (json!({"init_lora_weights": "corda"}), "`corda`: it fits weights that training", "path_initial_model"),
-            (json!({"init_lora_weights": "lora_ga"}), "`lora_ga`: it fits", "path_initial_model"),
-            (json!({"init_lora_weights": "loftq"}), "`loftq`: it fits", "path_initial_model"),
-            (json!({"init_lora_weights": "new"}), "`new`, which is not known here", "set it to true"),
-            (json!({"task_type": "SEQ_CLS"}), "for the task `SEQ_CLS`", "classifier"),
-            (json!({"use_new_thing": false}), "the key `use_new_thing`, which is not known", "take it out"),
-            (json!({"peft_type": "LOHA"}), "of the type `LOHA`", ""),
+            (
+                json!({"init_lora_weights": "pissa_niter_16"}),
+                "`pissa_niter_16`: what peft subtracts",
+                "path_initial_model",
+            ),
+            (json!({"init_lora_weights": "corda"}), "`corda`: it changes the base's weights", "path_initial_model"),
+            (json!({"init_lora_weights": "lora_ga"}), "`lora_ga`: it changes", "path_initial_model"),
+            (json!({"init_lora_weights": "loftq"}), "`loftq`: it changes", "path_initial_model"),
+            (json!({"init_lora_weights": "new"}), "unknown `init_lora_weights` `new`", "set it to true"),
+            (json!({"task_type": "SEQ_CLS"}), "`task_type` `SEQ_CLS`", "classifier"),
+            (json!({"use_new_thing": false}), "the unknown key `use_new_thing`", "remove the key"),
+            (json!({"peft_type": "LOHA"}), "`peft_type` `LOHA`", ""),
             (json!({"bias": "some"}), "the `bias` `some`", ""),
             (json!({"target_modules": "(q"}), "`target_modules` with an expression", ""),
         ] {
@@ -570,7 +580,7 @@ mod tests {
         }
         let problem =
             AdapterConfig::parse(br#"{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}"#).unwrap_err();
-        assert!(problem.text.contains("mlx-lm's"), "{problem:?}");
+        assert!(problem.text.contains("mlx-lm"), "{problem:?}");
         let problem = AdapterConfig::parse(br#"{"r": 8}"#).unwrap_err();
         assert!(problem.text.contains("has no `peft_type`"), "{problem:?}");
         let problem = AdapterConfig::parse(br#"{"peft_type": "LORA", "r": 8, "r": 4}"#).unwrap_err();
@@ -578,7 +588,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_matter_is_passed_over() {
+    fn keys_without_effect_are_ignored() {
         for change in [
             json!({"init_lora_weights": "gaussian", "inference_mode": false, "peft_version": "0.99"}),
             json!({"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}),

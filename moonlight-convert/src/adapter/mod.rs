@@ -1,14 +1,15 @@
-//! Adapters as peft lays them out: a directory with `adapter_config.json` and `adapter_model.safetensors`.
+//! LoRA adapters in peft's layout: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 //!
-//! * [`write_adapter`] writes what `peft` loads beside transformers 5; [`load_adapter`] reads that, what peft writes itself,
-//!   and the older layout with experts one by one, which vLLM reads.
-//! * [`base_of`] finds the model that an adapter belongs to.
+//! * [`write_adapter`] writes what peft loads with transformers 5. [`load_adapter`] reads that, what peft itself
+//!   writes, and the older layout with one tensor per expert, which vLLM reads.
+//! * [`base_of`] finds the base model of an adapter.
 //!
-//! Two things differ from one to the other. We train the gate and the up projection of an expert by a pair each, while
-//! transformers 5 has one parameter for both: its pair has the ranks of ours together, with zeros where they do not meet.
-//! And peft on transformers 5 takes a *module* that is called `gate_proj`, `up_proj` or `down_proj` in a model with experts
-//! for the experts' (`_convert_peft_config_moe`, peft 0.21), so adapters of dense and shared MLPs are named as
-//! *parameters* (`mlp.gate_proj.weight`); beside those peft refuses a dropout, so that it is written as 0.
+//! Two things differ between this project's modules and peft's. First, here the gate and the up projection of an expert
+//! have an adapter each, while transformers 5 has one parameter for both: the saved adapter has the sum of the two
+//! ranks, with zeros in the blocks where one's `B` would meet the other's `A`. Second, in a model with experts peft
+//! with transformers 5 takes *modules* named `gate_proj`, `up_proj` or `down_proj` for the experts'
+//! (`_convert_peft_config_moe`, peft 0.21). So adapters of dense and shared MLPs are listed as *parameters*
+//! (`mlp.gate_proj.weight`). peft refuses dropout for adapters of parameters, so that it is written as 0.
 
 mod config;
 mod error;
@@ -33,10 +34,12 @@ use crate::hub;
 use config::AdapterConfig;
 
 const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
-/// Where our files say which adapters their matrices are made of; other readers pass it over. `format/shard.rs` reads it.
+/// The metadata key under which this project's files describe their adapters; other readers ignore it.
+/// `format/shard.rs` reads it.
 const NOTES: &str = "moonlight_adapters";
 
-/// What a file of ours says of one adapter, so that training goes on with the bits that it had.
+/// The note on one adapter in a file of this project. It lets a resumed training continue with the same bits: peft's
+/// layout alone does not tell the ranks of gate and up apart.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Note {
     path: String,
@@ -58,35 +61,35 @@ impl Note {
     }
 }
 
-/// Whether a directory holds an adapter and no model.
+/// Whether a directory contains an adapter and no model.
 pub fn is_adapter(dir: &Path) -> bool {
     dir.join(config::ADAPTER_CONFIG).is_file() && !dir.join(CONFIG).exists()
 }
 
-/// Reads an `adapter_config.json` for fuzzing: `Err` is the rest of a sentence that begins with the file's name.
+/// Parses an `adapter_config.json`, for fuzzing. `Err` is the rest of a sentence that begins with the file's name.
 #[doc(hidden)]
 pub fn read_adapter_config(bytes: &[u8]) -> Result<(), String> {
     let config = AdapterConfig::parse(bytes).map_err(|problem| problem.text)?;
     let names = ["model.layers.1.mlp.experts.7.up_proj", "model.layers.0.self_attn.q_proj.weight"];
-    config.of(&names.map(str::to_owned)).map(drop)
+    config.settings_of(&names.map(str::to_owned)).map(drop)
 }
 
-/// The directory of the model that an adapter was trained on: the path in its configuration, from the working directory or
-/// from the adapter's own, or a model in the Hub's cache.
+/// The directory of an adapter's base model: the path in its config, relative to the working directory or to the
+/// adapter, or a model in the Hub's cache.
 ///
 /// # Errors
 ///
-/// [`AdapterError`] for a configuration that cannot be read, and [`AdapterError::NoBase`].
+/// [`AdapterError`] if the config cannot be read, and [`AdapterError::NoBase`].
 pub fn base_of(dir: &Path) -> Result<PathBuf, AdapterError> {
     let config = AdapterConfig::read(dir)?;
     let (base, revision) = (config.base.filter(|base| !base.is_empty()), config.revision);
     let found = base.as_ref().and_then(|base| {
-        let beside = dir.join(base);
+        let relative = dir.join(base);
         let cached = match &revision {
             Some(revision) if !base.contains('@') => hub::resolve(format!("{base}@{revision}")),
             _ => hub::resolve(base),
         };
-        let candidates = [Some(PathBuf::from(base)), Some(beside), cached.ok()];
+        let candidates = [Some(PathBuf::from(base)), Some(relative), cached.ok()];
         candidates.into_iter().flatten().find(|path| path.is_dir())
     });
     found.ok_or_else(|| AdapterError::NoBase { dir: dir.to_path_buf(), base })

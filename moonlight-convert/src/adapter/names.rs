@@ -1,33 +1,33 @@
-//! Names of peft's, and which of them an adapter of module_path goes by. No other file spells one.
+//! Tensor and module names of peft. No other file spells one.
 //!
-//! | what | file, with `base_model.model.model.` before it |
+//! | what | name in the file, after `base_model.model.model.` |
 //! |---|---|
 //! | adapter of `layers.L.self_attn.q_proj`, dense and shared MLPs | `layers.L.self_attn.q_proj.lora_A.weight` and `.lora_B.weight` |
 //! | of `layers.L.mlp.router` | `layers.L.mlp.gate`, both |
-//! | of `layers.L.mlp.experts.gate_proj` and `up_proj` | `….mlp.experts.base_layer`, or `….mlp.experts` without the next, both |
+//! | of `layers.L.mlp.experts.gate_proj` and `up_proj` | `….mlp.experts.base_layer`, or `….mlp.experts` without an adapter of `down_proj`, both |
 //! | of `layers.L.mlp.experts.down_proj` | `….mlp.experts`, both |
-//! | of the same three, as transformers 4 and vLLM name them (read only) | `….mlp.experts.E.gate_proj` and so on, both |
-//! | of the head | `lm_head` (with `base_model.model.` before it), both |
+//! | of the same three, as named by transformers 4 and vLLM (read only) | `….mlp.experts.E.gate_proj` and so on, both |
+//! | of the head | `lm_head` (after `base_model.model.`), both |
 //! | of the embedding | `embed_tokens.lora_embedding_A` and `.lora_embedding_B` |
 //! | DoRA's magnitudes | `….lora_magnitude_vector` |
-//! | rows of the embedding that were trained by themselves | `embed_tokens.token_adapter.trainable_tokens_delta` |
-//! | weights, norms and biases that were trained whole | their own names, a `.base_layer` in them left out |
+//! | single trained rows of the embedding | `embed_tokens.token_adapter.trainable_tokens_delta` |
+//! | fully trained weights, norms and biases | their own names, without `.base_layer` |
 //!
-//! transformers 5 keeps a layer's experts in two parameters, `gate_up_proj` and `down_proj`, and peft wraps one around the
-//! other; the inner one is the `base_layer`.
+//! transformers 5 stores a layer's experts in two parameters, `gate_up_proj` and `down_proj`, and peft wraps one around
+//! the other; the inner one is the `base_layer`.
 
 use crate::mapping::names::key;
 
-/// What stands before every module.
+/// The prefix of every module.
 const PREFIX: &str = "base_model.model.";
 const MODEL: &str = "model.";
 pub(super) const GATE_UP: &str = "gate_up_proj";
 pub(super) const EMBEDDING: &str = "embed_tokens";
 pub(super) const HEAD: &str = "lm_head";
-/// The router, as we and as checkpoints call it.
+/// The router: in the module, and in checkpoints.
 const ROUTER: (&str, &str) = (".mlp.router", ".mlp.gate");
 
-/// What a tensor of the file is.
+/// The role of a tensor in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TensorRole {
     /// `[rank, in]`.
@@ -38,16 +38,16 @@ pub(super) enum TensorRole {
     EmbeddingA,
     /// `[hidden, rank]`.
     EmbeddingB,
-    /// DoRA's, `[out]`.
+    /// DoRA's magnitudes, `[out]`.
     Magnitude,
     /// `[tokens, hidden]`.
     TrainedTokens,
-    /// A tensor of the model itself.
+    /// A tensor of the model itself, fully trained.
     FullWeight,
 }
 
-/// A tensor's module below the decoder (`layers.3.mlp.experts.base_layer`) and what it is of it. For
-/// [`TensorRole::FullWeight`] it is the name of a checkpoint's tensor instead.
+/// A tensor's module below the decoder (`layers.3.mlp.experts.base_layer`) and its role. For
+/// [`TensorRole::FullWeight`], the name of the checkpoint's tensor instead of the module.
 pub(super) fn parse(tensor: &str) -> (String, TensorRole) {
     let name = tensor.strip_prefix(PREFIX).unwrap_or(tensor);
     let bare = name.strip_suffix(".weight").unwrap_or(name);
@@ -72,7 +72,7 @@ pub(super) fn parse(tensor: &str) -> (String, TensorRole) {
     }
 }
 
-/// A module of module_path by the name that the file has for it.
+/// The module path for a name in the file.
 fn module_path(module: &str) -> String {
     match module.strip_suffix(ROUTER.1) {
         Some(layer) => format!("{layer}{}", ROUTER.0),
@@ -80,7 +80,7 @@ fn module_path(module: &str) -> String {
     }
 }
 
-/// A module of module_path as the file names it.
+/// The name in the file for a module path.
 pub(super) fn peft_module(module: &str) -> String {
     match module.strip_suffix(ROUTER.0) {
         Some(layer) => format!("{layer}{}", ROUTER.1),
@@ -88,28 +88,28 @@ pub(super) fn peft_module(module: &str) -> String {
     }
 }
 
-/// The two tensors of a module below the decoder.
+/// The names of the two tensors of a module below the decoder.
 pub(super) fn tensors(module: &str) -> [String; 2] {
     let module = peft_module(module);
     ["A", "B"].map(|part| format!("{PREFIX}{MODEL}{module}.lora_{part}.weight"))
 }
 
-/// The module as transformers names it.
+/// The name of a module in transformers.
 pub(super) fn transformers_name(module: &str) -> String {
     if module == HEAD { HEAD.into() } else { format!("{MODEL}{}", peft_module(module)) }
 }
 
-/// What a parameter of a module is called in peft's lists of parameters, without `model.`.
+/// The name of a module's weight in peft's lists of parameters, without `model.`.
 pub(super) fn as_parameter(module: &str) -> String {
     format!("{}.weight", peft_module(module))
 }
 
-/// The names under which peft's configuration may know a projection: the module, and its weight as a parameter.
+/// The possible names of a projection in peft's config: the module, and its weight as a parameter.
 pub(super) fn names_of(path: &str) -> Vec<String> {
     vec![transformers_name(path), format!("{}.weight", transformers_name(path))]
 }
 
-/// `layers.3.mlp.experts` and `7`, `gate_proj` of `layers.3.mlp.experts.7.gate_proj`.
+/// Splits `layers.3.mlp.experts.7.gate_proj` into `layers.3.mlp.experts`, 7 and `gate_proj`.
 pub(super) fn parse_expert(module: &str) -> Option<(&str, usize, &str)> {
     let (front, projection) = module.rsplit_once('.')?;
     let (stack, expert) = front.rsplit_once('.')?;
@@ -117,7 +117,7 @@ pub(super) fn parse_expert(module: &str) -> Option<(&str, usize, &str)> {
     Some((stack, expert.parse().ok()?, projection))
 }
 
-/// `layers.3.mlp.experts` and whether it is the inner of two, of the names that a stack may have.
+/// Splits the name of a stack's adapter into `layers.3.mlp.experts` and whether it is the inner of two.
 pub(super) fn parse_stack(module: &str) -> Option<(&str, bool)> {
     if module.ends_with(".experts") {
         return Some((module, false));

@@ -1,6 +1,6 @@
-//! `rank_pattern` and `alpha_pattern`: a number for each key, and keys are Python's regular expressions over names of modules,
-//! of which people write names, `.*` and digits. A key is tried in time that grows with its length times the name's, whatever
-//! it is, and names that are no expressions are looked up.
+//! `rank_pattern` and `alpha_pattern`: maps from keys to numbers. Keys are Python regular expressions over module
+//! names; in practice they are names, `.*` and digits. The time to match any key is bounded by its length times the
+//! name's, and keys that are plain names are looked up in a map.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -8,14 +8,14 @@ use std::fmt;
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// The most keys of one of the two; a model of the family has some 70,000 projections.
+/// The most keys; a model of the family has about 70,000 projections.
 const MOST_KEYS: usize = 100_000;
-/// The most bytes of all keys that are not plain names.
+/// The most bytes of all keys that are not plain names, together.
 const MOST_TEXT: usize = 200_000;
-/// The most bytes of those among them that stand for names of any length.
+/// The most bytes of those of them that match names of any length.
 const MOST_WILD: usize = 5_000;
 
-/// Numbers by keys, in the file's order: the first key that matches counts.
+/// Numbers by key, in the file's order: the first key that matches counts.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Patterns {
     names: HashMap<String, (usize, f64)>,
@@ -56,7 +56,7 @@ impl<'de> Deserialize<'de> for Patterns {
                 let (mut at, mut text, mut wild) = (0, 0, 0);
                 while let Some((key, number)) = map.next_entry::<String, f64>()? {
                     let Some(compiled) = Key::new(&key) else {
-                        let read = "names, `.*`, `\\d+` and `[0-9]+` are read";
+                        let read = "supported are names, `.*`, `\\d+` and `[0-9]+`";
                         return Err(A::Error::custom(format!("the pattern `{key}`; {read}")));
                     };
                     if let Some(name) = compiled.literal() {
@@ -71,8 +71,8 @@ impl<'de> Deserialize<'de> for Patterns {
                     at += 1;
                     if at > MOST_KEYS || text > MOST_TEXT || wild > MOST_WILD {
                         return Err(A::Error::custom(format!(
-                            "more patterns than are read: {MOST_KEYS}, of at most {MOST_TEXT} bytes where they are no \
-                             plain names, and {MOST_WILD} where they have `*`, `+` or `?`"
+                            "too many patterns; the limits are {MOST_KEYS} patterns, {MOST_TEXT} bytes of those that are not \
+                             plain names, and {MOST_WILD} bytes of those with `*`, `+` or `?`"
                         )));
                     }
                 }
@@ -83,12 +83,12 @@ impl<'de> Deserialize<'de> for Patterns {
     }
 }
 
-/// One piece of a pattern.
+/// A character class of a pattern, with its repetition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Piece {
     class: CharClass,
     least: usize,
-    /// Whether there may be more than one.
+    /// Whether it may be repeated.
     many: bool,
 }
 
@@ -108,7 +108,7 @@ struct Key {
 }
 
 impl Key {
-    /// Compiles letters, escaped characters, `.`, `\d` and `[0-9]`, each with `*`, `+` or `?` or nothing behind it; `None`
+    /// Compiles letters, escaped characters, `.`, `\d` and `[0-9]`, each optionally followed by `*`, `+` or `?`; `None`
     /// for any other expression.
     fn new(text: &str) -> Option<Self> {
         let (text, from_start) = text.strip_prefix('^').map_or((text, false), |text| (text, true));
@@ -142,7 +142,7 @@ impl Key {
         Some(Self { pieces, from_start })
     }
 
-    /// The name that it stands for, where it is one and no expression.
+    /// The name that the key matches, if it is a plain name.
     fn literal(&self) -> Option<String> {
         let once = |piece: &Piece| match piece {
             Piece { class: CharClass::Literal(literal), least: 1, many: false } => Some(*literal),
@@ -151,12 +151,12 @@ impl Key {
         self.pieces.iter().map(once).collect::<Option<String>>().filter(|_| !self.from_start)
     }
 
-    /// Whether all names that it stands for have one length.
+    /// Whether all names that the key matches have the same length.
     fn has_fixed_length(&self) -> bool {
         self.pieces.iter().all(|piece| piece.least == 1 && !piece.many)
     }
 
-    /// Whether the whole name matches, or class is behind one of its dots: peft's `(.*\.)?(KEY)$`.
+    /// Whether the whole name matches, or its end after one of its dots, as in peft's `(.*\.)?(KEY)$`.
     fn matches(&self, name: &str) -> bool {
         if self.has_fixed_length() {
             let mut name = name.chars().rev();
@@ -167,7 +167,8 @@ impl Key {
                 .all(|piece| name.next().is_some_and(|character| piece.class.fits(character)))
                 && name.next().is_none_or(|before| before == '.' && !self.from_start);
         }
-        // Which places in the key the characters so far may lead to, all at once.
+        // The set of positions in the key that the characters so far may have reached, as in Thompson's simulation of a
+        // nondeterministic automaton. Backtracking would take exponential time.
         let mut now = vec![false; self.pieces.len() + 1];
         let mut next = now.clone();
         let mut may_begin = true;
@@ -178,7 +179,7 @@ impl Key {
             for (at, piece) in self.pieces.iter().enumerate().filter(|(at, _)| now[*at]) {
                 if piece.class.fits(character) {
                     next[at + 1] = true;
-                    // Once more; class is then left of it may be nothing.
+                    // A repetition stays at the piece, whose remaining repetitions are optional.
                     next[at] |= piece.many;
                 }
             }
@@ -189,7 +190,7 @@ impl Key {
         now[self.pieces.len()]
     }
 
-    /// Goes on past pieces that may be absent.
+    /// Skips optional pieces.
     fn skip(&self, places: &mut [bool]) {
         for (at, piece) in self.pieces.iter().enumerate() {
             places[at + 1] |= places[at] && piece.least == 0;
@@ -238,9 +239,9 @@ mod tests {
         assert!(Key::new("a\\w").is_none());
     }
 
-    /// Python's `re.fullmatch` of the same keys takes time that doubles with each star.
+    /// With Python's `re.fullmatch` the time for these keys doubles with each star.
     #[test]
-    fn stars_without_end_take_no_time() {
+    fn many_stars_take_little_time() {
         let name = "model.layers.12.mlp.experts.gate_up_proj";
         let begun = std::time::Instant::now();
         for part in [".*", "a?", "[0-9]*", ".+"] {
@@ -268,7 +269,7 @@ mod tests {
         }
     }
 
-    /// Each of as many keys as are read against each of as many names as a model has.
+    /// As many keys as are allowed, against as many names as a model has.
     #[test]
     fn many_keys_are_found_in_time_or_refused() {
         let map = |keys: &mut dyn Iterator<Item = String>| {
@@ -291,12 +292,12 @@ mod tests {
             map(&mut (0..3_000).map(|at| format!(".*{at}"))),
             map(&mut std::iter::once("a.".repeat(150_000))),
         ] {
-            assert!(keys.unwrap_err().to_string().contains("more patterns than are read"));
+            assert!(keys.unwrap_err().to_string().contains("too many patterns"));
         }
     }
 
     #[test]
-    fn names_are_told_from_expressions() {
+    fn plain_names_are_distinguished_from_expressions() {
         let literal = |key: &str| Key::new(key).unwrap().literal();
         assert_eq!(literal("mlp\\.up_proj").as_deref(), Some("mlp.up_proj"));
         for key in ["mlp.up_proj", "up_proj+", "^up_proj", "\\d"] {

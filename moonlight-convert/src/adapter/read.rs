@@ -1,5 +1,5 @@
-//! An adapter from files. Its header is read as that of weights is, and every shape is held against the model and the
-//! configuration before memory is asked for.
+//! Reading an adapter. Its header is validated as that of a weight file, and every shape is checked against the model
+//! and the config before memory is allocated.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
@@ -28,63 +28,63 @@ use crate::io::confined_dir::ConfinedDir;
 use crate::mapping::names as mapping;
 use crate::mapping::names::hugging_face_tensors;
 
-/// Bytes that are read at a time.
+/// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
-/// The longest note of ours that is read: 200 bytes for each of more projections than any model has.
+/// Size limit of this project's note: 200 bytes for each of more projections than any model has.
 const MAX_NOTE_BYTES: usize = 20_000_000;
-/// An adapter may have so many values whatever its model, and more only where the model has more itself.
+/// The number of values that an adapter may always have; more only if the model has more.
 const MIN_ALLOWED_VALUES: u64 = 1 << 26;
 
-/// A tensor of the file, which has not been read; a vector is a matrix of one row.
+/// A tensor of the file, not read yet; a vector is a matrix with one row.
 #[derive(Debug, Clone)]
 struct StoredMatrix {
     rows: usize,
     columns: usize,
     dtype: WeightDtype,
-    /// Where in the file's data section.
+    /// Byte range in the file's data section.
     range: Range<usize>,
 }
 
-/// The two matrices of a module: `[rank, in]`, `[out, rank]`.
+/// The two matrices of a module: `A`, `[rank, in]`, and `B`, `[out, rank]`.
 #[derive(Debug, Default)]
 struct MatrixPair {
     a: Option<StoredMatrix>,
     b: Option<StoredMatrix>,
 }
 
-/// What the file holds, by modules.
+/// The tensors of the file, by module.
 #[derive(Debug, Default)]
 struct AdapterTensors {
     pairs: BTreeMap<String, MatrixPair>,
     embeddings: BTreeMap<String, MatrixPair>,
     magnitudes: BTreeMap<String, StoredMatrix>,
     tokens: BTreeMap<String, StoredMatrix>,
-    /// By the name of a checkpoint's tensor, with the name in the file.
-    whole: BTreeMap<String, (String, StoredMatrix)>,
+    /// Fully trained weights by the name of the checkpoint's tensor, with the name in the file.
+    full_weights: BTreeMap<String, (String, StoredMatrix)>,
 }
 
-/// What an adapter comes to beside its model.
+/// A loaded adapter: its pairs of matrices, and its changes of the weights.
 #[derive(Debug)]
 struct AdapterContents {
     adapters: Vec<Adapter>,
     changes: WeightChanges,
 }
 
-/// Loads the adapter of a directory into a model: ours, or one that peft wrote, for any of the model's projections, embedding
-/// and head. What is no LoRA of a projection (DoRA, a trained embedding, the residual of PiSSA) changes the weights
-/// themselves, once.
+/// Loads an adapter, written by this project or by peft, into a model. It may adapt any of the model's projections, its
+/// embedding and its head. What is not LoRA of a projection (DoRA, a trained embedding, the residual of PiSSA) changes
+/// the weights themselves, once.
 ///
 /// # Errors
 ///
-/// [`AdapterError`]: files that are absent or broken, ranks that are not those of the configuration, a configuration with
-/// what is not known here, tensors and shapes that do not belong to the model, weights in few bits that are to be changed.
+/// [`AdapterError`]: missing or damaged files, ranks that differ from the config, an unsupported config, tensors or
+/// shapes that do not match the model, changes of quantized weights.
 pub fn load_adapter(model: CausalLm, dir: &Path) -> Result<CausalLm, AdapterError> {
     load_adapter_with_head(model, TiedHead::Absent, dir)
 }
 
-/// [`load_adapter`] for a model whose files hold `head` ([`Checkpoint::tied_head`](crate::Checkpoint::tied_head)): where it is
-/// [`TiedHead::Separate`], `config.json` ties a head that differs from the embedding, and tokens that were trained are peft's in
-/// complete_pair, because peft goes by `config.json`.
+/// [`load_adapter`] for a model whose files contain `head` ([`Checkpoint::tied_head`](crate::Checkpoint::tied_head)).
+/// With [`TiedHead::Separate`], `config.json` ties a head that differs from the embedding. peft goes by `config.json`,
+/// so that tokens that were trained apply to both matrices.
 ///
 /// # Errors
 ///
@@ -96,11 +96,11 @@ pub fn load_adapter_with_head(model: CausalLm, head: TiedHead, dir: &Path) -> Re
     model.with_adapters(adapters).map_err(|source| AdapterError::Mismatch { dir: dir.to_path_buf(), source })
 }
 
-/// The adapters of a directory for a model of this configuration, to be trained further.
+/// Reads an adapter for a model with this config, to train it further.
 ///
 /// # Errors
 ///
-/// Those of [`load_adapter`], and [`AdapterError::NotTrainable`] for one that changes weights beside its projections'.
+/// Those of [`load_adapter`], and [`AdapterError::NotTrainable`] for an adapter that changes the weights of the base.
 pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, AdapterError> {
     let AdapterContents { adapters, changes } = contents(model, TiedHead::Absent, dir)?;
     let what = |(path, changes): (&String, &Vec<WeightChange>)| match changes.last() {
@@ -108,7 +108,7 @@ pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, Ada
         Some(WeightChange::SubtractFirstColumns { .. }) => "is OLoRA, which changes the base's weights".to_owned(),
         Some(WeightChange::Dora { .. }) => "is DoRA".to_owned(),
         Some(WeightChange::Add { .. }) => format!("has an adapter of `{path}`"),
-        _ => format!("has a `{path}` of its own"),
+        _ => format!("replaces `{path}`"),
     };
     match changes.iter().next() {
         None => Ok(adapters),
@@ -116,24 +116,24 @@ pub fn read_adapter(model: &ModelConfig, dir: &Path) -> Result<Vec<Adapter>, Ada
     }
 }
 
-/// The file's tensors, and how they become the model's.
+/// State of reading one adapter.
 struct AdapterReader {
     path: PathBuf,
     dir: PathBuf,
     shard: Shard,
     config: AdapterConfig,
-    /// Whether the configuration names `gate_up_proj` among its parameters.
+    /// Whether the config lists `gate_up_proj` in `target_parameters`.
     targets_gate_up: bool,
     tied: bool,
-    /// Whether `config.json` ties a head that differs in the files.
+    /// Whether `config.json` ties a head that differs from the embedding in the files.
     tied_in_config: bool,
     shapes: BTreeMap<String, ParameterShape>,
     notes: HashMap<String, Note>,
     adapters: Vec<Adapter>,
     changes: WeightChanges,
-    /// The most values of the whole adapter.
+    /// The most values that the adapter may have.
     most: u64,
-    /// Those of them that may still be asked for.
+    /// How many of them may still be allocated.
     allowed: u64,
 }
 
@@ -142,8 +142,8 @@ fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<AdapterCo
     if config.targets.modules.is_none() && config.targets.parameters.is_empty() {
         config.targets.modules = Some(default_targets(model).ok_or_else(|| AdapterError::Config {
             path: dir.join(ADAPTER_CONFIG),
-            problem: "does not say which modules it is for".into(),
-            hint: Some("`target_modules` names them, as peft writes it".into()),
+            problem: "does not list any modules".into(),
+            hint: Some("set `target_modules`, as peft writes it".into()),
         })?);
     }
     let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
@@ -155,17 +155,20 @@ fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<AdapterCo
     let notes = shard.note.take().map_or(Ok(HashMap::new()), |note| read_notes(&note)).map_err(error)?;
     let tensors = std::mem::take(&mut shard.tensors);
     if tensors.is_empty() {
-        let hint = "it was saved from a model without an adapter, or by a training run whose parts were not gathered";
-        let problem = "holds no tensor at all".into();
+        let hint = "save the adapter again: its model had none, or a sharded training run did not gather it";
+        let problem = "contains no tensors".into();
         return Err(AdapterError::Weights { path, problem, hint: Some(hint.into()) });
     }
     if let Some(TensorEntry { name, shape, .. }) =
         tensors.iter().find(|tensor| tensor.shape.len() > 2 && names::parse(&tensor.name).1 == TensorRole::FullWeight)
     {
         let stack = name.contains(".experts.");
-        let what =
-            if stack { "trained experts in place of the model's are not read" } else { "no such weight is read" };
-        let problem = format!("holds `{name}` of shape {shape:?}: {what}");
+        let what = if stack {
+            "fully trained experts are not supported"
+        } else {
+            "the model has no weight with three or more dimensions"
+        };
+        let problem = format!("contains `{name}` of shape {shape:?}: {what}");
         let hint = stack.then(|| format!("{MERGE_IN_PEFT}, or train adapters of the experts (`target_parameters`)"));
         return Err(AdapterError::Weights { path, problem, hint });
     }
@@ -194,13 +197,13 @@ fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<AdapterCo
     reading.read(found)
 }
 
-/// What peft takes where a configuration does not say (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`).
+/// peft's default targets (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`).
 fn default_targets(model: &ModelConfig) -> Option<Names> {
     let known = matches!(model.model_type.as_str(), "llama" | "qwen2");
     known.then(|| Names::List(["q_proj", "v_proj"].map(str::to_owned).into()))
 }
 
-/// The tensors by what they are. The error is the rest of a sentence that begins with the file's name.
+/// Sorts the tensors by their role. The error is the rest of a sentence that begins with the file's name.
 fn sorted(tensors: Vec<TensorEntry>) -> Result<AdapterTensors, String> {
     let mut found = AdapterTensors::default();
     for tensor in tensors {
@@ -208,19 +211,19 @@ fn sorted(tensors: Vec<TensorEntry>) -> Result<AdapterTensors, String> {
         let (module, part) = names::parse(name);
         let (rows, columns) = match (part, tensor.shape.as_slice()) {
             (TensorRole::Magnitude | TensorRole::FullWeight, &[columns]) => (1, columns),
-            // Releases before 0.9 kept a magnitude as a column.
+            // peft before 0.9 stored a magnitude as a column.
             (TensorRole::Magnitude, &[columns, 1]) => (1, columns),
             (TensorRole::Magnitude, shape) => {
-                return Err(format!("holds `{name}` of shape {shape:?}; it must be a vector"));
+                return Err(format!("contains `{name}` of shape {shape:?}; it must be a vector"));
             }
             (_, &[rows, columns]) => (rows, columns),
-            (_, shape) => return Err(format!("holds `{name}` of shape {shape:?}; it must be a matrix")),
+            (_, shape) => return Err(format!("contains `{name}` of shape {shape:?}; it must be a matrix")),
         };
         let Some(dtype) = WeightDtype::from_safetensors(tensor.dtype) else {
-            return Err(format!("holds `{name}` as {}; f32, bf16 and f16 are read", tensor.dtype));
+            return Err(format!("contains `{name}` as {}; supported are f32, bf16 and f16", tensor.dtype));
         };
         let stored = StoredMatrix { rows, columns, dtype, range: tensor.range };
-        let AdapterTensors { pairs, embeddings, magnitudes, tokens, whole } = &mut found;
+        let AdapterTensors { pairs, embeddings, magnitudes, tokens, full_weights } = &mut found;
         let twice = match part {
             TensorRole::A => pairs.entry(module).or_default().a.replace(stored).is_some(),
             TensorRole::B => pairs.entry(module).or_default().b.replace(stored).is_some(),
@@ -228,30 +231,31 @@ fn sorted(tensors: Vec<TensorEntry>) -> Result<AdapterTensors, String> {
             TensorRole::EmbeddingB => embeddings.entry(module).or_default().b.replace(stored).is_some(),
             TensorRole::Magnitude => magnitudes.insert(module, stored).is_some(),
             TensorRole::TrainedTokens => tokens.insert(module, stored).is_some(),
-            TensorRole::FullWeight => whole.insert(module, (name.clone(), stored)).is_some(),
+            TensorRole::FullWeight => full_weights.insert(module, (name.clone(), stored)).is_some(),
         };
         if twice {
-            return Err(format!("holds `{name}` twice, under two names"));
+            return Err(format!("contains `{name}` twice, under two names"));
         }
     }
     Ok(found)
 }
 
-/// A matrix on its side.
+/// The transpose of a matrix.
 fn transposed_values(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     (0..rows * columns).map(|at| values[(at % rows) * columns + at / rows]).collect()
 }
 
-/// Our note of a file, by the adapters' paths. The error is the rest of a sentence that begins with the file's name.
+/// Parses this project's note, by the paths of the adapters. The error is the rest of a sentence that begins with the
+/// file's name.
 fn read_notes(note: &str) -> Result<HashMap<String, Note>, String> {
     if note.len() > MAX_NOTE_BYTES {
-        return Err(format!("has a note of {} bytes on its adapters; none has more than {MAX_NOTE_BYTES}", note.len()));
+        return Err(format!("has a note of {} bytes on its adapters; the limit is {MAX_NOTE_BYTES}", note.len()));
     }
     let list: Vec<Note> =
-        serde_json::from_str(note).map_err(|error| format!("has a note on its adapters that is broken: {error}"))?;
+        serde_json::from_str(note).map_err(|error| format!("has an invalid note on its adapters: {error}"))?;
     for note in &list {
         if note.rank == 0 || !note.alpha.is_finite() || !(0.0..1.0).contains(&note.dropout) {
-            return Err(format!("has a note on `{}` with numbers that no adapter has", note.path));
+            return Err(format!("has a note on `{}` with an invalid rank, alpha or dropout", note.path));
         }
         check_scale(note.settings(), note.rank)?;
     }
@@ -260,26 +264,26 @@ fn read_notes(note: &str) -> Result<HashMap<String, Note>, String> {
 
 impl AdapterReader {
     fn read(mut self, found: AdapterTensors) -> Result<AdapterContents, AdapterError> {
-        let AdapterTensors { pairs, embeddings, mut magnitudes, tokens, whole } = found;
+        let AdapterTensors { pairs, embeddings, mut magnitudes, tokens, full_weights } = found;
         let mut held: HashSet<String> = pairs.keys().cloned().collect();
-        // Weights that take the place of the model's come first: what follows may change them.
-        let by_key: HashMap<String, ParameterShape> = if whole.is_empty() {
+        // Replaced weights come first, because later changes may build on them.
+        let by_key: HashMap<String, ParameterShape> = if full_weights.is_empty() {
             HashMap::new()
         } else {
             let shapes = self.shapes.values().filter(|shape| shape.kind != ParameterKind::Experts);
             let named = shapes.filter_map(|shape| Some((hugging_face_tensors(shape).into_iter().next()?, shape)));
             named.map(|(tensor, shape)| (mapping::key(&tensor.name).to_owned(), shape.clone())).collect()
         };
-        for (key, (name, stored)) in &whole {
-            // The copy of a tied head is one of the embedding.
+        for (key, (name, stored)) in &full_weights {
+            // The copy of a tied head is a copy of the embedding.
             if self.tied && key == mapping::HEAD && !self.config.targets.saves(names::HEAD) {
-                match whole.get(mapping::EMBEDDING) {
+                match full_weights.get(mapping::EMBEDDING) {
                     Some((other, embedding)) => self.check_equal(name, stored, other, embedding)?,
-                    None => self.whole(by_key.get(mapping::EMBEDDING), mapping::EMBEDDING, name, stored)?,
+                    None => self.replace_weight(by_key.get(mapping::EMBEDDING), mapping::EMBEDDING, name, stored)?,
                 }
                 continue;
             }
-            self.whole(by_key.get(key), key, name, stored)?;
+            self.replace_weight(by_key.get(key), key, name, stored)?;
         }
         let mut separate_experts: BTreeMap<(String, String), BTreeMap<usize, (StoredMatrix, StoredMatrix)>> =
             BTreeMap::new();
@@ -291,7 +295,7 @@ impl AdapterReader {
                 self.check_targeted(&module, &[format!("{stack}.{projection}")], &[self.stacked(stack, projection)])?;
                 let stack = (stack.to_owned(), projection.to_owned());
                 if separate_experts.entry(stack).or_default().insert(expert, (a, b)).is_some() {
-                    return Err(self.error(format!("holds two adapters of `{module}`")));
+                    return Err(self.error(format!("contains two adapters of `{module}`")));
                 }
             } else if let Some((stack, inner)) = names::parse_stack(&module) {
                 let has_inner = inner || has_base_layer.contains(stack);
@@ -310,12 +314,12 @@ impl AdapterReader {
         }
         if let Some(module) = magnitudes.keys().next() {
             return Err(self.error_with_hint(
-                format!("holds a DoRA magnitude of `{module}`, which has no adapter of a projection projection"),
+                format!("contains a DoRA magnitude of `{module}`, which has no adapter of a plain projection"),
                 MERGE_IN_PEFT,
             ));
         }
         self.tokens(&tokens)?;
-        self.check_complete(&held, &whole)?;
+        self.check_complete(&held, &full_weights)?;
         Ok(AdapterContents { adapters: self.adapters, changes: self.changes })
     }
 
@@ -326,7 +330,7 @@ impl AdapterReader {
     ) -> Result<(StoredMatrix, StoredMatrix), AdapterError> {
         match (a, b) {
             (Some(a), Some(b)) => Ok((a, b)),
-            _ => Err(self.error(format!("holds only one of the two matrices of `{module}`"))),
+            _ => Err(self.error(format!("contains only one of the two matrices of `{module}`"))),
         }
     }
 
@@ -338,14 +342,14 @@ impl AdapterReader {
         AdapterError::Weights { path: self.path.clone(), problem, hint: Some(hint.to_owned()) }
     }
 
-    /// The parameter of transformers 5 that has a projection of a stack.
+    /// The parameter of transformers 5 that contains a projection of a stack.
     fn stacked(&self, stack: &str, projection: &str) -> String {
         let parameter = if projection == "down_proj" { "down_proj" } else { names::GATE_UP };
         names::transformers_name(&format!("{stack}.{parameter}"))
     }
 
-    /// Refuses an adapter that the configuration does not ask for, under any of the names that it may have as a module, or
-    /// as a parameter: peft passes such tensors over.
+    /// Refuses an adapter that the config does not target under any of its possible names, as a module or as a
+    /// parameter. peft ignores such tensors silently.
     fn check_targeted(&self, module: &str, modules: &[String], parameters: &[String]) -> Result<(), AdapterError> {
         let targets = &self.config.targets;
         let own = [names::transformers_name(module)];
@@ -356,12 +360,12 @@ impl AdapterReader {
             return Ok(());
         }
         Err(self.error_with_hint(
-            format!("holds an adapter of `{module}`, which `adapter_config.json` does not target"),
-            "peft would leave it out; add the module to `target_modules`, or take the tensors out of the file",
+            format!("contains an adapter of `{module}`, which `adapter_config.json` does not target"),
+            "add the module to `target_modules`, or remove the tensors from the file; peft ignores them",
         ))
     }
 
-    /// Refuses two copies of the one embedding that differ.
+    /// Refuses two differing copies of a tied embedding.
     fn check_equal(
         &self,
         name: &str,
@@ -375,14 +379,14 @@ impl AdapterReader {
         }
         Err(self.error_with_hint(
             format!(
-                "holds `{other}` and another `{name}`, and the model's head is its embedding (`tie_word_embeddings`)"
+                "contains `{other}` and a different `{name}`, but the model's head is its embedding (`tie_word_embeddings`)"
             ),
-            "take the one that was not trained out of the file, or untie the model first",
+            "remove the copy that was not trained from the file, or untie the model first",
         ))
     }
 
-    /// A tensor in place of the model's.
-    fn whole(
+    /// Reads a tensor that replaces one of the model.
+    fn replace_weight(
         &mut self,
         parameter: Option<&ParameterShape>,
         key: &str,
@@ -393,26 +397,26 @@ impl AdapterReader {
             if mapping::HEAD == key && self.tied {
                 return Err(self.tied(name));
             }
-            return Err(
-                self.error(format!("holds `{name}`, which is no part of a LoRA adapter and no weight of the model"))
-            );
+            return Err(self.error(format!(
+                "contains `{name}`, which is neither part of a LoRA adapter nor a weight of the model"
+            )));
         };
         let module = key.rsplit_once('.').map_or(key, |(module, _)| module);
         let full = if parameter.kind == ParameterKind::Head { module.to_owned() } else { format!("model.{module}") };
         let targets = &self.config.targets;
         let bias = parameter.kind == ParameterKind::Bias || parameter.kind == ParameterKind::CorrectionBias;
-        // peft saves embedding and head beside adapters of them, and where tokens were added.
+        // peft saves embedding and head along with their adapters, and if tokens were added.
         let check_targeted = targets.saves(&full)
             || matches!(parameter.kind, ParameterKind::Embedding | ParameterKind::Head)
             || (bias && self.trains_bias(&full));
         if !check_targeted {
             return Err(self.error_with_hint(
-                format!("holds `{name}`, which `adapter_config.json` does not announce"),
-                "take the tensor out of the file, or name what was trained: its module in `modules_to_save`, biases by `bias`",
+                format!("contains `{name}`, which `adapter_config.json` does not list"),
+                "remove the tensor from the file, or list what was trained: modules in `modules_to_save`, biases by `bias`",
             ));
         }
-        // peft gives a module of `modules_to_save` a weight of its own. A copy that it saves beside an adapter
-        // (`save_embedding_layers`) it loads into the one weight of complete_pair.
+        // peft gives a module in `modules_to_save` a weight of its own, which unties it. A copy that peft saves along
+        // with an adapter (`save_embedding_layers`) is loaded into the one tied weight.
         if self.tied && parameter.kind == ParameterKind::Embedding && targets.saves(&full) {
             return Err(self.tied(name));
         }
@@ -426,12 +430,12 @@ impl AdapterReader {
         if found != shape {
             let hint = match parameter.kind {
                 ParameterKind::Embedding | ParameterKind::Head => {
-                    "tokens were added to its base, or taken away: merge it in peft, on a base that was resized likewise"
+                    "merge it with peft, on a base resized in the same way: tokens were added or removed"
                 }
-                _ => "the adapter was made for another model, or damaged",
+                _ => "check that the adapter belongs to this model",
             };
             return Err(
-                self.error_with_hint(format!("holds `{name}` of shape {found:?}; the model's is {shape:?}"), hint)
+                self.error_with_hint(format!("contains `{name}` of shape {found:?}; the model's is {shape:?}"), hint)
             );
         }
         self.reserve(name, parameter.count())?;
@@ -443,7 +447,7 @@ impl AdapterReader {
         Ok(())
     }
 
-    /// Whether the bias of a module, by its name in transformers, was trained.
+    /// Whether the bias of a module was trained, by its name in transformers.
     fn trains_bias(&self, module: &str) -> bool {
         match self.config.biases {
             TrainedBiases::None => false,
@@ -454,9 +458,9 @@ impl AdapterReader {
 
     fn tied(&self, name: &str) -> AdapterError {
         self.error_with_hint(
-            format!("holds `{name}`, and the model's head is its embedding (`tie_word_embeddings`)"),
-            "an adapter of one of the two makes them two weights in peft; untie the model first, or train single tokens \
-             (`trainable_token_indices`)",
+            format!("contains `{name}`, and the model's head is its embedding (`tie_word_embeddings`)"),
+            "untie the model first, or train single tokens (`trainable_token_indices`); in peft, an adapter of one of the \
+             two unties them",
         )
     }
 
@@ -464,7 +468,7 @@ impl AdapterReader {
         self.changes.entry(path.to_owned()).or_default().push(change);
     }
 
-    /// Takes what peft takes off the base's weight.
+    /// Subtracts from the base's weight what peft subtracts.
     fn without_initial(&mut self, path: &str, rank: usize, scale: f64) {
         match self.config.initial {
             BaseInit::Unchanged => {}
@@ -473,7 +477,7 @@ impl AdapterReader {
         }
     }
 
-    /// An adapter of the embedding: `A` is `[rank, vocab]` and `B` `[hidden, rank]`.
+    /// Reads an adapter of the embedding: `A` is `[rank, vocab]`, `B` is `[hidden, rank]`.
     fn embedding(&mut self, module: &str, a: &StoredMatrix, b: &StoredMatrix) -> Result<(), AdapterError> {
         let shape = self.shapes.get(module).filter(|shape| shape.kind == ParameterKind::Embedding);
         let Some(shape) = shape.cloned() else { return Err(self.unknown(module)) };
@@ -482,10 +486,8 @@ impl AdapterReader {
             return Err(self.tied(module));
         }
         if self.config.dora || self.config.initial != BaseInit::Unchanged {
-            return Err(self.error_with_hint(
-                "holds an adapter of the embedding that is no projection LoRA".into(),
-                MERGE_IN_PEFT,
-            ));
+            return Err(self
+                .error_with_hint("contains an adapter of the embedding that is not plain LoRA".into(), MERGE_IN_PEFT));
         }
         let settings = self.rank(module, &names::names_of(module), a.rows, b.columns)?;
         if shape.shape != [a.columns, b.rows] {
@@ -496,7 +498,7 @@ impl AdapterReader {
         Ok(())
     }
 
-    /// `A` and `B` as we have them, `[in, rank]` and `[rank, out]`, and their scale.
+    /// Reads `A` and `B`, transposed to `[in, rank]` and `[rank, out]`, and their scale.
     fn load_pair(
         &mut self,
         module: &str,
@@ -508,6 +510,7 @@ impl AdapterReader {
         let mut ours = self.zeros(module, 1, [input, rank, output])?;
         let (a, b) = (self.values(module, a)?, self.values(module, b)?);
         for k in 0..rank {
+            // `A` `[rank, in]` becomes `[in, rank]`, `B` `[out, rank]` becomes `[rank, out]`.
             (0..input).for_each(|i| ours.0[i * rank + k] = a[k * input + i]);
             (0..output).for_each(|o| ours.1[k * output + o] = b[o * rank + k]);
         }
@@ -521,7 +524,7 @@ impl AdapterReader {
         AdapterError::Mismatch { dir: self.dir.clone(), source }
     }
 
-    /// Rows of the embedding, and columns of the head, that were trained by themselves.
+    /// Reads single trained rows of the embedding and columns of the head.
     fn tokens(&mut self, found: &BTreeMap<String, StoredMatrix>) -> Result<(), AdapterError> {
         let by_module = match &self.config.tokens {
             TrainedTokens::None => Vec::new(),
@@ -534,8 +537,8 @@ impl AdapterReader {
         for (module, stored) in found {
             let Some(tokens) = check_targeted.get(module) else {
                 return Err(self.error_with_hint(
-                    format!("holds trained tokens of `{module}`, which `adapter_config.json` does not announce"),
-                    "`trainable_token_indices` says which tokens they are",
+                    format!("contains trained tokens of `{module}`, which `adapter_config.json` does not list"),
+                    "list the tokens in `trainable_token_indices`",
                 ));
             };
             let head = module == names::HEAD;
@@ -548,11 +551,13 @@ impl AdapterReader {
             let (vocab, hidden) =
                 if head { (shape.shape[1], shape.shape[0]) } else { (shape.shape[0], shape.shape[1]) };
             if let Some(token) = tokens.iter().find(|token| **token >= vocab) {
-                return Err(self.error(format!("holds a token {token} of `{module}`; the model has {vocab}")));
+                return Err(
+                    self.error(format!("contains the token {token} of `{module}`; the model has {vocab} tokens"))
+                );
             }
             if (stored.rows, stored.columns) != (tokens.len(), hidden) {
                 return Err(self.error(format!(
-                    "holds trained tokens of `{module}` as [{}, {}]; {} of {hidden} are check_targeted",
+                    "contains trained tokens of `{module}` as [{}, {}]; {} of {hidden} are listed",
                     stored.rows,
                     stored.columns,
                     tokens.len()
@@ -572,7 +577,7 @@ impl AdapterReader {
             );
         }
         match check_targeted.keys().find(|module| !found.contains_key(*module)) {
-            Some(module) => Err(self.missing(&format!("trained tokens of `{module}`"), 0)),
+            Some(module) => Err(self.missing(&format!("the trained tokens of `{module}`"), 0)),
             None => Ok(()),
         }
     }
@@ -580,13 +585,13 @@ impl AdapterReader {
     fn missing(&self, what: &str, more: usize) -> AdapterError {
         let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
         self.error_with_hint(
-            format!("holds no {what}{more}, which `adapter_config.json` announces"),
-            "the file is not whole, or is another adapter's",
+            format!("lacks {what}{more}, which `adapter_config.json` lists"),
+            "check that the file is complete and belongs to this adapter",
         )
     }
 
-    /// A parameter of a stack of experts that the configuration targets and the file has nothing for. Where experts are kept
-    /// one by one, one of them is enough.
+    /// The parameter of a stack of experts that the config targets and the file lacks. With one tensor per expert, a
+    /// single expert is enough.
     fn missing_of_stack(&self, stack: &str, held: &HashSet<String>) -> Option<String> {
         let names = [names::GATE_UP, "down_proj"].map(|parameter| format!("{stack}.{parameter}"));
         let asked = names.each_ref().map(|name| self.config.targets.has_parameter(&names::transformers_name(name)));
@@ -596,7 +601,7 @@ impl AdapterReader {
                 .any(|(of, _, projection)| of == stack && projections.contains(&projection))
         };
         let separate_experts = [single(&["gate_proj", "up_proj"]), single(&["down_proj"])];
-        // Two in one file are told apart by the inner one's name; one alone is whichever is targeted.
+        // Of two in one file, the inner one has the name `base_layer`; a single one is whichever is targeted.
         let stacked = [format!("{stack}.base_layer"), stack.to_owned()].map(|module| held.contains(&module));
         let there = match (asked, stacked) {
             (_, [true, true]) => [true; 2],
@@ -607,16 +612,16 @@ impl AdapterReader {
         names.into_iter().nth(missing)
     }
 
-    /// Refuses a file without what the configuration announces: peft would leave it as it was before training.
+    /// Refuses a file that lacks something the config lists. peft would leave it untrained.
     fn check_complete(
         &self,
         held: &HashSet<String>,
-        whole: &BTreeMap<String, (String, StoredMatrix)>,
+        full_weights: &BTreeMap<String, (String, StoredMatrix)>,
     ) -> Result<(), AdapterError> {
         let targets = &self.config.targets;
         let moe = self.shapes.values().any(|shape| shape.kind == ParameterKind::Experts);
-        // In a model with experts peft beside transformers 5 takes these names for the experts' alone, peft beside
-        // transformers 4 for those of dense layers and shared experts, too.
+        // In a model with experts, peft takes these names for the experts alone with transformers 5, and for dense
+        // layers and shared experts, too, with transformers 4.
         let unclear = |module: &str| moe && module.contains(".mlp") && !module.ends_with(".router");
         let has = |module: &String, shape: &ParameterShape| match shape.kind {
             ParameterKind::Matrix | ParameterKind::Router => {
@@ -634,18 +639,18 @@ impl AdapterReader {
         };
         let mut missing = self.shapes.iter().filter(|(module, shape)| has(module, shape) && !held.contains(*module));
         if let Some((module, _)) = missing.next() {
-            return Err(self.missing(&format!("adapter of `{module}`"), missing.count()));
+            return Err(self.missing(&format!("the adapter of `{module}`"), missing.count()));
         }
         for stack in self.shapes.keys().filter_map(|module| module.strip_suffix(".gate_proj")) {
             if let Some(missing) = stack.ends_with(".experts").then(|| self.missing_of_stack(stack, held)).flatten() {
-                return Err(self.missing(&format!("adapter of `{missing}`"), 0));
+                return Err(self.missing(&format!("the adapter of `{missing}`"), 0));
             }
         }
         let saved = self.shapes.values().filter(|shape| shape.kind != ParameterKind::Experts).filter_map(|shape| {
             let name = hugging_face_tensors(shape).into_iter().next()?.name;
             let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);
             let asked = targets.saves(module) || shape.kind == ParameterKind::Bias && self.trains_bias(module);
-            (asked && !whole.contains_key(mapping::key(&name))).then_some(name)
+            (asked && !full_weights.contains_key(mapping::key(&name))).then_some(name)
         });
         match saved.into_iter().next() {
             Some(name) => Err(self.missing(&format!("`{name}`"), 0)),
@@ -654,15 +659,15 @@ impl AdapterReader {
     }
 
     fn unknown(&self, module: &str) -> AdapterError {
-        self.error(format!("holds an adapter of `{module}`, which is no projection of the model"))
+        self.error(format!("contains an adapter of `{module}`, which is not a projection of the model"))
     }
 
     fn settings(&self, names: &[String]) -> Result<(usize, LowRankSettings), AdapterError> {
         let path = || self.dir.join(ADAPTER_CONFIG);
-        self.config.of(names).map_err(|problem| AdapterError::Config { path: path(), problem, hint: None })
+        self.config.settings_of(names).map_err(|problem| AdapterError::Config { path: path(), problem, hint: None })
     }
 
-    /// The rank that a module's matrices have, checked against each other and the configuration.
+    /// Checks the ranks of a module's two matrices against the config.
     fn rank(&self, module: &str, names: &[String], a: usize, b: usize) -> Result<LowRankSettings, AdapterError> {
         let (expected, settings) = self.settings(names)?;
         for found in [a, b] {
@@ -674,7 +679,7 @@ impl AdapterReader {
         Ok(settings)
     }
 
-    /// Zeros for an adapter's two matrices, each a stack of `experts`.
+    /// Allocates an adapter's two matrices, each a stack of `experts`, filled with zeros.
     fn zeros(
         &mut self,
         module: &str,
@@ -686,7 +691,7 @@ impl AdapterReader {
         Ok((vec![0.0; experts * input * rank], vec![0.0; experts * rank * output]))
     }
 
-    /// Notes that so many values more are held.
+    /// Counts values against the limit before they are allocated.
     fn reserve(&mut self, module: &str, wanted: u64) -> Result<(), AdapterError> {
         let Some(left) = self.allowed.checked_sub(wanted) else {
             return Err(self.larger_than_its_model(module, wanted));
@@ -696,10 +701,10 @@ impl AdapterReader {
     }
 
     fn larger_than_its_model(&self, module: &str, values: u64) -> AdapterError {
-        self.error(format!("holds more values than its model has: with the {values} of `{module}`, over {}", self.most))
+        self.error(format!("contains too many values: with the {values} of `{module}`, more than {}", self.most))
     }
 
-    /// The values of a matrix, row by row.
+    /// Reads the values of a matrix, row by row.
     fn values(&self, module: &str, matrix: &StoredMatrix) -> Result<Vec<f32>, AdapterError> {
         let size = matrix.dtype.size();
         let count = (matrix.rows as u64).saturating_mul(matrix.columns as u64);
@@ -719,7 +724,7 @@ impl AdapterReader {
                 WeightDtype::F16 => convert_bytes::<f16, f32>(bytes, values),
             };
         }
-        if finite { Ok(values) } else { Err(self.error(format!("holds infinite or NaN values for `{module}`"))) }
+        if finite { Ok(values) } else { Err(self.error(format!("contains NaN or infinity in `{module}`"))) }
     }
 
     fn note_of(&self, path: &str) -> Option<&Note> {
@@ -750,7 +755,7 @@ impl AdapterReader {
         if shape.shape != [input, output] {
             return Err(self.misfit(module, [input, rank, output], &shape.shape));
         }
-        // What peft wraps as a parameter, where it knows neither DoRA nor PiSSA.
+        // peft wraps the router as a parameter, for which it has neither DoRA nor PiSSA.
         if shape.kind == Router && (self.config.dora || self.config.initial != BaseInit::Unchanged) {
             return Err(self.unsupported_kind(module));
         }
@@ -765,17 +770,17 @@ impl AdapterReader {
             (true, Some(magnitude)) => {
                 if magnitude.columns != output {
                     return Err(self.error(format!(
-                        "holds {} magnitudes of `{module}`, which has {output} outputs",
+                        "contains {} magnitudes of `{module}`, which has {output} outputs",
                         magnitude.columns
                     )));
                 }
                 let magnitude = TensorData::new(self.values(module, &magnitude)?, [output]);
                 self.change(&shape.path, WeightChange::Dora { a, b, scale, magnitude });
             }
-            (true, None) => return Err(self.missing(&format!("DoRA magnitudes of `{module}`"), 0)),
+            (true, None) => return Err(self.missing(&format!("the DoRA magnitudes of `{module}`"), 0)),
             (false, Some(_)) => {
                 return Err(self.error(format!(
-                    "holds DoRA magnitudes of `{module}`, and `adapter_config.json` has no `use_dora`"
+                    "contains DoRA magnitudes of `{module}`, but `adapter_config.json` does not set `use_dora`"
                 )));
             }
         }
@@ -783,12 +788,13 @@ impl AdapterReader {
     }
 
     fn unsupported_kind(&self, module: &str) -> AdapterError {
-        let problem = format!("holds an adapter of `{module}`, for which peft has neither DoRA nor PiSSA nor OLoRA");
+        let problem =
+            format!("contains an adapter of `{module}`, for which peft supports neither DoRA nor PiSSA nor OLoRA");
         self.error_with_hint(problem, MERGE_IN_PEFT)
     }
 
-    /// A stack as transformers 5 keeps it. `(inner, has_inner)`: whether this is the inner of two, and whether there are
-    /// two.
+    /// Reads a stack in the layout of transformers 5. `(inner, has_inner)`: whether this is the inner of two adapters,
+    /// and whether there are two.
     fn stack(
         &mut self,
         stack: &str,
@@ -807,7 +813,7 @@ impl AdapterReader {
         let (&[experts, hidden, width], &[_, _, _]) = (gate.as_slice(), down.as_slice()) else {
             return Err(self.unknown(module));
         };
-        // One alone is told by its shape, or where that fits complete_pair, by the configuration.
+        // A single one is recognized by its shape, or by the config if both shapes match.
         let alone_is_gate_up = || {
             let fits = |input, output| (a.columns, b.rows) == (input, output);
             fits(hidden, 2 * width) && (!fits(width, hidden) || self.targets_gate_up)
@@ -822,8 +828,8 @@ impl AdapterReader {
             || !b.columns.is_multiple_of(experts)
         {
             return Err(self.error(format!(
-                "holds an adapter of `{module}` with A [{}, {}] and B [{}, {}], which do not fit {experts} experts of \
-                 {input} inputs and {} outputs",
+                "contains an adapter of `{module}` with A [{}, {}] and B [{}, {}], which do not match {experts} \
+                 experts with {input} inputs and {} outputs",
                 a.rows,
                 a.columns,
                 b.rows,
@@ -837,8 +843,10 @@ impl AdapterReader {
         let modules: Vec<String> = parts.iter().map(|part| format!("{stack}.{part}")).collect();
         self.check_targeted(module, &modules, std::slice::from_ref(&name))?;
         let settings = self.rank(module, &[name], rank, b.columns / experts)?;
-        // In our own files each part has ranks of its own; in peft's, all parts share all of them.
+        // In files of this project each part has its own block of ranks; in peft's, both parts share all of them.
         let note_of: Vec<_> = parts.iter().map(|part| self.note_of(&format!("{stack}.{part}")).cloned()).collect();
+        // The note belongs to this file only if its ranks add up to that of the matrices: another program may have
+        // changed them.
         let ours = note_of.iter().flatten().fold(0, |all: usize, note| all.saturating_add(note.rank)) == rank;
         let (columns, a, b) = (b.columns, self.values(module, a)?, self.values(module, b)?);
         let mut first = 0;
@@ -862,7 +870,7 @@ impl AdapterReader {
                 }
             }
             let shapes = (vec![experts, input, own], vec![experts, own, height]);
-            // The scale is that of all the ranks.
+            // The scale of the file belongs to all ranks together: alpha is adjusted so that the part keeps it.
             let alpha = match settings.rslora {
                 true => settings.scale(rank) * (own as f64).sqrt(),
                 false => settings.scale(rank) * own as f64,
@@ -873,7 +881,7 @@ impl AdapterReader {
         Ok(())
     }
 
-    /// Experts one by one; one without an adapter has zeros.
+    /// Reads a stack with one tensor per expert; an expert without an adapter gets zeros.
     fn separate_experts(
         &mut self,
         stack: &str,
@@ -896,8 +904,8 @@ impl AdapterReader {
             self.rank(&module, &names::names_of(&module), a.rows, b.columns)?;
             if (a.rows, a.columns, b.rows) != (rank, input, output) {
                 return Err(self.error(format!(
-                    "holds an adapter of `{module}` with A [{}, {}] and B [{}, {}]; the expert takes {input} inputs to \
-                     {output} outputs, and the others have rank {rank}",
+                    "contains an adapter of `{module}` with A [{}, {}] and B [{}, {}]; the expert has {input} \
+                     inputs and {output} outputs, and the others have rank {rank}",
                     a.rows, a.columns, b.rows, b.columns
                 )));
             }

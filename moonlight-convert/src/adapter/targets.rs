@@ -1,36 +1,36 @@
-//! Which modules an `adapter_config.json` says to have adapters, by peft's rules (`check_target_module_exists`,
-//! `_inject_parameters` and `_set_trainable` of peft 0.21).
+//! Which modules an `adapter_config.json` targets, by peft's rules (`check_target_module_exists`, `_inject_parameters`
+//! and `_set_trainable` of peft 0.21).
 
 use std::collections::HashSet;
 
 use fancy_regex::{Regex, RegexBuilder};
 use serde_json::Value;
 
-/// The longest expression that is read.
+/// Length limit of an expression in bytes.
 const LONGEST: usize = 20_000;
-/// The most expressions of one list.
+/// The most expressions in a list.
 const MOST: usize = 10;
-/// The most names of `modules_to_save`, each of which is looked for at the end of each name.
+/// The most names in `modules_to_save`; each is compared with the end of each module name.
 const MOST_SAVED: usize = 1_000;
-/// Steps back that an expression may take for one name.
+/// Limit of backtracking steps per name, against expressions of exponential time.
 const BACKTRACKING: usize = 20_000;
-/// Bytes that a compiled expression may have.
+/// Size limit of a compiled expression in bytes.
 const COMPILED: usize = 1 << 20;
-/// peft's word for every linear layer but the head.
+/// peft's name for every linear layer except the head.
 const ALL_LINEAR: &str = "all-linear";
 
 /// `target_modules` or `exclude_modules`.
 #[derive(Debug, Clone)]
 pub(super) enum Names {
-    /// Every linear layer but the head.
+    /// Every linear layer except the head.
     AllLinear,
-    /// Names, and ends of names from a dot on.
+    /// Full names, and ends of names that begin after a dot.
     List(HashSet<String>),
-    /// An expression for whole names.
+    /// A regular expression for full names.
     Expression(Regex),
 }
 
-/// What has adapters, and what was trained whole.
+/// Which modules have adapters, and which were fully trained.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Targets {
     pub(super) modules: Option<Names>,
@@ -47,15 +47,15 @@ pub(super) struct Targets {
 
 fn expression(pattern: &str) -> Result<Regex, String> {
     if pattern.len() > LONGEST {
-        return Err(format!("an expression of {} bytes; up to {LONGEST} are read", pattern.len()));
+        return Err(format!("an expression of {} bytes; the limit is {LONGEST}", pattern.len()));
     }
     let mut builder = RegexBuilder::new(pattern);
     builder.backtrack_limit(BACKTRACKING).delegate_size_limit(COMPILED).delegate_dfa_size_limit(COMPILED);
-    builder.build().map_err(|_| "an expression that cannot be read".to_owned())
+    builder.build().map_err(|_| "an invalid or unsupported expression".to_owned())
 }
 
 impl Names {
-    /// Of a configuration's value; `None` for null. The error is the end of "has KEY with ...".
+    /// Reads a value of the config; `None` for null. The error is the end of "has KEY with ...".
     pub(super) fn read(value: &Value) -> Result<Option<Self>, String> {
         match value {
             Value::Null => Ok(None),
@@ -74,13 +74,15 @@ impl Names {
     }
 }
 
-/// A list of texts, or none at all. The error is the end of "has KEY with ...".
+/// A list of strings, empty for null. The error is the end of "has KEY with ...".
 pub(super) fn texts(value: &Value) -> Result<Vec<String>, String> {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     match value {
         Value::Null => Ok(Vec::new()),
-        Value::Array(list) => list.iter().map(text).collect::<Option<_>>().ok_or("a list of more than names".into()),
-        _ => Err("a value that is no list of names".into()),
+        Value::Array(list) => {
+            list.iter().map(text).collect::<Option<_>>().ok_or("a list with entries that are not names".into())
+        }
+        _ => Err("a value that is not a list of names".into()),
     }
 }
 
@@ -88,12 +90,12 @@ pub(super) fn texts(value: &Value) -> Result<Vec<String>, String> {
 pub(super) fn saved(value: &Value) -> Result<Vec<String>, String> {
     let list = texts(value)?;
     match list.len() {
-        count if count > MOST_SAVED => Err(format!("{count} names; up to {MOST_SAVED} are read")),
+        count if count > MOST_SAVED => Err(format!("{count} names; the limit is {MOST_SAVED}")),
         _ => Ok(list),
     }
 }
 
-/// A text or a list of texts, as `layers_pattern` is. The error is the end of "has KEY with ...".
+/// `layers_pattern`, a string or a list of strings. The error is the end of "has KEY with ...".
 pub(super) fn layer_patterns(value: &Value) -> Result<Vec<Regex>, String> {
     let list = match value {
         Value::String(text) if text.is_empty() => Vec::new(),
@@ -101,12 +103,12 @@ pub(super) fn layer_patterns(value: &Value) -> Result<Vec<Regex>, String> {
         value => texts(value)?,
     };
     if list.len() > MOST {
-        return Err(format!("{} expressions; up to {MOST} are read", list.len()));
+        return Err(format!("{} expressions; the limit is {MOST}", list.len()));
     }
     list.iter().map(|pattern| expression(&format!(r"\A(?:|.*?\.)(?:{pattern})\.(\d+)\."))).collect()
 }
 
-/// A number of a layer or a list of them. The error is the end of "has KEY with ...".
+/// `layers_to_transform`, a layer or a list of layers. The error is the end of "has KEY with ...".
 pub(super) fn layers(value: &Value) -> Result<Option<HashSet<usize>>, String> {
     let number = |value: &Value| value.as_u64().and_then(|layer| usize::try_from(layer).ok());
     let read = match value {
@@ -115,22 +117,22 @@ pub(super) fn layers(value: &Value) -> Result<Option<HashSet<usize>>, String> {
         Value::Array(list) => list.iter().map(number).collect::<Option<_>>().map(Some),
         value => number(value).map(|layer| Some(HashSet::from([layer]))),
     };
-    read.ok_or_else(|| "a value that is no list of layers".to_owned())
+    read.ok_or_else(|| "a value that is not a list of layers".to_owned())
 }
 
-/// The name, and what is behind each of its dots.
+/// The name, and its ends after each of its dots.
 fn ends(name: &str) -> impl Iterator<Item = &str> {
     std::iter::once(name).chain(name.match_indices('.').map(|(at, _)| &name[at + 1..]))
 }
 
 impl Targets {
-    /// Whether the configuration asks for an adapter of the module, by its name in transformers (`model.layers.0.…`).
+    /// Whether the config targets the module, by its name in transformers (`model.layers.0.…`).
     pub(super) fn has_module(&self, name: &str) -> bool {
         let excluded = self.exclude.as_ref().is_some_and(|names| names.matches(name)) || self.saves(name);
         let Some(modules) = self.modules.as_ref().filter(|modules| !excluded && modules.matches(name)) else {
             return false;
         };
-        // The layers limit names that are shortened, and nothing else.
+        // As in peft, `layers_to_transform` only restricts shortened names.
         match modules {
             Names::List(names) if !names.contains(name) => self.in_layers(name),
             _ => true,
@@ -140,7 +142,7 @@ impl Targets {
     fn in_layers(&self, name: &str) -> bool {
         let Some(layers) = &self.layers else { return true };
         let number = match self.layers_patterns.as_slice() {
-            // The first number that follows two names.
+            // The first number after two names, as in peft's default.
             [] => name.split('.').skip(2).find(|part| part.bytes().all(|byte| byte.is_ascii_digit())),
             patterns => patterns
                 .iter()
@@ -149,15 +151,15 @@ impl Targets {
         number.and_then(|number| number.parse().ok()).is_some_and(|layer: usize| layers.contains(&layer))
     }
 
-    /// Whether the configuration asks for an adapter of the parameter, by its name in transformers.
+    /// Whether the config targets the parameter, by its name in transformers.
     pub(super) fn has_parameter(&self, name: &str) -> bool {
         ends(name).any(|end| self.parameters.contains(end))
     }
 
-    /// Whether the module, or one that it is in, was trained whole.
+    /// Whether the module, or one that contains it, was fully trained.
     pub(super) fn saves(&self, module: &str) -> bool {
         let starts = std::iter::once(module).chain(module.match_indices('.').map(|(at, _)| &module[..at]));
-        // peft asks for the end of the name, with or without a dot before it: `norm` means `input_layernorm`, too.
+        // peft compares the end of the name, with or without a preceding dot: `norm` matches `input_layernorm`, too.
         starts.into_iter().any(|start| self.saved.iter().any(|saved| start.ends_with(saved.as_str())))
     }
 }
@@ -174,7 +176,7 @@ mod tests {
     const Q: &str = "model.layers.3.self_attn.q_proj";
 
     #[test]
-    fn modules_are_named_by_their_ends_or_by_an_expression() {
+    fn modules_are_targeted_by_name_end_or_expression() {
         for modules in [
             json!(["q_proj"]),
             json!(["x", "self_attn.q_proj"]),
@@ -201,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_limit_what_is_named_by_its_end() {
+    fn layers_restrict_names_given_by_their_ends() {
         let limited = |modules: Value, layers: Value, pattern: Value| Targets {
             layers: super::layers(&layers).unwrap(),
             layers_patterns: layer_patterns(&pattern).unwrap(),
@@ -217,12 +219,12 @@ mod tests {
         ] {
             assert_eq!(limited(json!(["q_proj"]), layers.clone(), pattern).has_module(Q), expected, "{layers}");
         }
-        assert!(limited(json!([Q]), json!([0]), json!(null)).has_module(Q), "a whole name is meant");
+        assert!(limited(json!([Q]), json!([0]), json!(null)).has_module(Q), "a full name is not restricted to layers");
         assert!(super::layers(&json!(["x"])).is_err() && super::layers(&json!(-1)).is_err());
     }
 
     #[test]
-    fn what_is_excluded_or_saved_has_no_adapter() {
+    fn excluded_and_saved_modules_have_no_adapter() {
         let all = || targets(json!("all-linear"));
         let exclude = Names::read(&json!(["q_proj"])).unwrap();
         assert!(!Targets { exclude, ..all() }.has_module(Q));
@@ -232,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn an_expression_without_end_takes_no_time() {
+    fn an_exponential_expression_takes_little_time() {
         let begun = std::time::Instant::now();
         let names = targets(json!(r"(?:(a+)+)+\1(?=b).*"));
         assert!(!names.has_module(&"a".repeat(40)));

@@ -1,6 +1,6 @@
-//! What an adapter does to the weights themselves: it replaces embeddings, norms and biases, adds to embedding and head, is
-//! a DoRA, or fits a base that PiSSA or OLoRA has taken something off. Such changes are made once, when the adapter is
-//! loaded, in f32, and rounded to the weight's dtype.
+//! Changes that an adapter makes to the weights themselves: it replaces embeddings, norms and biases, adds to embedding
+//! and head, is a DoRA, or belongs to a base from which PiSSA or OLoRA has subtracted something. Such changes are made
+//! once, when the adapter is loaded, in f32, and rounded to the weight's dtype.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,63 +9,65 @@ use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 use faer::{Mat, MatRef};
 use moonlight_model::CausalLm;
 
-/// What is done to one parameter. Matrices lie as the model has them, `[in, out]`, the embedding as `[vocab, hidden]`.
+use crate::module_path::ModulePath;
+
+/// A change of one parameter. Matrices are in Burn's layout, `[in, out]`, the embedding `[vocab, hidden]`.
 #[derive(Debug, Clone)]
 pub(super) enum WeightChange {
-    /// Another value.
+    /// Replaces the value.
     Replace(TensorData),
-    /// Less its best approximation of this rank (PiSSA, arXiv 2404.02948).
+    /// Subtracts the best approximation of this rank (PiSSA, arXiv 2404.02948).
     SubtractPrincipal(usize),
-    /// Less `scale Q_r R_r` of the QR decomposition of its transpose (OLoRA, arXiv 2406.01775): what lies in the space of the
-    /// first `rank` inputs' columns.
+    /// Subtracts `scale Q_r R_r` of the QR decomposition of the transpose (OLoRA, arXiv 2406.01775), that is, the
+    /// component in the space spanned by the columns of the first `rank` inputs.
     SubtractFirstColumns { rank: usize, scale: f64 },
-    /// `+ scale a b`.
+    /// Adds `scale a b`.
     Add { a: TensorData, b: TensorData, scale: f64 },
-    /// `m (W + scale a b) / |W + scale a b|`, the norm over the inputs of each output (DoRA, arXiv 2402.09353).
+    /// `m (W + scale a b) / |W + scale a b|`, with the norm over the inputs of each output (DoRA, arXiv 2402.09353).
     Dora { a: TensorData, b: TensorData, scale: f64, magnitude: TensorData },
-    /// Other values in some rows of the embedding.
+    /// Replaces some rows of the embedding.
     Rows(Vec<usize>, TensorData),
-    /// Other values in some columns of the head.
+    /// Replaces some columns of the head.
     Columns(Vec<usize>, TensorData),
 }
 
-/// WeightChanges by the path of the parameter; those of one parameter are made in their order.
+/// Changes by the path of the parameter. Those of one parameter are made in order.
 pub(super) type WeightChanges = BTreeMap<String, Vec<WeightChange>>;
 
-/// The model with the changes made. The error is a parameter that has another shape than its configuration says: one in
-/// few bits.
+/// Applies the changes to a model. The error is the path of a parameter whose shape differs from the config's, because
+/// it is quantized.
 pub(super) fn apply(model: CausalLm, changes: WeightChanges) -> Result<CausalLm, String> {
     if changes.is_empty() {
         return Ok(model);
     }
     let shapes = model.config().parameter_shapes().into_iter();
     let shapes = shapes.filter(|shape| changes.contains_key(&shape.path)).map(|shape| (shape.path, shape.shape));
-    let mut mapper = ChangeMapper { shapes: shapes.collect(), changes, path: Vec::new(), packed: None };
+    let mut mapper = ChangeMapper { shapes: shapes.collect(), changes, path: ModulePath::default(), quantized: None };
     let model = model.map(&mut mapper);
-    mapper.packed.map_or(Ok(model), Err)
+    mapper.quantized.map_or(Ok(model), Err)
 }
 
 struct ChangeMapper {
     shapes: BTreeMap<String, Vec<usize>>,
     changes: WeightChanges,
-    path: Vec<String>,
-    packed: Option<String>,
+    path: ModulePath,
+    quantized: Option<String>,
 }
 
 impl ModuleMapper for ChangeMapper {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.to_owned());
+        self.path.enter(name);
     }
 
     fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
+        self.path.exit();
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let path = self.path.join(".");
+        let path = self.path.dotted();
         let Some(changes) = self.changes.remove(&path) else { return param };
         if self.shapes.get(&path).is_none_or(|shape| param.lazy_shape().as_slice() != shape.as_slice()) {
-            self.packed = self.packed.take().or(Some(path));
+            self.quantized = self.quantized.take().or(Some(path));
             return param;
         }
         param.map(|tensor| {
@@ -81,7 +83,7 @@ fn changed<const D: usize>(weight: Tensor<D>, change: WeightChange) -> Tensor<D>
     let shape = weight.shape();
     let matrix = |data: TensorData| Tensor::<2>::from_data(data, (&device, DType::F32));
     let flat = |tensor: Tensor<2>| tensor.reshape(shape.clone());
-    // Only replacements are of vectors.
+    // Only replacements concern vectors.
     let two = |weight: Tensor<D>| -> Tensor<2> {
         let dims = weight.dims();
         weight.reshape([dims[0], dims[D - 1]])
@@ -107,7 +109,7 @@ fn changed<const D: usize>(weight: Tensor<D>, change: WeightChange) -> Tensor<D>
     }
 }
 
-/// The last value that is given for a row counts.
+/// Replaces rows of a matrix. If a row is listed twice, the last value counts.
 fn with_rows(weight: Tensor<2>, rows: &[usize], values: Tensor<2>) -> Tensor<2> {
     let mut seen = BTreeSet::new();
     let last: Vec<usize> = (0..rows.len()).rev().filter(|&at| seen.insert(rows[at])).collect();
@@ -118,7 +120,8 @@ fn with_rows(weight: Tensor<2>, rows: &[usize], values: Tensor<2>) -> Tensor<2> 
     };
     let values = values.select(0, numbers(last.iter().map(|&at| at as i64).collect()));
     let rows = numbers(last.iter().map(|&at| rows[at] as i64).collect());
-    // Nothing first, so that the sum is the new value to the bit.
+    // `select_assign` can only add: subtracting the old row first leaves exactly 0, so that the sum is the new value to
+    // the bit.
     let old = weight.clone().select(0, rows.clone());
     weight.select_assign(0, rows.clone(), old.neg(), IndexingUpdateOp::Add).select_assign(
         0,
@@ -137,7 +140,7 @@ fn on_host(weight: Tensor<2>, change: impl FnOnce(MatRef<'_, f32>) -> Option<Mat
     Tensor::from_data(TensorData::new(values, [rows, columns]), (&device, DType::F32))
 }
 
-/// `None` where the decomposition does not converge: values that are not finite.
+/// `None` if the decomposition does not converge, that is, for non-finite values.
 fn without_principal(weight: MatRef<'_, f32>, rank: usize) -> Option<Mat<f32>> {
     let svd = weight.thin_svd().ok()?;
     let rank = rank.min(weight.nrows()).min(weight.ncols());
@@ -146,7 +149,7 @@ fn without_principal(weight: MatRef<'_, f32>, rank: usize) -> Option<Mat<f32>> {
     Some(weight - scaled * v.transpose())
 }
 
-/// `weight` is `[in, out]`, the transpose of what is decomposed: its first rows span the space.
+/// `weight` is `[in, out]`, the transpose of the decomposed matrix: its first rows span the space.
 fn without_first_columns(weight: MatRef<'_, f32>, rank: usize, scale: f32) -> Option<Mat<f32>> {
     let rank = rank.min(weight.nrows()).min(weight.ncols());
     let first = weight.get(..rank, ..).transpose().to_owned();
@@ -172,11 +175,11 @@ mod tests {
     }
 
     #[test]
-    fn pissa_takes_the_largest_singular_values_and_olora_the_first_inputs() {
+    fn pissa_subtracts_the_largest_singular_values_and_olora_the_first_inputs() {
         let weight = || tensor(&[3.0, 0.0, 0.0, 2.0, 0.0, 0.0], [3, 2]);
         assert_near(values(changed(weight(), WeightChange::SubtractPrincipal(1))), &[0.0, 0.0, 0.0, 2.0, 0.0, 0.0]);
         assert_near(values(changed(weight(), WeightChange::SubtractPrincipal(9))), &[0.0; 6]);
-        // The first input's row is (1, 1): what the others have along it goes, too.
+        // The first input's row is (1, 1): the component of the others along it is subtracted, too.
         let weight = || tensor(&[1.0, 1.0, 2.0, 0.0, 0.0, 4.0], [3, 2]);
         let left = [0.0, 0.0, 1.0, -1.0, -2.0, 2.0];
         let without = |rank, scale| values(changed(weight(), WeightChange::SubtractFirstColumns { rank, scale }));

@@ -1,4 +1,4 @@
-//! An adapter to files.
+//! Writing an adapter in peft's layout.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -17,22 +17,22 @@ use crate::error::CheckpointError;
 use crate::format::sidecars;
 use crate::io::temporary::write_anew;
 
-/// One module of the file.
+/// A module of the file.
 struct Module {
     /// `layers.3.self_attn.q_proj`, `layers.3.mlp.experts.base_layer`.
     name: String,
-    /// What the configuration calls it, `layers.3.mlp.experts.gate_up_proj` for a parameter.
+    /// Its name in the config, `layers.3.mlp.experts.gate_up_proj` for a parameter.
     target: String,
-    /// Whether peft must be told of a parameter and not of a module.
+    /// Whether the config lists it as a parameter and not as a module.
     parameter: bool,
     rank: usize,
     alpha: f64,
-    /// `[rank (all experts'), in]` and `[out, rank]`.
+    /// `[rank, in]` and `[out, rank]`; for experts, with the ranks of all experts.
     a: Matrix,
     b: Matrix,
 }
 
-/// Row by row.
+/// A matrix, row by row.
 struct Matrix {
     rows: usize,
     columns: usize,
@@ -49,15 +49,15 @@ impl Matrix {
     }
 }
 
-/// The values and the last two dimensions of an adapter's matrix.
+/// The values of an adapter's matrix, and its last two dimensions.
 fn stack(data: &TensorData) -> (Vec<f32>, usize, usize) {
     let shape = data.shape();
     (data.iter::<f32>().collect(), shape[shape.len() - 2], shape[shape.len() - 1])
 }
 
-/// Writes the adapters of a model into a directory that exists, as peft lays them out: `adapter_config.json`,
+/// Writes the adapters of a model into an existing directory in peft's layout: `adapter_config.json`,
 /// `adapter_model.safetensors` in f32, and from `sidecars_from` the tokenizer, the chat template and the generation
-/// configuration. `base` is what the configuration calls the base model.
+/// config. `base` is the base model named in the config.
 ///
 /// # Errors
 ///
@@ -65,7 +65,7 @@ fn stack(data: &TensorData) -> (Vec<f32>, usize, usize) {
 ///
 /// # Panics
 ///
-/// When the model has no adapter.
+/// If the model has no adapter.
 pub fn write_adapter(
     model: &CausalLm,
     dir: &Path,
@@ -73,7 +73,7 @@ pub fn write_adapter(
     sidecars_from: Option<&Path>,
 ) -> Result<(), AdapterError> {
     let adapters = model.adapters();
-    assert!(!adapters.is_empty(), "there is an adapter to write");
+    assert!(!adapters.is_empty(), "the model has an adapter");
     let modules = modules(&adapters, model.config().moe.is_some());
     let config = config(&modules, &adapters, model, base);
     if let Some(from) = sidecars_from {
@@ -88,8 +88,8 @@ pub fn write_adapter(
     Ok(())
 }
 
-/// The modules of the file; a stack's gate and up become one, with the ranks of both: `A` is that of the one above that of
-/// the other, and `B` has each half's columns for its own rows alone.
+/// The modules of the file. Gate and up of a stack become one module with the sum of their ranks: `A` has the rows of
+/// both, and `B` has each one's columns in its own half of the rows, with zeros elsewhere.
 fn modules(adapters: &[Adapter], experts_are_stacked: bool) -> Vec<Module> {
     let by_path: BTreeMap<&str, &Adapter> = adapters.iter().map(|adapter| (adapter.path.as_str(), adapter)).collect();
     let mut modules = Vec::new();
@@ -128,7 +128,7 @@ fn plain(adapter: &Adapter, parameter: bool) -> Module {
     Module { name: adapter.path.clone(), target, parameter, rank, alpha, a: file_a, b: file_b }
 }
 
-/// Parts of one stacked parameter: `parts` are the blocks of its output rows, some without an adapter.
+/// Fuses parts of a stacked parameter: `parts` are the blocks of its output rows, some without an adapter.
 fn fused(stack_path: &str, name: &str, parameter: &str, parts: &[Option<&Adapter>]) -> Module {
     let present: Vec<&Adapter> = parts.iter().copied().flatten().collect();
     let first = present.first().expect("a module is written for an adapter");
@@ -143,7 +143,7 @@ fn fused(stack_path: &str, name: &str, parameter: &str, parts: &[Option<&Adapter
     for (half, adapter) in parts.iter().enumerate() {
         let Some(adapter) = adapter else { continue };
         let ((a, _, own), (b, _, _)) = (stack(&adapter.a), stack(&adapter.b));
-        // One module has one scale; adapters of one run have, too.
+        // A module has one scale. Adapters of one run have the same, so that the ratio is usually 1.
         let ratio = (scale(adapter) / scale(first)) as f32;
         for expert in 0..experts {
             for k in 0..own {
@@ -169,7 +169,7 @@ fn fused(stack_path: &str, name: &str, parameter: &str, parts: &[Option<&Adapter
     }
 }
 
-/// The `alpha` that makes `scale` of `rank`.
+/// The `alpha` that gives `scale` for `rank`.
 fn alpha_for(settings: LowRankSettings, scale: f64, rank: usize) -> f64 {
     let rank = rank as f64;
     scale * if settings.rslora { rank.sqrt() } else { rank }
@@ -178,7 +178,7 @@ fn alpha_for(settings: LowRankSettings, scale: f64, rank: usize) -> f64 {
 fn config(modules: &[Module], adapters: &[Adapter], model: &CausalLm, base: &Path) -> NewConfig {
     let LowRankSettings { rslora, dropout, .. } = adapters[0].settings;
     let mut config = NewConfig { base: base.display().to_string(), rslora, dropout, ..NewConfig::default() };
-    // The commonest pair is the rule, the others are exceptions to it.
+    // The most frequent pair of rank and alpha becomes the default, others become patterns.
     let mut pairs: Vec<(usize, f64, usize)> = Vec::new();
     for module in modules {
         match pairs.iter_mut().find(|(rank, alpha, _)| (*rank, *alpha) == (module.rank, module.alpha)) {
@@ -189,7 +189,7 @@ fn config(modules: &[Module], adapters: &[Adapter], model: &CausalLm, base: &Pat
     if let Some(&(rank, alpha, _)) = pairs.iter().max_by_key(|(_, _, count)| *count) {
         (config.rank, config.alpha) = (rank, alpha);
     }
-    // A name without its layer stands for that projection of every layer, where every layer has the adapter.
+    // A name without its layer targets the projection in every layer. It is used only if every layer has the adapter.
     let mut wanted: BTreeMap<(bool, String), Vec<&Module>> = BTreeMap::new();
     for module in modules {
         let short = module.target.splitn(3, '.').nth(2).unwrap_or(&module.target);
@@ -220,7 +220,7 @@ fn config(modules: &[Module], adapters: &[Adapter], model: &CausalLm, base: &Pat
     config
 }
 
-/// The projections of all layers by their names without the layer; experts by transformers' parameters.
+/// The projections of all layers by their names without the layer; experts by the parameters of transformers.
 fn candidates(model: &CausalLm) -> Vec<String> {
     let mut seen = BTreeSet::new();
     for parameter in model.config().parameter_shapes() {
@@ -243,8 +243,8 @@ fn candidates(model: &CausalLm) -> Vec<String> {
     seen.iter().map(short).collect()
 }
 
-/// The file: a header with our note of what is whose, then the matrices, in the order of their names. (The library's own
-/// writer puts notes in an order that differs from run to run.)
+/// The file: a header with this project's note, then the matrices sorted by name. Written here because the safetensors
+/// library writes metadata in an order that differs from run to run.
 fn safetensors(modules: &[Module], adapters: &[Adapter]) -> Vec<u8> {
     let mut tensors: Vec<(String, &Matrix)> = Vec::new();
     for module in modules {

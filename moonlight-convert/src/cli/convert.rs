@@ -6,35 +6,37 @@ use std::time::Instant;
 
 use burn::tensor::DType;
 use clap::{Args, ValueEnum};
+use indicatif::DecimalBytes;
 use moonlight_convert::{Checkpoint, Format, SaveOptions};
 
 use super::output::note;
 use super::progress::Bar;
+use super::units::plural;
 use crate::Failure;
 
-/// What to convert, and into what.
+/// Arguments of `convert`.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The checkpoint to read.
+    /// The checkpoint to read
     src: PathBuf,
-    /// The directory to write.
+    /// The directory to write
     dst: PathBuf,
-    /// The dtype of the weights; as stored where it is not given (quantized ones as what they stand for).
+    /// The dtype of the weights [default: as stored; quantized weights are dequantized]
     #[arg(long)]
     dtype: Option<Dtype>,
-    /// Hugging Face's files, or Burn's.
+    /// The file format of the weights
     #[arg(long, default_value = "hf")]
     format: FormatName,
-    /// The largest file of weights, e.g. 5GB or 500MB.
+    /// The largest weight file, for example 5GB or 500MB
     #[arg(long, default_value = "5GB", value_parser = bytes)]
     max_shard_size: u64,
-    /// One file a layer, as Moonlight was published.
+    /// Write one file per layer, as Moonlight was published
     #[arg(long, conflicts_with = "max_shard_size")]
     shard_by_layer: bool,
-    /// Arguments what is there of SRC, where files of it are absent.
+    /// Convert what exists of SRC, if files are missing
     #[arg(long)]
     partial: bool,
-    /// Replace a checkpoint that stands at DST.
+    /// Replace an existing checkpoint at DST
     #[arg(long)]
     force: bool,
 }
@@ -58,13 +60,13 @@ impl From<Dtype> for DType {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum FormatName {
-    /// Safetensors, as transformers, vLLM and SGLang read them.
+    /// Safetensors, for transformers, vLLM and SGLang
     Hf,
-    /// One burnpack file, as burn-store reads it.
+    /// One burnpack file, for burn-store
     Burnpack,
 }
 
-/// `5GB`, `500MB`, `10KB` or a plain number of bytes; decimal, as the Hub counts.
+/// Parses `5GB`, `500MB`, `10KB` or a plain number of bytes; decimal, as on the Hub.
 fn bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let factor = match text[digits.len()..].to_ascii_uppercase().as_str() {
@@ -74,11 +76,11 @@ fn bytes(text: &str) -> Result<u64, String> {
         "GB" => 1_000_000_000,
         unit => return Err(format!("`{unit}` is not B, KB, MB or GB")),
     };
-    let number: u64 = digits.parse().map_err(|_| "it is not a whole number with B, KB, MB or GB".to_owned())?;
-    number.checked_mul(factor).filter(|&bytes| bytes > 0).ok_or_else(|| "it is not a size of files".to_owned())
+    let number: u64 = digits.parse().map_err(|_| "expected an integer with B, KB, MB or GB".to_owned())?;
+    number.checked_mul(factor).filter(|&bytes| bytes > 0).ok_or_else(|| "expected a size above 0".to_owned())
 }
 
-/// Converts, and says what was written.
+/// Converts, and reports what was written.
 pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     let Arguments { src, dst, dtype, format, max_shard_size, shard_by_layer, partial, force } = arguments;
     let options = SaveOptions {
@@ -100,9 +102,10 @@ pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     let written = Checkpoint::open(&dst)?;
     let bytes: u64 = written.files().iter().map(|file| file.bytes).sum();
     note(format_args!(
-        "{}: {bytes} bytes in {} file(s), {seconds:.1} s, {:.0} MB/s",
+        "wrote {} in {} to `{}` in {seconds:.1} s ({:.0} MB/s)",
+        DecimalBytes(bytes),
+        plural(written.files().len(), "file"),
         dst.display(),
-        written.files().len(),
         bytes as f64 / 1e6 / seconds
     ));
     if let Some(head) = source.tied_head().describe() {
@@ -119,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_of_files() {
+    fn file_sizes_are_parsed() {
         assert_eq!(bytes("5GB"), Ok(5_000_000_000));
         assert_eq!(bytes("200kb"), Ok(200_000));
         assert_eq!(bytes("7"), Ok(7));

@@ -3,29 +3,30 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use moonlight_convert::hub::{DownloadEvent, DownloadRequest, download};
 use moonlight_convert::printable;
 
 use super::output::{Output, note};
+use super::units::plural;
 use crate::Failure;
 
-/// What to fetch.
+/// Arguments of `download`.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The model's name on the Hub, e.g. `moonshotai/Moonlight-16B-A3B-Instruct`.
+    /// The model's name on the Hub, for example `moonshotai/Moonlight-16B-A3B-Instruct`
     repo: String,
-    /// A branch, tag or commit; `main` where it is not given.
+    /// A branch, tag or commit [default: main]
     #[arg(long)]
     revision: Option<String>,
-    /// Files to fetch in place of those that a checkpoint is made of, e.g. `*.json`; may be given several times.
+    /// Download the files that match, for example `*.json`, instead of those of a checkpoint; may be repeated
     #[arg(long, value_name = "GLOB")]
     include: Vec<String>,
 }
 
-/// Fetches, and prints the snapshot's directory.
+/// Downloads the model, and prints the snapshot's directory.
 pub(crate) fn run(Arguments { repo, revision, include }: Arguments) -> Result<ExitCode, Failure> {
-    // Hidden by itself where stderr is no terminal.
+    // indicatif hides the bar if stderr is not a terminal.
     let bar = ProgressBar::no_length().with_style(style());
     let watch = |progress: DownloadEvent<'_>| match progress {
         DownloadEvent::Started { files, bytes } => {
@@ -34,30 +35,38 @@ pub(crate) fn run(Arguments { repo, revision, include }: Arguments) -> Result<Ex
         }
         DownloadEvent::Cached { bytes } => {
             bar.inc(bytes);
-            // What was there did not come over the line: it is no part of the rate.
+            // Cached bytes were not transferred: they must not count for the rate.
             bar.reset_eta();
         }
         DownloadEvent::Fetched { bytes } => bar.inc(bytes),
         DownloadEvent::Discarded { bytes } => bar.dec(bytes),
-        DownloadEvent::Retrying { file, problem } => above(&bar, &format!("{file}: {problem}; once more")),
-        DownloadEvent::Waiting { file } => above(&bar, &format!("{file}: another process fetches it; waiting for it")),
+        DownloadEvent::Retrying { file, problem } => above(&bar, &format!("{file}: {problem}; retrying")),
+        DownloadEvent::Waiting { file } => {
+            above(&bar, &format!("{file}: waiting for another process that downloads it"))
+        }
         DownloadEvent::Finished { file, bytes, fetched } => {
-            above(&bar, &format!("{file}: {bytes} bytes, {}", if fetched { "fetched" } else { "there already" }));
+            let how = if fetched { "downloaded" } else { "already in the cache" };
+            above(&bar, &format!("{file}: {}, {how}", DecimalBytes(bytes)));
         }
         _ => {}
     };
-    // A signal ends the program at once: what is there of a file is gone on from, and nothing else is left behind.
+    // A signal ends the program immediately: partial files are resumed by the next run, and no others are left.
     let done = download(&DownloadRequest { repo, revision, include }, &watch);
     bar.finish_and_clear();
     let done = done.map_err(Failure::Download)?;
-    note(format_args!("{} files, {} bytes, {} fetched; all of them are checked", done.files, done.bytes, done.fetched));
+    note(format_args!(
+        "{}, {}: {} downloaded, all checked",
+        plural(done.files, "file"),
+        DecimalBytes(done.bytes),
+        done.fetched
+    ));
     let mut output = Output::new();
     output.line(format_args!("{}", done.dir.display()));
     output.finish()?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// A line above the bar, or on stderr where there is none.
+/// Prints a line above the bar, or on stderr without one.
 fn above(bar: &ProgressBar, line: &str) {
     if bar.is_hidden() {
         note(format_args!("{line}"));
@@ -67,6 +76,8 @@ fn above(bar: &ProgressBar, line: &str) {
 }
 
 fn style() -> ProgressStyle {
-    ProgressStyle::with_template("{msg} [{wide_bar}] {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left")
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
+    ProgressStyle::with_template(
+        "{msg} [{wide_bar}] {decimal_bytes}/{decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left",
+    )
+    .unwrap_or_else(|_| ProgressStyle::default_bar())
 }

@@ -1,27 +1,30 @@
 //! `moonlight-convert inspect`.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use moonlight_convert::report::{CheckpointState, CheckpointSummary, unfinished_downloads};
+use indicatif::DecimalBytes;
+use moonlight_convert::report::{CheckpointState, CheckpointSummary, ParameterCounts, unfinished_downloads};
 use moonlight_convert::{Checkpoint, CheckpointError};
 use serde_json::json;
 
 use super::output::{Output, note};
+use super::units::{Count, plural};
 use crate::Failure;
 
-/// What to look at.
+/// Arguments of `inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The directory.
+    /// The checkpoint's directory, or a model in the Hub's cache
     dir: PathBuf,
-    /// One JSON object instead of text.
+    /// Print a JSON object instead of text
     #[arg(long)]
     json: bool,
 }
 
-/// Prints what a checkpoint holds; every problem goes to stderr, and any of them is a failure.
+/// Prints the contents of a checkpoint. Problems are printed on stderr, and make the exit code 1.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let Arguments { dir, json } = arguments;
     let summary = match Checkpoint::open(dir) {
@@ -41,7 +44,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(if summary.state == CheckpointState::Complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// A directory without a configuration or weights may still be on its way.
+/// Reports a directory that cannot be opened; without a config or weights it may still be downloading.
 fn unopened(dir: &Path, error: CheckpointError, json: bool) -> Result<ExitCode, Failure> {
     let unfinished = unfinished_downloads(dir);
     if json {
@@ -59,72 +62,77 @@ fn unopened(dir: &Path, error: CheckpointError, json: bool) -> Result<ExitCode, 
     Err(error.into())
 }
 
+/// Names in a list before the rest is only counted.
+const LISTED: usize = 20;
+
 fn print(summary: &CheckpointSummary, output: &mut Output) {
-    let mut line = |line: std::fmt::Arguments<'_>| output.line(line);
-    let CheckpointSummary { parameters, .. } = summary;
-    let billions = |count: u64| format!("{count} ({:.2} B)", count as f64 / 1e9);
-    line(format_args!("{}", summary.directory.display()));
-    line(format_args!(
-        "state          {}",
-        match summary.state {
-            CheckpointState::Complete => "complete",
-            CheckpointState::Downloading => "still downloading",
-            CheckpointState::Broken => "broken",
-        }
-    ));
-    line(format_args!("architecture   {} (model_type {})", summary.architecture, summary.model_type));
+    let mut row = |label: &str, value: fmt::Arguments<'_>| output.line(format_args!("{label:<15}{value}"));
+    row("directory", format_args!("{}", summary.directory.display()));
+    let state = match summary.state {
+        CheckpointState::Complete => "complete",
+        CheckpointState::Downloading => "still downloading",
+        CheckpointState::Broken => "broken",
+    };
+    row("state", format_args!("{state}"));
+    row("architecture", format_args!("{} (model_type {})", summary.architecture, summary.model_type));
+    let layers = plural(summary.layers, "layer");
     match summary.experts {
-        Some([experts, chosen]) => {
-            line(format_args!("layers         {}, {experts} experts, {chosen} a token", summary.layers))
-        }
-        None => line(format_args!("layers         {}, dense", summary.layers)),
+        Some([experts, per_token]) => row("layers", format_args!("{layers}, {experts} experts, {per_token} per token")),
+        None => row("layers", format_args!("{layers}, dense")),
     }
-    line(format_args!("parameters     {} in all", billions(parameters.total)));
-    line(format_args!("               {} activated", billions(parameters.activated)));
-    line(format_args!("               {} without embeddings", billions(parameters.without_embeddings)));
-    line(format_args!(
-        "               {} activated, without embeddings",
-        billions(parameters.activated_without_embeddings)
-    ));
+    let ParameterCounts { total, activated, without_embeddings, activated_without_embeddings } = summary.parameters;
+    row("parameters", format_args!("{} parameters, {} without embeddings", Count(total), Count(without_embeddings)));
+    if activated != total {
+        let rest = Count(activated_without_embeddings);
+        row("per token", format_args!("{} parameters, {rest} without embeddings", Count(activated)));
+    }
     if let Some(method) = &summary.quantization {
-        line(format_args!("quantized      {method}"));
+        row("quantization", format_args!("{method}"));
     }
     for form in &summary.quantized_forms {
-        line(format_args!("               {}: {} matrices", form.form, form.tensors));
+        row("", format_args!("{}: {} matrices", form.form, form.tensors));
     }
     for dtype in &summary.dtypes {
-        line(format_args!("dtype          {}: {} tensors, {} bytes", dtype.dtype, dtype.tensors, dtype.bytes));
+        row(
+            "dtype",
+            format_args!("{}: {}, {}", dtype.dtype, plural(dtype.tensors, "tensor"), DecimalBytes(dtype.bytes)),
+        );
     }
-    line(format_args!(
-        "format         {}, {} tensors in {} file(s)",
-        summary.format,
-        summary.tensors,
-        summary.files.len()
-    ));
+    let (tensors, files) = (plural(summary.tensors, "tensor"), plural(summary.files.len(), "file"));
+    row("format", format_args!("{}, {tensors} in {files}", summary.format));
     for file in &summary.files {
         match (file.bytes, file.tensors) {
             (Some(bytes), Some(tensors)) => {
-                line(format_args!("file           {}: {bytes} bytes, {tensors} tensors", file.name))
+                row("file", format_args!("{}: {}, {}", file.name, DecimalBytes(bytes), plural(tensors, "tensor")));
             }
-            (Some(bytes), None) => line(format_args!("file           {}: {bytes} bytes, cannot be read", file.name)),
-            (None, _) => line(format_args!("file           {}: absent", file.name)),
+            (Some(bytes), None) => row("file", format_args!("{}: {}, damaged", file.name, DecimalBytes(bytes))),
+            (None, _) => row("file", format_args!("{}: missing", file.name)),
         }
     }
-    line(format_args!("tokenizer      {}", summary.tokenizer.as_deref().unwrap_or("none")));
+    row("tokenizer", format_args!("{}", summary.tokenizer.as_deref().unwrap_or("none")));
     for name in &summary.sidecars {
-        line(format_args!("beside         {name}"));
+        row("sidecar", format_args!("{name}"));
     }
     for skipped in &summary.skipped {
-        let tensor = if skipped.tensors.len() == 1 { "tensor" } else { "tensors" };
-        line(format_args!("not needed     {} {tensor}: {}", skipped.tensors.len(), skipped.reason));
+        row("ignored", format_args!("{}: {}", plural(skipped.tensors.len(), "tensor"), skipped.reason));
+    }
+    if !summary.ignored_files.is_empty() {
+        row("ignored", format_args!("files: {}", listed(&summary.ignored_files)));
     }
     for (reason, keys) in &summary.ignored_keys {
-        line(format_args!("passed over    {} ({reason})", keys.join(", ")));
+        row("ignored", format_args!("config keys: {} ({reason})", keys.join(", ")));
     }
     for note in &summary.notes {
-        line(format_args!("note           {note}"));
+        row("note", format_args!("{note}"));
     }
     for name in &summary.unfinished {
-        line(format_args!("on its way     {name}"));
+        row("downloading", format_args!("{name}"));
+    }
+}
+
+fn listed(names: &[String]) -> String {
+    match names.len().checked_sub(LISTED) {
+        None | Some(0) => names.join(", "),
+        Some(more) => format!("{} and {more} more", names[..LISTED].join(", ")),
     }
 }

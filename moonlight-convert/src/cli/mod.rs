@@ -1,4 +1,4 @@
-//! The subcommands, one a file, and what helps against their errors.
+//! The subcommands, one per file, and hints in terms of this program's options.
 
 pub(crate) mod convert;
 #[cfg(feature = "download")]
@@ -11,4 +11,5 @@ mod progress;
 mod reference;
 pub(crate) mod signals;
 pub(crate) mod tokenizer;
+mod units;
 pub(crate) mod verify;

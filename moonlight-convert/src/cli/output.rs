@@ -1,16 +1,15 @@
-//! What the program says. Nothing that can happen to a terminal, a pipe or a disk behind stdout or stderr is a panic: a pipe
-//! that nobody reads any more ends the output quietly, a disk that is full is an error at the end, and what stderr cannot
-//! take is lost.
+//! Output on stdout and stderr. No failure of a terminal, a pipe or a disk is a panic: a pipe that its reader has
+//! closed ends the output quietly, a full disk is an error at the end, and what cannot be written to stderr is lost.
 
 use std::fmt;
 use std::io::{self, BufWriter, StdoutLock, Write};
 
 use moonlight_convert::Printable;
 
-/// Standard output, line by line.
+/// Buffered standard output.
 pub(crate) struct Output {
     stdout: BufWriter<StdoutLock<'static>>,
-    /// The first failure; nothing is written behind it.
+    /// The first error; nothing is written after it.
     failure: Option<io::Error>,
 }
 
@@ -19,17 +18,17 @@ impl Output {
         Self { stdout: BufWriter::new(io::stdout().lock()), failure: None }
     }
 
-    /// One line, with what files or servers put into it made printable.
+    /// Writes a line, with text from files and servers escaped.
     pub(crate) fn line(&mut self, line: fmt::Arguments<'_>) {
         self.write(format_args!("{}\n", Printable(line)));
     }
 
-    /// JSON of many lines. Its control characters are escaped in JSON's own way.
+    /// Writes indented JSON, with control characters escaped as in JSON.
     pub(crate) fn json(&mut self, value: &impl serde::Serialize) {
-        let text = serde_json::to_string_pretty(value).expect("what is printed is plain data");
+        let text = serde_json::to_string_pretty(value).expect("the printed types are plain data");
         let mut escaped = String::with_capacity(text.len() + 1);
         for character in text.chars() {
-            // serde_json leaves those beyond ASCII as they are; they stand inside of strings only.
+            // serde_json escapes only those in ASCII. The others occur only in strings.
             match character != '\n' && moonlight_convert::printable(character.encode_utf8(&mut [0; 4])).len() > 4 {
                 true => escaped.push_str(&format!("\\u{:04x}", u32::from(character))),
                 false => escaped.push(character),
@@ -44,17 +43,17 @@ impl Output {
         }
     }
 
-    /// Hands over what is still held.
+    /// Flushes the buffer.
     ///
     /// # Errors
     ///
-    /// What kept anything from being written, unless nobody wants to read it.
+    /// The first error of writing, unless the reader has closed the pipe.
     pub(crate) fn finish(mut self) -> io::Result<()> {
         let failure = match self.failure.take() {
             Some(failure) => Some(failure),
             None => self.stdout.flush().err(),
         };
-        // What could not be written is not tried once more.
+        // Dropping the writer would try to write the rest again.
         drop(self.stdout.into_parts());
         match failure {
             Some(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
@@ -63,13 +62,13 @@ impl Output {
     }
 }
 
-/// A line on stderr. Where that cannot take it, there is nobody to tell.
+/// Writes a line to stderr. There is no place left to report a failure.
 pub(crate) fn note(line: fmt::Arguments<'_>) {
     let mut stderr = io::stderr().lock();
     let _ = stderr.write_all(format!("{}\n", Printable(line)).as_bytes());
 }
 
-/// The error in one line, and in another what helps, where there is a hint.
+/// Prints an error on one line, and the hint, if any, on another.
 pub(crate) fn fail(error: &dyn std::error::Error, hint: Option<String>) {
     note(format_args!("error: {error}"));
     if let Some(hint) = hint {

@@ -1,4 +1,4 @@
-//! The progress of long work: a bar on a terminal, nothing elsewhere; a signal ends the work and not the program.
+//! A progress bar, shown only on a terminal. It also ends the work after a signal.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use moonlight_convert::Progress;
 
-/// Shows bytes, rate and time left on stderr where that is a terminal.
+/// Shows bytes, rate and remaining time on stderr, if that is a terminal.
 pub(crate) struct Bar {
     bar: ProgressBar,
     interrupted: Arc<AtomicBool>,

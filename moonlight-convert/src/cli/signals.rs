@@ -1,21 +1,23 @@
-//! Ctrl-C, SIGTERM and SIGHUP: the work is asked to end and removes what it has half written. Work that does not hear, say
-//! because a disk does not answer, is ended with the program.
+//! Handling of Ctrl-C, SIGTERM and SIGHUP: the work is asked to stop, and removes what it has written so far. If it
+//! does not respond, for example because a disk hangs, the program is ended.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// The exit code of work that was interrupted, as shells have it.
+/// The exit code after an interruption, as in shells.
 pub(crate) const INTERRUPTED: u8 = 130;
-/// How long work may go on after it was asked to end.
+/// How long the work may take to stop.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Whether the work shall end, from now on. A second signal ends the program at once.
+/// Installs the handler; returns the flag that is set when the work shall stop. A second signal ends the program
+/// immediately.
 pub(crate) fn listen() -> Arc<AtomicBool> {
-    let asked = Arc::new(AtomicBool::new(false));
-    let flag = asked.clone();
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
     let end = || std::process::exit(i32::from(INTERRUPTED));
-    // Without a handler, the program ends at once; the half-written sibling goes when the directory is next written.
+    // Without a handler, a signal ends the program immediately, and the next write of the directory removes the
+    // incomplete sibling.
     let _ = on_signal(move || {
         if flag.swap(true, Ordering::Relaxed) {
             end();
@@ -25,22 +27,22 @@ pub(crate) fn listen() -> Arc<AtomicBool> {
             end()
         });
     });
-    asked
+    stop
 }
 
-/// Calls `heard` for each signal that asks the program to end, on a thread of its own.
+/// Calls `on_request` on a separate thread for each signal that asks the program to end.
 #[cfg(unix)]
-fn on_signal(mut heard: impl FnMut() + Send + 'static) -> std::io::Result<()> {
+fn on_signal(mut on_request: impl FnMut() + Send + 'static) -> std::io::Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    // `nohup` has the end of the terminal ignored, and means it.
+    // `nohup` sets SIGHUP to ignored; a handler would override that.
     let signals = [SIGINT, SIGTERM, SIGHUP].into_iter();
     let signals = signals.filter(|&signal| signal != SIGHUP || !moonlight_convert::hangup_is_ignored());
     let mut signals = signal_hook::iterator::Signals::new(signals)?;
-    std::thread::spawn(move || signals.forever().for_each(|_| heard()));
+    std::thread::spawn(move || signals.forever().for_each(|_| on_request()));
     Ok(())
 }
 
 #[cfg(not(unix))]
-fn on_signal(heard: impl FnMut() + Send + 'static) -> Result<(), ctrlc::Error> {
-    ctrlc::set_handler(heard)
+fn on_signal(on_request: impl FnMut() + Send + 'static) -> Result<(), ctrlc::Error> {
+    ctrlc::set_handler(on_request)
 }

@@ -9,20 +9,20 @@ use moonlight_convert::tokenizer::write_tokenizer_json;
 use super::output::Output;
 use crate::Failure;
 
-/// Where the ranks are.
+/// Arguments of `tokenizer`.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// A directory with `tiktoken.model`, or a model in the Hub's cache.
+    /// A directory with `tiktoken.model`, or a model in the Hub's cache
     dir: PathBuf,
-    /// Replace a `tokenizer.json` that stands there.
+    /// Replace an existing `tokenizer.json`
     #[arg(long)]
     force: bool,
 }
 
-/// Writes, and prints the file's path.
+/// Writes the file, and prints its path.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
-    // It is written in a moment, or not at all: nothing has to be asked to end.
-    let _asked = super::signals::listen();
+    // Writing takes milliseconds, so that the flag is not polled; the handler ends the program if it does not.
+    let _stop = super::signals::listen();
     let path = write_tokenizer_json(&arguments.dir, arguments.force)?;
     let mut output = Output::new();
     output.line(format_args!("{}", path.display()));

@@ -11,32 +11,33 @@ use moonlight_convert::{Checkpoint, SkipReason, printable};
 
 use super::output::{Output, note};
 use super::progress::Bar;
+use super::units::plural;
 use crate::Failure;
 
-/// What to compare.
+/// Arguments of `verify`.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// One checkpoint.
+    /// The checkpoint to verify
     a: PathBuf,
-    /// The other. Without it, A is compared with the manifest that it was saved with.
+    /// The checkpoint to compare with; without it, A is compared with its `manifest.json`
     #[arg(conflicts_with = "sha256")]
     b: Option<PathBuf>,
-    /// Check the files of A against a list instead: lines `DIGEST  NAME` as `sha256sum` writes them, or
-    /// `NUMBER BYTES DIGEST` for numbered shards.
+    /// Check the files of A against a list: lines `DIGEST  NAME` as written by `sha256sum`, or `NUMBER BYTES DIGEST`
+    /// for numbered shards
     #[arg(long, value_name = "FILE")]
     sha256: Option<PathBuf>,
-    /// How far values may be apart and still count as equal.
+    /// The largest difference at which values count as equal
     #[arg(long, default_value_t = 0.0, conflicts_with = "sha256")]
     tolerance: f64,
-    /// Compare what is there, where files are absent.
+    /// Compare what exists, if files are missing
     #[arg(long, conflicts_with = "sha256")]
     partial: bool,
-    /// Compare only the tensors that the model uses: no vision tower, no multi-token-prediction layers.
+    /// Compare only the tensors that the model uses: no vision tower, no multi-token-prediction layers
     #[arg(long, conflicts_with = "sha256")]
     model_only: bool,
 }
 
-/// Exit code 0 where all is equal or whole, 1 where it is not.
+/// Returns exit code 0 if everything is equal or complete, 1 otherwise.
 pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     let Arguments { a, b, sha256, tolerance, partial, model_only } = arguments;
     match (b, sha256) {
@@ -50,14 +51,14 @@ fn manifest(dir: &Path) -> Result<ExitCode, Failure> {
     let Some(damages) = Manifest::check(dir, Depth::Digests)? else {
         note(format_args!("error: `{}` has no `{MANIFEST}`", printable(&dir.display().to_string())));
         note(format_args!(
-            "hint: checkpoints of training runs have one; name a second checkpoint, or a list by --sha256"
+            "hint: pass a second checkpoint, or a list with `--sha256`; only checkpoints of training runs have a manifest"
         ));
         return Ok(ExitCode::FAILURE);
     };
     let mut output = Output::new();
     damages.iter().for_each(|damage| output.line(format_args!("{}", printable(&damage.to_string()))));
     if damages.is_empty() {
-        output.line(format_args!("whole: every file is as it was saved"));
+        output.line(format_args!("complete: every file is as it was saved"));
     }
     output.finish()?;
     Ok(if damages.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -84,12 +85,12 @@ fn compare(
     for difference in &comparison.differences {
         output.line(format_args!("{difference}"));
     }
-    let [redundant, lost]: [Vec<&UnusedTensor>; 2] = {
-        let (redundant, lost) = comparison.unused.iter().partition(|unused| unused.reason.is_redundant());
-        [redundant, lost]
+    let [redundant, significant]: [Vec<&UnusedTensor>; 2] = {
+        let (redundant, significant) = comparison.unused.iter().partition(|unused| unused.reason.is_redundant());
+        [redundant, significant]
     };
     if !model_only {
-        for unused in &lost {
+        for unused in &significant {
             output.line(format_args!("{unused}"));
         }
     }
@@ -99,27 +100,27 @@ fn compare(
         note(format_args!("error: {count} of {} tensors differ", comparison.tensors.max(count)));
         return Ok(ExitCode::FAILURE);
     }
-    if !lost.is_empty() && !model_only {
+    if !significant.is_empty() && !model_only {
         output.finish()?;
         note(format_args!(
-            "error: the model's {} tensors are equal, and {} that it does not use are not",
+            "error: {} tensors of the model are equal, but {} tensors that it does not use differ",
             comparison.tensors,
-            lost.len()
+            significant.len()
         ));
-        note(format_args!("hint: --model-only leaves out what the model does not use"));
+        note(format_args!("hint: compare only what the model uses with `--model-only`"));
         return Ok(ExitCode::FAILURE);
     }
     if incomplete {
-        note(format_args!("error: what is there is equal, and something is missing"));
+        note(format_args!("error: all common tensors are equal, but the checkpoints are incomplete"));
         return Ok(ExitCode::FAILURE);
     }
     match comparison.dtypes_differ {
         0 => output.line(format_args!("equal: {} tensors", comparison.tensors)),
         some => output.line(format_args!("equal: {} tensors, {some} of them in different dtypes", comparison.tensors)),
     }
-    let left_out = if model_only { &comparison.unused.iter().collect() } else { &redundant };
+    let ignored = if model_only { &comparison.unused.iter().collect() } else { &redundant };
     let mut reasons: BTreeMap<(SkipReason, UnusedDifference), usize> = BTreeMap::new();
-    for unused in left_out {
+    for unused in ignored {
         *reasons.entry((unused.reason, unused.difference)).or_default() += 1;
     }
     for ((reason, difference), tensors) in reasons {
@@ -128,8 +129,8 @@ fn compare(
             UnusedDifference::OnlyInSecond => "only in the second",
             UnusedDifference::Bytes => "different",
         };
-        let tensor = if tensors == 1 { "tensor" } else { "tensors" };
-        output.line(format_args!("not counted: {tensors} {tensor} {place}: {}", reason.describe()));
+        let tensors = plural(tensors, "tensor");
+        output.line(format_args!("ignored: {tensors} {place}: {}", reason.describe()));
     }
     output.finish()?;
     Ok(ExitCode::SUCCESS)
@@ -145,12 +146,12 @@ fn digests(dir: &Path, list: &Path) -> Result<ExitCode, Failure> {
         }
     }
     if wrong == 0 {
-        output.line(format_args!("as listed: {} files", files.len()));
+        output.line(format_args!("as listed: {}", plural(files.len(), "file")));
     }
     output.finish()?;
     if wrong == 0 {
         return Ok(ExitCode::SUCCESS);
     }
-    note(format_args!("error: {wrong} of {} files are not as listed", files.len()));
+    note(format_args!("error: {wrong} of {} files differ from the list", files.len()));
     Ok(ExitCode::FAILURE)
 }

@@ -1,7 +1,7 @@
-//! Weights on the host: the three floating-point formats and conversion.
+//! Weights on the host: the three floating-point formats, and conversion between them.
 //!
-//! Each value is looked at once on its way: one that is not finite in the new format is reported. Work is divided among
-//! threads by the callers (`io/parallel_copy.rs`, `load.rs`).
+//! Each value is checked once while it is converted: a result that is non-finite is reported. Callers divide the work
+//! among threads (`io/parallel_copy.rs`, `load.rs`).
 
 use std::marker::PhantomData;
 
@@ -11,7 +11,7 @@ use half::{bf16, f16};
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian, and so must the machine be");
 
-/// A floating-point format that weights are kept in.
+/// A floating-point format of weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WeightDtype {
     /// IEEE half precision.
@@ -23,7 +23,7 @@ pub enum WeightDtype {
 }
 
 impl WeightDtype {
-    /// Bytes of one value.
+    /// Size of a value in bytes.
     pub fn size(self) -> usize {
         match self {
             Self::F16 | Self::Bf16 => 2,
@@ -31,7 +31,7 @@ impl WeightDtype {
         }
     }
 
-    /// The spelling on the command line and in reports: `f16`, `bf16`, `f32`.
+    /// The name on the command line and in messages: `f16`, `bf16`, `f32`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::F16 => "f16",
@@ -40,7 +40,7 @@ impl WeightDtype {
         }
     }
 
-    /// The spelling in `config.json`: `float16`, `bfloat16`, `float32`.
+    /// The name in `config.json`: `float16`, `bfloat16`, `float32`.
     pub fn torch_name(self) -> &'static str {
         match self {
             Self::F16 => "float16",
@@ -49,7 +49,8 @@ impl WeightDtype {
         }
     }
 
-    /// The narrowest format that holds every value of both.
+    /// The narrowest format that represents every value of both. For f16 and bf16 that is f32: f16 has more mantissa
+    /// bits, bf16 a larger range.
     pub fn widest(self, other: Self) -> Self {
         if self == other { self } else { Self::F32 }
     }
@@ -103,27 +104,28 @@ impl std::fmt::Display for WeightDtype {
 
 /// A value in one of the three formats.
 pub(crate) trait Weight: Element + bytemuck::Pod + Default + Send + Sync {
-    /// As many bits as the value has.
+    /// An integer with as many bits as the value.
     type Mark: Copy + Default + std::ops::BitOr<Output = Self::Mark>;
-    /// Bits whose highest is set where the value is infinite or NaN: the magnitude, and one more in the exponent. The marks
-    /// of many values can be or-ed together, in as many lanes as the values have.
+    /// Bits whose highest is set if the value is NaN or infinite: the magnitude plus one in the lowest exponent bit,
+    /// which overflows into the sign bit only if all exponent bits are set. Marks can be or-ed together, so that a loop
+    /// over many values has no branch and is vectorized.
     fn mark(self) -> Self::Mark;
-    /// Whether the highest bit is not set.
+    /// Whether the highest bit is clear.
     fn unmarked(bits: Self::Mark) -> bool;
-    /// Whether the value is neither infinite nor NaN.
+    /// Whether the value is finite.
     fn finite(self) -> bool {
         Self::unmarked(self.mark())
     }
-    /// Exact.
+    /// Converts to f32, exactly.
     fn widen(self) -> f32;
-    /// Rounds to the nearest, ties to even.
+    /// Converts from f32, rounding to nearest, ties to even.
     fn narrow(value: f32) -> Self;
 }
 
 impl Weight for f32 {
     type Mark = u32;
     fn mark(self) -> u32 {
-        (self.to_bits() & 0x7fff_ffff) + 0x0080_0000
+        (self.to_bits() & 0x7fff_ffff) + 0x0080_0000 // 8 exponent bits, 23 of mantissa
     }
     fn unmarked(bits: u32) -> bool {
         bits < 1 << 31
@@ -139,7 +141,7 @@ impl Weight for f32 {
 impl Weight for bf16 {
     type Mark = u16;
     fn mark(self) -> u16 {
-        (self.to_bits() & 0x7fff) + 0x0080
+        (self.to_bits() & 0x7fff) + 0x0080 // 8 exponent bits, 7 of mantissa
     }
     fn unmarked(bits: u16) -> bool {
         bits < 1 << 15
@@ -155,7 +157,7 @@ impl Weight for bf16 {
 impl Weight for f16 {
     type Mark = u16;
     fn mark(self) -> u16 {
-        (self.to_bits() & 0x7fff) + 0x0400
+        (self.to_bits() & 0x7fff) + 0x0400 // 5 exponent bits, 10 of mantissa
     }
     fn unmarked(bits: u16) -> bool {
         bits < 1 << 15
@@ -168,7 +170,7 @@ impl Weight for f16 {
     }
 }
 
-/// Runs `$body` with the type of `$dtype` as `$weight`.
+/// Runs `$body` with `$weight` as the type that belongs to `$dtype`.
 macro_rules! with_weight {
     ($dtype:expr, $weight:ident => $body:expr) => {
         match $dtype {
@@ -189,12 +191,12 @@ macro_rules! with_weight {
 }
 pub(crate) use with_weight;
 
-/// What a conversion met.
+/// Whether a conversion met non-finite values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// Only finite values.
+    /// All values are finite.
     Finite,
-    /// At least one value that is not finite after the conversion.
+    /// At least one value is non-finite after the conversion.
     NonFinite,
 }
 
@@ -204,16 +206,16 @@ impl Outcome {
     }
 }
 
-/// A matrix `[rows, columns]` that gives its values as `T`, whatever it keeps them as.
+/// A matrix `[rows, columns]` that returns its values as `T`, whatever its stored form.
 pub(crate) trait RowSource<T> {
-    /// Writes values of row `row`, from column `first` on, into `target`; whether all of them are finite.
+    /// Fills `target` with values of row `row`, beginning at column `first`; returns whether all are finite.
     fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool;
 }
 
-/// A matrix of plain values, row after row, at any alignment.
+/// A matrix of unquantized values, row by row, at any alignment.
 pub(crate) struct PlainRows<'a, S> {
     bytes: &'a [u8],
-    /// Which of the matrix's rows the bytes begin with.
+    /// The row of the matrix with which the bytes begin.
     first: usize,
     columns: usize,
     kind: PhantomData<S>,
@@ -224,7 +226,7 @@ impl<'a, S: Weight> PlainRows<'a, S> {
         Self::from_row(0, bytes, columns)
     }
 
-    /// Only some rows of the matrix, from row `first` on.
+    /// A part of a matrix that begins with row `first`.
     pub(crate) fn from_row(first: usize, bytes: &'a [u8], columns: usize) -> Self {
         Self { bytes, first, columns, kind: PhantomData }
     }
@@ -238,11 +240,11 @@ impl<S: Weight, T: Weight> RowSource<T> for PlainRows<'_, S> {
     }
 }
 
-/// A matrix in pieces that were read one by one.
+/// A matrix in pieces that were read separately.
 pub(crate) struct RowPieces<R> {
-    /// The rows of a piece (the last may have fewer) are 2 to this power.
+    /// A piece has 2 to this power rows; the last may have fewer.
     pub(crate) shift: u32,
-    /// Each answers for its rows by their places in the whole matrix.
+    /// The pieces, each addressed by rows of the whole matrix.
     pub(crate) pieces: Vec<R>,
 }
 
@@ -252,18 +254,19 @@ impl<T, R: RowSource<T>> RowSource<T> for RowPieces<R> {
     }
 }
 
-/// Little-endian values of one dtype as values of another; whether all of them are finite.
+/// Converts little-endian values of one dtype to another; returns whether all results are finite.
 pub(crate) fn convert_bytes<S: Weight, T: Weight>(bytes: &[u8], target: &mut [T]) -> bool {
     let mut marks = T::Mark::default();
     for (target, bytes) in target.iter_mut().zip(bytes.chunks_exact(size_of::<S>())) {
         let value = bytemuck::pod_read_unaligned::<S>(bytes);
+        // A plain copy for equal dtypes, without the detour through f32.
         *target = if S::dtype() == T::dtype() { bytemuck::cast(value) } else { T::narrow(value.widen()) };
         marks = marks | target.mark();
     }
     T::unmarked(marks)
 }
 
-/// Whether little-endian values are all finite.
+/// Checks that all of the little-endian values are finite.
 pub(crate) fn all_finite<T: Weight>(bytes: &[u8]) -> Outcome {
     let mut marks = T::Mark::default();
     for bytes in bytes.chunks_exact(size_of::<T>()) {
@@ -272,7 +275,7 @@ pub(crate) fn all_finite<T: Weight>(bytes: &[u8]) -> Outcome {
     Outcome::of(T::unmarked(marks))
 }
 
-/// Rows of a matrix as they lie, from row `first` on, as many as `target` holds.
+/// Fills `target` with rows of a matrix, beginning at row `first`.
 pub(crate) fn copy<T>(source: &impl RowSource<T>, columns: usize, first: usize, target: &mut [T]) -> Outcome {
     let mut finite = true;
     for (row, target) in target.chunks_exact_mut(columns.max(1)).enumerate() {
@@ -322,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_is_seen_wherever_it_stands() {
+    fn non_finite_values_are_detected_at_every_position() {
         for at in [0, 99, 6_399] {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut source = vec![0.5f32; 6_400];
@@ -332,7 +335,7 @@ mod tests {
                 assert_eq!(convert(&source, &mut target), Outcome::NonFinite);
             }
         }
-        // Finite before, infinite after.
+        // Finite in f32, infinite in f16.
         assert_eq!(convert(&[70_000.0f32], &mut [f16::ZERO]), Outcome::NonFinite);
     }
 

@@ -1,4 +1,4 @@
-//! A stored tensor as values in the layout and dtype that are asked for.
+//! Decoding a stored tensor into a requested layout and dtype.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use crate::error::CheckpointError;
 use crate::format::shard::FileRange;
 use crate::mapping::names::HfTensor;
 
-/// Which way round a matrix lies.
+/// The orientation of matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// A projection is `[out, in]`.
@@ -21,23 +21,23 @@ pub(crate) enum Layout {
     Burn,
 }
 
-/// One tensor as Hugging Face names it, wherever in the files it is and however it is kept.
+/// A tensor with its name in the Hugging Face layout, and where and how it is stored.
 #[derive(Debug)]
 pub(crate) struct SourceTensor {
-    /// The name and shape that it is saved by.
+    /// Its name and shape in the Hugging Face layout.
     pub(crate) tensor: HfTensor,
-    /// Which of the checkpoint's tensors holds it.
+    /// Index of the checkpoint's tensor that contains it.
     pub(crate) stored_index: usize,
-    /// The dtype of its values: the narrowest that loses nothing, or for FP8 the one that its users compute in.
+    /// The dtype of its values: the narrowest that represents them exactly. For FP8 bf16, in which such models compute.
     pub(crate) dtype: WeightDtype,
-    /// Where it lies.
+    /// Where its bytes are.
     pub(crate) part: FileRange,
     pub(crate) encoding: Encoding,
-    /// Whether Burn keeps the transpose of what Hugging Face does.
+    /// Whether Burn's layout is the transpose of Hugging Face's.
     pub(crate) transposed: bool,
 }
 
-/// How a tensor is kept.
+/// How a tensor is encoded.
 #[derive(Debug)]
 pub(crate) enum Encoding {
     Plain(Layout),
@@ -46,7 +46,7 @@ pub(crate) enum Encoding {
 }
 
 impl SourceTensor {
-    /// Rows and columns in a layout; a vector is one column.
+    /// Rows and columns in a layout; a vector is a single column.
     pub(crate) fn dims(&self, layout: Layout) -> (usize, usize) {
         match *self.tensor.shape.as_slice() {
             [rows, columns] if self.transposed && layout == Layout::Burn => (columns, rows),
@@ -60,7 +60,7 @@ impl SourceTensor {
         self.tensor.shape.iter().product()
     }
 
-    /// Where the file holds some of its own rows.
+    /// The bytes of some rows, as rows of the stored tensor.
     pub(crate) fn stored_rows(&self, rows: &Range<usize>) -> FileRange {
         let (height, _) = self.dims(self.stored());
         let row = self.part.range.len() / height.max(1);
@@ -68,19 +68,19 @@ impl SourceTensor {
         FileRange { shard: self.part.shard, range: start + rows.start * row..start + rows.end * row }
     }
 
-    /// How a quantized tensor is kept, in words; `None` for plain values.
+    /// The quantized form in words; `None` for unquantized values.
     pub(crate) fn quantized_form(&self) -> Option<String> {
         let &[rows, columns] = self.tensor.shape.as_slice() else { return None };
         Some(match self.encoding {
             Encoding::Plain(_) => return None,
-            Encoding::Fp8 { block, .. } if block == [rows, columns] => "FP8, one scale a tensor".into(),
-            Encoding::Fp8 { block: [1, width], .. } if width == columns => "FP8, one scale a row".into(),
-            Encoding::Fp8 { block: [height, width], .. } => format!("FP8, one scale a block of {height} x {width}"),
-            Encoding::Int4 { group, .. } => format!("INT4, one scale a group of {group}"),
+            Encoding::Fp8 { block, .. } if block == [rows, columns] => "FP8, one scale per tensor".into(),
+            Encoding::Fp8 { block: [1, width], .. } if width == columns => "FP8, one scale per row".into(),
+            Encoding::Fp8 { block: [height, width], .. } => format!("FP8, one scale per block of {height} x {width}"),
+            Encoding::Int4 { group, .. } => format!("INT4, one scale per group of {group}"),
         })
     }
 
-    /// Every part of a file that has to be read for it.
+    /// Every part of a file that is read for this tensor.
     pub(crate) fn parts(&self) -> impl Iterator<Item = &FileRange> {
         let scale = match &self.encoding {
             Encoding::Plain(_) => None,
@@ -89,12 +89,12 @@ impl SourceTensor {
         std::iter::once(&self.part).chain(scale)
     }
 
-    /// Bytes of these parts.
+    /// Size of these parts in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.parts().map(|part| part.range.len() as u64).sum()
     }
 
-    /// The layout that the file has.
+    /// The layout in the file.
     pub(crate) fn stored(&self) -> Layout {
         match self.encoding {
             Encoding::Plain(layout) => layout,
@@ -102,12 +102,13 @@ impl SourceTensor {
         }
     }
 
-    /// Whether the file holds the transpose of what the layout asks for, so that each row of it is spread over the file.
+    /// Whether the file contains the transpose of the requested layout, so that each requested row is scattered over
+    /// the file.
     pub(crate) fn transposed_in(&self, layout: Layout) -> bool {
         self.transposed && self.stored() != layout
     }
 
-    /// Where the file holds some rows exactly as the layout and the dtype ask for them.
+    /// The bytes of some rows, if the file contains them in exactly the requested layout and dtype.
     pub(crate) fn verbatim(&self, layout: Layout, dtype: WeightDtype, rows: &Range<usize>) -> Option<FileRange> {
         if self.transposed_in(layout) || dtype != self.dtype || !matches!(self.encoding, Encoding::Plain(_)) {
             return None;
@@ -118,8 +119,8 @@ impl SourceTensor {
     }
 }
 
-/// Runs `$body` with parts of a tensor as [`RowSource`](conversion::RowSource)s, whatever its encoding: `$rows` makes what
-/// `$body` takes of a function from the number of a part's first row and its bytes to that part.
+/// Runs `$body` with parts of a tensor as [`RowSource`](conversion::RowSource)s, whatever the encoding. `$part` is a
+/// function from a part's first row and bytes to a `RowSource`, from which `$rows` makes the argument of `$body`.
 macro_rules! with_rows {
     ($source:expr, $scales:expr, $part:ident => $rows:expr, $lines:ident => $body:expr) => {{
         let (_, columns) = $source.dims($source.stored());
@@ -145,14 +146,14 @@ macro_rules! with_rows {
 }
 
 impl SourceTensor {
-    /// Some rows of the tensor as it is stored, which begin with row `first` and are `bytes`, as values.
+    /// Decodes rows of the stored tensor, given as `bytes` and beginning with row `first`.
     pub(crate) fn decode<T: Weight>(&self, first: usize, bytes: &[u8], scales: &Scales, target: &mut [T]) -> Outcome {
         let (_, columns) = self.dims(self.stored());
         with_rows!(self, scales, part => part(first, bytes), lines => conversion::copy(lines, columns, first, target))
     }
 
-    /// Columns of the whole tensor as it is stored, from column `first` on, as rows: as many as `target` holds. Each of
-    /// `pieces` has 2 to the power of `shift` rows.
+    /// Decodes columns of the stored tensor, beginning with column `first`, as rows of `target`. Each of `pieces` has 2
+    /// to the power of `shift` rows.
     pub(crate) fn decode_columns<T: Weight>(
         &self,
         first: usize,
@@ -172,7 +173,7 @@ impl SourceTensor {
 }
 
 impl Checkpoint {
-    /// The scales of some rows of a tensor as it is stored; none where it is plain.
+    /// Reads the scales for some rows of the stored tensor; none if it is not quantized.
     pub(crate) fn scales(&self, source: &SourceTensor, rows: &Range<usize>) -> Result<Scales, CheckpointError> {
         let ((scale, dtype), height) = match &source.encoding {
             Encoding::Plain(_) => return Ok(Scales::default()),
@@ -180,20 +181,20 @@ impl Checkpoint {
             Encoding::Int4 { scale, .. } => (scale, 1),
         };
         let (all, _) = source.dims(source.stored());
-        let row = scale.range.len() / all.div_ceil(height).max(1);
-        let (first, last) = (rows.start / height, rows.end.div_ceil(height));
+        let row = scale.range.len() / all.div_ceil(height).max(1); // bytes per row of scales
+        let (first, last) = (rows.start / height, rows.end.div_ceil(height)); // rows of scales
         let range = scale.range.start + first * row..scale.range.start + last * row;
         let mut bytes = vec![0; range.len()];
         self.read_part(&FileRange { shard: scale.shard, range }, &mut bytes)?;
         Ok(Scales { first, values: scales(&bytes, *dtype) })
     }
 
-    /// Some rows of a tensor as it is stored, `bytes`, to their places in `target`: the whole tensor in a layout, from `at`
-    /// on.
+    /// Decodes rows of the stored tensor, given as `bytes`, to their places in `target`, which contains the whole
+    /// tensor in the requested layout, beginning at `at`.
     ///
     /// # Safety
     ///
-    /// The places of these rows are claimed nowhere else.
+    /// No other claim may overlap the places of these rows.
     pub(crate) unsafe fn place<T: Weight>(
         &self,
         source: &SourceTensor,
@@ -207,9 +208,10 @@ impl Checkpoint {
         let first = rows.start;
         let scales = self.scales(source, &rows)?;
         Ok(with_rows!(source, &scales, part => part(first, bytes), lines => if source.transposed_in(layout) {
-            assert!(at.is_multiple_of(height), "a source begins with a row");
+            assert!(at.is_multiple_of(height), "a source begins at a row of the target");
             let top = at / height;
-            // SAFETY: the caller's promise: the columns of these rows are their places.
+            // SAFETY: the caller's promise; transposed, these rows are columns of the target.
+            // `[out, in]` in the file becomes `[in, out]`: a band of rows becomes a block of columns.
             let target = unsafe { target.block(height, top..top + columns, rows.clone()) };
             transpose_into(lines, rows, 0..columns, target)
         } else {
@@ -219,7 +221,8 @@ impl Checkpoint {
         }))
     }
 
-    /// Whose fault it is that a value is not finite in a dtype; or why that cannot be read.
+    /// The error for a tensor with a value that is non-finite in a dtype: NaN or infinite itself, or out of range.
+    /// Reads the tensor again to find out.
     pub(crate) fn value_error(&self, source: &SourceTensor, dtype: WeightDtype) -> CheckpointError {
         let found = &self.tensor_list()[source.stored_index];
         let (tensor, file) = (found.name.clone(), Some(self.dir().join(&found.file)));
@@ -230,9 +233,9 @@ impl Checkpoint {
         }
     }
 
-    /// Whether all values of a tensor are finite in f32.
+    /// Whether all values of a stored tensor are finite in f32.
     fn all_finite(&self, source: &SourceTensor) -> Result<bool, CheckpointError> {
-        /// Bytes that are read at a time.
+        /// Bytes read at a time.
         const CHUNK: usize = 1 << 20;
         let (rows, columns) = source.dims(source.stored());
         let height = (CHUNK / (source.part.range.len() / rows.max(1)).max(1)).max(1);

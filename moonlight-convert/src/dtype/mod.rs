@@ -1,4 +1,4 @@
-//! Values: their dtypes, quantized forms and orientation.
+//! Values: conversion, dequantization and transposition.
 
 pub(crate) mod conversion;
 pub(crate) mod dequantize;

@@ -1,8 +1,8 @@
-//! Quantized matrices: FP8 in blocks (DeepSeek-V3, Kimi-K2), by row or as a whole (compressed-tensors' `float-quantized`),
-//! INT4 in groups (Kimi-K2-Thinking, Kimi-K2.5).
+//! Quantized matrices: FP8 by block (DeepSeek-V3, Kimi-K2), by row or by tensor (compressed-tensors'
+//! `float-quantized`), INT4 by group (Kimi-K2-Thinking, Kimi-K2.5).
 //!
-//! Both are a small number times a scale. The product is taken in f32 and rounded once, to the dtype asked for, which is
-//! what torch computes: `(fp8.float() * scale).to(bfloat16)`, and compressed-tensors' bf16 times bf16.
+//! A value is a small number times a scale. The product is taken in f32 and rounded once to the requested dtype. This
+//! equals torch bit by bit: `(fp8.float() * scale).to(bfloat16)`, and compressed-tensors' product in bf16.
 
 use half::{bf16, f16};
 use moonlight_model::ModelConfig;
@@ -12,29 +12,29 @@ use crate::dtype::conversion::{RowSource, Weight, WeightDtype};
 
 mod config_keys;
 
-/// DeepSeek-V3's block, where the configuration names none.
+/// DeepSeek-V3's block, used if the config has none.
 const DEFAULT_BLOCK: [usize; 2] = [128, 128];
-/// What a nibble holds more than its value: compressed-tensors stores 0 to 15 for -8 to 7.
+/// The zero point of a nibble: compressed-tensors stores 0 to 15 for -8 to 7.
 const NIBBLE_OFFSET: i32 = 8;
-/// Nibbles of one 32-bit word.
+/// Nibbles in a 32-bit word.
 pub(crate) const NIBBLES_PER_WORD: usize = 8;
 
-/// What `quantization_config` says of the weights.
+/// The part of `quantization_config` that concerns weights.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct QuantScheme {
-    /// Its `quant_method`.
+    /// The `quant_method`.
     pub(crate) method: Option<String>,
-    /// Rows and columns that one FP8 scale is for.
+    /// Rows and columns that share an FP8 scale.
     block: Option<[usize; 2]>,
-    /// What the configuration says that FP8 scales are for; empty where it does not.
+    /// The granularities of FP8 scales in the config; empty if it has none.
     strategies: Vec<ScaleStrategy>,
-    /// Why packed weights of this checkpoint cannot be read, as the rest of a sentence.
+    /// Why INT4 weights of this checkpoint are not supported, as the rest of a sentence.
     pub(crate) int4_problem: Option<String>,
-    /// Why FP8 weights of this checkpoint cannot be read, likewise.
+    /// Why FP8 weights of this checkpoint are not supported, as the rest of a sentence.
     pub(crate) fp8_problem: Option<String>,
-    /// Values of a row that share a scale, as the groups of 4-bit weights say; empty where none does.
+    /// The group sizes of INT4 weights in the config; empty if it has none.
     groups: Vec<usize>,
-    /// What the configuration asks for that is not followed, each as a sentence without its full stop.
+    /// Unsupported settings of the config, each as a sentence without a full stop.
     pub(crate) unsupported: Vec<String>,
 }
 
@@ -67,11 +67,11 @@ impl QuantScheme {
         }
     }
 
-    /// Refuses groups of another size than the configuration says. The error is the rest of a sentence about the matrix.
+    /// Checks a group size against the config. The error is the rest of a sentence about the matrix.
     pub(crate) fn check_group(&self, found: usize) -> Result<(), String> {
         match self.groups.first() {
             Some(said) if !self.groups.contains(&found) => {
-                Err(format!("has a scale for {found} values, and `quantization_config` says `group_size` {said}"))
+                Err(format!("has one scale per {found} values; `quantization_config` has the `group_size` {said}"))
             }
             _ => Ok(()),
         }
@@ -81,12 +81,12 @@ impl QuantScheme {
         self.block.unwrap_or(DEFAULT_BLOCK)
     }
 
-    /// Rows and columns that one scale of an FP8 matrix is for, and the shape of its scales, by the shape that they are found
-    /// in. Where no strategy has such a shape, the one that the configuration names is asked for.
+    /// The rows and columns that share a scale of an FP8 matrix, and the shape of its scales, derived from the shape
+    /// that was found. If no granularity has such a shape, that of the config is expected.
     ///
     /// # Errors
     ///
-    /// The rest of a sentence about the matrix, where its scales are another strategy's than the configuration names.
+    /// The rest of a sentence about the matrix, if its scales have another granularity than the config says.
     pub(crate) fn fp8_block(
         &self,
         matrix @ [rows, columns]: [usize; 2],
@@ -96,11 +96,15 @@ impl QuantScheme {
         let fits = |strategy: &ScaleStrategy| found.is_some_and(|found| strategy.fits(matrix, block, found));
         let declared = self.strategies.first().copied();
         let every = [ScaleStrategy::Tensor, ScaleStrategy::Row, ScaleStrategy::Block];
+        // The config's granularities first: for some matrices two have scales of the same shape.
         let strategy = match self.strategies.iter().chain(&every).find(|strategy| fits(strategy)) {
             Some(strategy) if declared.is_none() || self.strategies.contains(strategy) => *strategy,
             Some(strategy) => {
                 let declared = declared.map_or("", ScaleStrategy::name);
-                return Err(format!("has {}, and `quantization_config` says `{declared}`", strategy.describe()));
+                return Err(format!(
+                    "has {}; `quantization_config` has the `strategy` `{declared}`",
+                    strategy.describe()
+                ));
             }
             None => declared.unwrap_or(ScaleStrategy::Block),
         };
@@ -114,18 +118,18 @@ impl QuantScheme {
     }
 }
 
-/// What one scale of an FP8 matrix is for.
+/// The granularity of FP8 scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ScaleStrategy {
     Tensor,
     Row,
-    /// So many values of a row.
+    /// A number of values in a row.
     Group(usize),
     Block,
 }
 
 impl ScaleStrategy {
-    /// That of a group of `config_groups`, where it is one of floats.
+    /// The granularity of an entry of `config_groups`, if its type is float.
     fn of(weights: &Value) -> Option<Self> {
         if weights.get("type").is_some_and(|kind| kind != "float") {
             return None;
@@ -142,7 +146,7 @@ impl ScaleStrategy {
         }
     }
 
-    /// Whether the scales of a matrix may have a shape.
+    /// Whether `found` is the shape of such scales for a matrix.
     fn fits(self, [rows, columns]: [usize; 2], block: [usize; 2], found: &[usize]) -> bool {
         match self {
             Self::Tensor => found.len() <= 2 && found.iter().all(|&side| side == 1),
@@ -163,38 +167,38 @@ impl ScaleStrategy {
 
     fn describe(self) -> &'static str {
         match self {
-            Self::Tensor => "one scale",
-            Self::Row => "a scale a row",
-            Self::Group(_) => "a scale a group of a row",
-            Self::Block => "a scale a block",
+            Self::Tensor => "one scale for the tensor",
+            Self::Row => "one scale per row",
+            Self::Group(_) => "one scale per group of a row",
+            Self::Block => "one scale per block",
         }
     }
 }
 
-/// What the configuration says of quantized weights, under the name of today or compressed-tensors' first one.
+/// The config's key for quantization: the current name, and compressed-tensors' first one.
 pub(crate) const QUANTIZATION: [&str; 2] = ["quantization_config", "compression_config"];
 
 fn quantization(config: &ModelConfig) -> Option<&Value> {
     QUANTIZATION.iter().find_map(|key| config.extra.get(*key).filter(|value| !value.is_null()))
 }
 
-/// Whether the configuration speaks of quantized weights.
+/// Whether the config declares quantized weights.
 pub(crate) fn is_quantized(config: &ModelConfig) -> bool {
     quantization(config).is_some()
 }
 
-/// Whether a group of `config_groups` may be of this type.
+/// Whether the weights of a group may have this type.
 fn is_type(weights: &Value, kind: &str) -> bool {
     weights.get("type").is_none_or(|found| found.is_null() || found == kind)
 }
 
-/// That there are groups, and none of the type that the file has.
+/// The problem that the config has groups, but none of the type found in the file.
 fn none_of(weights: &[&Value], kind: &str, what: &str) -> Option<String> {
     let none = !weights.is_empty() && !weights.iter().any(|weights| is_type(weights, kind));
-    none.then(|| format!("is kept as {what}, and `quantization_config` has no group of the `type` `{kind}`"))
+    none.then(|| format!("is stored as {what}; `quantization_config` has no group of the `type` `{kind}`"))
 }
 
-/// The `group_size` of a group whose strategy goes by it.
+/// The `group_size` of a group whose strategy is `group`.
 fn group(weights: &Value) -> Option<usize> {
     if weights.get("strategy").is_some_and(|strategy| !strategy.is_null() && strategy != "group") {
         return None;
@@ -202,7 +206,7 @@ fn group(weights: &Value) -> Option<usize> {
     weights.get("group_size")?.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|size| *size > 0)
 }
 
-/// `[128, 128]` or compressed-tensors' first spelling `"128x128"`, neither of them zero.
+/// Parses `[128, 128]`, or compressed-tensors' first notation `"128x128"`; neither may be zero.
 fn block(value: &Value) -> Option<[usize; 2]> {
     if let Some((rows, columns)) = value.as_str().and_then(|text| text.split_once('x')) {
         let sides = [rows, columns].map(|side| side.trim().parse::<usize>().ok().filter(|side| *side > 0));
@@ -215,7 +219,7 @@ fn block(value: &Value) -> Option<[usize; 2]> {
 fn unreadable(weights: &Value) -> Option<String> {
     match weights.get("num_bits").and_then(Value::as_u64) {
         None | Some(4) => {}
-        // FP8 beside packed weights.
+        // FP8 in addition to INT4 weights.
         Some(8) if weights.get("type").is_none_or(|kind| kind != "int") => {}
         Some(bits) => return Some(format!("has weights of {bits} bits")),
     }
@@ -225,15 +229,15 @@ fn unreadable(weights: &Value) -> Option<String> {
     None
 }
 
-/// Scales of some of a matrix's rows, in f32.
+/// The scales for some rows of a matrix, in f32.
 #[derive(Debug, Default)]
 pub(crate) struct Scales {
-    /// Which row of scales they begin with.
+    /// The row of scales with which they begin.
     pub(crate) first: usize,
     pub(crate) values: Vec<f32>,
 }
 
-/// Scales as f32.
+/// Converts scales to f32.
 pub(crate) fn scales(bytes: &[u8], dtype: WeightDtype) -> Vec<f32> {
     match dtype {
         WeightDtype::F32 => bytemuck::pod_collect_to_vec(bytes),
@@ -244,14 +248,14 @@ pub(crate) fn scales(bytes: &[u8], dtype: WeightDtype) -> Vec<f32> {
     }
 }
 
-/// E4M3 (finite only: no infinity, one NaN either sign), by its bits.
+/// The value of E4M3 bits (the finite variant: no infinities, one NaN of either sign).
 const fn e4m3(bits: u8) -> f32 {
     let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
     let (exponent, mantissa) = ((bits >> 3) & 0xf, (bits & 7) as f32);
     let magnitude = match (exponent, bits & 7) {
         (15, 7) => f32::NAN,
         (0, _) => mantissa / 512.0,
-        // 2^(exponent - 7), put together from its bits.
+        // 2^(exponent - 7), assembled from its bits: powers are not const.
         _ => (1.0 + mantissa / 8.0) * f32::from_bits((exponent as u32 + 120) << 23),
     };
     sign * magnitude
@@ -267,14 +271,14 @@ const E4M3: [f32; 256] = {
     table
 };
 
-/// A matrix of E4M3 values with one scale for each block; the blocks at the edges may be partial.
+/// A matrix of E4M3 values with one scale for each block; blocks at the edges may be partial.
 pub(crate) struct Fp8<'a> {
     pub(crate) bytes: &'a [u8],
     /// Which of the matrix's rows the bytes begin with.
     pub(crate) first: usize,
     pub(crate) columns: usize,
     pub(crate) block: [usize; 2],
-    /// Of `[ceil(rows / block), ceil(columns / block)]` those of the rows in `bytes`.
+    /// The scales `[ceil(rows / block), ceil(columns / block)]` for the rows in `bytes`.
     pub(crate) scales: &'a Scales,
 }
 
@@ -292,7 +296,7 @@ impl<T: Weight> RowSource<T> for Fp8<'_> {
     }
 }
 
-/// A matrix of 4-bit values, eight to a 32-bit word, the lowest first, with one scale for each group of a row.
+/// A matrix of 4-bit values, eight to a 32-bit word, the lowest bits first, with one scale for each group of a row.
 pub(crate) struct Int4<'a> {
     pub(crate) bytes: &'a [u8],
     /// Which of the matrix's rows the bytes begin with.
@@ -300,7 +304,7 @@ pub(crate) struct Int4<'a> {
     pub(crate) columns: usize,
     /// Values of a row that share a scale.
     pub(crate) group: usize,
-    /// Of `[rows, columns / group]` those of the rows in `bytes`.
+    /// The scales `[rows, columns / group]` for the rows in `bytes`.
     pub(crate) scales: &'a Scales,
 }
 
@@ -310,6 +314,7 @@ impl<T: Weight> RowSource<T> for Int4<'_> {
         let bytes = &self.bytes[(row - self.first) * self.columns.div_ceil(NIBBLES_PER_WORD) * 4..];
         let mut finite = true;
         for (at, target) in (first..).zip(target) {
+            // Two nibbles in a byte, the low one first; words are little-endian.
             let value = i32::from(bytes[at / 2] >> (at % 2 * 4) & 0xf) - NIBBLE_OFFSET;
             *target = T::narrow(value as f32 * scales[at / self.group]);
             finite &= target.finite();
@@ -324,7 +329,7 @@ mod tests {
 
     use super::*;
 
-    /// The table against the format's definition (arXiv 2209.05433): bias 7, subnormals in steps of 2^-9, 448 the largest.
+    /// The definition of the format (arXiv 2209.05433): bias 7, subnormals in steps of 2^-9, largest value 448.
     #[test]
     fn e4m3_is_as_defined() {
         for (bits, value) in [(0x00, 0.0), (0x01, 0.001_953_125), (0x08, 0.015_625), (0x38, 1.0), (0x7e, 448.0)] {
@@ -332,12 +337,12 @@ mod tests {
             assert_eq!(E4M3[bits | 0x80], -value, "{bits:#x}");
         }
         let numbers: Vec<f32> = E4M3[..0x7f].to_vec();
-        assert!(numbers.windows(2).all(|pair| pair[0] < pair[1]), "they grow with their bits");
+        assert!(numbers.windows(2).all(|pair| pair[0] < pair[1]), "values increase with their bits");
         assert!(E4M3[0x7f].is_nan() && E4M3[0xff].is_nan());
     }
 
     #[test]
-    fn scales_belong_to_blocks_also_to_the_partial_ones() {
+    fn scales_belong_to_blocks_including_partial_ones() {
         // 3 x 5 in blocks of 2 x 2: 2 x 3 scales.
         let bytes = vec![0x38u8; 15];
         let scales = Scales { first: 0, values: vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0] };
@@ -380,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_says_how() {
+    fn the_scheme_is_read_from_the_config() {
         let mut config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
         assert_eq!(QuantScheme::of(&config), QuantScheme::default());
         assert_eq!(QuantScheme::of(&config).block(), [128, 128]);
@@ -404,6 +409,6 @@ mod tests {
         assert_eq!(mixed.fp8_problem, None);
         let int4 = scheme(packed(json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64})));
         assert!(int4.fp8_problem.is_some() && int4.check_group(64).is_ok());
-        assert!(int4.check_group(32).unwrap_err().contains("says `group_size` 64"));
+        assert!(int4.check_group(32).unwrap_err().contains("has the `group_size` 64"));
     }
 }

@@ -1,10 +1,11 @@
-//! Turning matrices: Hugging Face stores a projection as `[out, in]`, Burn as `[in, out]`, so nearly every byte of a
-//! checkpoint comes through here.
+//! Transposing matrices: Hugging Face stores a projection as `[out, in]`, Burn as `[in, out]`, so that nearly every
+//! byte of a checkpoint passes through here.
 //!
-//! Lines of the source are gathered in a tile that stays in the first-level cache, and leave it in squares of [`SIDE`] that
-//! are turned in registers, the columns of the tile one after the other. Both sides of the way have been found to matter:
-//! rows of either matrix are often a multiple of 4 KiB apart, and a cache keeps only a few lines that are. The tile takes
-//! two whole cache lines of each row of the source, and hands four to each row of the target, before it goes on.
+//! Rows of the source are gathered in a tile that fits into the L1 cache. The tile is written out in squares of
+//! [`SIDE`], transposed in registers, one column of the tile after the other. Both directions were measured to matter:
+//! rows of either matrix are often a multiple of 4 KiB apart, so that they compete for the few cache lines of one set.
+//! The tile takes two complete cache lines from each row of the source, and writes four to each row of the target
+//! before it moves to the next.
 
 use std::ops::Range;
 
@@ -12,14 +13,14 @@ use moonlight_model::disjoint::BlockMut;
 
 use crate::dtype::conversion::{Outcome, RowSource, Weight};
 
-/// Columns of a tile.
+/// Columns of the source in a tile.
 pub(crate) const WIDTH: usize = 64;
-/// Rows of a tile of values of two bytes. There are half as many of four.
+/// Rows of the source in a tile of 2-byte values; half as many for 4-byte values.
 pub(crate) const HEIGHT: usize = 128;
-/// Rows and columns of what is turned in registers.
+/// Rows and columns of a square that is transposed in registers.
 const SIDE: usize = 8;
 
-/// Columns of a matrix of `rows` rows, from column `first` on, as the rows of `target`, as many as it holds.
+/// Transposes columns of a matrix with `rows` rows, beginning with column `first`, into the rows of `target`.
 pub(crate) fn transpose<T: Weight>(source: &impl RowSource<T>, rows: usize, first: usize, target: &mut [T]) -> Outcome {
     assert!(target.len().is_multiple_of(rows.max(1)));
     let columns = first..first + target.len() / rows.max(1);
@@ -27,11 +28,11 @@ pub(crate) fn transpose<T: Weight>(source: &impl RowSource<T>, rows: usize, firs
     transpose_into(source, 0..rows, columns, target)
 }
 
-/// A part of a matrix, transposed: its columns become the rows of `target`.
+/// Transposes a part of a matrix: its columns become the rows of `target`.
 ///
 /// # Panics
 ///
-/// If `target` has not the shape of the part, transposed.
+/// If `target` does not have the shape of the transposed part.
 pub(crate) fn transpose_into<T: Weight>(
     source: &impl RowSource<T>,
     rows: Range<usize>,
@@ -46,6 +47,7 @@ pub(crate) fn transpose_into<T: Weight>(
         columns.len(),
         rows.len()
     );
+    // Equal bytes for both sizes of values: a tile has 16 KiB.
     let tall = if size_of::<T>() > 2 { HEIGHT / 2 } else { HEIGHT };
     let mut finite = true;
     let mut tile = [T::default(); WIDTH * HEIGHT];
@@ -62,12 +64,12 @@ pub(crate) fn transpose_into<T: Weight>(
     Outcome::of(finite)
 }
 
-/// Writes the first `width` columns of the first `height` rows of a tile to rows `first_row..` of `target`, from column
-/// `first_column` on.
+/// Writes the first `width` columns and `height` rows of a tile to the rows `first_row..` of `target`, beginning at
+/// column `first_column`.
 ///
 /// # Panics
 ///
-/// If there are none, they are not the tile's, or they leave the target.
+/// If the part is empty, or exceeds the tile or the target.
 fn transpose_tile<T: Weight>(
     tile: &[T; WIDTH * HEIGHT],
     width: usize,
@@ -76,15 +78,18 @@ fn transpose_tile<T: Weight>(
     first_row: usize,
     first_column: usize,
 ) {
-    assert!((1..=WIDTH).contains(&width) && (1..=HEIGHT).contains(&height), "the columns and rows are the tile's");
-    assert!(first_row + width <= target.rows() && first_column + height <= target.columns(), "the target holds them");
+    assert!((1..=WIDTH).contains(&width) && (1..=HEIGHT).contains(&height), "the part is inside the tile");
+    assert!(
+        first_row + width <= target.rows() && first_column + height <= target.columns(),
+        "the part is inside the target"
+    );
     let stride = target.row_stride();
-    // SAFETY: the target has this row and this column, by both assertions.
+    // SAFETY: by both assertions, the target has this row and this column.
     let target = unsafe { target.as_mut_ptr().add(first_row * stride + first_column) };
     let (right, bottom) = (width / SIDE * SIDE, height / SIDE * SIDE);
     for column in (0..right).step_by(SIDE) {
         for row in (0..bottom).step_by(SIDE) {
-            // SAFETY: by the two assertions, the square lies inside the tile, and what it is transposed into in the target.
+            // SAFETY: by the two assertions, the square is inside the tile, and its transpose inside the target.
             unsafe {
                 transpose_square(tile.as_ptr().add(row * WIDTH + column), target.add(column * stride + row), stride)
             };
@@ -92,7 +97,7 @@ fn transpose_tile<T: Weight>(
     }
     for column in 0..width {
         for row in if column < right { bottom } else { 0 }..height {
-            // SAFETY: by the second assertion, the place lies in the target.
+            // SAFETY: by the second assertion, the place is inside the target.
             unsafe { target.add(column * stride + row).write(tile[row * WIDTH + column]) };
         }
     }
@@ -121,7 +126,7 @@ unsafe fn transpose_square<T: Weight>(square: *const T, target: *mut T, stride: 
     }
 }
 
-/// What every x86-64 has.
+/// SSE2, which every x86-64 processor has.
 #[cfg(target_arch = "x86_64")]
 mod sse2 {
     use std::arch::x86_64::*;
@@ -137,11 +142,11 @@ mod sse2 {
         // SAFETY: the caller's promises; neither side need be aligned.
         unsafe {
             let rows: [__m128i; SIDE] = from_fn(|row| _mm_loadu_si128(square.add(row * WIDTH).cast()));
-            // Pairs of values of rows 2 i and 2 i + 1, of the left and of the right half of the columns.
+            // Pairs of values from rows 2 i and 2 i + 1, for the left and the right half of the columns.
             let left: [__m128i; 4] = from_fn(|i| _mm_unpacklo_epi16(rows[2 * i], rows[2 * i + 1]));
             let right: [__m128i; 4] = from_fn(|i| _mm_unpackhi_epi16(rows[2 * i], rows[2 * i + 1]));
             for (half, pairs) in [left, right].into_iter().enumerate() {
-                // Fours of rows 0 to 3 and 4 to 7, of two columns each.
+                // Groups of four values from rows 0 to 3 and 4 to 7, for two columns each.
                 let fours = [
                     [_mm_unpacklo_epi32(pairs[0], pairs[1]), _mm_unpacklo_epi32(pairs[2], pairs[3])],
                     [_mm_unpackhi_epi32(pairs[0], pairs[1]), _mm_unpackhi_epi32(pairs[2], pairs[3])],
@@ -191,13 +196,13 @@ mod tests {
         for (rows, columns) in [(1, 1), (3, 130), (65, 64), (129, 67), (8, 8), (128, 64), (300, 9), (7, 7)] {
             let source: Vec<T> = (0..rows * columns).map(&value).collect();
             let mut target = vec![T::default(); rows * columns];
-            // In two parts, as saving does.
+            // In two parts, as in saving.
             let split = columns / 2;
             let (a, b) = target.split_at_mut(split * rows);
             let lines = PlainRows::<T>::new(bytemuck::cast_slice(&source), columns);
             assert_eq!(transpose(&lines, rows, 0, a), Outcome::Finite);
             assert_eq!(transpose(&lines, rows, split, b), Outcome::Finite);
-            let turned = |target: &[T]| {
+            let check_transposed = |target: &[T]| {
                 for row in 0..rows {
                     for column in 0..columns {
                         let (got, put) = (target[column * rows + row], source[row * columns + column]);
@@ -205,8 +210,8 @@ mod tests {
                     }
                 }
             };
-            turned(&target);
-            // In bands of rows, as loading does.
+            check_transposed(&target);
+            // In bands of rows, as in loading.
             target.fill(T::default());
             let shared = DisjointMut::new(&mut target);
             for first in (0..rows).step_by(50) {
@@ -216,12 +221,12 @@ mod tests {
                 assert_eq!(transpose_into(&lines, first..last, 0..columns, band), Outcome::Finite);
             }
             shared.finish();
-            turned(&target);
+            check_transposed(&target);
         }
     }
 
     #[test]
-    fn awkward_shapes_in_parts() {
+    fn odd_shapes_are_transposed_in_parts() {
         check(|i| i as f32);
         check(|i| bf16::from_bits(i as u16 % 0x7f80));
         check(|i| f16::from_bits(i as u16 % 0x7c00));
@@ -229,7 +234,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "leave a buffer of 11")]
-    fn nothing_is_written_behind_the_end() {
+    fn nothing_is_written_past_the_end() {
         let source = [1.0f32; 12];
         let mut target = [0.0f32; 11];
         let shared = DisjointMut::new(&mut target);

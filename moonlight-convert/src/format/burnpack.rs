@@ -1,9 +1,9 @@
-//! Burn's own file of weights, `model.bpk`: its header, read and written.
+//! Burn's own weight file, `model.bpk`: reading and writing its header.
 //!
-//! The format is that of the `burn-pack` crate, whose constants and header are used here: a header, descriptors in CBOR,
-//! and the tensors, each at a multiple of 256 bytes. burn-pack's writer draws one whole tensor after another; this file
-//! only lays the tensors out, so that they can be written from many threads and in parts. burn-pack's reader checks a file
-//! before the descriptors are believed.
+//! The format and its constants are those of the `burn-pack` crate: a header, descriptors in CBOR, and the tensors,
+//! each aligned to 256 bytes. burn-pack's writer takes one complete tensor after the other. This module only computes
+//! the layout, so that many threads can write parts of tensors. burn-pack's reader validates a file before its
+//! descriptors are used.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,10 +19,10 @@ use crate::format::index::unprintable;
 use crate::format::tensor_entry::TensorEntry;
 use crate::printable::Printable;
 
-/// The name of the file in a directory.
+/// The file's name in a checkpoint.
 pub(crate) const BURNPACK: &str = "model.bpk";
 
-/// Descriptors nest no deeper than this; burn-pack's reader stops at 128.
+/// Nesting limit for descriptors; burn-pack's reader has a limit of 128.
 const DEEPEST: usize = 16;
 
 /// The descriptors, as burn-pack writes them.
@@ -37,13 +37,13 @@ struct Descriptors {
 struct Descriptor {
     dtype: DType,
     shape: Vec<u64>,
-    /// Behind the start of the data section.
+    /// Relative to the start of the data section.
     data_offsets: (u64, u64),
     #[serde(default, skip_serializing_if = "Option::is_none")]
     param_id: Option<u64>,
 }
 
-/// One tensor that is going to be written.
+/// A tensor to be written.
 pub(crate) struct PlannedTensor {
     pub(crate) name: String,
     pub(crate) dtype: DType,
@@ -51,18 +51,18 @@ pub(crate) struct PlannedTensor {
     pub(crate) bytes: u64,
 }
 
-/// Where everything lies in a file that is going to be written.
+/// The layout of a file to be written.
 #[derive(Debug)]
 pub(crate) struct FileLayout {
-    /// All bytes in front of the tensors.
+    /// All bytes before the tensors.
     pub(crate) header: Vec<u8>,
-    /// For each tensor, where it begins in the file.
+    /// The offset of each tensor in the file.
     pub(crate) starts: Vec<u64>,
-    /// Length of the file.
+    /// Size of the file in bytes.
     pub(crate) length: u64,
 }
 
-/// Lays tensors out. The error is the rest of a sentence that begins with the file's name.
+/// Computes the layout. The error is the rest of a sentence that begins with the file's name.
 pub(crate) fn lay_out_tensors(entries: &[PlannedTensor]) -> Result<FileLayout, String> {
     let mut tensors = BTreeMap::new();
     let mut starts = Vec::with_capacity(entries.len());
@@ -81,11 +81,11 @@ pub(crate) fn lay_out_tensors(entries: &[PlannedTensor]) -> Result<FileLayout, S
     ciborium::into_writer(&Descriptors { tensors, metadata }, &mut cbor)
         .map_err(|error| format!("cannot be described: {error}"))?;
     let size = u32::try_from(cbor.len()).ok().filter(|&size| size <= MAX_METADATA_SIZE);
-    let size = size.ok_or("has more tensors than a burnpack file describes")?;
+    let size = size.ok_or("has more tensors than a burnpack file can describe")?;
     let data = aligned_data_section_start(cbor.len());
     let length = data as u64 + end;
     if length > MAX_FILE_SIZE {
-        return Err(format!("would have {length} bytes; Burn reads burnpack files of up to {MAX_FILE_SIZE}"));
+        return Err(format!("would have {length} bytes, more than the {MAX_FILE_SIZE} that burn-pack reads"));
     }
     let mut header = Header::new(size).into_bytes().to_vec();
     header.extend_from_slice(&cbor);
@@ -96,46 +96,49 @@ pub(crate) fn lay_out_tensors(entries: &[PlannedTensor]) -> Result<FileLayout, S
     Ok(FileLayout { header, starts, length })
 }
 
-/// The tensors of a file, their ranges counted from its beginning. The error is the rest of a sentence that begins with
-/// the file's name.
+/// The tensors of a file, with ranges relative to its start. The error is the rest of a sentence that begins with the
+/// file's name.
 pub(crate) fn read(path: &Path) -> Result<Vec<TensorEntry>, String> {
-    // Checks the header, the number of tensors, that every range has the length that its dtype and shape ask for, and
-    // that it lies in the file.
-    burn_pack::Reader::from_file_exact(path).map_err(|error| format!("is no burnpack file: {}", Printable(error)))?;
+    // burn-pack checks the header, the number of tensors, and that every range is in the file and has the length that
+    // its dtype and shape require. It does not check that ranges are disjoint; that is done below.
+    burn_pack::Reader::from_file_exact(path)
+        .map_err(|error| format!("is not a burnpack file: {}", Printable(error)))?;
     let cannot = |error: std::io::Error| format!("cannot be read: {error}");
     let mut file = File::open(path).map_err(cannot)?;
     let mut header = [0u8; HEADER_SIZE];
     file.read_exact(&mut header).map_err(cannot)?;
-    let header = Header::from_bytes(&header).map_err(|error| format!("is no burnpack file: {}", Printable(error)))?;
+    let header =
+        Header::from_bytes(&header).map_err(|error| format!("is not a burnpack file: {}", Printable(error)))?;
     let size = header.metadata_size as usize;
     let reader = std::io::BufReader::new(file.take(size as u64));
     let descriptors: Descriptors = ciborium::de::from_reader_with_recursion_limit(reader, DEEPEST)
-        .map_err(|error| format!("has a broken header: {}", Printable(error)))?;
+        .map_err(|error| format!("has an invalid header: {}", Printable(error)))?;
     let data = aligned_data_section_start(size);
     let mut tensors: Vec<TensorEntry> = descriptors
         .tensors
         .into_iter()
         .map(|(name, descriptor)| {
             if let Some(problem) = unprintable(&name) {
-                return Err(format!("has a broken header: {problem}"));
+                return Err(format!("has an invalid header: {problem}"));
             }
             let (start, end) = descriptor.data_offsets;
             let offset = |at: u64| usize::try_from(at).ok().and_then(|at| at.checked_add(data));
             let range = offset(start).zip(offset(end)).map(|(start, end)| start..end);
             let shape = descriptor.shape.iter().map(|&size| usize::try_from(size).ok()).collect();
-            let dtype = dtype(descriptor.dtype).ok_or_else(|| format!("holds `{name}` as {:?}", descriptor.dtype))?;
-            let (range, shape) = range.zip(shape).ok_or_else(|| format!("has an impossible place for `{name}`"))?;
+            let dtype =
+                dtype(descriptor.dtype).ok_or_else(|| format!("contains `{name}` as {:?}", descriptor.dtype))?;
+            let (range, shape) = range.zip(shape).ok_or_else(|| format!("has an invalid offset for `{name}`"))?;
             Ok(TensorEntry { name, dtype, shape, range })
         })
         .collect::<Result<_, String>>()?;
     tensors.sort_by_key(|tensor| tensor.range.start);
     match tensors.windows(2).find(|pair| pair[1].range.start < pair[0].range.end) {
         None => Ok(tensors),
-        Some(pair) => Err(format!("holds `{}` and `{}` in the same place", pair[0].name, pair[1].name)),
+        Some(pair) => Err(format!("has overlapping ranges for `{}` and `{}`", pair[0].name, pair[1].name)),
     }
 }
 
-/// Burn's dtype as safetensors names it; `None` for those that weights never have.
+/// Burn's dtype in the terms of safetensors; `None` for dtypes that no weight has.
 fn dtype(dtype: DType) -> Option<Dtype> {
     match dtype {
         DType::F64 => Some(Dtype::F64),
@@ -154,9 +157,9 @@ mod tests {
 
     use super::*;
 
-    /// Byte for byte what burn-pack's own writer lays out.
+    /// The header equals that of burn-pack's own writer, byte for byte.
     #[test]
-    fn the_header_is_the_librarys() {
+    fn the_header_equals_that_of_burn_pack() {
         let shapes: [(&str, DType, Vec<usize>); 3] = [
             ("layers.0.norm", DType::F32, vec![3]),
             ("embed", DType::BF16, vec![5, 7]),
@@ -199,17 +202,17 @@ mod tests {
     }
 
     #[test]
-    fn files_that_lie_are_refused() {
+    fn inconsistent_files_are_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let problem = |bytes: &[u8]| {
             std::fs::write(file.path(), bytes).unwrap();
             read(file.path()).unwrap_err()
         };
-        assert!(problem(b"").contains("is no burnpack file"));
-        assert!(problem(&[0; 300]).contains("is no burnpack file"));
+        assert!(problem(b"").contains("is not a burnpack file"));
+        assert!(problem(&[0; 300]).contains("is not a burnpack file"));
         let entry = PlannedTensor { name: "a".into(), dtype: DType::F32, shape: vec![4], bytes: 16 };
         let whole = lay_out_tensors(&[entry]).unwrap();
-        assert!(problem(&whole.header).contains("truncated"), "the tensor is not there");
+        assert!(problem(&whole.header).contains("truncated"), "the tensor is missing");
         let mut huge = whole.header.clone();
         huge[6..10].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(problem(&huge).contains("exceeds maximum"));
@@ -232,8 +235,8 @@ mod tests {
         std::fs::write(file.path(), apart).unwrap();
         assert_eq!(read(file.path()).unwrap().len(), 2);
         let overlap = with([("a", descriptor(0, 256, DType::F32)), ("b", descriptor(128, 512, DType::F32))]);
-        assert!(problem(&overlap).contains("holds `a` and `b` in the same place"));
+        assert!(problem(&overlap).contains("has overlapping ranges for `a` and `b`"));
         let bytes = with([("a", descriptor(0, 256, DType::F32)), ("b", descriptor(256, 512, DType::U8))]);
-        assert!(problem(&bytes).contains("holds `b` as U8"));
+        assert!(problem(&bytes).contains("contains `b` as U8"));
     }
 }

@@ -1,4 +1,4 @@
-//! `model.safetensors.index.json`: which tensor lies in which shard.
+//! `model.safetensors.index.json`, which maps tensors to shards.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -14,22 +14,22 @@ use crate::printable::is_command;
 
 /// The index's file name.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
-/// The file name of weights that need no index.
+/// The file name of weights in a single file, without an index.
 pub(crate) const SINGLE: &str = "model.safetensors";
 
-/// The longest index that is read; that of Kimi-K2's 139,644 tensors has some 15 MB.
+/// Size limit of an index in bytes; that of Kimi-K2, with 139,644 tensors, has about 15 MB.
 const LONGEST: u64 = 100_000_000;
 
-/// The index, as transformers writes it.
+/// The index in the layout of transformers.
 #[derive(Debug, Serialize)]
 pub(crate) struct Index {
-    /// Not kept of an index that is read.
+    /// Empty for an index that was read.
     pub(crate) metadata: serde_json::Map<String, serde_json::Value>,
     /// Tensor name to file name.
     pub(crate) weight_map: BTreeMap<String, String>,
 }
 
-/// What is read of an index.
+/// The fields that are read.
 #[derive(Deserialize)]
 struct IndexFile {
     #[serde(rename = "metadata", default)]
@@ -39,7 +39,7 @@ struct IndexFile {
 }
 
 impl Index {
-    /// Reads the index and checks that every entry is a file below the index's directory; `None` where there is no index.
+    /// Reads the index and checks that every file in it is inside the directory; `None` without an index.
     pub(crate) fn read(confined: &ConfinedDir, dir: &Path) -> Result<Option<Self>, CheckpointError> {
         let Some(text) = confined.read(INDEX, LONGEST)? else { return Ok(None) };
         Self::parse(&text, dir.join(INDEX)).map(Some)
@@ -48,7 +48,7 @@ impl Index {
     pub(crate) fn parse(text: &[u8], path: PathBuf) -> Result<Self, CheckpointError> {
         let problem = match serde_json::from_slice::<IndexFile>(text) {
             Err(error) => format!("is not an index of safetensors files: {error}"),
-            Ok(IndexFile { weight_map, .. }) if weight_map.is_empty() => "lists no tensor".into(),
+            Ok(IndexFile { weight_map, .. }) if weight_map.is_empty() => "lists no tensors".into(),
             Ok(IndexFile { weight_map, .. }) => {
                 return match weight_map.iter().find(|(_, file)| !is_inside(file)) {
                     None => Ok(Self { metadata: serde_json::Map::new(), weight_map }),
@@ -68,8 +68,8 @@ impl Index {
     }
 }
 
-/// A map of names, of which none may be there twice: whoever reads the last one sees another model than who reads the
-/// first.
+/// A map without duplicate keys. JSON libraries differ in whether the first or the last duplicate counts, so that two
+/// programs would see two models.
 fn unique_keys<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
     struct UniqueKeys;
     impl<'de> Visitor<'de> for UniqueKeys {
@@ -88,7 +88,7 @@ fn unique_keys<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<St
                 match map.entry(tensor) {
                     Entry::Vacant(entry) => entry.insert(file),
                     Entry::Occupied(entry) => {
-                        return Err(A::Error::custom(format!("`{}` is there twice", entry.key())));
+                        return Err(A::Error::custom(format!("`{}` is listed twice", entry.key())));
                     }
                 };
             }
@@ -98,14 +98,14 @@ fn unique_keys<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<St
     deserializer.deserialize_map(UniqueKeys)
 }
 
-/// What is wrong with a name that holds what would move a terminal's cursor or forge a line of a report.
+/// The problem with a name that contains terminal commands or line breaks, with which it could forge a line of a
+/// report.
 pub(crate) fn unprintable(name: &str) -> Option<String> {
     let character = name.chars().find(|character| is_command(*character))?;
-    Some(format!("the name `{}` holds the control character U+{:04X}", name.escape_debug(), u32::from(character)))
+    Some(format!("the name `{}` contains the control character U+{:04X}", name.escape_debug(), u32::from(character)))
 }
 
-/// Whether a relative path names something below where it starts from. Where links lead is looked at when the file is
-/// opened.
+/// Whether a relative path stays below its directory. Symbolic links are checked when the file is opened.
 pub(crate) fn is_inside(file: &str) -> bool {
     let mut components = Path::new(file).components().peekable();
     components.peek().is_some()
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_stay_inside() {
+    fn entries_outside_the_directory_are_recognized() {
         for file in ["model-1-of-27.safetensors", "shards/a.safetensors", "..model"] {
             assert!(is_inside(file), "{file}");
         }
@@ -140,13 +140,13 @@ mod tests {
     }
 
     #[test]
-    fn indexes_that_lie_are_refused() {
+    fn inconsistent_indexes_are_refused() {
         let error = |text: &str| Index::parse(text.as_bytes(), "index".into()).unwrap_err().to_string();
         let map = |entries: &str| format!(r#"{{"metadata": {{"total_size": 1e9}}, "weight_map": {{{entries}}}}}"#);
         assert_eq!(Index::parse(map(r#""a": "b""#).as_bytes(), "index".into()).unwrap().weight_map["a"], "b");
-        assert!(error(&map(r#""a": "b", "a": "c""#)).contains("`a` is there twice"));
-        assert!(error(&map("")).contains("lists no tensor"));
-        assert!(error(&map(r#""a": "/etc/passwd""#)).contains("puts the tensor `a` into `/etc/passwd`"));
+        assert!(error(&map(r#""a": "b", "a": "c""#)).contains("`a` is listed twice"));
+        assert!(error(&map("")).contains("lists no tensors"));
+        assert!(error(&map(r#""a": "/etc/passwd""#)).contains("maps the tensor `a` to `/etc/passwd`"));
         assert!(error(&map(r#""a\u001b[2J": "b""#)).contains("control character U+001B"));
         assert!(error(&map(r#""a": 1"#)).contains("invalid type"));
         assert!(error(r#"{"weight_map": {}, "weight_map": {}}"#).contains("duplicate field"));

@@ -1,14 +1,14 @@
-//! The files that a checkpoint is made of: safetensors shards and their index, Burn's burnpack, and the files beside the
-//! weights. To add a format:
+//! The files of a checkpoint: safetensors shards and their index, Burn's burnpack, and the sidecars (tokenizer,
+//! configs). To add a format:
 //!
 //! 1. `format/NAME.rs`: its header, read into [`TensorEntry`](tensor_entry::TensorEntry)s and laid out for writing.
 //! 2. `format/shard.rs`, `checkpoint.rs`: open such a file, and find it in a directory.
-//! 3. `mapping/names.rs`, `mapping/load_plan.rs`: the names of its tensors, and which way round its matrices are.
+//! 3. `mapping/names.rs`, `mapping/load_plan.rs`: the names of its tensors, and the orientation of its matrices.
 //! 4. `io/writer.rs`, `save.rs`: a constructor of `Output`, and a variant of `Format`.
-//! 5. `format/sidecars.rs`, `report/summary.rs`: the file belongs to a checkpoint, and the name for it in reports.
+//! 5. `format/sidecars.rs`, `report/summary.rs`: that the file belongs to a checkpoint, and the name in reports.
 //! 6. `cli/convert.rs`: the value of `--format`.
 //!
-//! A format that is only read needs 1 to 3 and 5, one that is only written 1 and 4 to 6.
+//! A read-only format needs 1 to 3 and 5, a write-only one 1 and 4 to 6.
 
 pub(crate) mod burnpack;
 pub(crate) mod index;

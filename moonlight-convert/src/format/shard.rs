@@ -1,4 +1,4 @@
-//! One file of weights, safetensors or burnpack: its header, checked before anything in it is believed, and its bytes.
+//! One weight file, safetensors or burnpack: its header, validated before any use, and its bytes.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -19,41 +19,41 @@ use crate::io::confined_dir::open_plain;
 use crate::io::read_at::read_exact_at;
 use crate::printable::Printable;
 
-/// Bytes of the length that a file begins with.
+/// Size of the header's length, with which a file begins.
 const LENGTH: usize = 8;
-/// The longest header that the safetensors library reads, too.
+/// Size limit of a header in bytes, the same as in the safetensors library.
 const LONGEST_HEADER: u64 = 100_000_000;
-/// More dimensions than any tensor has; PyTorch's own limit.
+/// The most dimensions of a tensor; PyTorch's own limit.
 const HIGHEST_RANK: usize = 64;
-/// Where writers leave notes, of which only our own adapters' is read.
+/// The key of free-form metadata. Only the note of this project's adapters is read.
 const NOTES: &str = "__metadata__";
 
-/// A file of weights.
+/// An opened weight file.
 #[derive(Debug)]
 pub(crate) struct Shard {
     path: PathBuf,
-    /// Which file it is, whatever stands at the path later.
+    /// Device and inode, which tell whether the path still names the same file.
     #[cfg(unix)]
     identity: (u64, u64),
-    /// The file, where it is kept open.
+    /// The file, if it is kept open.
     file: Option<File>,
-    /// Where the tensors' bytes begin.
+    /// Offset of the data section in the file.
     data: usize,
     pub(crate) tensors: Vec<TensorEntry>,
-    /// What our adapters say of themselves, in JSON.
+    /// The note that this project writes into adapters, in JSON.
     pub(crate) note: Option<String>,
 }
 
 /// A range of bytes in the data section of one of a checkpoint's shards.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct FileRange {
-    /// Which of the checkpoint's files.
+    /// Index of the checkpoint's file.
     pub(crate) shard: usize,
     pub(crate) range: Range<usize>,
 }
 
 impl Shard {
-    /// Opens and checks a file. The error is the rest of a sentence that begins with the file's name.
+    /// Opens and validates a safetensors file. The error is the rest of a sentence that begins with the file's name.
     pub(crate) fn open(path: &Path) -> Result<Self, String> {
         let (file, metadata) = open_plain(path).map_err(|error| format!("cannot be opened: {error}"))?;
         let length = metadata.len();
@@ -71,17 +71,17 @@ impl Shard {
         Ok(Self { note, ..Self::new(path, &metadata, file, data, tensors) })
     }
 
-    /// Opens and checks a burnpack file. The error is the rest of a sentence that begins with the file's name.
+    /// Opens and validates a burnpack file. The error is the rest of a sentence that begins with the file's name.
     pub(crate) fn open_burnpack(path: &Path) -> Result<Self, String> {
         let tensors = burnpack::read(path)?;
         let (file, metadata) = open_plain(path).map_err(|error| format!("cannot be opened: {error}"))?;
         if tensors.iter().any(|tensor| tensor.range.end as u64 > metadata.len()) {
-            return Err("became shorter while it was opened".into());
+            return Err("was truncated while it was opened".into());
         }
         Ok(Self::new(path, &metadata, file, 0, tensors))
     }
 
-    #[cfg_attr(not(unix), expect(unused_variables, reason = "files are told apart on Unix alone"))]
+    #[cfg_attr(not(unix), expect(unused_variables, reason = "files are identified only on Unix"))]
     fn new(path: &Path, metadata: &Metadata, file: File, data: usize, tensors: Vec<TensorEntry>) -> Self {
         Self {
             path: path.to_path_buf(),
@@ -94,46 +94,46 @@ impl Shard {
         }
     }
 
-    /// Closes the file; it is opened again for each read.
+    /// Closes the file; each read opens it again.
     pub(crate) fn close(&mut self) {
         self.file = None;
     }
 
-    /// Where the file was found.
+    /// The path at which the file was found.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The file once more, with a place of its own to read on from.
+    /// Opens the file again, with a read position of its own.
     ///
     /// # Errors
     ///
-    /// The system's, and that another file stands in its place by now.
+    /// An I/O error, or another file is at the path now.
     pub(crate) fn reopen(&self) -> io::Result<File> {
         let (file, metadata) = open_plain(&self.path)?;
         #[cfg(unix)]
         if identity(&metadata) != self.identity {
-            return Err(io::Error::other("another file stands in its place by now"));
+            return Err(io::Error::other("it has been replaced by another file"));
         }
         #[cfg(not(unix))]
         drop(metadata);
         Ok(file)
     }
 
-    /// Where in the file a place of the data section is.
+    /// The offset in the file of an offset in the data section.
     pub(crate) fn position(&self, at: usize) -> u64 {
         (self.data + at) as u64
     }
 
-    /// Reads a part of the data section from a place on, as much as `target` holds.
+    /// Fills `target` from the data section, beginning at offset `start`.
     pub(crate) fn read(&self, start: usize, target: &mut [u8]) -> io::Result<()> {
         self.with_file(|file| read_exact_at(file, target, self.position(start)))
     }
 
-    /// Asks the operating system to have a part of the data section in its cache soon.
+    /// Asks the operating system to prefetch a part of the data section into its cache.
     pub(crate) fn prefetch(&self, range: &Range<usize>) {
         #[cfg(any(target_os = "linux", target_os = "android"))]
-        // Advice: that it is refused costs only speed.
+        // Only a hint: if it is refused, reading is slower.
         let _ = self.with_file(|file| {
             let length = std::num::NonZeroU64::new(range.len() as u64);
             let advice = rustix::fs::Advice::WillNeed;
@@ -154,43 +154,43 @@ impl Shard {
     }
 }
 
-/// Device and number.
+/// Device and inode of a file.
 #[cfg(unix)]
 fn identity(metadata: &Metadata) -> (u64, u64) {
     use std::os::unix::fs::MetadataExt;
     (metadata.dev(), metadata.ino())
 }
 
-/// The length of the header, of which a file that is `length` long claims so much.
+/// Checks the header's claimed length against the length of the file.
 fn header_length(claimed: u64, length: u64) -> Result<usize, String> {
     if claimed > length - LENGTH as u64 {
         return Err(format!(
-            "is truncated or no safetensors file: it claims a header of {claimed} bytes and holds {length} in all"
+            "is truncated or not a safetensors file: it claims a header of {claimed} bytes and has {length} bytes in all"
         ));
     }
     if claimed > LONGEST_HEADER {
-        return Err(format!("claims a header of {claimed} bytes; {LONGEST_HEADER} are the most that is read"));
+        return Err(format!("claims a header of {claimed} bytes, more than the limit of {LONGEST_HEADER}"));
     }
     Ok(claimed as usize)
 }
 
-/// The tensors of a header in the order of their offsets, and our note; `held` bytes follow the header.
+/// The tensors of a header, sorted by offset, and the adapter note. `held` is the number of bytes after the header.
 pub(crate) fn read_header(header: &[u8], held: u64) -> Result<(Vec<TensorEntry>, Option<String>), String> {
-    let broken = |error: &dyn fmt::Display| format!("has a broken header: {}", Printable(error));
+    let broken = |error: &dyn fmt::Display| format!("has an invalid header: {}", Printable(error));
     let Header { tensors: mut infos, note } = serde_json::from_slice(header).map_err(|error| broken(&error))?;
     infos.sort_by_key(|(_, info)| info.data_offsets);
-    // This checks that the offsets follow one another without gap or overlap, and that each tensor is as long as its
-    // shape and dtype say.
+    // This checks that the ranges leave no gap and do not overlap, and that each has the length that its shape and
+    // dtype require.
     let metadata = tensor::Metadata::new(None, infos).map_err(|error| broken(&error))?;
     let claimed = metadata.data_len() as u64;
     if claimed > held {
         return Err(format!(
-            "is truncated: its header claims {} of tensors, {claimed} bytes, and {held} bytes are there",
+            "is truncated: its header claims {claimed} bytes of tensors ({}), and {held} bytes follow it",
             Bytes(claimed)
         ));
     }
     if claimed < held {
-        return Err(format!("holds {} bytes that its header does not account for", held - claimed));
+        return Err(format!("contains {} bytes that its header does not account for", held - claimed));
     }
     let tensors = metadata
         .offset_keys()
@@ -204,14 +204,14 @@ pub(crate) fn read_header(header: &[u8], held: u64) -> Result<(Vec<TensorEntry>,
     Ok((tensors, note))
 }
 
-/// The tensors of a header as they stand there. The safetensors library's own reader takes the last of two tensors of
-/// one name.
+/// The tensors of a header, in its order. Parsed here because the safetensors library silently takes the last of two
+/// tensors with one name.
 struct Header {
     tensors: Vec<(String, TensorInfo)>,
     note: Option<String>,
 }
 
-/// The notes of a file; those of others may say what they like.
+/// The metadata of a file; unknown entries are ignored.
 #[derive(Deserialize)]
 struct Notes {
     #[serde(default)]
@@ -245,7 +245,7 @@ impl<'de> Deserialize<'de> for Header {
                         return Err(A::Error::custom(format!("`{name}` has {rank} dimensions")));
                     }
                     if !names.insert(name.clone()) {
-                        return Err(A::Error::custom(format!("`{name}` is there twice")));
+                        return Err(A::Error::custom(format!("`{name}` is listed twice")));
                     }
                     tensors.push((name, info));
                 }
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sound_header_is_read() {
+    fn a_valid_header_is_read() {
         let header = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]},
             "a":{"dtype":"BF16","shape":[1,2],"data_offsets":[0,4]}}"#;
         let (tensors, note) = read_header(header.as_bytes(), 8).unwrap();
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn our_note_is_kept_and_others_say_what_they_like() {
+    fn the_adapter_note_is_kept_and_other_metadata_is_ignored() {
         let note = |notes: &str| read_header(format!(r#"{{"__metadata__":{notes}}}"#).as_bytes(), 0).unwrap().1;
         assert_eq!(note(r#"{"format":"pt","moonlight_adapters":"[]","more":[1,{"a":2}]}"#).as_deref(), Some("[]"));
         assert_eq!(note(r#"{"format":3}"#), None);
@@ -285,44 +285,45 @@ mod tests {
     }
 
     #[test]
-    fn headers_that_lie_are_refused() {
+    fn inconsistent_headers_are_refused() {
         let long = header_length(u64::MAX, 10).unwrap_err();
-        assert!(long.contains("claims a header of 18446744073709551615 bytes and holds 10"), "{long}");
-        assert!(header_length(100_000_001, 1 << 40).unwrap_err().contains("the most that is read"));
+        assert!(long.contains("claims a header of 18446744073709551615 bytes and has 10"), "{long}");
+        assert!(header_length(100_000_001, 1 << 40).unwrap_err().contains("more than the limit of"));
         assert_eq!(header_length(2, 10), Ok(2));
 
         let a = |dtype: &str, shape: &str, offsets: &str| {
             format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#)
         };
-        // More than the file holds, less than it holds.
+        // More than the file contains, less than it contains.
         let two = a("BF16", "[2]", "[0,4]");
         assert!(
-            problem(&two, 3).contains("is truncated: its header claims 4 B of tensors, 4 bytes, and 3 bytes are there")
+            problem(&two, 3)
+                .contains("is truncated: its header claims 4 bytes of tensors (4 B), and 3 bytes follow it")
         );
-        assert!(problem(&two, 9).contains("holds 5 bytes that its header does not account for"));
-        // Offsets that do not fit the shape, run backwards, leave a gap, overlap, overflow.
-        assert!(problem(&a("BF16", "[2]", "[0,6]"), 6).contains("has a broken header: invalid shape"));
+        assert!(problem(&two, 9).contains("contains 5 bytes that its header does not account for"));
+        // Offsets that do not match the shape, run backwards, leave a gap, overlap, overflow.
+        assert!(problem(&a("BF16", "[2]", "[0,6]"), 6).contains("has an invalid header: invalid shape"));
         assert!(problem(&a("BF16", "[2]", "[4,0]"), 4).contains("invalid offset for tensor `a`"));
         assert!(problem(&a("BF16", "[2]", "[2,6]"), 6).contains("invalid offset for tensor `a`"));
         let overlap = r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},
             "b":{"dtype":"BF16","shape":[2],"data_offsets":[2,6]}}"#;
         assert!(problem(overlap, 6).contains("invalid offset for tensor `b`"));
         assert!(problem(&a("BF16", "[9223372036854775807,4]", "[0,4]"), 4).contains("overflow"));
-        // One name twice, whether or not both could be there.
+        // Duplicate names, with and without overlapping ranges.
         let same = r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},
             "a":{"dtype":"BF16","shape":[2],"data_offsets":[OFFSETS]}}"#;
         for (offsets, data) in [("0,4", 4), ("4,8", 8)] {
-            assert!(problem(&same.replace("OFFSETS", offsets), data).contains("`a` is there twice"));
+            assert!(problem(&same.replace("OFFSETS", offsets), data).contains("`a` is listed twice"));
         }
-        // Absurd ranks, names that are no names, notes that are no notes.
+        // Too many dimensions, invalid names, invalid metadata.
         let rank = format!("[{}]", vec!["1"; 65].join(","));
         assert!(problem(&a("U8", &rank, "[0,1]"), 1).contains("`a` has 65 dimensions"));
         assert!(problem(&a("U8", "[1]", "[0,1]").replace("\"a\"", "\"a\\n\""), 1).contains("control character U+000A"));
-        assert!(problem(&format!(r#"{{"__metadata__":{}}}"#, "[".repeat(300)), 0).contains("has a broken header"));
+        assert!(problem(&format!(r#"{{"__metadata__":{}}}"#, "[".repeat(300)), 0).contains("has an invalid header"));
         assert!(problem(&a("BF16", "[1e400]", "[0,4]"), 4).contains("out of range"));
-        // No JSON, no known dtype, no UTF-8.
-        assert!(read_header(b"{\"\xFF\"", 0).unwrap_err().contains("has a broken header"));
-        assert!(problem("{", 0).contains("has a broken header"));
+        // Invalid JSON, unknown dtypes, invalid UTF-8.
+        assert!(read_header(b"{\"\xFF\"", 0).unwrap_err().contains("has an invalid header"));
+        assert!(problem("{", 0).contains("has an invalid header"));
         assert!(problem(&a("B17", "[2]", "[0,4]"), 4).contains("unknown variant `B17`"));
     }
 }

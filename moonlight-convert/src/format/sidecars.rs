@@ -1,4 +1,4 @@
-//! The files of a checkpoint beside its weights.
+//! The sidecars: files of a checkpoint other than its weights.
 
 use std::fs;
 use std::io::{self, Read};
@@ -19,10 +19,10 @@ use crate::io::temporary::create_anew;
 use crate::io::writer::{write_failure, write_file};
 use crate::mapping::names::MTP_LAYER_KEYS;
 
-/// How generation ends, for transformers.
+/// Defaults for generation in transformers, such as the end-of-sequence tokens.
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
 
-/// Files that are carried from one checkpoint to the next as they are.
+/// Files that are copied unchanged from one checkpoint to the next.
 const SIDECARS: [&str; 12] = [
     GENERATION_CONFIG,
     "tokenizer.json",
@@ -38,27 +38,27 @@ const SIDECARS: [&str; 12] = [
     "vocab.txt",
 ];
 
-/// The longest that is copied. The tokenizers of the largest vocabularies have some 40 MB.
+/// Size limit of a copied file in bytes. The tokenizers of the largest vocabularies have about 40 MB.
 const LONGEST: u64 = 500_000_000;
 
-/// Python files that `auto_map` points to: the tokenizer's, the configuration's and the model's remote code.
+/// Prefixes of the Python files that `auto_map` names: the remote code of tokenizer, config and model.
 const REMOTE_CODE: [&str; 3] = ["tokenization_", "configuration_", "modeling_"];
 
-/// Whether a file is carried along.
+/// Whether a file is copied along with the weights.
 pub(crate) fn is_sidecar(name: &str) -> bool {
     SIDECARS.contains(&name) || (name.ends_with(".py") && REMOTE_CODE.iter().any(|prefix| name.starts_with(prefix)))
 }
 
-/// Whether a checkpoint is made of such files, so that replacing it loses nothing else.
+/// Whether such a file is part of a checkpoint, so that replacing the checkpoint may delete it.
 pub(crate) fn belongs_to_checkpoint(name: &str) -> bool {
     name == CONFIG || name == INDEX || name == BURNPACK || name.ends_with(".safetensors") || is_sidecar(name)
 }
 
-/// The names of the files in a directory that are carried along, sorted.
+/// The sorted names of the sidecars in a directory.
 ///
 /// # Errors
 ///
-/// [`CheckpointError`] where the directory cannot be read, or such a file is a link out of it.
+/// [`CheckpointError`], if the directory cannot be read, or a sidecar is a link out of it.
 pub fn sidecars_in(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     if !dir.is_dir() {
         return Err(CheckpointError::not_a_directory(dir));
@@ -86,8 +86,8 @@ pub(crate) fn copy(from: &Path, dir: &Path) -> Result<(), CheckpointError> {
     Ok(())
 }
 
-/// Copies the contents of one sidecar, and no more of it: a read-only file makes no read-only copy, which nobody could
-/// write again. `failure` is for what cannot be written.
+/// Copies the contents of a sidecar, but not its permissions: a copy of a read-only file would be read-only, and the
+/// next save could not replace it. `failure` maps errors of writing.
 fn copy_one(
     from: &Path,
     name: &str,
@@ -107,7 +107,7 @@ fn copy_one(
     }
 }
 
-/// Copies the sidecars and writes the two configurations.
+/// Copies the sidecars, and writes `config.json` and, unless it was copied, `generation_config.json`.
 pub(crate) fn write(
     config: &ModelConfig,
     dtype: WeightDtype,
@@ -119,7 +119,7 @@ pub(crate) fn write(
     let sidecars = from.map(sidecars_in).transpose()?.unwrap_or_default();
     if let Some(from) = from {
         for name in &sidecars {
-            // Copied, not linked: a Hub cache is made of links into folders that may be cleaned up.
+            // Copied and not linked: in the Hub's cache they are links to blobs, which a cleanup may delete.
             copy_one(from, name, dir, |error| write_failure(shown, name, needed, error))?;
         }
     }
@@ -130,7 +130,8 @@ pub(crate) fn write(
     Ok(())
 }
 
-/// The configuration of what is written: its dtype, and nothing that the files do not hold.
+/// The config of what is written: with its dtype, and without what the files no longer contain (quantization, MTP
+/// layers, remote code).
 fn saved_config(config: &ModelConfig, dtype: WeightDtype, sidecars: &[String]) -> ModelConfig {
     let mut config = config.clone();
     config.dtype = Some(dtype.torch_name().to_owned());
@@ -152,14 +153,14 @@ fn saved_config(config: &ModelConfig, dtype: WeightDtype, sidecars: &[String]) -
         config.extra.remove("auto_map");
     }
     if config.model_type == ModelType::KimiK2 && !config.extra.contains_key("auto_map") {
-        // Kimi-K2 is DeepSeek-V3 under a type of its own, which transformers knows from its remote code alone. Without
-        // that, the class's own type is the one that opens.
+        // Kimi-K2 has the architecture of DeepSeek-V3 under a `model_type` of its own, which transformers knows only
+        // from remote code. Without that code, transformers opens it as `deepseek_v3`.
         config.model_type = ModelType::DeepseekV3;
     }
     config
 }
 
-/// What transformers would derive from `config.json`.
+/// The `generation_config.json` that transformers would derive from `config.json`.
 fn generation_config(config: &ModelConfig) -> String {
     let mut map = Map::new();
     map.insert("_from_model_config".into(), json!(true));
@@ -180,9 +181,9 @@ mod tests {
 
     use super::*;
 
-    /// Models on shared disks are read-only; what is written from them must not be.
+    /// Models on shared disks are often read-only. What is written from them must not be.
     #[test]
-    fn contents_are_copied_and_modes_are_not() {
+    fn contents_are_copied_and_permissions_are_not() {
         let home = tempfile::tempdir().unwrap();
         let (from, to) = (home.path().join("from"), home.path().join("to"));
         fs::create_dir(&from).unwrap();
@@ -194,11 +195,11 @@ mod tests {
             copy(&from, &to).unwrap();
             let copied = to.join("tokenizer.json");
             assert_eq!(fs::read(&copied).unwrap(), b"{}");
-            assert_eq!(mode(&copied) & 0o600, 0o600, "its owner may write it");
-            // The next one takes the place of one that is read-only.
+            assert_eq!(mode(&copied) & 0o600, 0o600, "its owner can write to it");
+            // The next copy replaces a read-only one.
             fs::set_permissions(&copied, fs::Permissions::from_mode(0o444)).unwrap();
         }
-        // One that stands for another file is not written through.
+        // A link is replaced, and its target is not written to.
         fs::write(home.path().join("mine"), "mine").unwrap();
         fs::remove_file(to.join("tokenizer.json")).unwrap();
         std::os::unix::fs::symlink("../mine", to.join("tokenizer.json")).unwrap();
@@ -208,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sidecar_without_end_is_refused() {
+    fn an_oversized_sidecar_is_refused() {
         let home = tempfile::tempdir().unwrap();
         let (from, to) = (home.path().join("from"), home.path().join("to"));
         fs::create_dir(&from).unwrap();

@@ -1,15 +1,15 @@
-//! A tensor as the header of a file of weights describes it.
+//! A tensor as described in the header of a weight file.
 
 use std::ops::Range;
 
 use safetensors::Dtype;
 
-/// One tensor of a safetensors or burnpack file.
+/// A tensor of a safetensors or burnpack file.
 #[derive(Debug)]
 pub(crate) struct TensorEntry {
     pub(crate) name: String,
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
-    /// Bytes after the header; in a burnpack file, from the beginning of the file.
+    /// Byte range in the data section; in a burnpack file, in the whole file.
     pub(crate) range: Range<usize>,
 }

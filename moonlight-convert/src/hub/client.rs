@@ -1,5 +1,5 @@
-//! Requests to the Hub, through `hf-hub`'s own client: its address, its headers. Redirects are followed here, so that the
-//! token goes to the address that it is for and to no other.
+//! Requests to the Hub, built by `hf-hub`'s client (its addresses and headers). Redirects are followed here, so that
+//! the token is sent to its own origin only.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,21 +14,21 @@ use super::listing::{FileSelection, Listing};
 use super::url::Address;
 use super::{RepoId, home_dir, is_commit};
 
-/// Where models come from unless `HF_ENDPOINT` says otherwise.
+/// The Hub's address, unless `HF_ENDPOINT` is set.
 const ENDPOINT: &str = "https://huggingface.co";
-/// The longest list of files that is read: some 100,000 of them.
+/// Size limit of a list of files in bytes, enough for about 100,000 files.
 const LONGEST_LIST: u64 = 64 << 20;
 const CONNECT: Duration = Duration::from_secs(20);
-/// The longest that nothing may come, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise (in seconds).
+/// How long a connection may be silent, unless `HF_HUB_DOWNLOAD_TIMEOUT` is set (in seconds).
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// A list of files, which has some kilobytes, may take so many times as long.
+/// A list of files, which has a few kB, may take this many times the idle timeout in all.
 const STALL_FACTOR: u32 = 4;
-/// Answers that lead elsewhere, one after another.
+/// The most redirects of a request.
 const MOST_REDIRECTS: usize = 10;
-/// Longer than any token.
+/// Length limit of a token in bytes.
 const LONGEST_TOKEN: u64 = 10_000;
 
-/// What the environment says of the Hub.
+/// The settings from the environment.
 pub(super) struct Settings {
     pub(super) cache: Cache,
     endpoint: Address,
@@ -46,7 +46,7 @@ impl Settings {
             set("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|text| text.parse::<u64>().ok()).filter(|&seconds| seconds > 0);
         let yes = |text: String| ["1", "ON", "YES", "TRUE"].contains(&text.to_ascii_uppercase().as_str());
         let offline = set("HF_HUB_OFFLINE").is_some_and(yes);
-        // Without a network neither matters.
+        // Offline, neither endpoint nor token is needed, and a bad value is no error.
         let endpoint = set("HF_ENDPOINT").filter(|_| !offline);
         let endpoint = Address::parse(endpoint.as_deref().unwrap_or(ENDPOINT).trim_end_matches('/'));
         Ok(Self {
@@ -59,7 +59,7 @@ impl Settings {
     }
 }
 
-/// The token of the environment: a variable's, or that of a file.
+/// The token from the environment: from a variable, or from the token file.
 fn token() -> Result<Option<String>, DownloadError> {
     for name in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"] {
         if let Some(value) = std::env::var_os(name)
@@ -84,7 +84,7 @@ fn read_token(path: &Path) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// What can be sent as a token; `None` where there is nothing.
+/// Checks that a text can be sent as a token; `None` if it is empty.
 fn checked_token(text: &str, place: &str) -> Result<Option<String>, DownloadError> {
     let token = text.trim();
     let problem = match token.chars().find(|character| !character.is_ascii_graphic()) {
@@ -92,14 +92,14 @@ fn checked_token(text: &str, place: &str) -> Result<Option<String>, DownloadErro
         _ if token.len() as u64 > LONGEST_TOKEN => "is longer than any token",
         None => return Ok(Some(token.to_owned())),
         Some('\n' | '\r') => "has more than one line",
-        Some(character) if character.is_whitespace() => "has blanks in it",
-        Some(character) if character.is_control() => "has control characters in it",
-        Some(_) => "has characters in it that no token has",
+        Some(character) if character.is_whitespace() => "contains white space",
+        Some(character) if character.is_control() => "contains control characters",
+        Some(_) => "contains characters that no token has",
     };
     Err(DownloadError::Token { place: place.to_owned(), problem: problem.to_owned() })
 }
 
-/// A repository of the Hub, at a revision.
+/// A client for one revision of a repository.
 pub(super) struct Client {
     repo: ApiRepo,
     id: RepoId,
@@ -109,19 +109,19 @@ pub(super) struct Client {
     idle_timeout: Duration,
 }
 
-/// Why a file did not come.
+/// Why a request for a file failed.
 pub(super) enum FetchError {
-    /// It will not come another time either.
+    /// Repeating the request will not help.
     Permanent(DownloadError),
-    /// It may come if it is asked for again.
+    /// Repeating the request may help.
     Transient(String),
-    /// The file has no such part.
+    /// The requested range is beyond the end of the file.
     Range,
 }
 
-/// A file that comes.
+/// The response to a request for a file.
 pub(super) struct FileResponse {
-    /// The place in the file that it begins at.
+    /// The offset in the file at which it begins.
     pub(super) start: u64,
     pub(super) body: Box<dyn Read>,
 }
@@ -149,16 +149,16 @@ impl Client {
         })
     }
 
-    /// How long a server may take for next to nothing.
+    /// How long a transfer may stay below the minimum rate, and the total time for a list of files.
     pub(super) fn stall_timeout(&self) -> Duration {
         STALL_FACTOR * self.idle_timeout
     }
 
-    /// The files of the revision.
+    /// Requests the list of the revision's files.
     pub(super) fn list(&self, wanted: &FileSelection) -> Result<Listing, DownloadError> {
-        let what = || format!("model `{}` with a revision `{}` at {}", self.id, self.revision, self.endpoint);
+        let what = || format!("the model `{}` with the revision `{}` at {}", self.id, self.revision, self.endpoint);
         let url = format!("{}/api/{}", self.endpoint.as_str(), self.id.repo(&self.revision).api_url());
-        // Sizes and digests are asked for, too.
+        // `blobs=true` adds sizes and digests.
         let mut response = self.send(&format!("{url}?blobs=true"), None).map_err(|problem| {
             let endpoint = self.endpoint.to_string();
             DownloadError::Network { endpoint, problem }
@@ -170,15 +170,15 @@ impl Client {
         let answer = response.body_mut().with_config().limit(LONGEST_LIST).read_to_vec();
         let answer = answer.map_err(|error| self.unusable(error.to_string()))?;
         let listing = Listing::parse(&answer, wanted).map_err(|problem| self.unusable(problem))?;
-        // A commit names its contents; another one is another model.
+        // A commit identifies its contents: an answer for another commit would be another model.
         if is_commit(&self.revision) && !self.revision.eq_ignore_ascii_case(&listing.commit) {
-            let problem = format!("it is of the commit {}, not of the one that was asked for", listing.commit);
+            let problem = format!("it is for the commit {}, not for the requested one", listing.commit);
             return Err(self.unusable(problem));
         }
         Ok(listing)
     }
 
-    /// A file from a place in it on.
+    /// Requests a file, beginning at offset `start`.
     pub(super) fn file(&self, commit: &str, name: &str, start: u64) -> Result<FileResponse, FetchError> {
         let path = format!("{}/resolve/{commit}/{}", self.id, escaped(name));
         let url = format!("{}/{path}", self.endpoint);
@@ -190,33 +190,35 @@ impl Client {
             200 => 0,
             206 => match range.and_then(first_of_range) {
                 Some(first) if first == start => start,
-                _ => return Err(FetchError::Transient("the server sends another part than was asked for".into())),
+                _ => return Err(FetchError::Transient("the server sent a different range than requested".into())),
             },
             416 => return Err(FetchError::Range),
-            408 | 429 | 500.. => return Err(FetchError::Transient(format!("the server answers with status {status}"))),
+            408 | 429 | 500.. => {
+                return Err(FetchError::Transient(format!("the server answered with status {status}")));
+            }
             _ => {
                 return Err(FetchError::Permanent(self.refused(
                     status,
-                    format!("file `{name}` in `{}`", self.id),
+                    format!("the file `{name}` in `{}`", self.id),
                     url,
                 )));
             }
         };
-        // As long as the file is: the limit is ours, not the library's.
+        // No limit of ureq's: the caller stops at the size in the list.
         let body = response.into_body().into_with_config().limit(u64::MAX).reader();
         Ok(FileResponse { start, body: Box::new(body) })
     }
 
-    /// The answer to a request, whatever its status; of a file, from a place in it on. The error does not show the
-    /// address, in which there may be a password.
+    /// Sends a request and follows redirects; returns the response of any status. `start` requests a file from that
+    /// offset. The error does not show the address, which may contain a password.
     fn send(&self, url: &str, start: Option<u64>) -> Result<Response, String> {
-        let home = &self.endpoint;
+        let endpoint = &self.endpoint;
         let mut address = Address::parse(url)?;
-        let mut at_home = true;
+        let mut same_origin = true;
         for _ in 0..=MOST_REDIRECTS {
-            at_home &= address.same_origin(home);
-            let response = self.request(&address, start, at_home).call().map_err(|error| match error {
-                ureq::Error::BadUri(_) => "it is no address".to_owned(),
+            same_origin &= address.same_origin(endpoint);
+            let response = self.request(&address, start, same_origin).call().map_err(|error| match error {
+                ureq::Error::BadUri(_) => "it is not a valid address".to_owned(),
                 error => error.to_string(),
             })?;
             let location = response.headers().get("location").and_then(|value| value.to_str().ok());
@@ -225,7 +227,7 @@ impl Client {
                 _ => return Ok(response),
             }
         }
-        Err(format!("it leads elsewhere more than {MOST_REDIRECTS} times"))
+        Err(format!("it redirects more than {MOST_REDIRECTS} times"))
     }
 
     fn request(&self, address: &Address, start: Option<u64>, with_token: bool) -> DownloadRequest {
@@ -240,7 +242,7 @@ impl Client {
             .config()
             .http_status_as_error(false)
             .max_redirects(0)
-            // Places in a compressed stream are not places in the file.
+            // Offsets in a compressed stream are not offsets in the file.
             .accept_encoding("identity")
             .timeout_connect(Some(CONNECT))
             .timeout_recv_response(Some(self.idle_timeout))
@@ -267,12 +269,12 @@ impl Client {
     }
 }
 
-/// `5` of `bytes 5-9/10`.
+/// Parses `5` from `bytes 5-9/10`.
 fn first_of_range(text: &str) -> Option<u64> {
     text.trim().strip_prefix("bytes")?.trim_start().split('-').next()?.parse().ok()
 }
 
-/// A path as part of an address.
+/// Escapes a path for an address.
 fn escaped(name: &str) -> String {
     let mut text = String::with_capacity(name.len());
     for byte in name.bytes() {
@@ -289,14 +291,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_token_is_named_by_its_place_and_not_shown() {
+    fn an_invalid_token_is_named_by_its_source_and_not_shown() {
         assert_eq!(checked_token(" hf_secret\n", "`HF_TOKEN`").unwrap().as_deref(), Some("hf_secret"));
         assert!(checked_token(" \n", "`HF_TOKEN`").unwrap().is_none());
         for (text, problem) in [
             ("hf_sec\nret", "has more than one line"),
-            ("hf_sec\u{1b}ret", "has control characters"),
-            ("hf_sec ret", "has blanks"),
-            ("hf_sec\u{e9}ret", "has characters in it that no token has"),
+            ("hf_sec\u{1b}ret", "contains control characters"),
+            ("hf_sec ret", "contains white space"),
+            ("hf_sec\u{e9}ret", "contains characters that no token has"),
             (&"s".repeat(20_000), "is longer than any token"),
         ] {
             let error = checked_token(text, "`HF_TOKEN`").unwrap_err();
@@ -307,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_and_ranges() {
+    fn paths_are_escaped_and_ranges_parsed() {
         assert_eq!(escaped("a/b c-1.x?#é"), "a/b%20c-1.x%3F%23%C3%A9");
         assert_eq!(first_of_range("bytes 5-9/10"), Some(5));
         for bad in ["bytes */10", "5-9", "bytes -1", ""] {

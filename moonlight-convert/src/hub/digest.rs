@@ -1,14 +1,14 @@
-//! The digests by which the Hub names its files.
+//! The digests of the Hub's files, by which they are checked and named in the cache.
 
 use sha1::Sha1;
 use sha2::{Digest as _, Sha256};
 
-/// The digest of a whole file, in lower-case hexadecimal.
+/// The digest of a file, in lower-case hexadecimal.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Digest {
-    /// Of what LFS keeps.
+    /// SHA-256, for files in LFS.
     Sha256(String),
-    /// Of what git keeps: SHA-1 of `blob SIZE\0` and the contents.
+    /// Git's SHA-1 of `blob SIZE\0` and the contents, for other files.
     Git(String),
 }
 
@@ -21,14 +21,14 @@ impl Digest {
         hexadecimal(text, 40).map(Self::Git)
     }
 
-    /// Which is also the file's name among the blobs.
+    /// The digest as text, which is also the file's name in `blobs`.
     pub(super) fn text(&self) -> &str {
         match self {
             Self::Sha256(text) | Self::Git(text) => text,
         }
     }
 
-    /// Begins to digest a file of so many bytes.
+    /// Starts hashing a file of `size` bytes.
     pub(super) fn begin(&self, size: u64) -> Hasher {
         match self {
             Self::Sha256(_) => Hasher::Sha256(Sha256::new()),
@@ -42,7 +42,7 @@ fn hexadecimal(text: &str, length: usize) -> Option<String> {
     whole.then(|| text.to_ascii_lowercase())
 }
 
-/// A digest that is being made.
+/// A digest in progress.
 pub(super) enum Hasher {
     Sha256(Sha256),
     Git(Sha1),
@@ -56,7 +56,7 @@ impl Hasher {
         }
     }
 
-    /// In lower-case hexadecimal.
+    /// The digest in lower-case hexadecimal.
     pub(super) fn finish(self) -> String {
         match self {
             Self::Sha256(hasher) => format!("{:x}", hasher.finalize()),

@@ -1,4 +1,4 @@
-//! A model from the Hub into the cache.
+//! Downloading a model from the Hub into the cache.
 
 use std::fs;
 use std::io::{self, Write};
@@ -17,45 +17,45 @@ use super::event::DownloadEvent;
 use super::file_download::{FileDownload, partial};
 use super::listing::{FileSelection, Listing, RemoteFile};
 use super::{MAIN, RepoId, is_commit, is_revision, snapshot};
+use crate::io::disk_space;
 
-/// Files that are fetched at a time: one connection rarely fills a line.
+/// Files downloaded at the same time: a single connection rarely uses the full bandwidth.
 const CONCURRENT_FILES: usize = 4;
 
-/// What is to be fetched.
+/// What to download.
 #[derive(Debug, Clone, Default)]
 pub struct DownloadRequest {
     /// `organization/model`.
     pub repo: String,
-    /// A branch, tag or commit; `main` where it is not given.
+    /// A branch, tag or commit; `main` by default.
     pub revision: Option<String>,
-    /// Globs of file names. Empty for what a checkpoint is made of: configuration, index, safetensors, tokenizer and
-    /// remote code.
+    /// Globs of file names. If empty, the files of a checkpoint: config, index, safetensors, tokenizer and remote code.
     pub include: Vec<String>,
 }
 
-/// What was fetched.
+/// The result of a download.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Downloaded {
-    /// The snapshot: a directory with every file under its name.
+    /// The snapshot: a directory with every file under its name in the repository.
     pub dir: PathBuf,
-    /// Files that were asked for.
+    /// Number of requested files.
     pub files: usize,
-    /// Those of them that had to be fetched, or part of them.
+    /// How many of them had to be downloaded, at least in part.
     pub fetched: usize,
-    /// Bytes of all files.
+    /// Total size of the files in bytes.
     pub bytes: u64,
 }
 
-/// Fetches a model into the Hub's cache and gives its snapshot.
+/// Downloads a model into the Hub's cache and returns its snapshot.
 ///
-/// Every file is checked by size and digest before it gets its name, those that are there from before, too. What is there
-/// in part is gone on from. The branch's name is set to the new commit when all of it is there: until then, whoever looks
-/// for the model finds what was there before. With `HF_HUB_OFFLINE` nothing is asked of the network, and the snapshot
-/// that is there is given.
+/// Every file is checked by size and digest before it gets its name, including those already in the cache. Partial
+/// files are resumed. The branch's ref is set to the new commit after all files are complete; until then, a lookup of
+/// the model finds the previous snapshot. With `HF_HUB_OFFLINE` nothing is requested, and the cached snapshot is
+/// returned.
 ///
 /// # Errors
 ///
-/// [`DownloadError`]. What was fetched stays in the cache, and the next call goes on from it.
+/// [`DownloadError`]. What was received stays in the cache, and the next call resumes from it.
 pub fn download(
     request: &DownloadRequest,
     watch: &(dyn Fn(DownloadEvent<'_>) + Sync),
@@ -111,7 +111,7 @@ fn offline(cache: &Cache, id: &RepoId, revision: &str) -> Result<Downloaded, Dow
     Ok(Downloaded { dir, files: sizes.len(), fetched: 0, bytes: sizes.iter().sum() })
 }
 
-/// All files, a few at a time; the first failure ends the others. Gives how many were fetched.
+/// Downloads all files, a few at a time; the first failure stops the others. Returns how many were downloaded.
 fn fetch_all(
     client: &Client,
     place: &RepoFolders,
@@ -139,7 +139,7 @@ fn fetch_all(
                     fetched.fetch_add(usize::from(new), Ordering::Relaxed);
                 }
                 Err(error) => {
-                    // Those that end because of it come later and are not kept.
+                    // Later errors are consequences of the stop, and are dropped.
                     let first = !stop.swap(true, Ordering::SeqCst);
                     if first && let Ok(mut failure) = failure.lock() {
                         *failure = Some(error);
@@ -175,7 +175,7 @@ impl RepoFolders {
         }
     }
 
-    /// Whether the disk can hold what is missing.
+    /// Checks that the disk has space for the missing files.
     fn check_room(&self, files: &[RemoteFile]) -> Result<(), DownloadError> {
         fs::create_dir_all(&self.folder).map_err(DownloadError::write(&self.folder))?;
         let length = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
@@ -184,13 +184,13 @@ impl RepoFolders {
             file.size.saturating_sub(length(&blob).max(length(&partial(&blob))))
         };
         let needed = files.iter().map(missing).fold(0, u64::saturating_add);
-        match free_bytes(&self.folder) {
+        match disk_space::free(&self.folder) {
             Some(free) if needed > free => Err(DownloadError::Full { cache: self.folder.clone(), needed, free }),
             _ => Ok(()),
         }
     }
 
-    /// Gives a blob its name in the snapshot.
+    /// Links a blob to its name in the snapshot.
     fn link(&self, file: &RemoteFile) -> Result<(), DownloadError> {
         let link = self.snapshot.join(&file.name);
         let depth = Path::new(&file.name).components().filter(|part| matches!(part, Component::Normal(_))).count();
@@ -209,25 +209,25 @@ fn link_to_blob(link: &Path, target: &Path, _blob: &Path) -> io::Result<()> {
     std::os::unix::fs::symlink(target, link)
 }
 
-/// Without a privilege, Windows has no symbolic links; a second name does as well.
+/// Windows requires a privilege for symbolic links; a hard link serves as well.
 #[cfg(not(unix))]
 fn link_to_blob(link: &Path, _target: &Path, blob: &Path) -> io::Result<()> {
     fs::hard_link(blob, link)
         .or_else(|_| io::copy(&mut fs::File::open(blob)?, &mut fs::File::create_new(link)?).map(drop))
 }
 
-/// How names begin and end that a file or link has before it gets its own.
+/// Prefix and suffix of temporary names.
 const TEMPORARY_NAME: (&str, &str) = (".moonlight-", ".partial");
-/// Nobody needs a tenth of a second for what is made under such a name.
+/// Older temporary files are left over from a killed process: a file has such a name for milliseconds.
 const STALE_AFTER: Duration = Duration::from_secs(3600);
 
-/// Makes something beside a path, under a name that no other process on any host has, and then gives it the path's name,
-/// so that there is never half of it.
+/// Creates a file or link under a unique temporary name in the same folder, and renames it to `path`, so that it is
+/// never incomplete.
 fn replace(path: &Path, mut make: impl FnMut(&Path) -> io::Result<()>) -> Result<(), DownloadError> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let make = |new: &Path| {
         make(new).inspect_err(|error| {
-            // What is there of it helps nobody; but one that was there already is another's.
+            // An incomplete file is removed, but not one of another process with the same name.
             if error.kind() != io::ErrorKind::AlreadyExists {
                 let _ = fs::remove_file(new);
             }
@@ -239,32 +239,21 @@ fn replace(path: &Path, mut make: impl FnMut(&Path) -> io::Result<()>) -> Result
     made.map_err(DownloadError::write(path))
 }
 
-/// Removes what processes that were killed between the two steps of [`replace`] have left. (What they left of blobs is gone
-/// on from, under a lock.)
+/// Removes temporary files of processes that were killed within [`replace`]. (Partial blobs are kept and resumed, under
+/// a lock.)
 fn remove_stale(folder: &Path) {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     for entry in entries {
         let name = entry.file_name();
         let ours =
             name.to_str().is_some_and(|name| name.starts_with(TEMPORARY_NAME.0) && name.ends_with(TEMPORARY_NAME.1));
-        // Of the link, where it is one.
+        // The metadata of the link itself.
         let age = entry.metadata().and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
         if ours && age.is_some_and(|age| age > STALE_AFTER) {
-            // It is only in the way.
+            // A failure is harmless: the next download tries again.
             let _ = fs::remove_file(entry.path());
         }
     }
-}
-
-#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
-fn free_bytes(path: &Path) -> Option<u64> {
-    let disk = rustix::fs::statvfs(path).ok()?;
-    disk.f_bavail.checked_mul(disk.f_frsize)
-}
-
-#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
-fn free_bytes(_path: &Path) -> Option<u64> {
-    None
 }
 
 #[cfg(all(test, unix))]
@@ -272,10 +261,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_made_beside_has_a_name_of_its_own_and_nothing_is_left() {
+    fn temporary_names_are_unique_and_nothing_is_left() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("refs").join("main");
-        // Where names came from the number of the process, this one was in the way.
+        // A temporary name derived from the process ID would collide with this one.
         fs::create_dir_all(home.path().join("refs").join(format!("main.{}.partial", std::process::id()))).unwrap();
         for commit in ["one", "two"] {
             replace(&path, |partial| fs::write(partial, commit)).unwrap();
@@ -289,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_left_is_removed_when_it_is_old() {
+    fn leftovers_of_killed_processes_are_removed_when_old() {
         let home = tempfile::tempdir().unwrap();
         let file = |name: &str, age: Duration| {
             let file = fs::File::create(home.path().join(name)).unwrap();

@@ -1,4 +1,4 @@
-//! What can go wrong between the Hub and its cache.
+//! Errors of downloads.
 
 use std::io;
 use std::path::PathBuf;
@@ -7,33 +7,32 @@ use crate::error::{Bytes, CheckpointError};
 use crate::io::file_error::is_full;
 use crate::printable::Printable;
 
-/// A download that did not end with every file in the cache. What was fetched stays there, and the same command goes on
-/// from it.
+/// Why a download failed. What was received stays in the cache, and the same command resumes from it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DownloadError {
-    /// Not the name of a repository.
+    /// The name is not valid for a repository.
     #[error("`{}` is not the name of a model on the Hub", Printable(repo))]
     Name {
-        /// As given.
+        /// The text as given.
         repo: String,
     },
-    /// Not a branch, tag or commit.
+    /// The text is not valid for a branch, tag or commit.
     #[error("`{}` is not a branch, tag or commit", Printable(revision))]
     Revision {
-        /// As given.
+        /// The text as given.
         revision: String,
     },
-    /// Not a glob.
+    /// The pattern is not a valid glob.
     #[error("`{}` is not a pattern of file names: {problem}", Printable(pattern))]
     Pattern {
-        /// As given.
+        /// The text as given.
         pattern: String,
-        /// What is wrong with it.
+        /// What is wrong.
         problem: String,
     },
     /// `HF_HUB_OFFLINE` is set, and the cache has no snapshot.
-    #[error("`{repo}` at `{revision}` is not in the cache `{}`, and `HF_HUB_OFFLINE` forbids to fetch it", Printable(cache.display()))]
+    #[error("`{repo}` at `{revision}` is not in the cache `{}`, and `HF_HUB_OFFLINE` forbids downloads", Printable(cache.display()))]
     Offline {
         /// The repository.
         repo: String,
@@ -42,8 +41,8 @@ pub enum DownloadError {
         /// The cache.
         cache: PathBuf,
     },
-    /// The server wants to know who asks, or will not give it to who asks.
-    #[error("the Hub does not let {} read `{repo}` (status {status})", if *token { "the owner of this token" } else { "anybody" })]
+    /// The server requires a token, or the token has no access.
+    #[error("the Hub denies access to `{repo}` {} (status {status})", if *token { "with this token" } else { "without a token" })]
     Refused {
         /// The repository.
         repo: String,
@@ -54,43 +53,43 @@ pub enum DownloadError {
         /// The page of the model.
         page: String,
     },
-    /// There is no such repository, revision or file.
-    #[error("there is no {} (status 404)", Printable(what))]
+    /// The repository, revision or file does not exist.
+    #[error("{} does not exist (status 404)", Printable(what))]
     NotFound {
-        /// What was asked for.
+        /// The missing item, as a noun phrase.
         what: String,
     },
-    /// The token in the environment is none.
+    /// The token in the environment is invalid.
     #[error("the token in {} {problem}", Printable(place))]
     Token {
         /// The variable or file that it comes from.
         place: String,
-        /// What is wrong with it, as the rest of a sentence that does not show it.
+        /// What is wrong, as the rest of a sentence that does not show the token.
         problem: String,
     },
-    /// `HF_ENDPOINT` is no address.
-    #[error("`HF_ENDPOINT` is no address of a server: {problem}")]
+    /// `HF_ENDPOINT` is not a valid address.
+    #[error("`HF_ENDPOINT` is not a server address: {problem}")]
     Endpoint {
-        /// What is wrong with it.
+        /// What is wrong.
         problem: String,
     },
-    /// The server cannot be reached.
+    /// The server is unreachable.
     #[error("`{}` cannot be reached: {}", Printable(endpoint), Printable(problem))]
     Network {
         /// The server.
         endpoint: String,
-        /// What went wrong.
+        /// The network error.
         problem: String,
     },
-    /// The server answered with an error.
-    #[error("`{}` answers with status {status}", Printable(url))]
+    /// The server answered with an error status.
+    #[error("`{}` answered with status {status}", Printable(url))]
     Status {
-        /// What was asked for.
+        /// The address without credentials.
         url: String,
         /// The HTTP status.
         status: u16,
     },
-    /// The server's list of files is not what it must be.
+    /// The server's list of files is invalid.
     #[error(
         "the list of files that `{}` gives for `{repo}` cannot be used: {}",
         Printable(endpoint),
@@ -101,64 +100,64 @@ pub enum DownloadError {
         endpoint: String,
         /// The repository.
         repo: String,
-        /// What is wrong with it.
+        /// What is wrong.
         problem: String,
     },
-    /// No file is asked for.
+    /// No file of the repository matches.
     #[error("`{repo}` has no file that matches")]
     NoMatch {
         /// The repository.
         repo: String,
     },
-    /// The disk has no room for what is missing.
-    #[error("{} are to be fetched, and the disk of `{}` has {} free", Bytes(*needed), Printable(cache.display()), Bytes(*free))]
+    /// The disk has too little free space.
+    #[error("too little disk space for {} of downloads: the disk of `{}` has {} free", Bytes(*needed), Printable(cache.display()), Bytes(*free))]
     Full {
         /// The cache.
         cache: PathBuf,
-        /// Bytes that are missing.
+        /// Bytes that remain to be downloaded.
         needed: u64,
-        /// Bytes that are free.
+        /// Free space in bytes.
         free: u64,
     },
-    /// The connection broke again and again.
-    #[error("`{file}` stops at {got} of {size} bytes after {tries} tries: {}", Printable(problem))]
+    /// The connection failed too often without progress.
+    #[error("`{file}` is incomplete after {tries} attempts, with {got} of {size} bytes: {}", Printable(problem))]
     Incomplete {
         /// The file.
         file: String,
-        /// Bytes that are there.
+        /// Bytes received so far.
         got: u64,
-        /// Bytes of the whole.
+        /// Size of the file in bytes.
         size: u64,
-        /// Tries in all.
+        /// Number of attempts.
         tries: u32,
-        /// How the last one ended.
+        /// Why the last attempt failed.
         problem: String,
     },
-    /// A file that is not the one that the repository lists.
-    #[error("`{file}` is damaged: its digest is {found} and the Hub lists {expected}")]
+    /// The received file differs from the one listed.
+    #[error("`{file}` is damaged: its digest is {found}, and the Hub lists {expected}")]
     Digest {
         /// The file.
         file: String,
-        /// What the Hub says.
+        /// The digest in the list.
         expected: String,
-        /// What was received.
+        /// The digest of the received bytes.
         found: String,
     },
     /// A file of the cache cannot be read or written.
-    #[error("the cache's `{}` cannot be {}: {source}", Printable(path.display()), if *write { "written" } else { "read" })]
+    #[error("`{}` in the Hub's cache cannot be {}: {source}", Printable(path.display()), if *write { "written" } else { "read" })]
     Cache {
         /// The file.
         path: PathBuf,
-        /// Whether it was to be written.
+        /// Whether writing failed; otherwise reading.
         write: bool,
-        /// Why.
+        /// The system's error.
         source: io::Error,
     },
-    /// The cache holds something that is not read.
+    /// The snapshot in the cache cannot be opened.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// Another file failed first.
-    #[error("the download was given up")]
+    /// The download was stopped because another file failed.
+    #[error("the download was stopped")]
     Aborted,
 }
 
@@ -173,37 +172,93 @@ impl DownloadError {
         move |source| Self::Cache { path, write: true, source }
     }
 
-    /// What to do about it, where we know.
+    /// What to do, where something helps.
     pub fn hint(&self) -> Option<String> {
-        let again = "run the same command again: it goes on from what is there";
+        let again = "run the same command again; it resumes where it stopped";
         match self {
-            Self::Name { .. } => Some("a name is `organization/model`, e.g. `moonshotai/Moonlight-16B-A3B`".into()),
+            Self::Name { .. } => Some("use the form `organization/model`, e.g. `moonshotai/Moonlight-16B-A3B`".into()),
             Self::Refused { token: false, page, .. } => Some(format!(
-                "it does not exist, or is private or gated: ask for access at {page} and set `HF_TOKEN` to a token of yours"
+                "request access at {page} and set `HF_TOKEN`, if the model is private or gated; check the name otherwise"
             )),
             Self::Refused { token: true, page, .. } => Some(format!(
-                "look whether the token in `HF_TOKEN` (or `hf auth login`) is valid, and ask for access at {page}"
+                "check that the token in `HF_TOKEN` (or of `hf auth login`) is valid, and request access at {page}"
             )),
             Self::Checkpoint(error) => error.hint(),
-            Self::Token { .. } => Some("copy the token once more, without anything before, in or behind it".into()),
+            Self::Token { .. } => Some("copy the token again, without other characters".into()),
             Self::Endpoint { .. } => {
-                Some("it begins with `https://` or `http://` and a host, e.g. `https://huggingface.co`".into())
+                Some("set it to `https://` or `http://` and a host, e.g. `https://huggingface.co`".into())
             }
-            Self::NotFound { .. } => Some("look for the name and revision on the model's page".into()),
+            Self::NotFound { .. } => Some("check the name and revision on the model's page".into()),
             Self::Offline { .. } => Some("unset `HF_HUB_OFFLINE`".into()),
             Self::Network { .. } => {
-                Some("look at the network, at `HTTPS_PROXY`, and at `HF_ENDPOINT` if a mirror is meant".into())
+                Some("check the network, `HTTPS_PROXY`, and `HF_ENDPOINT` if you use a mirror".into())
             }
-            Self::Status { status: 429, .. } => Some("the Hub asks to wait; a token in `HF_TOKEN` may do more".into()),
+            Self::Status { status: 429, .. } => Some("wait, or set `HF_TOKEN`: the Hub limits the rate of requests".into()),
             Self::Status { status: 500.., .. } | Self::Incomplete { .. } => Some(again.into()),
-            Self::NoMatch { .. } => Some("the pattern `*` takes every file".into()),
-            Self::Full { .. } => Some("free some space, or put the cache elsewhere by `HF_HOME`".into()),
+            Self::NoMatch { .. } => Some("use the pattern `*` for all files".into()),
+            Self::Full { .. } => Some("free some disk space, or move the cache with `HF_HOME`".into()),
             Self::Digest { .. } => Some(
-                "the damaged file is removed; if it comes damaged again, something between the Hub and here changes it"
+                "run the same command again; the damaged file has been removed. If it is damaged again, check proxies on the way"
                     .into(),
             ),
-            Self::Cache { source, write: true, .. } if is_full(source) => Some(format!("free some space, and {again}")),
+            Self::Cache { source, write: true, .. } if is_full(source) => Some(format!("free some disk space and {again}")),
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{every_variant, rendered};
+
+    #[test]
+    fn messages_and_hints() {
+        use DownloadError as E;
+        let repo = || "moonshotai/Kimi".to_owned();
+        let page = || "https://huggingface.co/moonshotai/Kimi".to_owned();
+        let file = || "model.safetensors".to_owned();
+        let examples = every_variant!(DownloadError:
+            E::Name { .. } => [E::Name { repo: "../etc".into() }],
+            E::Revision { .. } => [E::Revision { revision: "../v1".into() }],
+            E::Pattern { .. } => [E::Pattern { pattern: "***".into(), problem: "wildcards are `*` or `**`".into() }],
+            E::Offline { .. } => [E::Offline { repo: repo(), revision: "main".into(), cache: "cache".into() }],
+            E::Refused { .. } => [
+                E::Refused { repo: repo(), status: 401, token: false, page: page() },
+                E::Refused { repo: repo(), status: 403, token: true, page: page() },
+            ],
+            E::NotFound { .. } => [E::NotFound { what: "the file `config.json` in `moonshotai/Kimi`".into() }],
+            E::Token { .. } => [E::Token { place: "`HF_TOKEN`".into(), problem: "has more than one line".into() }],
+            E::Endpoint { .. } => [E::Endpoint { problem: "it is not a valid address".into() }],
+            E::Network { .. } => [E::Network { endpoint: "https://hub".into(), problem: "connection refused".into() }],
+            E::Status { .. } => [
+                E::Status { url: page(), status: 429 },
+                E::Status { url: page(), status: 500 },
+                E::Status { url: page(), status: 418 },
+            ],
+            E::List { .. } => [E::List {
+                endpoint: "https://hub".into(),
+                repo: repo(),
+                problem: "`config.json` is listed twice".into(),
+            }],
+            E::NoMatch { .. } => [E::NoMatch { repo: repo() }],
+            E::Full { .. } => [E::Full { cache: "cache".into(), needed: 31_920_223_872, free: 5_300_000 }],
+            E::Incomplete { .. } => [E::Incomplete {
+                file: file(),
+                got: 5,
+                size: 10,
+                tries: 6,
+                problem: "the connection was closed".into(),
+            }],
+            E::Digest { .. } => [E::Digest { file: file(), expected: "00ff".into(), found: "ff00".into() }],
+            E::Cache { .. } => [
+                E::read("cache/blobs/00ff")(io::ErrorKind::PermissionDenied.into()),
+                E::write("cache/blobs/00ff")(io::ErrorKind::StorageFull.into()),
+            ],
+            E::Checkpoint(_) => [E::Checkpoint(CheckpointError::Link { path: "cache/snapshots/00ff".into() })],
+            E::Aborted => [E::Aborted],
+        );
+        let text: String = examples.iter().map(|error| rendered(error, error.hint())).collect();
+        insta::assert_snapshot!(text);
     }
 }

@@ -1,50 +1,50 @@
-//! How a download goes, told while it goes.
+//! Progress of a download.
 
-/// Something that happened.
+/// An event of a download, from which a program draws a progress bar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DownloadEvent<'a> {
-    /// What is to be had is known.
+    /// The list of files has been received.
     Started {
-        /// Files.
+        /// Number of files.
         files: usize,
-        /// Bytes of all of them.
+        /// Their total size in bytes.
         bytes: u64,
     },
-    /// So many bytes were in the cache already and are right, as far as can be said before a file is whole.
+    /// Bytes were already in the cache, complete and checked or part of a file that is checked when it is complete.
     Cached {
-        /// The bytes.
+        /// Number of bytes.
         bytes: u64,
     },
-    /// So many bytes came.
+    /// Bytes were received.
     Fetched {
-        /// The bytes.
+        /// Number of bytes.
         bytes: u64,
     },
-    /// So many bytes that were there are of no use.
+    /// Bytes that were in the cache or received had to be discarded.
     Discarded {
-        /// The bytes.
+        /// Number of bytes.
         bytes: u64,
     },
-    /// A file is asked for once more.
+    /// A request for a file is repeated.
     Retrying {
-        /// The file.
+        /// The file's name in the repository.
         file: &'a str,
-        /// Why.
+        /// Why the previous one failed.
         problem: &'a str,
     },
-    /// Another process writes the same file: it is waited for.
+    /// Another process is downloading the same file. This one waits for it.
     Waiting {
-        /// The file.
+        /// The file's name in the repository.
         file: &'a str,
     },
-    /// A file is in the cache, whole and checked.
+    /// A file is in the cache, complete and checked.
     Finished {
-        /// The file.
+        /// The file's name in the repository.
         file: &'a str,
-        /// Its size.
+        /// Its size in bytes.
         bytes: u64,
-        /// Whether anything of it had to be fetched.
+        /// Whether any part of it had to be downloaded.
         fetched: bool,
     },
 }

@@ -1,4 +1,4 @@
-//! One file into the cache: what is there of it is kept, the rest is fetched, the whole is checked before it gets its
+//! Downloading one file into the cache: a partial file is resumed, and the complete one is checked before it gets its
 //! name.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -14,46 +14,46 @@ use super::event::DownloadEvent;
 use super::listing::RemoteFile;
 use crate::io::confined_dir::open_plain;
 
-/// Bytes that are read at a time.
+/// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
-/// Tries on end that bring next to nothing: less than [`MIN_PROGRESS`] of the file. A bad line may break often in a file of
-/// gigabytes, and what comes is worth going on for.
+/// Attempts in a row without progress of at least [`MIN_PROGRESS`] of the file, after which the download fails. A bad
+/// connection may break often in a file of gigabytes; as long as data arrives, resuming is worthwhile.
 const MAX_FRUITLESS_ATTEMPTS: u32 = 6;
 const MIN_PROGRESS: f64 = 0.01;
-/// Before the second try; doubled before each further one.
+/// The wait before the second attempt; doubled before each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
-/// What comes more slowly, in bytes a second, is given up: it is no line but somebody who holds one.
+/// Slower transfers, in bytes per second, are aborted: that is a stalled server and not a slow connection.
 const MIN_BYTES_PER_SECOND: f64 = 1_000.0;
 
-/// One file to be had.
+/// A file to download.
 pub(super) struct FileDownload<'a> {
     pub(super) client: &'a Client,
     pub(super) file: &'a RemoteFile,
     pub(super) commit: &'a str,
-    /// Where its bytes belong: `blobs/DIGEST`.
+    /// Its path in the cache: `blobs/DIGEST`.
     pub(super) blob: PathBuf,
-    /// Held while the blob is written, by `huggingface_hub`, too.
+    /// The lock file that is held while the blob is written; the same that `huggingface_hub` uses.
     pub(super) lock: PathBuf,
     pub(super) watch: &'a (dyn Fn(DownloadEvent<'_>) + Sync),
-    /// Set where another file has failed.
+    /// Set when another file has failed.
     pub(super) stop: &'a AtomicBool,
 }
 
-/// What became of one try.
+/// The result of one attempt.
 enum Attempt {
     Complete(Hasher),
     Broken(String),
 }
 
 impl FileDownload<'_> {
-    /// Whether anything had to be fetched.
+    /// Downloads the file if needed; returns whether any part had to be downloaded.
     pub(super) fn run(&self) -> Result<bool, DownloadError> {
         for folder in [&self.blob, &self.lock].into_iter().filter_map(|path| path.parent()) {
             fs::create_dir_all(folder).map_err(DownloadError::write(folder))?;
         }
         let lock = open_own(&self.lock).map_err(DownloadError::write(&self.lock))?;
-        // Another process, or another file of the same contents. Given back when the file is closed.
+        // Held by another process, or for another file with the same contents. Released when the file is closed.
         if let Err(TryLockError::WouldBlock) = lock.try_lock() {
             (self.watch)(DownloadEvent::Waiting { file: &self.file.name });
         }
@@ -64,7 +64,7 @@ impl FileDownload<'_> {
         self.fetch().map(|()| true)
     }
 
-    /// Whether the blob is there and is what it is called. One that is not is removed.
+    /// Whether the blob is in the cache with the digest in its name. A damaged one is removed.
     fn is_cached(&self) -> Result<bool, DownloadError> {
         let read = |source| DownloadError::read(&self.blob)(source);
         let mut file = match open_plain(&self.blob) {
@@ -102,19 +102,19 @@ impl FileDownload<'_> {
             self.discard(&mut output, &partial, self.file.size)?;
             if !std::mem::take(&mut resumed) {
                 drop(output);
-                // An empty file is no harm; the error is what matters.
+                // A failure leaves an empty file, which is harmless.
                 let _ = fs::remove_file(&partial);
                 let (file, expected) = (self.file.name.clone(), self.file.digest.text().to_owned());
                 return Err(DownloadError::Digest { file, expected, found });
             }
-            // What was there from before may have been the bad part.
-            (self.watch)(DownloadEvent::Retrying { file: &self.file.name, problem: "what was there of it is damaged" });
+            // The part from an earlier run may have been the damaged one: download everything, once.
+            (self.watch)(DownloadEvent::Retrying { file: &self.file.name, problem: "the partial file was damaged" });
         }
         output.sync_all().map_err(DownloadError::write(&partial))?;
         fs::rename(&partial, &self.blob).map_err(DownloadError::write(&self.blob))
     }
 
-    /// Receives until all bytes are there, in as many tries as that is worth.
+    /// Downloads until all bytes are there, retrying as long as there is progress.
     fn receive(&self, output: &mut File, partial: &Path) -> Result<Hasher, DownloadError> {
         let length = |output: &File| output.metadata().map_err(DownloadError::read(partial)).map(|file| file.len());
         let (mut tries, mut in_vain, mut wait) = (0, 0, FIRST_WAIT);
@@ -141,7 +141,7 @@ impl FileDownload<'_> {
         }
     }
 
-    /// One request from where the file ends. Every byte that comes is kept; the digest is of the whole file.
+    /// One request, from the end of the partial file. Every received byte is kept; the digest is of the whole file.
     fn try_once(&self, output: &mut File, partial: &Path) -> Result<Attempt, DownloadError> {
         let written = |error| DownloadError::write(partial)(error);
         let mut start = output.seek(SeekFrom::End(0)).map_err(written)?;
@@ -153,13 +153,13 @@ impl FileDownload<'_> {
             Err(FetchError::Permanent(error)) => return Err(error),
             Err(FetchError::Transient(problem)) => return Ok(Attempt::Broken(problem)),
             Err(FetchError::Range) => {
-                // What is there cannot be gone on from.
+                // The partial file is longer than the file on the server.
                 self.discard(output, partial, start)?;
-                return Ok(Attempt::Broken("the server has no such range".into()));
+                return Ok(Attempt::Broken("the server does not have the requested range".into()));
             }
         };
         if answer.start != start {
-            // The whole file, where a part was asked for.
+            // The server ignored the range and sends the whole file.
             self.discard(output, partial, start)?;
             start = 0;
         }
@@ -172,24 +172,24 @@ impl FileDownload<'_> {
             let (since, before) = pace;
             if since.elapsed() > self.client.stall_timeout() {
                 if ((at - before) as f64) < MIN_BYTES_PER_SECOND * since.elapsed().as_secs_f64() {
-                    return Ok(Attempt::Broken("hardly anything comes".into()));
+                    return Ok(Attempt::Broken("the transfer has stalled".into()));
                 }
                 pace = (Instant::now(), at);
             }
             if self.stop.load(Ordering::Relaxed) {
                 return Err(DownloadError::Aborted);
             }
-            // One byte more than belongs there would show that it is another file.
+            // Reads one byte more than expected, which reveals a longer file.
             let most = (self.file.size - at).saturating_add(1).min(CHUNK as u64) as usize;
             let read = match body.read(&mut chunk[..most]) {
                 Ok(0) if at == self.file.size => return Ok(Attempt::Complete(hasher)),
-                Ok(0) => return Ok(Attempt::Broken("the connection ended".into())),
+                Ok(0) => return Ok(Attempt::Broken("the connection was closed".into())),
                 Ok(read) => read,
                 Err(error) => return Ok(Attempt::Broken(error.to_string())),
             };
             if at + read as u64 > self.file.size {
                 self.discard(output, partial, at)?;
-                return Ok(Attempt::Broken("the server sends more than the file has".into()));
+                return Ok(Attempt::Broken("the server sent more bytes than listed".into()));
             }
             output.write_all(&chunk[..read]).map_err(written)?;
             hasher.update(&chunk[..read]);
@@ -198,13 +198,13 @@ impl FileDownload<'_> {
         }
     }
 
-    /// Throws away what is there of the file.
+    /// Discards the partial file.
     fn discard(&self, output: &mut File, partial: &Path, bytes: u64) -> Result<(), DownloadError> {
         (self.watch)(DownloadEvent::Discarded { bytes });
         output.set_len(0).map_err(DownloadError::write(partial))
     }
 
-    /// The digest of the first bytes, with the file's position behind them.
+    /// The digest of the first bytes; leaves the file's position after them.
     fn hash_of(&self, output: &mut File, partial: &Path, bytes: u64) -> Result<Hasher, DownloadError> {
         output.rewind().map_err(DownloadError::read(partial))?;
         self.digest(output, bytes).map_err(DownloadError::read(partial))
@@ -223,8 +223,8 @@ impl FileDownload<'_> {
     }
 }
 
-/// Opens a file of the cache to read and write it, and makes it where it is not there. In a cache that others share, a link
-/// may stand there, and it is not their files that are written.
+/// Opens a file of the cache for reading and writing, and creates it if it does not exist. In a shared cache a link may
+/// be in its place; it is not followed, so that no other file is written to.
 fn open_own(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.create(true).truncate(false).read(true).write(true);
@@ -237,7 +237,7 @@ fn open_own(path: &Path) -> io::Result<File> {
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a plain file")) }
 }
 
-/// Where bytes wait until they are all there; `huggingface_hub` calls it the same.
+/// The path of the partial file, the same as in `huggingface_hub`.
 pub(super) fn partial(blob: &Path) -> PathBuf {
     let mut name = blob.as_os_str().to_owned();
     name.push(".incomplete");

@@ -1,4 +1,4 @@
-//! Which files a repository has, and which of them are asked for.
+//! The files of a repository, and the selection of those to download.
 
 use glob::Pattern;
 use serde::Deserialize;
@@ -8,23 +8,23 @@ use super::is_commit;
 use crate::format::index::is_inside;
 use crate::format::sidecars::belongs_to_checkpoint;
 
-/// A repository at one commit.
+/// The files of a repository at a commit.
 #[derive(Debug)]
 pub(super) struct Listing {
     pub(super) commit: String,
     pub(super) files: Vec<RemoteFile>,
 }
 
-/// A file of it.
+/// A file of a repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct RemoteFile {
-    /// Its path in the repository, which stays below the snapshot.
+    /// Its path in the repository, which has been checked to stay below the snapshot.
     pub(super) name: String,
     pub(super) size: u64,
     pub(super) digest: Digest,
 }
 
-/// The Hub's answer to `/api/models/REPO/revision/REVISION?blobs=true`, as far as it is needed.
+/// The fields read from the Hub's answer to `/api/models/REPO/revision/REVISION?blobs=true`.
 #[derive(Deserialize)]
 struct ListResponse {
     sha: String,
@@ -47,11 +47,11 @@ struct Lfs {
 }
 
 impl Listing {
-    /// Reads the answer and believes no name or digest that could lead out of the cache.
+    /// Parses the answer, and refuses names and digests that could lead out of the cache.
     pub(super) fn parse(answer: &[u8], wanted: &FileSelection) -> Result<Self, String> {
         let ListResponse { sha, siblings } = serde_json::from_slice(answer).map_err(|error| error.to_string())?;
         if !is_commit(&sha) {
-            return Err(format!("`{}` is no commit", sha.escape_debug()));
+            return Err(format!("`{}` is not a commit", sha.escape_debug()));
         }
         let mut files = Vec::new();
         for sibling in siblings.into_iter().filter(|sibling| wanted.takes(&sibling.rfilename)) {
@@ -59,7 +59,7 @@ impl Listing {
         }
         files.sort_by(|a, b| a.name.cmp(&b.name));
         if let Some(pair) = files.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            return Err(format!("`{}` is there twice", pair[0].name));
+            return Err(format!("`{}` is listed twice", pair[0].name));
         }
         Ok(Self { commit: sha.to_ascii_lowercase(), files })
     }
@@ -77,17 +77,17 @@ impl Sibling {
         };
         match (digest, size) {
             (Some(digest), Some(size)) => Ok(RemoteFile { name, size, digest }),
-            _ => Err(format!("it does not say the size and digest of `{name}`")),
+            _ => Err(format!("it has no size or digest for `{name}`")),
         }
     }
 }
 
-/// The files that are asked for.
+/// The selection of files to download.
 #[derive(Debug)]
 pub(super) enum FileSelection {
-    /// What a checkpoint is made of: configuration, index, safetensors, tokenizer, remote code; nothing in folders.
+    /// The files of a checkpoint: config, index, safetensors, tokenizer, remote code; nothing in folders.
     Checkpoint,
-    /// What matches one of these; `*` matches `/`, too, as in `huggingface_hub`.
+    /// Files that match one of the patterns; `*` also matches `/`, as in `huggingface_hub`.
     Matching(Vec<Pattern>),
 }
 
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_is_taken_and_the_rest_is_left() {
+    fn checkpoint_files_are_selected() {
         let names = [
             "README.md",
             "config.json",
@@ -148,20 +148,20 @@ mod tests {
     }
 
     #[test]
-    fn answers_that_could_lead_out_of_the_cache_are_refused() {
+    fn names_and_digests_that_lead_out_of_the_cache_are_refused() {
         let all = FileSelection::Matching(vec![Pattern::new("*").unwrap()]);
         for name in ["../config.json", "/etc/passwd", "a/../../b", "a\\b", "C:x", "a\nb"] {
             let error = parse(&json!([file(name)]), &all).unwrap_err();
             assert!(error.contains("not a file below"), "{error}");
         }
         let with = |sibling| parse(&json!([sibling]), &all).unwrap_err();
-        assert!(with(json!({"rfilename": "a", "size": 1, "blobId": "../../etc"})).contains("digest of `a`"));
-        assert!(with(json!({"rfilename": "a", "size": 1})).contains("digest of `a`"));
-        assert!(with(json!({"rfilename": "a", "blobId": SHA})).contains("digest of `a`"));
-        assert!(with(json!({"rfilename": "a", "lfs": {"sha256": SHA, "size": 1}})).contains("digest of `a`"));
+        assert!(with(json!({"rfilename": "a", "size": 1, "blobId": "../../etc"})).contains("digest for `a`"));
+        assert!(with(json!({"rfilename": "a", "size": 1})).contains("digest for `a`"));
+        assert!(with(json!({"rfilename": "a", "blobId": SHA})).contains("digest for `a`"));
+        assert!(with(json!({"rfilename": "a", "lfs": {"sha256": SHA, "size": 1}})).contains("digest for `a`"));
         assert!(with(json!({"rfilename": "a", "size": -1, "blobId": SHA})).contains("invalid value"));
-        assert!(parse(&json!([file("a"), file("a")]), &all).unwrap_err().contains("`a` is there twice"));
-        assert!(Listing::parse(br#"{"sha": "../x", "siblings": []}"#, &all).unwrap_err().contains("is no commit"));
+        assert!(parse(&json!([file("a"), file("a")]), &all).unwrap_err().contains("`a` is listed twice"));
+        assert!(Listing::parse(br#"{"sha": "../x", "siblings": []}"#, &all).unwrap_err().contains("is not a commit"));
         assert!(Listing::parse(b"<html>", &all).is_err());
     }
 }

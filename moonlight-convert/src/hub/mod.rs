@@ -1,12 +1,12 @@
-//! The Hub's cache on this machine: where it is, and where in it the snapshot of a model lies.
+//! The Hub's cache on this machine, and downloads into it.
 //!
-//! The layout is `huggingface_hub`'s, so that what Python fetched is found here and the other way round:
+//! The layout is that of `huggingface_hub`, so that either finds what the other downloaded:
 //!
 //! ```text
 //! $HF_HOME/hub/models--moonshotai--Moonlight-16B-A3B/
-//!     refs/main               the commit that the branch stood at when it was fetched
-//!     snapshots/COMMIT/…      links to the blobs, under the names of the repository
-//!     blobs/DIGEST            the files: SHA-256 of what LFS keeps, git's SHA-1 of the rest
+//!     refs/main               the commit of the branch when it was downloaded
+//!     snapshots/COMMIT/…      links to the blobs, with the names of the repository
+//!     blobs/DIGEST            the files: SHA-256 of LFS files, git's SHA-1 of others
 //! ```
 
 #[cfg(feature = "download")]
@@ -42,28 +42,28 @@ pub use error::DownloadError;
 #[cfg(feature = "download")]
 pub use event::DownloadEvent;
 
-/// The branch that is meant where none is named.
+/// The branch that is used if none is named.
 pub(crate) const MAIN: &str = "main";
-/// Bytes of a commit in hexadecimal.
+/// Length of a commit in hexadecimal digits.
 const COMMIT: usize = 40;
-/// The longest file with a branch's commit.
+/// Size limit of a file in `refs`, which contains a commit.
 const LONGEST_REFERENCE: u64 = 1_000;
 
-/// Reads the Hub's list of files: how many of them a checkpoint is made of.
+/// The number of checkpoint files in the Hub's list, for fuzzing.
 #[cfg(feature = "download")]
 pub(crate) fn parse_list(answer: &[u8]) -> Result<usize, String> {
     listing::Listing::parse(answer, &listing::FileSelection::Checkpoint).map(|listing| listing.files.len())
 }
 
-/// The directory of a model that a user names: a directory that exists, or else `org/name` (or `org/name@revision`),
-/// whose snapshot is looked up in the Hub's cache. NoMatch is fetched.
+/// The directory of a model given by a user: an existing directory, or else the snapshot of `org/name` (or
+/// `org/name@revision`) in the Hub's cache. Nothing is downloaded.
 ///
-/// A directory always wins. A name that cannot be a repository's is returned as it is, so that opening it says what is
-/// wrong with it.
+/// An existing directory takes precedence. A name that is not valid for a repository is returned unchanged, so that
+/// opening it reports the error.
 ///
 /// # Errors
 ///
-/// [`CheckpointError::NotCached`] where the cache has no snapshot of that repository, and what is wrong with the cache.
+/// [`CheckpointError::NotCached`] if the cache has no snapshot of that repository, and errors of the cache.
 pub fn resolve(model: impl AsRef<Path>) -> Result<PathBuf, CheckpointError> {
     resolve_in(model.as_ref(), &cache_dir(|name| std::env::var_os(name)))
 }
@@ -74,29 +74,29 @@ fn resolve_in(path: &Path, cache: &Path) -> Result<PathBuf, CheckpointError> {
     let Some(id) = RepoId::parse(repo).filter(|_| is_revision(revision)) else { return Ok(path.to_owned()) };
     match snapshot(&Cache::new(cache.to_owned()), &id, revision)? {
         Some(snapshot) => Ok(snapshot),
-        // One word is far more often a directory that is misspelled than one of the few models without an organization.
+        // A single word is more likely a misspelled directory than one of the few repositories without an organization.
         None if !repo.contains('/') => Ok(path.to_owned()),
         None => Err(CheckpointError::NotCached { model: model.to_owned(), cache: cache.to_owned() }),
     }
 }
 
-/// The snapshot of a revision, where the cache has it.
+/// The snapshot of a revision, if it is in the cache.
 ///
 /// # Errors
 ///
-/// What keeps the commit of a branch from being read: a link that leads out of the repository's folder, a pipe, a file that
-/// is longer than a commit; and a snapshot that lies elsewhere.
+/// If the branch's commit cannot be read (a link out of the repository's folder, a pipe, a file longer than a commit),
+/// or the snapshot is a link out of the folder.
 pub(crate) fn snapshot(cache: &Cache, id: &RepoId, revision: &str) -> Result<Option<PathBuf>, CheckpointError> {
     snapshot_in(&cache.path().join(id.folder_name()), revision)
 }
 
-/// The snapshot of `main` in the top folder of a model in the cache (`models--org--name`), where that is what the folder
-/// is and nothing is wrong with it ([`Checkpoint::open`](crate::Checkpoint::open) says what is).
+/// The snapshot of `main`, if `folder` is the top folder of a repository in the cache (`models--org--name`). Errors are
+/// reported by [`Checkpoint::open`](crate::Checkpoint::open).
 pub fn newest_snapshot(folder: &Path) -> Option<PathBuf> {
     snapshot_of_main(folder).ok().flatten()
 }
 
-/// [`newest_snapshot`], or what is wrong with it.
+/// [`newest_snapshot`] with its errors.
 pub(crate) fn snapshot_of_main(folder: &Path) -> Result<Option<PathBuf>, CheckpointError> {
     snapshot_in(folder, MAIN)
 }
@@ -121,9 +121,26 @@ fn snapshot_in(folder: &Path, revision: &str) -> Result<Option<PathBuf>, Checkpo
     let own = fs::canonicalize(folder).map_err(CheckpointError::read(folder))?.join("snapshots").join(&commit);
     match real == own {
         true => Ok(Some(path).filter(|path| path.is_dir())),
-        // Wherever that leads, it is not what was fetched under this name.
+        // A link to another place is not what was downloaded for this commit.
         false => Err(CheckpointError::Link { path }),
     }
+}
+
+/// The folder of the Hub's cache, which need not exist: by the same environment variables as `huggingface_hub` reads.
+pub fn cache_folder() -> PathBuf {
+    cache_dir(|name| std::env::var_os(name))
+}
+
+/// Where a download would read the user's token: the name of an environment variable, or the path of a file. `None` without a token.
+/// The token itself is not read.
+pub fn token_source() -> Option<String> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    if let Some(name) = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].into_iter().find(|name| set(name).is_some()) {
+        return Some(name.to_owned());
+    }
+    let file =
+        set("HF_TOKEN_PATH").map_or_else(|| home_dir(|name| std::env::var_os(name)).join("token"), PathBuf::from);
+    file.is_file().then(|| file.display().to_string())
 }
 
 /// `HF_HUB_CACHE`, or the older `HUGGINGFACE_HUB_CACHE`, or `hub` in the Hub's [home](home_dir).
@@ -143,13 +160,13 @@ pub(crate) fn home_dir(variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
     })
 }
 
-/// The name of a repository of models, `org/name` or `name`, checked.
+/// A valid name of a model repository, `org/name` or `name`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RepoId(String);
 
 impl RepoId {
-    /// The Hub's own rule: one or two parts of letters, digits, `-`, `_` and `.`, without `--` and `..`, with neither `-`
-    /// nor `.` at an end.
+    /// The Hub's rule: one or two parts of letters, digits, `-`, `_` and `.`, without `--` and `..`, and neither `-`
+    /// nor `.` at either end of a part.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let part = |part: &str| {
             !part.is_empty()
@@ -165,7 +182,7 @@ impl RepoId {
         Repo::with_revision(self.0.clone(), RepoType::Model, revision.to_owned())
     }
 
-    #[cfg_attr(not(feature = "download"), allow(dead_code, reason = "only a download asks"))]
+    #[cfg_attr(not(feature = "download"), allow(dead_code, reason = "used by downloads only"))]
     pub(crate) fn in_cache(&self, cache: &Cache, revision: &str) -> CacheRepo {
         cache.repo(self.repo(revision))
     }
@@ -182,12 +199,12 @@ impl std::fmt::Display for RepoId {
     }
 }
 
-/// Whether it is a whole commit, not a branch or tag.
+/// Whether the text is a full commit and not a branch or tag.
 pub(crate) fn is_commit(text: &str) -> bool {
     text.len() == COMMIT && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Whether it may be a branch, tag or commit, and stays below `refs` as a path.
+/// Whether the text may be a branch, tag or commit, and as a path stays below `refs`.
 pub(crate) fn is_revision(text: &str) -> bool {
     let part = |part: &str| {
         !part.is_empty()
@@ -217,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_its_snapshot() {
+    fn a_name_stands_for_its_snapshot() {
         let (home, snapshot) = cache();
         for model in ["moonshotai/Moonlight", "moonshotai/Moonlight@main", "moonshotai/Moonlight@pr/1"] {
             assert_eq!(resolve_in(Path::new(model), home.path()).unwrap(), snapshot, "{model}");
@@ -240,10 +257,10 @@ mod tests {
         assert_eq!(newest_snapshot(home.path()), None);
     }
 
-    /// A cache that others made: links out of it, pipes, files without end.
+    /// An untrusted cache: links out of it, pipes, huge files.
     #[cfg(unix)]
     #[test]
-    fn what_leads_out_of_a_repository_is_refused_and_nothing_is_waited_on() {
+    fn links_out_of_a_repository_and_pipes_are_refused() {
         use std::os::unix::fs::symlink;
         let (home, snapshot) = cache();
         let folder = home.path().join("models--moonshotai--Moonlight");
@@ -268,14 +285,14 @@ mod tests {
         refused("a hole");
         fs::write(&main, SHA).unwrap();
         assert_eq!(newest_snapshot(&folder), Some(snapshot.clone()));
-        // A snapshot that lies elsewhere, by its branch and by its commit.
+        // A snapshot that is a link, by its branch and by its commit.
         fs::rename(&snapshot, home.path().join("elsewhere")).unwrap();
         symlink(home.path().join("elsewhere"), &snapshot).unwrap();
         for model in ["moonshotai/Moonlight".to_owned(), format!("moonshotai/Moonlight@{SHA}")] {
             let error = resolve_in(Path::new(&model), home.path()).unwrap_err();
             assert!(matches!(error, CheckpointError::Link { .. }), "{model}: {error}");
         }
-        // The repository's folder may lie on another disk.
+        // The repository's folder may be a link to another disk.
         fs::remove_file(&snapshot).unwrap();
         fs::create_dir(&snapshot).unwrap();
         fs::rename(&folder, home.path().join("disk")).unwrap();
@@ -284,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_wins_and_what_is_no_name_stays_a_path() {
+    fn a_directory_takes_precedence_and_an_invalid_name_is_a_path() {
         let (home, _) = cache();
         assert_eq!(resolve_in(home.path(), home.path()).unwrap(), home.path());
         for path in ["/nowhere/at-all", "./here", "../there", "a/b/c", "word", "org/..", "org/name@../main", ""] {

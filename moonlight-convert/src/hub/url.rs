@@ -1,10 +1,10 @@
-//! Addresses of servers: what a redirect leads to, whether it is the same server, and how an address is shown.
+//! Server addresses: resolving redirects, comparing origins, and displaying them without credentials.
 
 use std::fmt;
 
 use ureq::http::Uri;
 
-/// An absolute `http` or `https` address. It is shown without the password that it may hold.
+/// An absolute `http` or `https` address. Its display omits the credentials that it may contain.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Address {
     text: String,
@@ -12,9 +12,9 @@ pub(super) struct Address {
 }
 
 impl Address {
-    /// The error says what is wrong and does not show the text.
+    /// Parses an address. The error does not show the text, which may contain a password.
     pub(super) fn parse(text: &str) -> Result<Self, &'static str> {
-        let uri: Uri = text.parse().map_err(|_| "it cannot be read as an address")?;
+        let uri: Uri = text.parse().map_err(|_| "it is not a valid address")?;
         match uri.scheme_str() {
             Some("http" | "https") if uri.host().is_some_and(|host| !host.is_empty()) => {}
             _ => return Err("it does not begin with `https://` or `http://` and a host"),
@@ -22,12 +22,13 @@ impl Address {
         Ok(Self { text: text.to_owned(), uri })
     }
 
-    /// The address, with a password where it holds one.
+    /// The full address, including credentials.
     pub(super) fn as_str(&self) -> &str {
         &self.text
     }
 
-    /// Scheme, host and port: whoever answers at one address of an origin has its secrets anyway.
+    /// The origin: whether it is secure, the host and the port. A token may be sent to every address of its origin, and
+    /// to no other.
     fn origin(&self) -> (bool, String, u16) {
         let secure = self.uri.scheme_str() == Some("https");
         let host = self.uri.host().unwrap_or_default().to_ascii_lowercase();
@@ -38,7 +39,8 @@ impl Address {
         self.origin() == other.origin()
     }
 
-    /// Where a redirect leads from here (RFC 3986, section 5, without the rare relative path that is no absolute one).
+    /// Resolves the location of a redirect (RFC 3986, section 5, without the rare relative path that is not an absolute
+    /// one).
     pub(super) fn join(&self, location: &str) -> Result<Self, &'static str> {
         let location = location.split('#').next().unwrap_or_default();
         let scheme = self.uri.scheme_str().unwrap_or_default();
@@ -111,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn redirects_lead_on() {
+    fn redirects_are_resolved() {
         let from = address("https://user:secret@hub.example/a/b?c");
         for (location, to) in [
             ("/x?y", "https://hub.example/x?y"),

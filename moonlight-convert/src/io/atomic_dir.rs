@@ -1,19 +1,21 @@
-//! Putting a directory in the place of another so that a crash leaves one of them whole.
+//! Replacing a directory so that after a crash at any moment the old or the new one is complete.
 //!
-//! A checkpoint `DIR` is written into a hidden sibling and takes its place by renaming:
+//! A checkpoint `DIR` is written into a hidden sibling, which is then renamed:
 //!
-//! 1. Everything is written into `.DIR.moonlight-saving`, each file and then the folder itself flushed to the disk. A crash
-//!    so far leaves `DIR` as it was; the next save removes the sibling. An error removes it at once.
-//! 2. Where there is no `DIR` yet, the sibling is renamed to it: one step, which happens or does not.
-//! 3. Where there is one, Linux and macOS exchange the two names in one step, and the old files, now in the sibling,
-//!    are removed. At every moment `DIR` is whole: the old or the new.
-//! 4. Where the file system cannot exchange names, three renamings do it: the sibling to `.DIR.moonlight-new`, which marks
-//!    it as whole; `DIR` to `.DIR.moonlight-old`; `.DIR.moonlight-new` to `DIR`. Between the last two there is no `DIR`, and
-//!    both siblings are whole: opening `DIR` reads the new one where it stands ([`complete_path`]), and the next save of `DIR`
-//!    finishes the job ([`recover`]). Whoever only reads renames nothing.
+//! 1. Everything is written into `.DIR.moonlight-saving`; each file and then the folder itself is flushed to the disk.
+//!    A crash up to here leaves `DIR` unchanged, and the next save removes the sibling. An error removes it
+//!    immediately.
+//! 2. If `DIR` does not exist, the sibling is renamed to it, which is atomic.
+//! 3. If `DIR` exists, Linux and macOS exchange the two names atomically, and the old files, now in the sibling, are
+//!    removed. At every moment `DIR` is complete: the old or the new.
+//! 4. If the file system cannot exchange names, three renames do it: the sibling to `.DIR.moonlight-new`, which marks
+//!    it as complete; `DIR` to `.DIR.moonlight-old`; `.DIR.moonlight-new` to `DIR`. Between the last two, `DIR` does
+//!    not exist and both siblings are complete: opening `DIR` reads the new one under its hidden name
+//!    ([`complete_path`]), and the next save of `DIR` finishes the replacement ([`recover`]). A reader renames nothing.
 //!
-//! The siblings' names are this program's own, so that no folder of the user's is taken for one. A writer holds a lock on
-//! the folder that it fills: a second one is refused, and what nobody holds is left over from a crash.
+//! The names of the siblings are specific to this program, so that no folder of the user is mistaken for one. A writer
+//! holds a lock on the folder that it fills: a second writer is refused, and a folder without a lock is left over from
+//! a crash.
 
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
@@ -24,20 +26,21 @@ use crate::error::CheckpointError;
 use crate::io::file_error::FileError;
 use crate::io::storage;
 
-/// The states of a sibling, in its name.
+/// The suffixes of siblings, one for each state.
 const SAVING: &str = "moonlight-saving";
 const NEW: &str = "moonlight-new";
 const OLD: &str = "moonlight-old";
 const REMOVED: &str = "moonlight-removed";
-/// The same as earlier versions wrote them; only a folder that is known to be ours alone is cleaned of them.
+/// The suffixes of earlier versions. They are so general that only folders which contain nothing but this project's
+/// directories are searched for them.
 const EARLIER_NAMES: [(&str, &str); 4] = [("saving", SAVING), ("new", NEW), ("old", OLD), ("removed", REMOVED)];
 
-/// Fills a new directory by `fill` and puts it in the place of `dir`, whatever stood there, in one step.
+/// Fills a new directory by `fill` and replaces `dir` by it in one step.
 ///
 /// # Errors
 ///
-/// Whatever `fill` says, [`CheckpointError::Busy`] where another process is saving the same directory, or
-/// [`CheckpointError::File`]. What stood at `dir` is then untouched, and what was written is removed.
+/// Errors of `fill`, [`CheckpointError::Busy`] if another process is saving the same directory, or
+/// [`CheckpointError::File`]. Then `dir` is unchanged, and what was written is removed.
 pub fn replace_directory(
     dir: &Path,
     fill: impl FnOnce(&Path) -> Result<(), CheckpointError>,
@@ -47,23 +50,24 @@ pub fn replace_directory(
     staging.commit()
 }
 
-/// Removes a directory so that it is whole or gone at every moment: it is renamed first.
+/// Removes a directory so that at every moment it is complete or gone: it is renamed first.
 ///
 /// # Errors
 ///
-/// A name that cannot be changed, or files that cannot be removed; what is left then is hidden, and
+/// A failed rename, or files that cannot be removed. What is left in the second case has a hidden name, and
 /// [`clean_leftovers`] tries again.
 pub fn remove_directory(dir: &Path) -> Result<(), FileError> {
     let hidden = sibling(dir, REMOVED);
     storage::rename(dir, &hidden).map_err(FileError::write(dir))?;
-    // Durable before the first file goes, or a power loss could bring back the name of a directory that lacks files.
+    // Durable before the first file is removed: otherwise the old name could reappear after a power loss, with files
+    // missing.
     let parent = dir.parent().unwrap_or(Path::new(""));
     storage::sync_dir(parent).map_err(FileError::write(parent))?;
     storage::remove_dir_all(&hidden).map_err(FileError::write(&hidden))
 }
 
-/// Finishes and removes what saves that were killed left in `parent`: the siblings of the directories whose names `owned`
-/// accepts. The caller knows that nobody is saving them. What could not be done.
+/// Cleans up after killed saves in `parent`: finishes or removes the siblings of directories whose names `owned`
+/// accepts. The caller ensures that no process is saving them. Returns what could not be done.
 ///
 /// # Errors
 ///
@@ -80,7 +84,7 @@ pub fn clean_leftovers(parent: &Path, owned: impl Fn(&str) -> bool) -> Result<Ve
             leftovers.push((path, state, target));
         }
     }
-    // A new one before the old: it is the newer of two that are whole.
+    // A new one before an old one: of two complete siblings it is the newer.
     leftovers.sort_by_key(|(_, state, _)| [NEW, OLD].iter().position(|first| first == state).unwrap_or(2));
     for (path, state, target) in leftovers {
         let done = match state {
@@ -99,18 +103,18 @@ fn leftover(name: &str) -> Option<(&str, &'static str)> {
     Some((target, known.1))
 }
 
-/// A directory being written, removed again unless it is committed.
+/// A directory that is being written. Dropping it without a commit removes it.
 #[derive(Debug)]
 pub(crate) struct AtomicDir {
     target: PathBuf,
     saving: PathBuf,
     committed: bool,
-    /// Held while it is written; `None` where the file system has no locks.
+    /// Held while it is written; `None` if the file system has no locks.
     _lock: Option<File>,
 }
 
 impl AtomicDir {
-    /// Makes the empty sibling that the files go to.
+    /// Creates the empty sibling for the files.
     pub(crate) fn begin(target: &Path) -> Result<Self, CheckpointError> {
         let target = resolve(target)?;
         if let Some(parent) = target.parent() {
@@ -118,7 +122,7 @@ impl AtomicDir {
         }
         let saving = sibling(&target, SAVING);
         if saving.exists() {
-            // Left by a save that crashed, unless somebody holds it.
+            // Left over from a crash, unless another process holds its lock.
             lock(&saving, &target)?;
         }
         recover(&target).map_err(CheckpointError::write(&target))?;
@@ -137,12 +141,12 @@ impl AtomicDir {
         Ok(Self { target, saving, committed: false, _lock: lock })
     }
 
-    /// Where the files go.
+    /// The directory to write the files to.
     pub(crate) fn path(&self) -> &Path {
         &self.saving
     }
 
-    /// Puts the directory in its place.
+    /// Flushes the directory and renames it to the target.
     pub(crate) fn commit(mut self) -> Result<(), CheckpointError> {
         let (saving, target) = (self.saving.clone(), self.target.clone());
         let placed = flush(&saving).and_then(|()| {
@@ -157,7 +161,7 @@ impl AtomicDir {
         if let Some(parent) = target.parent() {
             storage::sync_dir(parent).map_err(CheckpointError::write(parent))?;
         }
-        // The new directory stands; what is left of the old one is only in the way, and the next save tries again.
+        // The new directory is in place. A failure to remove the old one is no error: the next save tries again.
         for old in [saving, sibling(&target, OLD)] {
             let _ = storage::remove_dir_all(&old);
         }
@@ -168,7 +172,7 @@ impl AtomicDir {
 impl Drop for AtomicDir {
     fn drop(&mut self) {
         if !self.committed {
-            // The error that led here is the one to report.
+            // The caller reports the error that led here.
             let _ = storage::remove_dir_all(&self.saving);
         }
     }
@@ -186,7 +190,7 @@ fn lock(saving: &Path, target: &Path) -> Result<Option<File>, CheckpointError> {
     }
 }
 
-/// Step 4 of the protocol.
+/// Step 4 of the protocol above. A failed rename is rolled back.
 fn replace_in_steps(saving: &Path, target: &Path) -> io::Result<()> {
     let (new, old) = (sibling(target, NEW), sibling(target, OLD));
     storage::rename(saving, &new)?;
@@ -202,7 +206,7 @@ fn replace_in_steps(saving: &Path, target: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Finishes a replacement that crashed between two renamings, for somebody who is about to save `target`.
+/// Finishes a replacement that crashed between two renames. Only a process that is about to save `target` calls it.
 fn recover(target: &Path) -> io::Result<()> {
     if target.exists() || target.file_name().is_none() {
         return Ok(());
@@ -213,7 +217,7 @@ fn recover(target: &Path) -> io::Result<()> {
     }
 }
 
-/// Where the files of `target` stand: there, or in the sibling that is whole after a crash between two renamings.
+/// The directory with the files of `target`: itself, or the complete sibling after a crash between two renames.
 pub(crate) fn complete_path(target: &Path) -> PathBuf {
     match complete_sibling(target) {
         Some(whole) if !target.exists() && target.file_name().is_some() => whole,
@@ -221,13 +225,13 @@ pub(crate) fn complete_path(target: &Path) -> PathBuf {
     }
 }
 
-/// The sibling that is whole if there is no `target`: the new one is only there when it is, and without it the old one is
-/// what a failed replacement put aside.
+/// The sibling that is complete if `target` does not exist. The new one exists only when complete; without it the old
+/// one is what a failed replacement left.
 fn complete_sibling(target: &Path) -> Option<PathBuf> {
     [sibling(target, NEW), sibling(target, OLD)].into_iter().find(|whole| whole.is_dir())
 }
 
-/// The path with links and dots resolved as far as it exists, so that it has a name and siblings.
+/// The path with links and dots resolved as far as it exists, so that it has a file name and siblings.
 fn resolve(target: &Path) -> Result<PathBuf, CheckpointError> {
     let resolved = match fs::canonicalize(target) {
         Ok(path) => Ok(path),
@@ -249,7 +253,7 @@ fn sibling(target: &Path, state: &str) -> PathBuf {
     target.with_file_name(name)
 }
 
-/// Makes durable what a directory holds.
+/// Flushes a directory and everything in it to the disk.
 fn flush(dir: &Path) -> io::Result<()> {
     for path in storage::read_dir(dir)? {
         if path.is_dir() {
@@ -265,7 +269,7 @@ fn flush(dir: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// A home with a directory that holds one file, and the file's text.
+    /// A temporary directory, and a directory in it that contains one file.
     fn home() -> (tempfile::TempDir, PathBuf) {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("checkpoint");
@@ -302,7 +306,7 @@ mod tests {
         for new in ["one", "two"] {
             replace(&dir, new).unwrap();
             assert_eq!(text(&dir), new);
-            assert!(alone(&dir), "nothing is left beside it");
+            assert!(alone(&dir), "no sibling is left");
         }
     }
 
@@ -318,18 +322,21 @@ mod tests {
         assert!(alone(&dir));
     }
 
-    /// Each state that a crash can leave, by what stands where: the old or the new is found whole, and the next save
-    /// cleans up.
+    /// Every state that a crash can leave: the old or the new directory is found complete, and the next save cleans up.
     #[test]
-    fn after_a_crash_between_any_two_steps_one_is_whole() {
+    fn after_a_crash_between_any_two_steps_one_is_complete() {
         type State<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
         let states: [State<'_>; 6] = [
             ("while writing", &[("checkpoint", "old"), (".checkpoint.moonlight-saving", "half")], "old"),
             ("while writing the first", &[(".checkpoint.moonlight-saving", "half")], ""),
-            ("behind the exchange", &[("checkpoint", "new"), (".checkpoint.moonlight-saving", "old")], "new"),
-            ("behind the first renaming", &[("checkpoint", "old"), (".checkpoint.moonlight-new", "new")], "old"),
-            ("behind the second", &[(".checkpoint.moonlight-old", "old"), (".checkpoint.moonlight-new", "new")], "new"),
-            ("behind the third", &[("checkpoint", "new"), (".checkpoint.moonlight-old", "old")], "new"),
+            ("after the exchange", &[("checkpoint", "new"), (".checkpoint.moonlight-saving", "old")], "new"),
+            ("after the first rename", &[("checkpoint", "old"), (".checkpoint.moonlight-new", "new")], "old"),
+            (
+                "after the second rename",
+                &[(".checkpoint.moonlight-old", "old"), (".checkpoint.moonlight-new", "new")],
+                "new",
+            ),
+            ("after the third rename", &[("checkpoint", "new"), (".checkpoint.moonlight-old", "old")], "new"),
         ];
         for (when, state, whole) in states {
             let home = tempfile::tempdir().unwrap();
@@ -354,9 +361,9 @@ mod tests {
         }
     }
 
-    /// The way of file systems that cannot exchange names.
+    /// The protocol for file systems that cannot exchange names.
     #[test]
-    fn three_renamings_replace_as_well() {
+    fn three_renames_replace_a_directory_as_well() {
         let (_home, dir) = home();
         let staging = AtomicDir::begin(&dir).unwrap();
         write(staging.path(), "new");
@@ -369,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_no_directory_to_replace() {
+    fn a_file_is_not_replaced() {
         let (home, _dir) = home();
         let file = home.path().join("checkpoint/file");
         assert!(matches!(replace(&file, "new"), Err(CheckpointError::NotADirectory { .. })));
@@ -401,10 +408,10 @@ mod tests {
     }
 
     #[test]
-    fn leftovers_are_finished_or_removed_and_others_stay() {
+    fn leftovers_are_finished_or_removed_and_other_folders_stay() {
         let home = tempfile::tempdir().unwrap();
         let at = |name: &str| home.path().join(name);
-        // Two whole copies and no target, as earlier versions named them; the new one is the newer.
+        // Two complete copies and no target, with the suffixes of earlier versions; the new one is the newer.
         write(&at(".step-1.new"), "new");
         write(&at(".step-1.old"), "old");
         write(&at(".step-2.moonlight-old"), "old");

@@ -1,4 +1,4 @@
-//! Files of a checkpoint's directory, and nothing else: a link in a directory that others made may lead anywhere.
+//! Access to the files of an untrusted directory, and to nothing else: a link in it may point anywhere.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
@@ -6,24 +6,24 @@ use std::path::{Path, PathBuf};
 
 use crate::error::CheckpointError;
 
-/// A directory that others made, as the one door to its files: none that links lead out of it, none that is a pipe or a
-/// device, none longer than its reader expects.
+/// An untrusted directory. Its files are opened only through this type: none that links lead out of the directory, no
+/// pipes or devices, none longer than its reader expects.
 ///
-/// Links may lead about in the directory itself, and from a snapshot of the Hub's cache to the `blobs` of its repository.
+/// Links within the directory are allowed, and from a snapshot in the Hub's cache to the `blobs` of its repository.
 #[derive(Debug)]
 pub struct ConfinedDir {
     dir: PathBuf,
-    /// `dir`, and for a snapshot of the Hub's cache the `blobs` of the same repository, which its links lead to. Without
-    /// links, as the operating system sees them.
+    /// `dir`, and for a snapshot in the Hub's cache the `blobs` of its repository, to which its links point. Canonical
+    /// paths.
     allowed: Vec<PathBuf>,
 }
 
 impl ConfinedDir {
-    /// The directory `dir`, which may itself be reached by a link.
+    /// The directory `dir`, which may itself be a link.
     ///
     /// # Errors
     ///
-    /// A directory that is not there or cannot be read.
+    /// If the directory does not exist or cannot be read.
     pub fn new(dir: &Path) -> io::Result<Self> {
         let real = fs::canonicalize(dir)?;
         let mut allowed = vec![real.clone()];
@@ -31,18 +31,19 @@ impl ConfinedDir {
             && snapshots.file_name().is_some_and(|name| name == "snapshots")
             && let Some(repo) = snapshots.parent()
         {
-            // A `blobs` that is itself a link out of the cache is not followed.
+            // If `blobs` is itself a link out of the repository, it is not followed.
             allowed.extend(fs::canonicalize(repo.join("blobs")).ok().filter(|blobs| *blobs == repo.join("blobs")));
         }
         Ok(Self { dir: dir.to_owned(), allowed })
     }
 
-    /// The path of a plain file, `None` where there is none. `name` has been checked to be relative and without `..`.
+    /// The path of a plain file, `None` if it does not exist. The caller has checked that `name` is relative and has no
+    /// `..`.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::Link`] where links lead elsewhere, [`CheckpointError::File`] for what is no plain file (a pipe
-    /// would be waited on for ever).
+    /// [`CheckpointError::Link`] if links lead out of the directory; [`CheckpointError::File`] for anything that is not
+    /// a plain file (reading a pipe could wait forever).
     pub fn file(&self, name: &str) -> Result<Option<PathBuf>, CheckpointError> {
         let path = self.dir.join(name);
         let real = match fs::canonicalize(&path) {
@@ -61,25 +62,25 @@ impl ConfinedDir {
         Ok(Some(path))
     }
 
-    /// The bytes of a file that has at most `most` of them; `None` where there is no such file.
+    /// Reads a file of at most `most` bytes; `None` if it does not exist.
     ///
     /// # Errors
     ///
-    /// As [`file`](ConfinedDir::file), and [`CheckpointError::TooLong`].
+    /// Those of [`file`](ConfinedDir::file), and [`CheckpointError::TooLong`].
     pub fn read(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
         let Some((file, path)) = self.open(name, most)? else { return Ok(None) };
         let bytes = file.metadata().map_err(CheckpointError::read(&path))?.len();
         let mut contents = Vec::with_capacity(bytes.min(most) as usize);
-        // A file that grows meanwhile is not read to its new end.
+        // The limit holds for a file that grows meanwhile, too.
         file.take(most).read_to_end(&mut contents).map_err(CheckpointError::read(&path))?;
         Ok(Some(contents))
     }
 
-    /// A file that has at most `most` bytes, open for reading, and its path; `None` where there is no such file.
+    /// Opens a file of at most `most` bytes for reading; `None` if it does not exist.
     ///
     /// # Errors
     ///
-    /// As [`file`](ConfinedDir::file), and [`CheckpointError::TooLong`].
+    /// Those of [`file`](ConfinedDir::file), and [`CheckpointError::TooLong`].
     pub fn open(&self, name: &str, most: u64) -> Result<Option<(File, PathBuf)>, CheckpointError> {
         let Some(path) = self.file(name)? else { return Ok(None) };
         let (file, metadata) = open_plain(&path).map_err(CheckpointError::read(&path))?;
@@ -91,15 +92,15 @@ impl ConfinedDir {
     }
 }
 
-/// Opens a plain file for reading. A pipe that stands there is an error and not waited on, also where it has taken a
-/// file's place since that was looked at.
+/// Opens a plain file for reading. A pipe is an error and is not waited for, also if it has replaced a file since
+/// [`ConfinedDir::file`] looked.
 pub(crate) fn open_plain(path: &Path) -> io::Result<(File, Metadata)> {
     let mut options = OpenOptions::new();
     options.read(true);
     #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
     {
         use std::os::unix::fs::OpenOptionsExt;
-        // It means nothing to a plain file.
+        // Opening a pipe does not block with this flag. It has no effect on plain files.
         options.custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed());
     }
     let file = options.open(path)?;
@@ -114,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn links_may_lead_about_in_the_directory_and_not_out_of_it() {
+    fn links_within_the_directory_are_followed_and_links_out_of_it_are_not() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("model");
         fs::create_dir_all(dir.join("sub")).unwrap();
@@ -126,7 +127,7 @@ mod tests {
         symlink("..", dir.join("up")).unwrap();
         symlink("nowhere", dir.join("dangling")).unwrap();
         symlink("loop", dir.join("loop")).unwrap();
-        // The directory itself may be reached by a link.
+        // The directory itself may be a link.
         symlink("model", home.path().join("alias")).unwrap();
         for dir in [dir, home.path().join("alias")] {
             let confined = ConfinedDir::new(&dir).unwrap();
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_links_to_the_blobs_of_its_own_repository() {
+    fn a_snapshot_may_link_to_the_blobs_of_its_own_repository() {
         let home = tempfile::tempdir().unwrap();
         let repo = |name: &str| home.path().join(name);
         for name in ["models--a--b", "models--c--d"] {
@@ -159,7 +160,7 @@ mod tests {
         let confined = ConfinedDir::new(&snapshot).unwrap();
         assert_eq!(confined.read("own", 100).unwrap().unwrap(), b"models--a--b");
         assert!(matches!(confined.file("other"), Err(CheckpointError::Link { .. })));
-        // And no `blobs` that leads out.
+        // A `blobs` that leads out is not followed.
         fs::remove_dir_all(repo("models--a--b").join("blobs")).unwrap();
         symlink(repo("models--c--d").join("blobs"), repo("models--a--b").join("blobs")).unwrap();
         let confined = ConfinedDir::new(&snapshot).unwrap();

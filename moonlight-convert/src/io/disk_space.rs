@@ -1,16 +1,16 @@
-//! Free space on a disk.
+//! Free disk space.
 
 use std::path::Path;
 
-/// Bytes that may still be written below a directory; `None` where the system does not say.
-#[cfg(unix)]
+/// Free bytes on the disk of a directory, for this user; `None` if the system does not report them.
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
 pub(crate) fn free(dir: &Path) -> Option<u64> {
     let volume = rustix::fs::statvfs(dir).ok()?;
     volume.f_bavail.checked_mul(volume.f_frsize)
 }
 
-/// Bytes that may still be written below a directory; `None` where the system does not say.
-#[cfg(not(unix))]
+/// Free bytes on the disk of a directory, for this user; `None` if the system does not report them.
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
 pub(crate) fn free(_dir: &Path) -> Option<u64> {
     None
 }

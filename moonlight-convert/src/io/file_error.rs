@@ -1,4 +1,4 @@
-//! A file that cannot be read or written.
+//! Errors of reading and writing files.
 
 use std::fmt;
 use std::io;
@@ -13,18 +13,18 @@ use crate::printable::Printable;
 pub struct FileError {
     /// The file or directory.
     pub path: PathBuf,
-    /// What was tried.
+    /// The kind of access that failed.
     pub access: Access,
-    /// Why it failed.
+    /// The system's error.
     pub source: io::Error,
 }
 
-/// What was tried with a file.
+/// The kind of access that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Reading it.
+    /// Reading.
     Read,
-    /// Writing, making, renaming or removing it.
+    /// Writing, creating, renaming or removing.
     Write,
 }
 
@@ -38,12 +38,12 @@ impl fmt::Display for Access {
 }
 
 impl FileError {
-    /// For `map_err` of what reads `path`.
+    /// For `map_err` after reading `path`.
     pub fn read<E: From<Self>>(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> E {
         Self::from_io(path.into(), Access::Read)
     }
 
-    /// For `map_err` of what writes `path`.
+    /// For `map_err` after writing `path`.
     pub fn write<E: From<Self>>(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> E {
         Self::from_io(path.into(), Access::Write)
     }
@@ -52,7 +52,7 @@ impl FileError {
         move |source| Self { path, access, source }.into()
     }
 
-    /// Whether it could not be written because a disk or a quota is full.
+    /// Whether writing failed because a disk or a quota is full.
     pub fn is_full(&self) -> bool {
         self.access == Access::Write && is_full(&self.source)
     }
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_names_the_file_and_what_was_tried() {
+    fn it_names_the_file_and_the_access() {
         let error: FileError = FileError::read("a/b")(io::ErrorKind::PermissionDenied.into());
         assert_eq!(error.to_string(), "`a/b` cannot be read: permission denied");
         let full: FileError = FileError::write("c")(io::ErrorKind::StorageFull.into());

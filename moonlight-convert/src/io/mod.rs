@@ -1,4 +1,4 @@
-//! Reading ahead, copying by all threads, writing, and putting directories in place.
+//! Input and output: prefetching, parallel copying, writing, and replacing directories atomically.
 
 pub(crate) mod atomic_dir;
 pub(crate) mod confined_dir;

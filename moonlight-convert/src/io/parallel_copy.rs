@@ -1,9 +1,9 @@
-//! Values from the files of one checkpoint to those of another, by all threads, in bounded memory.
+//! Copying values from the files of one checkpoint to those of another, on all threads and in bounded memory.
 //!
-//! Each thread takes the next chunk of rows, reads it, decodes it and writes it. Of a tensor whose columns are wanted as
-//! rows, every chunk needs all of the file's rows: it is read once, into memory, by all threads that need it, and forgotten
-//! after its last chunk. The chunks are taken in order, so that no more than a few tensors are in memory at a time, whatever
-//! the checkpoint's size.
+//! Each thread takes the next chunk of rows, reads it, decodes it and writes it. If the columns of a tensor are wanted
+//! as rows, every chunk needs all rows of the file. Such a tensor is read into memory once, by all threads that need
+//! it, and freed after its last chunk. Chunks are taken in order, so that only a few tensors are in memory at a time,
+//! whatever the size of the checkpoint.
 
 use std::io;
 use std::ops::{ControlFlow, Range};
@@ -20,39 +20,40 @@ use crate::io::file_error::FileError;
 use crate::io::writer::Output;
 use crate::progress::Progress;
 
-/// Bytes of all threads' chunks together.
+/// Bytes of the chunks of all threads together.
 const ALL_CHUNKS: usize = 96 << 20;
-/// A chunk is no larger, where there are few threads.
+/// The largest chunk in bytes, for machines with few threads.
 const LARGEST_CHUNK: usize = 16 << 20;
-/// A chunk is about so large: it is written while a core's cache still holds it.
+/// The usual chunk in bytes: small enough to be still in a core's cache when it is written.
 const USUAL_CHUNK: usize = 1 << 20;
-/// How many chunks ahead the system is asked to read.
+/// How many chunks per thread the system is asked to prefetch.
 const PREFETCH_CHUNKS: usize = 16;
 
-/// A tensor, and where it goes.
+/// A tensor to copy, and its place in the output.
 pub(crate) struct CopyTask<'a> {
     pub(crate) source: &'a SourceTensor,
-    /// Which tensor of the output.
+    /// Index of the tensor in the output.
     pub(crate) tensor: usize,
-    /// Where in it, in bytes.
+    /// Offset in that tensor, in bytes.
     pub(crate) at: u64,
     pub(crate) layout: Layout,
     pub(crate) dtype: WeightDtype,
 }
 
-/// Rows of a source.
+/// A range of rows of a source.
 pub(crate) struct RowChunk {
-    /// Which of the sources.
+    /// Index of the source.
     pub(crate) source: usize,
     pub(crate) rows: Range<usize>,
 }
 
-/// Divides sources, `(rows, bytes of a row)`, into chunks.
+/// Divides sources, given as `(rows, bytes per row)`, into chunks.
 pub(crate) fn row_chunks(sources: impl Iterator<Item = (usize, usize)>) -> Vec<RowChunk> {
     let most = (ALL_CHUNKS / threads()).min(LARGEST_CHUNK);
     let mut chunks = Vec::new();
     for (source, (rows, row)) in sources.enumerate() {
-        // A chunk's rows are columns of what is transposed: a multiple of a tile's, and no fewer where rows are long.
+        // Rows of a chunk are columns of a transposed source. A multiple of the tile's width, and at least one tile
+        // even if rows are long: otherwise each cache line of the source would be read by several chunks.
         let height = (USUAL_CHUNK.min(most) / row.max(1)).max(WIDTH.min(most / row.max(1))).max(1);
         let height = if height > WIDTH { height / WIDTH * WIDTH } else { height };
         chunks
@@ -65,12 +66,13 @@ pub(crate) fn threads() -> usize {
     rayon::current_num_threads()
 }
 
-/// Has all threads take chunks in order until there are none or one fails; the first failure is the result. Each thread
-/// has buffers of its own.
+/// Processes chunks in order on all threads until all are done or one fails; returns the first error. Each thread has
+/// its own buffer.
 pub(crate) fn in_order<B: Default>(
     chunks: &[RowChunk],
     work: impl Fn(usize, &RowChunk, &mut B) -> Result<(), CheckpointError> + Sync,
 ) -> Result<(), CheckpointError> {
+    // Not rayon's iterators, which split a range in halves: chunks must be taken in the order of the files.
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     let failure = Mutex::new(None);
@@ -93,7 +95,7 @@ pub(crate) fn in_order<B: Default>(
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// A part of a buffer as values; the buffer grows to the largest that was asked for.
+/// The first `count` values of a buffer, which grows as needed. It consists of `u64`s for their alignment.
 pub(crate) fn values<T: bytemuck::Pod>(buffer: &mut Vec<u64>, count: usize) -> &mut [T] {
     let words = (count * size_of::<T>()).div_ceil(size_of::<u64>());
     if buffer.len() < words {
@@ -102,22 +104,22 @@ pub(crate) fn values<T: bytemuck::Pod>(buffer: &mut Vec<u64>, count: usize) -> &
     &mut bytemuck::cast_slice_mut(&mut buffer[..words])[..count]
 }
 
-/// What one thread reads into, and what it decodes that into.
+/// The buffers of one thread: for bytes as stored, and for decoded values.
 #[derive(Debug, Default)]
 pub(crate) struct Buffers {
     stored: Vec<u64>,
     values: Vec<u64>,
 }
 
-/// The sources of chunks: asks for what comes next, and forgets a source behind its last chunk.
+/// Reads the chunks of sources: prefetches those that come next, and frees a source after its last chunk.
 pub(crate) struct ChunkReader<'a> {
     checkpoint: &'a Checkpoint,
-    /// Each with the layout that its rows are wanted in.
+    /// Each source with the layout of the requested rows.
     sources: Vec<(&'a SourceTensor, Layout)>,
     remaining: Vec<AtomicUsize>,
-    /// Those that are in memory as a whole.
+    /// The sources that are in memory as a whole.
     whole: Vec<Mutex<Option<Arc<BufferedTensor>>>>,
-    /// Memory of those that no longer are.
+    /// Buffers of freed sources, for reuse.
     spare: Mutex<Vec<Vec<u8>>>,
 }
 
@@ -137,14 +139,16 @@ impl<'a> ChunkReader<'a> {
 
     pub(crate) fn begin(&self, chunks: &[RowChunk], at: usize) {
         let ahead = at + PREFETCH_CHUNKS * threads();
+        // The first call fills the window, each further one adds a chunk to it.
         let first = if at == 0 { 0 } else { ahead };
+        // A source is prefetched as a whole, with its first chunk.
         for chunk in chunks.iter().take(ahead + 1).skip(first).filter(|chunk| chunk.rows.start == 0) {
             self.sources[chunk.source].0.parts().for_each(|part| self.checkpoint.prefetch(part));
         }
     }
 
-    /// The rows of a chunk in the layout of its source, as bytes of `T`s; and what decoding them met, where they had to be
-    /// decoded.
+    /// The rows of a chunk in the requested layout, as bytes of `T`s; and whether decoding met non-finite values,
+    /// `None` if the bytes were copied without a look.
     pub(crate) fn rows<'b, T: Weight>(
         &self,
         chunk: &RowChunk,
@@ -154,7 +158,7 @@ impl<'a> ChunkReader<'a> {
         let rows = &chunk.rows;
         let Buffers { stored, values: decoded } = buffers;
         let target = values::<T>(decoded, rows.len() * source.dims(layout).1);
-        let dtype = WeightDtype::try_from(T::dtype()).expect("a weight has a dtype of weights");
+        let dtype = WeightDtype::try_from(T::dtype()).expect("`Weight` is implemented for the dtypes of weights");
         if let Some(part) = source.verbatim(layout, dtype, rows) {
             let bytes = bytemuck::cast_slice_mut(target);
             self.checkpoint.read_part(&part, bytes)?;
@@ -182,6 +186,7 @@ impl<'a> ChunkReader<'a> {
         if self.remaining[chunk.source].fetch_sub(1, Ordering::AcqRel) > 1 {
             return;
         }
+        // The last chunk of the source: no other thread uses it any more, so that `into_inner` succeeds.
         let whole = self.whole[chunk.source].lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(whole) = whole.and_then(Arc::into_inner) {
             let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
@@ -192,22 +197,22 @@ impl<'a> ChunkReader<'a> {
     }
 }
 
-/// A piece of a tensor that is in memory as a whole has about so many bytes.
+/// Size in bytes, roughly, of the pieces in which a whole tensor is read.
 const PIECE: usize = 1 << 20;
-/// Pieces whose memory is kept for the next tensor.
+/// How many pieces are kept for reuse.
 const MOST_SPARE: usize = ALL_CHUNKS / PIECE;
 
-/// A tensor as it is stored, read into memory piece by piece.
+/// A tensor as stored, read into memory piece by piece.
 struct BufferedTensor {
-    /// A piece has 2 to this power of rows.
+    /// A piece has 2 to this power rows.
     shift: u32,
     pieces: Vec<OnceLock<Result<Vec<u8>, ReadFailure>>>,
-    /// The next piece that nobody reads yet.
+    /// The next piece that no thread has begun to read.
     next: AtomicUsize,
     scales: OnceLock<Result<Scales, ReadFailure>>,
 }
 
-/// Why something could not be read, for each of those who wait for it.
+/// A read error that can be returned to every waiting thread (`io::Error` cannot be cloned).
 struct ReadFailure {
     path: std::path::PathBuf,
     kind: io::ErrorKind,
@@ -238,7 +243,7 @@ impl BufferedTensor {
         Self { shift, pieces, next: AtomicUsize::new(0), scales: OnceLock::new() }
     }
 
-    /// Reads pieces that nobody else does, and gives all of them.
+    /// Reads the pieces that no other thread has begun, and returns all of them.
     fn read(
         &self,
         checkpoint: &Checkpoint,
@@ -256,12 +261,13 @@ impl BufferedTensor {
                         bytes.resize(length, 0);
                         bytes
                     }
-                    // Pages that the system has cleared are not cleared once more.
+                    // `vec!` gets zeroed pages from the system without clearing them again.
                     None => vec![0; length],
                 };
                 checkpoint.read_part(&part, &mut bytes).map(|()| bytes).map_err(ReadFailure::of)
             })
         };
+        // Each thread takes pieces that no other has begun. `get_or_init` below waits for those still in progress.
         while let Some(number) = Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|&at| at < self.pieces.len()) {
             piece(number);
         }
@@ -272,7 +278,7 @@ impl BufferedTensor {
     }
 }
 
-/// Writes every task's values. `progress` counts the bytes of the target.
+/// Copies every task's values. `progress` counts the bytes written.
 pub(crate) fn copy_tensors(
     checkpoint: &Checkpoint,
     tasks: &[CopyTask<'_>],
@@ -302,6 +308,7 @@ pub(crate) fn copy_tensors(
         });
         reading.end(chunk);
         if outcome == Outcome::NonFinite {
+            // Found after other chunks may have been written: the caller removes the directory.
             return Err(checkpoint.value_error(source, *dtype));
         }
         match progress.advance((count * dtype.size()) as u64) {

@@ -1,7 +1,7 @@
-//! The weights of a plan, read from the files in order and ahead of those who wait for them.
+//! Prefetching the weights of a plan, in the order of the files.
 //!
-//! Bytes are read into buffers that a core's cache holds, not looked at through a map: each page of a map has to be faulted
-//! in, and costs more than it takes to copy it.
+//! Files are read into buffers that fit into a core's cache, not memory-mapped: faulting in the pages of a map takes
+//! longer than copying them.
 
 use std::fs::File;
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -12,33 +12,33 @@ use crate::error::CheckpointError;
 use crate::format::shard::{FileRange, Shard};
 use crate::mapping::load_plan::LoadPlan;
 
-/// How far the system is asked to read ahead. It reads past the end of a source, into those of other parameters; when
-/// their turn comes, the disk must have other work for as long as it takes to go through them.
-const AHEAD: u64 = 512 << 20;
-/// How much it is asked for at a time.
+/// How far ahead of the reads to prefetch, in bytes. The distance reaches past the end of one parameter into those that
+/// follow, so that the disk keeps working while one is decoded.
+const DISTANCE: u64 = 512 << 20;
+/// Bytes prefetched per request.
 const STEP: usize = 4 << 20;
 
-/// The files of a checkpoint while they are read.
+/// Reads the parts of a plan, while another thread prefetches those that follow.
 pub(crate) struct PrefetchReader<'a> {
     checkpoint: &'a Checkpoint,
     position: Mutex<Position>,
-    moved: Condvar,
+    progressed: Condvar,
 }
 
-/// Counted over all parts of the plan, in order.
+/// Progress through all parts of the plan, in order.
 #[derive(Default)]
 struct Position {
-    /// Bytes that have been read.
+    /// Bytes read so far.
     read: u64,
-    /// Nothing more will be.
+    /// Whether reading has ended.
     ended: bool,
 }
 
 impl<'a> PrefetchReader<'a> {
-    /// Runs `work`, and meanwhile has the system read what `plan` asks for, in order, some way ahead of it.
+    /// Runs `work` while another thread prefetches the parts of `plan` in order.
     pub(crate) fn open<R>(checkpoint: &'a Checkpoint, plan: &LoadPlan, work: impl FnOnce(&Self) -> R) -> R {
-        let stream = Self { checkpoint, position: Mutex::default(), moved: Condvar::new() };
-        /// Ends the thread also when `work` panics.
+        let stream = Self { checkpoint, position: Mutex::default(), progressed: Condvar::new() };
+        /// Ends the thread even if `work` panics.
         struct End<'a, 'b>(&'a PrefetchReader<'b>);
         impl Drop for End<'_, '_> {
             fn drop(&mut self) {
@@ -47,7 +47,7 @@ impl<'a> PrefetchReader<'a> {
         }
         std::thread::scope(|scope| {
             let sources = plan.parameters.iter().flat_map(|planned| &planned.sources);
-            scope.spawn(|| stream.go_ahead(sources));
+            scope.spawn(|| stream.prefetch_parts(sources));
             let _end = End(&stream);
             work(&stream)
         })
@@ -62,21 +62,21 @@ impl<'a> PrefetchReader<'a> {
 
     fn advance(&self, change: impl FnOnce(&mut Position)) {
         change(&mut self.position.lock().unwrap_or_else(PoisonError::into_inner));
-        self.moved.notify_one();
+        self.progressed.notify_one();
     }
 
-    /// Goes through the sources ahead of those who read them.
-    fn go_ahead<'p>(&self, sources: impl Iterator<Item = &'p SourceTensor>) {
+    /// Prefetches the sources in order, at most [`DISTANCE`] ahead of the reads.
+    fn prefetch_parts<'p>(&self, sources: impl Iterator<Item = &'p SourceTensor>) {
         let mut pull = SequentialReader { checkpoint: self.checkpoint, file: None };
         let mut asked = 0;
         for source in sources {
             let FileRange { shard, range } = &source.part;
-            // Scales are small: advice is enough.
+            // Scales are small, so that advice suffices.
             source.parts().skip(1).for_each(|scale| self.checkpoint.prefetch(scale));
             for start in range.clone().step_by(STEP) {
                 let position = self.position.lock().unwrap_or_else(PoisonError::into_inner);
-                let far = |position: &mut Position| !position.ended && asked > position.read + AHEAD;
-                let position = self.moved.wait_while(position, far).unwrap_or_else(PoisonError::into_inner);
+                let far = |position: &mut Position| !position.ended && asked > position.read + DISTANCE;
+                let position = self.progressed.wait_while(position, far).unwrap_or_else(PoisonError::into_inner);
                 if position.ended {
                     return;
                 }
@@ -92,10 +92,10 @@ impl<'a> PrefetchReader<'a> {
     }
 }
 
-/// Has the system read parts of files, without copying them.
+/// Makes the system read parts of files into its cache, without copying them.
 struct SequentialReader<'a> {
     checkpoint: &'a Checkpoint,
-    /// The file that was pulled from last, and where it is pulled to; `None` where that cannot be.
+    /// The current file and `/dev/null`; `None` if they cannot be opened.
     file: Option<(usize, Option<(File, File)>)>,
 }
 
@@ -105,8 +105,8 @@ impl SequentialReader<'_> {
         if self.file.as_ref().is_none_or(|(number, _)| *number != part.shard) {
             self.file = Some((part.shard, sequential(shard)));
         }
-        if let Some((_, Some((file, nowhere)))) = &self.file
-            && pull(file, nowhere, shard.position(part.range.start), part.range.len())
+        if let Some((_, Some((file, dev_null)))) = &self.file
+            && pull(file, dev_null, shard.position(part.range.start), part.range.len())
         {
             return;
         }
@@ -114,23 +114,23 @@ impl SequentialReader<'_> {
     }
 }
 
-/// The file with a place of its own that the system reads on from, and where what was read goes.
+/// The file with a read position of its own, and `/dev/null`.
 #[cfg(target_os = "linux")]
 fn sequential(shard: &Shard) -> Option<(File, File)> {
     let file = shard.reopen().ok()?;
-    // The system then reads twice as far ahead. That it is refused costs only speed.
+    // Doubles the readahead window. If it is refused, only speed is lost.
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
     Some((file, File::options().write(true).open("/dev/null").ok()?))
 }
 
-/// Sends a part of a file nowhere; whether that could be done. Unlike advice, this makes the system read as it does for a
-/// program that reads on and on: in large sources into large pages, which takes half of the time.
+/// Sends a part of a file to `/dev/null`; whether that succeeded. Unlike `fadvise(WILLNEED)`, this triggers the
+/// readahead of sequential reads, which uses large pages and takes half the time for large tensors.
 #[cfg(target_os = "linux")]
-fn pull(file: &File, nowhere: &File, start: u64, length: usize) -> bool {
+fn pull(file: &File, dev_null: &File, start: u64, length: usize) -> bool {
     let (mut at, end) = (start, start + length as u64);
     while at < end {
         let left = (end - at) as usize;
-        if !rustix::fs::sendfile(nowhere, file, Some(&mut at), left).is_ok_and(|sent| sent > 0) {
+        if !rustix::fs::sendfile(dev_null, file, Some(&mut at), left).is_ok_and(|sent| sent > 0) {
             return false;
         }
     }

@@ -1,16 +1,16 @@
-//! Reading at a place of a file, whoever else reads it.
+//! Reading at an offset of a file, from several threads.
 //!
-//! Weights are read and not looked at through a map: a map of a file that becomes shorter ends the program by a signal,
-//! while a read is an error that says so.
+//! Files are read and not memory-mapped: if a mapped file is truncated, the program is killed by SIGBUS, while a read
+//! returns an error.
 
 use std::fs::File;
 use std::io;
 
-/// Fills `target` from a place of the file on.
+/// Fills `target` from an offset of the file.
 ///
 /// # Errors
 ///
-/// The system's, and [`io::ErrorKind::UnexpectedEof`] where the file ends before.
+/// An I/O error, and [`io::ErrorKind::UnexpectedEof`] if the file is too short.
 pub(crate) fn read_exact_at(file: &File, target: &mut [u8], at: u64) -> io::Result<()> {
     exact_at(file, target, at).map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => {
@@ -41,8 +41,8 @@ fn exact_at(file: &File, mut target: &mut [u8], mut at: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// How many files of weights a checkpoint keeps open: a quarter of what the process may have, and no more than serve a
-/// purpose. What is open can be read to its end also when it is removed meanwhile.
+/// How many weight files a checkpoint keeps open: a quarter of the process's limit, at most 256. An open file can be
+/// read to its end even after it is removed.
 pub(crate) fn most_kept_open() -> usize {
     const MOST: u64 = 256;
     #[cfg(target_os = "linux")]

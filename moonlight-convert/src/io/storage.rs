@@ -1,4 +1,4 @@
-//! The file-system calls of saving and resuming, in one place, so that a test can watch each of them and make it fail.
+//! All file-system calls of saving and resuming, so that a test can observe each of them and make it fail.
 //!
 //! Outside of tests these are the calls of `std::fs` and no more.
 
@@ -10,29 +10,29 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::io::temporary::write_anew;
 
-/// A call that is about to be made.
+/// A file-system call that is about to be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call<'a> {
-    /// A directory is made.
+    /// Create a directory.
     CreateDir(&'a Path),
-    /// A file is made or opened to be written; its contents follow.
+    /// Create a file or open it for writing; its contents follow.
     Write(&'a Path),
-    /// A file's contents are made durable.
+    /// Flush the contents of a file.
     SyncFile(&'a Path),
-    /// The names in a directory are made durable.
+    /// Flush the entries of a directory.
     SyncDir(&'a Path),
-    /// A name is changed inside a directory.
+    /// Rename within a directory.
     Rename(&'a Path, &'a Path),
-    /// Two names in a directory are exchanged.
+    /// Exchange two names in a directory.
     Exchange(&'a Path, &'a Path),
-    /// A directory and what is in it are removed.
+    /// Remove a directory and its contents.
     RemoveDir(&'a Path),
-    /// A file or the names in a directory are read.
+    /// Read a file or the entries of a directory.
     Read(&'a Path),
 }
 
 impl Call<'_> {
-    /// The path that the call is about; of two, the first.
+    /// The path of the call; the first of two.
     pub fn path(&self) -> &Path {
         match self {
             Self::CreateDir(path) | Self::Write(path) | Self::SyncFile(path) | Self::SyncDir(path) => path,
@@ -41,21 +41,21 @@ impl Call<'_> {
     }
 }
 
-/// Sees each call before it is made; an error is the call's result, and the call is not made.
+/// Is called before each call. If it returns an error, that is the result, and the call is not made.
 pub type Observer = dyn Fn(Call<'_>) -> io::Result<()> + Send + Sync;
 
-/// An observer and the directory whose calls it sees.
+/// An observer and the directory below which it observes calls.
 type Entry = (PathBuf, Arc<Observer>);
 
 static OBSERVERS: RwLock<Vec<Entry>> = RwLock::new(Vec::new());
-/// Their number, so that a call without any costs no lock.
+/// The number of observers, so that a call without any takes no lock.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
-/// Keeps an observer; dropping it ends the observation.
+/// A registered observer; dropping it ends the observation.
 #[must_use = "the observer is removed when this is dropped"]
 pub struct Observation(Arc<Observer>);
 
-/// From now on shows `observer` every call on a path below `root`.
+/// Registers `observer` for all calls on paths below `root`.
 pub fn observe(root: impl Into<PathBuf>, observer: Arc<Observer>) -> Observation {
     let mut observers = OBSERVERS.write().unwrap_or_else(PoisonError::into_inner);
     observers.push((root.into(), observer.clone()));
@@ -71,11 +71,11 @@ impl Drop for Observation {
     }
 }
 
-/// Announces a call that somebody else makes, such as a library that writes a file by itself.
+/// Announces a call that is made elsewhere, for example by a library that writes a file itself.
 ///
 /// # Errors
 ///
-/// What an observer makes of it.
+/// The error of an observer.
 pub fn announce(call: Call<'_>) -> io::Result<()> {
     if COUNT.load(Ordering::Acquire) == 0 {
         return Ok(());
@@ -94,7 +94,7 @@ pub fn create_dir(path: &Path) -> io::Result<()> {
     fs::create_dir(path)
 }
 
-/// Makes a directory and those above it that are missing, each durable in the one above.
+/// Creates a directory and its missing parents, and flushes each entry to the disk.
 ///
 /// # Errors
 ///
@@ -107,13 +107,13 @@ pub fn create_dir_all(path: &Path) -> io::Result<()> {
     create_dir_all(parent)?;
     match create_dir(path) {
         Ok(()) => sync_dir(parent),
-        // Another process was quicker.
+        // Another process created it first.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
         Err(error) => Err(error),
     }
 }
 
-/// Writes a file in the place of whatever file or link stands there, which may be read-only.
+/// Writes a file, replacing an existing file or link, which may be read-only.
 ///
 /// # Errors
 ///
@@ -132,7 +132,7 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
     fs::read(path)
 }
 
-/// The paths in a directory, in no order.
+/// The paths in a directory, in no particular order.
 ///
 /// # Errors
 ///
@@ -142,7 +142,7 @@ pub fn read_dir(path: &Path) -> io::Result<Vec<PathBuf>> {
     fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect()
 }
 
-/// Makes the contents of a file durable.
+/// Flushes the contents of a file to the disk.
 ///
 /// # Errors
 ///
@@ -152,7 +152,7 @@ pub fn sync_file(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// Makes the names in a directory durable.
+/// Flushes the entries of a directory to the disk, so that a new or renamed file survives a power loss.
 ///
 /// # Errors
 ///
@@ -173,11 +173,11 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)
 }
 
-/// Exchanges the names of two directories in one step.
+/// Exchanges the names of two directories atomically.
 ///
 /// # Errors
 ///
-/// Those of the call, and [`io::ErrorKind::Unsupported`] where the system has none.
+/// Those of the call, and [`io::ErrorKind::Unsupported`] if the system has no such call.
 pub fn exchange(a: &Path, b: &Path) -> io::Result<()> {
     announce(Call::Exchange(a, b))?;
     exchange_names(a, b)
@@ -194,7 +194,7 @@ fn exchange_names(_: &Path, _: &Path) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// [`fs::remove_dir_all`]; a directory that is not there is removed already.
+/// [`fs::remove_dir_all`]; a missing directory is not an error.
 ///
 /// # Errors
 ///
@@ -229,14 +229,14 @@ mod tests {
         create_dir(&other.path().join("b")).unwrap();
         let error = write(&home.path().join("c"), b"text").unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
-        assert!(!home.path().join("c").exists(), "a call that fails is not made");
+        assert!(!home.path().join("c").exists(), "a call for which the observer returns an error is not made");
         assert_eq!(*seen.lock().unwrap(), ["a", "c"]);
         drop(observation);
         write(&home.path().join("c"), b"text").unwrap();
     }
 
     #[test]
-    fn missing_parents_are_made_and_are_durable() {
+    fn missing_parents_are_created_and_flushed() {
         let home = tempfile::tempdir().unwrap();
         let synced = Arc::new(Mutex::new(0));
         let count = synced.clone();

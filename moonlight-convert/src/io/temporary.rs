@@ -1,4 +1,4 @@
-//! Files under names that nobody else has, which become others when they are whole.
+//! Temporary files with unique names, which are renamed when they are complete.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -8,22 +8,23 @@ use tempfile::{Builder, NamedTempFile};
 
 use crate::io::storage::{self, Call};
 
-/// A new, empty file in a directory, removed again unless it is persisted. No process on any host that shares the directory
-/// makes another of the same name. What it becomes may be read by whom the process lets read its files, as with every other
-/// file.
-pub(crate) fn new_file(dir: &Path, prefix: &str, suffix: &str) -> io::Result<NamedTempFile> {
+/// Creates an empty file in a directory, which is removed unless it is persisted. Its name is unique among all
+/// processes, also on other hosts that share the directory. Its permissions follow the process's umask, as those of
+/// other files (`tempfile` would make it private to the user).
+pub fn new_file(dir: &Path, prefix: &str, suffix: &str) -> io::Result<NamedTempFile> {
     let mut builder = Builder::new();
     builder.prefix(prefix).suffix(suffix);
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // Less what the process's mask takes.
+        // The umask applies.
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
     builder.tempfile_in(dir)
 }
 
-/// A new, empty file in the place of whatever file or link stands there, which may be read-only or stand for another file.
+/// Creates an empty file, replacing an existing file or link. It is removed first: a read-only file could not be
+/// opened, and a link would be written through.
 pub(crate) fn create_anew(path: &Path) -> io::Result<File> {
     storage::announce(Call::Write(path))?;
     match fs::remove_file(path) {
@@ -32,7 +33,7 @@ pub(crate) fn create_anew(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Writes a file in the place of whatever file or link stands there.
+/// Writes a file, replacing an existing file or link.
 pub(crate) fn write_anew(path: &Path, bytes: &[u8]) -> io::Result<()> {
     create_anew(path)?.write_all(bytes)
 }

@@ -1,4 +1,4 @@
-//! Writing the files of weights, in any order, from many threads, in bounded memory.
+//! Writing weight files in any order, from many threads, in bounded memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -19,10 +19,10 @@ use crate::io::file_error::is_full;
 use crate::io::storage::{self, Call};
 use crate::mapping::names;
 
-/// Headers are padded so that the data after them is aligned for every dtype.
+/// Headers are padded to this multiple, so that the data after them is aligned for every dtype.
 const ALIGNMENT: usize = 8;
 
-/// A tensor that is going to be written.
+/// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct OutTensor {
     pub(crate) name: String,
@@ -36,36 +36,37 @@ impl OutTensor {
     }
 }
 
-/// How tensors are divided among safetensors files.
+/// How tensors are distributed over safetensors files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sharding {
-    /// Files of at most this many bytes of data; a tensor larger than that gets a file of its own.
+    /// Files with at most this many bytes of data; a larger tensor gets a file of its own.
     Size(u64),
-    /// One file a layer, what is before the first layer with the first, what comes after the last with the last.
+    /// One file per layer. Tensors before the first layer are in its file, those after the last layer in the last
+    /// one's.
     Layer,
 }
 
-/// A file that is being written.
+/// A file being written.
 #[derive(Debug)]
 struct OutFile {
     name: String,
-    /// Everything in front of the data; written when the file is first opened.
+    /// Everything before the data; written when the file is first opened.
     header: Vec<u8>,
-    /// Length of the whole file.
+    /// Size of the whole file.
     length: u64,
     open: Mutex<Option<Arc<File>>>,
-    /// Bytes of tensors that have not been written yet.
+    /// Bytes of tensors not written yet.
     remaining: AtomicU64,
 }
 
-/// The files that tensors are written to, laid out before the first byte.
+/// The files to write, with their layout known before the first byte.
 #[derive(Debug)]
 pub(crate) struct Output {
     dir: PathBuf,
-    /// The directory's name in messages.
+    /// The directory in messages.
     shown: PathBuf,
     files: Vec<OutFile>,
-    /// For each tensor its file, and where in that file it begins and ends.
+    /// For each tensor its file, and its start and end in it.
     places: Vec<(usize, u64, u64)>,
     index: Option<Index>,
     total: u64,
@@ -130,13 +131,13 @@ impl Output {
         self.files.push(OutFile { name, header, length, open: Mutex::new(None), remaining });
     }
 
-    /// Bytes of all tensors.
+    /// Size of all tensors in bytes.
     pub(crate) fn total(&self) -> u64 {
         self.total
     }
 
-    /// The order inside a file is that of the safetensors library: the widest dtype first, so that each is aligned, then
-    /// by name.
+    /// The order in a file is that of the safetensors library: by decreasing size of the dtype, so that every tensor is
+    /// aligned, then by name.
     fn lay_out(
         &mut self,
         number: usize,
@@ -162,6 +163,7 @@ impl Output {
             offset = end;
         }
         let invalid = |problem: String| invalid(&self.shown, &file, problem);
+        // The metadata that transformers writes.
         let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         let metadata = Metadata::new(Some(format), infos).map_err(|error| invalid(error.to_string()))?;
         let mut json = serde_json::to_vec(&metadata).map_err(|error| invalid(error.to_string()))?;
@@ -177,17 +179,19 @@ impl Output {
         Ok(())
     }
 
-    /// Writes a part of a tensor, `at` bytes after its beginning. Every byte is written once.
+    /// Writes a part of a tensor, beginning at its byte `at`. Every byte is written once.
     pub(crate) fn write(&self, tensor: usize, at: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
         let (number, start, end) = self.places[tensor];
-        assert!(start + at + bytes.len() as u64 <= end, "no tensor is longer than announced");
+        assert!(start + at + bytes.len() as u64 <= end, "a tensor has the size in the header");
         let file = &self.files[number];
         let failure = |error| write_failure(&self.shown, &file.name, self.total, error);
         let open = self.open(file).map_err(failure)?;
         write_all_at(&open, bytes, start + at).map_err(failure)?;
         let written = bytes.len() as u64;
+        // Acquires what the other threads released with their last write.
         if file.remaining.fetch_sub(written, Ordering::AcqRel) == written {
-            // The last of it: to the disk now, while other files are written, and no longer one of the open ones.
+            // The file is complete: it is flushed now, while other files are still written, and closed, which limits
+            // the number of open files.
             *file.open.lock().unwrap_or_else(PoisonError::into_inner) = None;
             let sync = storage::announce(Call::SyncFile(&self.dir.join(&file.name))).and_then(|()| open.sync_all());
             sync.map_err(failure)?;
@@ -203,15 +207,16 @@ impl Output {
         let path = self.dir.join(&file.name);
         storage::announce(Call::Write(&path))?;
         let created = File::options().create(true).truncate(false).write(true).open(&path)?;
+        // Reserves the size, so that parts can be written in any order.
         created.set_len(file.length)?;
         write_all_at(&created, &file.header, 0)?;
         Ok(open.insert(Arc::new(created)).clone())
     }
 
-    /// Writes the index, where there is one.
+    /// Writes the index, if there are several files.
     pub(crate) fn finish(self) -> Result<(), CheckpointError> {
         for file in self.files.iter().filter(|file| file.header.len() as u64 == file.length) {
-            // Nobody writes to a file without values.
+            // A file whose tensors are all empty has had no write that creates it.
             self.open(file).map_err(|error| write_failure(&self.shown, &file.name, self.total, error))?;
         }
         match &self.index {
@@ -221,7 +226,7 @@ impl Output {
     }
 }
 
-/// The tensors of each file.
+/// Assigns tensors to files; returns the indices of each file's tensors.
 fn divide(tensors: &[OutTensor], sharding: Sharding) -> Vec<Vec<usize>> {
     let mut groups: Vec<Vec<usize>> = vec![Vec::new()];
     let mut filled = 0;
@@ -229,6 +234,7 @@ fn divide(tensors: &[OutTensor], sharding: Sharding) -> Vec<Vec<usize>> {
     for (index, tensor) in tensors.iter().enumerate() {
         let bytes = tensor.bytes();
         let group = groups.last_mut().expect("there is always one group");
+        // Tensors without a layer do not begin a file.
         let own = names::layer_of_tensor(&tensor.name);
         let full = match sharding {
             Sharding::Size(most) => !group.is_empty() && filled + bytes > most,
@@ -280,7 +286,7 @@ pub(crate) fn write_file(
     storage::write(&dir.join(name), bytes).map_err(|error| write_failure(shown, name, needed, error))
 }
 
-/// A failure to write `name`, which people know as a file of `shown`.
+/// An error of writing `name`, a file of the directory that messages call `shown`.
 pub(crate) fn write_failure(shown: &Path, name: &str, needed: u64, error: io::Error) -> CheckpointError {
     if is_full(&error) {
         CheckpointError::Full { dir: shown.to_path_buf(), needed }
@@ -294,7 +300,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_a_layer() {
+    fn one_file_per_layer() {
         let names = [
             "model.embed_tokens.weight",
             "model.layers.0.a",

@@ -1,4 +1,5 @@
-//! Every tensor of a checkpoint against every parameter of its model, before a byte is copied.
+//! The load plan: every tensor of a checkpoint is matched with a parameter of its model before a byte of a weight is
+//! read.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
@@ -16,53 +17,53 @@ use crate::format::shard::FileRange;
 use crate::mapping::names::{self, HfTensor, SkipReason, Stacked};
 use crate::report::validation::{Problem, ProblemList};
 
-/// More experts than any router of the family is made for.
+/// More experts than any model of the family has in a layer.
 const MOST_EXPERTS: usize = 1 << 16;
-/// More routed experts in all layers together than any model of the family has (Kimi-K2: 23,040), beside those that have
-/// tensors of their own.
+/// More routed experts, over all layers, than any model of the family has (Kimi-K2: 23,040), not counting those that
+/// have tensors of their own in the files.
 const MOST_STACKED: usize = 1 << 15;
-/// The same where a file cannot be read and may hold any tensor.
+/// The same limit if a file cannot be read and may contain any tensor.
 const MOST_UNREAD: usize = 1 << 17;
-/// Values of a row that share a scale in Kimi-K2-Thinking and Kimi-K2.5.
+/// Group size of the INT4 weights of Kimi-K2-Thinking and Kimi-K2.5: values of a row that share a scale.
 const USUAL_GROUP: usize = 32;
-/// Wider than any matrix of the family; products of three such numbers fit 64 bits.
+/// Wider than any matrix of the family; a product of three such numbers fits into 64 bits.
 const WIDEST: usize = 1 << 21;
 
-/// Where each parameter's values are.
+/// Where the values of each parameter are stored.
 #[derive(Debug)]
 pub(crate) struct LoadPlan {
     pub(crate) parameters: Vec<PlannedParameter>,
     pub(crate) skipped: BTreeMap<SkipReason, Vec<String>>,
 }
 
-/// Where one parameter's values are.
+/// Where the values of one parameter are stored.
 #[derive(Debug)]
 pub(crate) struct PlannedParameter {
     pub(crate) parameter: ParameterShape,
-    /// One, or one for each expert.
+    /// One source, or one for each expert.
     pub(crate) sources: Vec<SourceTensor>,
 }
 
 impl PlannedParameter {
-    /// The narrowest dtype that loses nothing.
+    /// The narrowest dtype that represents all values exactly.
     pub(crate) fn stored(&self) -> WeightDtype {
         self.sources.iter().map(|source| source.dtype).reduce(WeightDtype::widest).unwrap_or(WeightDtype::F32)
     }
 }
 
-/// Which parameters are planned for, and what may be missing.
+/// Which parameters are planned, and what may be missing.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Scope<'a> {
-    /// All of them.
+    /// All parameters; nothing may be missing.
     All,
-    /// Those that the files hold whole: files and tensors may be missing, but nothing may be wrong.
+    /// The parameters that the files contain completely: files and tensors may be missing, but nothing may be wrong.
     Present,
-    /// Those at or below a path of the module. Files that none of them lies in may be missing or broken.
+    /// The parameters at or below a path of the module. Files that contain none of them may be missing or damaged.
     Below(&'a str),
 }
 
 impl Checkpoint {
-    /// Everything that keeps this checkpoint from being loaded; empty where nothing does.
+    /// Every reason why this checkpoint cannot be loaded; empty if it can.
     pub fn problems(&self) -> Vec<Problem> {
         match self.plan(Scope::All) {
             Ok(_) => Vec::new(),
@@ -70,30 +71,31 @@ impl Checkpoint {
         }
     }
 
-    /// The names of tensors that loading passes over, by reason; where files or tensors are absent, those of what is there.
-    /// Empty where the checkpoint has other [`problems`](Checkpoint::problems).
+    /// The names of tensors that loading ignores, by reason. If files or tensors are missing, those of the rest; empty
+    /// if there are other [`problems`](Checkpoint::problems).
     pub fn skipped(&self) -> BTreeMap<SkipReason, Vec<String>> {
         let plan = self.plan(Scope::All).or_else(|_| self.plan(Scope::Present));
         plan.map(|plan| plan.skipped).unwrap_or_default()
     }
 
-    /// What [`skipped`](Checkpoint::skipped) is, a sentence a reason: what a model that is loaded and saved again has lost.
+    /// [`skipped`](Checkpoint::skipped) as sentences, one for each reason: what a model that is loaded and saved again
+    /// has lost.
     pub fn skipped_notes(&self) -> Vec<String> {
         let note = |(reason, tensors): (SkipReason, Vec<String>)| {
             let tensor = if tensors.len() == 1 { "tensor" } else { "tensors" };
-            format!("left out: {} {tensor}: {}", tensors.len(), reason.describe())
+            format!("ignored {} {tensor}: {}", tensors.len(), reason.describe())
         };
         self.skipped().into_iter().map(note).chain(self.listed_only_note()).collect()
     }
 
-    /// That the index lists tensors that are not there and that the model does not need.
+    /// A note on tensors that only the index lists and that the model does not need.
     pub(crate) fn listed_only_note(&self) -> Option<String> {
         let (first, more) = (self.listed_only.first()?, self.listed_only.len() - 1);
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        Some(format!("the index lists `{first}`{more}, which its file does not hold and the model does not need"))
+        Some(format!("the index lists `{first}`{more}, which no file contains and the model does not need"))
     }
 
-    /// How many matrices are kept in each quantized form, in words.
+    /// The number of matrices in each quantized form, such as `FP8, one scale per row`.
     pub(crate) fn quantized_forms(&self) -> BTreeMap<String, usize> {
         let mut forms = BTreeMap::new();
         let Ok(plan) = self.plan(Scope::Present) else { return forms };
@@ -105,7 +107,7 @@ impl Checkpoint {
         forms
     }
 
-    /// The `quant_method` of the configuration, where the weights are quantized.
+    /// The config's `quant_method`, if the weights are quantized.
     pub(crate) fn quantization(&self) -> Option<String> {
         QuantScheme::of(self.config()).method
     }
@@ -119,9 +121,9 @@ impl Checkpoint {
         let quantized = scheme.method.clone();
         let unsupported = scheme.unsupported.clone().into_iter().map(|problem| Problem::QuantizationConfig { problem });
         if let Some(problem) =
-            implausible(self.config(), self.tensor_list().len(), self.unread.as_ref().map(|set| set.len()))
+            implausible(self.config(), self.tensor_list().len(), self.unreadable_keys.as_ref().map(|set| set.len()))
         {
-            let mut list = self.broken.clone();
+            let mut list = self.file_problems.clone();
             list.push(Problem::Implausible { problem });
             return Err(ProblemList { list, quantized });
         }
@@ -140,51 +142,54 @@ impl Checkpoint {
         let mut matcher = TensorMatcher::new(self, scheme);
         let mut parameters: Vec<PlannedParameter> =
             wanted.into_iter().map(|parameter| matcher.plan(parameter)).collect();
-        let skipped = if matches!(scope, Scope::Below(_)) { BTreeMap::new() } else { matcher.rest() };
+        // A part says nothing about tensors outside it.
+        let skipped = if matches!(scope, Scope::Below(_)) { BTreeMap::new() } else { matcher.sort_unused() };
         let TensorMatcher { problems: found, wants_unreadable, .. } = matcher;
         let mut list = match scope {
+            // Damaged files do not matter if no tensor of the part may be in them.
             Scope::Below(_) if !wants_unreadable => Vec::new(),
-            _ => self.broken.clone(),
+            _ => self.file_problems.clone(),
         };
         list.extend(unsupported);
         list.extend(found);
         if matches!(scope, Scope::Present) {
             list.retain(|problem| !problem.is_missing());
+            // A stack with missing experts is dropped as a whole: Burn has one parameter for it.
             parameters.retain(|planned| planned.sources.len() == sources_of(&planned.parameter));
         }
         if list.is_empty() { Ok(LoadPlan { parameters, skipped }) } else { Err(ProblemList { list, quantized }) }
     }
 }
 
-/// How many sources a parameter is made of.
+/// The number of sources of a complete parameter.
 fn sources_of(parameter: &ParameterShape) -> usize {
     if parameter.kind == ParameterKind::Experts { parameter.shape[0] } else { 1 }
 }
 
-/// What the configuration asks for that no such files can hold; checked first, so that the list of parameters is not
-/// longer than memory.
+/// Sizes in the config that these files cannot contain. Checked first: the list of the model's parameters, which
+/// everything else needs, would exhaust memory.
 fn implausible(config: &ModelConfig, tensors: usize, unread: Option<usize>) -> Option<String> {
     let layers = config.num_hidden_layers;
     if let Some(unread) = unread
         && layers > tensors + unread
     {
-        return Some(format!("`num_hidden_layers` is {layers}, and the files hold {tensors} tensors"));
+        return Some(format!("`num_hidden_layers` is {layers}, and the files contain {tensors} tensors"));
     }
     let experts = config.moe.as_ref().map_or(0, |moe| moe.n_routed_experts);
     if experts > MOST_EXPERTS {
         return Some(format!("`n_routed_experts` is {experts}"));
     }
-    // Experts without end in layers without end would be a list without end of what is missing.
+    // Also limits the list of missing tensors, which has an entry for each expert of each layer.
     let all = layers.saturating_mul(experts);
     if all > unread.map_or(MOST_UNREAD, |unread| MOST_STACKED + tensors + unread) {
-        return Some(format!("{layers} layers have {experts} experts each, and the files hold {tensors} tensors"));
+        return Some(format!("{layers} layers have {experts} experts each, and the files contain {tensors} tensors"));
     }
     let moe = config.moe.as_ref().map_or([0; 2], |moe| [moe.moe_intermediate_size, moe.n_shared_experts]);
     let widths = [config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads];
     let heads = [config.qk_head_dim(), config.cache_values_per_token()];
     let widest = widths.into_iter().chain(moe).chain(heads).max().unwrap_or(0);
     if layers > WIDEST || widest > WIDEST {
-        return Some(format!("a size of {} is larger than any model's of the family", layers.max(widest)));
+        return Some(format!("a size of {} exceeds that of every model of the family", layers.max(widest)));
     }
     None
 }
@@ -195,9 +200,10 @@ struct TensorMatcher<'a> {
     problems: Vec<Problem>,
     by_key: HashMap<&'a str, usize>,
     used: Vec<bool>,
-    /// Tensors whose dtype has been complained of: gate_up_proj is asked for twice.
+    /// Tensors whose dtype has been reported. `gate_up_proj` is looked up for `gate_proj` and again for `up_proj`, and
+    /// must be reported once.
     reported_dtypes: HashSet<&'a str>,
-    /// Whether a tensor that was asked for may well lie in a file that could not be read.
+    /// Whether a required tensor may be in a file that could not be read.
     wants_unreadable: bool,
 }
 
@@ -222,13 +228,14 @@ impl<'a> TensorMatcher<'a> {
             return self.plan_in_burnpack(parameter, wanted);
         }
         let transposed = names::transposed(parameter.kind);
+        // If files contain both layouts, the separate tensors are used, and the stack is reported as unexpected.
         let one_by_one = wanted.iter().any(|tensor| {
             let packed = names::int4_names(&tensor.name).values;
             self.by_key.contains_key(names::key(&tensor.name)) || self.by_key.contains_key(names::key(&packed))
         });
         let stacked = names::stacked(&parameter)
             .filter(|_| !one_by_one)
-            .filter(|stacked| self.knows(names::key(&stacked.tensor.name)));
+            .filter(|stacked| self.may_exist(names::key(&stacked.tensor.name)));
         let sources = match stacked {
             Some(stacked) => self.match_stacked(wanted, stacked, transposed),
             None => wanted.into_iter().filter_map(|tensor| self.match_tensor(tensor, transposed)).collect(),
@@ -236,7 +243,8 @@ impl<'a> TensorMatcher<'a> {
         PlannedParameter { parameter, sources }
     }
 
-    /// A burnpack file holds each parameter under its own path and in its own shape, a stack of experts in one.
+    /// A burnpack file contains each parameter under its own path and in its own shape, a stack of experts as one
+    /// tensor.
     fn plan_in_burnpack(&mut self, parameter: ParameterShape, wanted: Vec<HfTensor>) -> PlannedParameter {
         let tensor = HfTensor { name: parameter.path.clone(), shape: parameter.shape.clone() };
         let Some((stored_index, part)) = self.find(&tensor) else {
@@ -255,27 +263,27 @@ impl<'a> TensorMatcher<'a> {
         PlannedParameter { sources: sources.collect(), parameter }
     }
 
-    fn knows(&self, key: &str) -> bool {
+    fn may_exist(&self, key: &str) -> bool {
         self.by_key.contains_key(key) || self.unreadable(key)
     }
 
-    /// Whether the tensor may well lie in a file that could not be read.
+    /// Whether the tensor may be in a file that could not be read.
     fn unreadable(&self, key: &str) -> bool {
-        self.checkpoint.unread.as_ref().is_none_or(|unread| unread.contains(key))
+        self.checkpoint.unreadable_keys.as_ref().is_none_or(|unread| unread.contains(key))
     }
 
     fn stored(&self, stored_index: usize) -> &'a StoredTensor {
         &self.checkpoint.tensor_list()[stored_index]
     }
 
-    /// Finds a tensor and checks its shape; what is wrong joins the problems.
+    /// Finds a tensor and checks its shape; adds a problem if it is missing or has another shape.
     fn find(&mut self, tensor: &HfTensor) -> Option<(usize, FileRange)> {
         let key = if self.checkpoint.is_burnpack() { tensor.name.as_str() } else { names::key(&tensor.name) };
         let Some(&stored_index) = self.by_key.get(key) else {
             self.missing(key, &tensor.name);
             return None;
         };
-        // gate_up_proj is asked for twice, and complained of once.
+        // `gate_up_proj` is looked up twice and reported once.
         let first_use = !std::mem::replace(&mut self.used[stored_index], true);
         let found = self.stored(stored_index);
         let fits = found.shape == tensor.shape;
@@ -308,7 +316,7 @@ impl<'a> TensorMatcher<'a> {
         }
     }
 
-    /// The dtype of a tensor of plain values; another one joins the problems.
+    /// The dtype of an unquantized tensor; adds a problem if it is not one of weights.
     fn plain_dtype(&mut self, stored_index: usize) -> Option<WeightDtype> {
         let found = self.stored(stored_index);
         let dtype = WeightDtype::from_safetensors(found.dtype);
@@ -321,6 +329,7 @@ impl<'a> TensorMatcher<'a> {
     fn match_tensor(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
         if self.checkpoint.tied_head() == TiedHead::HeadOnly && names::key(&tensor.name) == names::EMBEDDING {
             let head = HfTensor { name: names::HEAD.into(), shape: tensor.shape.clone() };
+            // Keeps the embedding's name and shape, under which it is saved. Both are `[vocab, hidden]` in files.
             return self.match_by_name(head, transposed).map(|source| SourceTensor { tensor, ..source });
         }
         self.match_by_name(tensor, transposed)
@@ -329,7 +338,7 @@ impl<'a> TensorMatcher<'a> {
     fn match_by_name(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
         let packed = names::int4_names(&tensor.name);
         let key = names::key(&tensor.name);
-        if !self.by_key.contains_key(key) && self.knows(names::key(&packed.values)) {
+        if !self.by_key.contains_key(key) && self.may_exist(names::key(&packed.values)) {
             return self.match_int4(tensor, packed, transposed);
         }
         let (stored_index, part) = self.find(&tensor)?;
@@ -347,7 +356,7 @@ impl<'a> TensorMatcher<'a> {
         })
     }
 
-    /// An FP8 matrix and its scales: one, one a row, or one a block.
+    /// An FP8 matrix with its scales: one for the matrix, or one per row or per block.
     fn match_fp8(
         &mut self,
         tensor: HfTensor,
@@ -360,19 +369,20 @@ impl<'a> TensorMatcher<'a> {
             return None;
         };
         if let Some(problem) = self.scheme.fp8_problem.clone() {
-            self.packing(stored_index, problem);
-            names::fp8_scales(&tensor.name).iter().for_each(|name| self.mark(name));
+            self.unsupported(stored_index, problem);
+            names::fp8_scales(&tensor.name).iter().for_each(|name| self.mark_used(name));
             return None;
         }
         let [deepseek, compressed] = names::fp8_scales(&tensor.name);
+        // compressed-tensors' name wins if both exist; the other one is then reported as unexpected.
         let other = self.by_key.contains_key(names::key(&compressed));
         let name = if other { compressed } else { deepseek };
         let found = self.by_key.get(names::key(&name)).map(|&scale| self.stored(scale).shape.as_slice());
         let (block, shape) = match self.scheme.fp8_block([rows, columns], found) {
             Ok(known) => known,
             Err(problem) => {
-                self.packing(stored_index, problem);
-                self.mark(&name);
+                self.unsupported(stored_index, problem);
+                self.mark_used(&name);
                 return None;
             }
         };
@@ -380,21 +390,22 @@ impl<'a> TensorMatcher<'a> {
         Some(SourceTensor {
             tensor,
             stored_index,
-            dtype: WeightDtype::Bf16,
+            dtype: WeightDtype::Bf16, // FP8 scales are f32, but the models compute in bf16
             part,
             encoding: Encoding::Fp8 { scale, block },
             transposed,
         })
     }
 
-    /// Notes that a tensor is quantized in a way that is not read.
-    fn packing(&mut self, stored_index: usize, problem: String) {
+    /// Adds the problem that a tensor is quantized in an unsupported way.
+    fn unsupported(&mut self, stored_index: usize, problem: String) {
         let StoredTensor { name, file, .. } = self.stored(stored_index);
         self.problems.push(Problem::QuantizedTensor { tensor: name.clone(), file: file.clone(), problem });
     }
 
-    /// Notes that a tensor that may be there belongs to one that cannot be read.
-    fn mark(&mut self, name: &str) {
+    /// Marks a tensor as used, if it exists: it belongs to a matrix that is reported already, and must not be reported
+    /// as unexpected, too.
+    fn mark_used(&mut self, name: &str) {
         if let Some(&stored_index) = self.by_key.get(names::key(name)) {
             self.used[stored_index] = true;
         }
@@ -405,7 +416,7 @@ impl<'a> TensorMatcher<'a> {
         Some((part, self.plain_dtype(stored_index)?))
     }
 
-    /// A matrix of 4-bit values, the scales of its groups, and its shape.
+    /// An INT4 matrix: packed values, the scales of its groups, and its shape.
     fn match_int4(&mut self, tensor: HfTensor, packed: names::Int4Names, transposed: bool) -> Option<SourceTensor> {
         let &[rows, columns] = tensor.shape.as_slice() else {
             self.missing(names::key(&tensor.name), &tensor.name);
@@ -414,17 +425,21 @@ impl<'a> TensorMatcher<'a> {
         let words = columns.div_ceil(NIBBLES_PER_WORD);
         if let Some(&stored_index) = self.by_key.get(names::key(&packed.values)) {
             let shape = self.stored(stored_index).shape.as_slice();
+            // 8-bit values have four values in a word, and so twice as many words. A narrow matrix can have equal
+            // counts for both; then it is read as INT4.
             let bytes = shape == [rows, columns.div_ceil(NIBBLES_PER_WORD / 2)] && shape != [rows, words];
             let of_bytes = || bytes.then(|| "has weights of 8 bits".to_owned());
             if let Some(problem) = self.scheme.int4_problem.clone().or_else(of_bytes) {
-                self.packing(stored_index, problem);
-                [&packed.values, &packed.scale, &packed.shape].into_iter().for_each(|name| self.mark(name));
-                self.mark(&format!("{}_zero_point", tensor.name));
+                self.unsupported(stored_index, problem);
+                [&packed.values, &packed.scale, &packed.shape].into_iter().for_each(|name| self.mark_used(name));
+                self.mark_used(&format!("{}_zero_point", tensor.name));
                 return None;
             }
         }
         let values = self.find(&HfTensor { name: packed.values, shape: vec![rows, words] });
         let scale = self.match_group_scales(packed.scale, rows, columns);
+        // All three tensors are looked up before the first return, so that every problem is listed and none is reported
+        // as unexpected.
         self.check_packed_shape(&packed.shape, &tensor.shape);
         let (stored_index, part) = values?;
         let found = self.stored(stored_index);
@@ -434,20 +449,20 @@ impl<'a> TensorMatcher<'a> {
         }
         let (scale, group) = scale?;
         if let Err(problem) = self.scheme.check_group(group) {
-            self.packing(stored_index, problem);
+            self.unsupported(stored_index, problem);
             return None;
         }
         Some(SourceTensor {
             tensor,
             stored_index,
-            dtype: scale.1,
+            dtype: scale.1, // as compressed-tensors dequantizes
             part,
             encoding: Encoding::Int4 { scale, group },
             transposed,
         })
     }
 
-    /// The scales `[rows, columns / group]`, and the group that their shape tells.
+    /// The scales `[rows, columns / group]`, and the group size that follows from their shape.
     fn match_group_scales(
         &mut self,
         name: String,
@@ -457,14 +472,14 @@ impl<'a> TensorMatcher<'a> {
         let key = names::key(&name);
         let groups = match self.by_key.get(key).map(|&stored_index| self.stored(stored_index).shape.as_slice()) {
             Some(&[_, groups]) if groups > 0 && columns.is_multiple_of(groups) => groups,
-            // Not the shape of such scales, whatever the group: named with the group that Kimi's have.
+            // Not the shape of group scales for any size: the problem names the shape for the group size of Kimi-K2.
             _ => columns.div_ceil(USUAL_GROUP),
         };
         let scale = self.match_scale(HfTensor { name, shape: vec![rows, groups] })?;
         columns.is_multiple_of(groups).then(|| (scale, columns / groups))
     }
 
-    /// `weight_shape` says the shape before packing, in two integers.
+    /// Checks `weight_shape`, which contains the matrix's shape as two integers.
     fn check_packed_shape(&mut self, name: &str, expected: &[usize]) {
         let key = names::key(name);
         let Some(&stored_index) = self.by_key.get(key) else { return self.missing(key, name) };
@@ -494,7 +509,7 @@ impl<'a> TensorMatcher<'a> {
         }
     }
 
-    /// Each expert's rows of a stack: they lie beside one another, so that a source is a plain part of the file.
+    /// The rows of each expert in a stack. They are contiguous, so that a source is a plain range of the file.
     fn match_stacked(&mut self, wanted: Vec<HfTensor>, stacked: Stacked, transposed: bool) -> Vec<SourceTensor> {
         let Some((stored_index, FileRange { shard, range })) = self.find(&stacked.tensor) else { return Vec::new() };
         let Some(dtype) = self.plain_dtype(stored_index) else { return Vec::new() };
@@ -517,18 +532,19 @@ impl<'a> TensorMatcher<'a> {
             .collect()
     }
 
-    /// Sorts what no parameter took into skipped and unexpected.
-    fn rest(&mut self) -> BTreeMap<SkipReason, Vec<String>> {
+    /// Sorts the tensors that no parameter uses into ignored and unexpected ones.
+    fn sort_unused(&mut self) -> BTreeMap<SkipReason, Vec<String>> {
         let mut skipped: BTreeMap<SkipReason, Vec<String>> = BTreeMap::new();
         let tensors = self.checkpoint.tensor_list();
         let config = self.checkpoint.config();
-        let predicting = names::mtp_layers_of(tensors.iter().map(|tensor| tensor.name.as_str()), config);
-        let unannounced = |name: &str| names::layer_of_tensor(name).is_some_and(|layer| predicting.contains(&layer));
+        let mtp_layers = names::mtp_layers_of(tensors.iter().map(|tensor| tensor.name.as_str()), config);
+        let is_undeclared_mtp =
+            |name: &str| names::layer_of_tensor(name).is_some_and(|layer| mtp_layers.contains(&layer));
         for (tensor, _) in self.checkpoint.tensor_list().iter().zip(&self.used).filter(|(_, used)| !**used) {
             let reason = match self.checkpoint.is_burnpack() {
                 true => None,
                 false => names::skip_reason(&tensor.name, config)
-                    .or_else(|| unannounced(&tensor.name).then_some(SkipReason::UndeclaredPrediction)),
+                    .or_else(|| is_undeclared_mtp(&tensor.name).then_some(SkipReason::UndeclaredPrediction)),
             };
             match reason {
                 Some(reason) => skipped.entry(reason).or_default().push(tensor.name.clone()),

@@ -1,20 +1,20 @@
-//! Names of Hugging Face's tensors, both ways. No other file spells one.
+//! Tensor names of Hugging Face checkpoints, in both directions. No other file spells one.
 //!
-//! | module path | file |
+//! | module path | name in the file |
 //! |---|---|
 //! | `embed_tokens.weight`, `norm.weight`, `layers.L.…` | the same after `model.` |
 //! | `lm_head.weight` | `lm_head.weight` |
 //! | `layers.L.mlp.router.…` | `model.layers.L.mlp.gate.…` |
 //! | `layers.L.mlp.experts.gate_proj`, `[experts, in, out]` | `model.layers.L.mlp.experts.E.gate_proj.weight`, each `[out, in]` |
-//! | the same | or transformers 5's `….experts.gate_up_proj`, `[experts, 2 out, in]`: rows of gate, then rows of up |
+//! | the same | or, in transformers 5, `….experts.gate_up_proj`, `[experts, 2 out, in]`: rows of gate, then rows of up |
 //! | the same, `down_proj` | or `….experts.down_proj`, `[experts, out, in]` |
-//! | a projection in FP8 | `….weight` in F8_E4M3 beside `….weight_scale_inv` (compressed-tensors: `….weight_scale`) |
-//! | a projection in INT4 | `….weight_packed`, `….weight_scale`, `….weight_shape` in place of `….weight` |
+//! | a projection in FP8 | `….weight` in F8_E4M3 with `….weight_scale_inv` (compressed-tensors: `….weight_scale`) |
+//! | a projection in INT4 | `….weight_packed`, `….weight_scale`, `….weight_shape` instead of `….weight` |
 //!
 //! A burnpack file names tensors by the module path.
 //!
-//! A prefix `language_model.` (Kimi-VL, Kimi-K2.5) is dropped, with or without the `model.` after it, and a lone
-//! `model.` may be absent.
+//! The prefix `language_model.` (Kimi-VL, Kimi-K2.5) is dropped, with or without a following `model.`, and a lone
+//! `model.` may be missing.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -24,17 +24,17 @@ use moonlight_model::config::{ParameterKind, ParameterShape};
 
 use crate::dtype::quant::is_quantized;
 
-/// What stands before every tensor of the decoder.
+/// The prefix of every tensor of the decoder.
 const MODEL: &str = "model.";
 const LANGUAGE_MODEL: [&str; 2] = ["language_model.", "model.language_model."];
 pub(crate) const HEAD: &str = "lm_head.weight";
-/// The key of the embedding.
+/// The key of the embedding's tensor.
 pub(crate) const EMBEDDING: &str = "embed_tokens.weight";
 const VISION: [&str; 3] = ["vision_tower.", "multi_modal_projector.", "mm_projector."];
 const INV_FREQ: &str = "rotary_emb.inv_freq";
-/// How a tensor ends that a multi-token-prediction layer has and no other layer does.
+/// The suffix of a tensor that only multi-token-prediction (MTP) layers have.
 const MTP_SUFFIX: &str = ".eh_proj.weight";
-/// How the scales of quantized activations and caches end.
+/// Suffixes of the scales of quantized activations and caches.
 const ACTIVATION_SCALES: [&str; 13] = [
     ".activation_scale",
     ".down_proj_activation_scale",
@@ -51,45 +51,45 @@ const ACTIVATION_SCALES: [&str; 13] = [
     ".prob_output_scale",
 ];
 
-/// The suffixes that differ: of the module path, of the file.
+/// Suffixes that differ: of the module path, and in the file.
 const RENAMED: [(&str, &str); 2] = [
     (".mlp.router.weight", ".mlp.gate.weight"),
     (".mlp.router.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
 ];
 
-/// Why a tensor of the file has no place in the model, and need not have one.
+/// Why a tensor of the file is ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SkipReason {
     /// `*.rotary_emb.inv_freq`: a buffer of older model code; the model computes its frequencies.
     InverseFrequencies,
-    /// A layer after the last one, for multi-token prediction.
+    /// An MTP layer, which follows the last decoder layer, as many as the config declares.
     MultiTokenPrediction,
-    /// The same, in a configuration that does not announce one.
+    /// An MTP layer that the config does not declare.
     UndeclaredPrediction,
-    /// A vision tower or its projector.
+    /// Part of a vision tower or its projector.
     Vision,
-    /// An `lm_head.weight` that repeats the embedding, to which the configuration ties it.
+    /// An `lm_head.weight` equal to the embedding, to which the config ties it.
     TiedHead,
-    /// A scale by which activations or the cache would be quantized; here they are not.
+    /// A scale for quantized activations or KV caches, which are not quantized here.
     ActivationScales,
 }
 
 impl SkipReason {
-    /// What such tensors are, for a report.
+    /// What such tensors are, for messages.
     pub fn describe(self) -> &'static str {
         match self {
-            Self::InverseFrequencies => "stale rotary frequencies (computed instead)",
+            Self::InverseFrequencies => "rotary frequencies of older model code (computed instead)",
             Self::MultiTokenPrediction => "multi-token-prediction layers (not computed)",
             Self::UndeclaredPrediction => {
-                "multi-token-prediction layers that config.json does not announce (not computed)"
+                "multi-token-prediction layers that `config.json` does not declare (not computed)"
             }
             Self::Vision => "vision tower and projector (not computed)",
-            Self::TiedHead => "output head (repeats the embedding, to which it is tied)",
-            Self::ActivationScales => "scales of quantized activations (activations are not quantized here)",
+            Self::TiedHead => "output head (equal to the embedding, to which it is tied)",
+            Self::ActivationScales => "scales of quantized activations (not quantized here)",
         }
     }
 
-    /// Whether such tensors hold nothing that the rest of the checkpoint does not.
+    /// Whether such tensors contain nothing that is not in the rest of the checkpoint or computed.
     pub fn is_redundant(self) -> bool {
         match self {
             Self::InverseFrequencies | Self::TiedHead => true,
@@ -98,47 +98,48 @@ impl SkipReason {
     }
 }
 
-/// One tensor of a file, as the model wants it.
+/// A tensor of a Hugging Face checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HfTensor {
-    /// Its name.
+    /// Its name in the file.
     pub name: String,
     /// Its shape in the file, `[out, in]` for a projection.
     pub shape: Vec<usize>,
 }
 
-/// Where transformers 5 keeps a stack of experts.
+/// A stack of experts as transformers 5 stores it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Stacked {
     pub(crate) tensor: HfTensor,
-    /// Rows of each expert's matrix that are the parameter's.
+    /// The rows of each expert's matrix that belong to the parameter.
     pub(crate) rows: Range<usize>,
 }
 
-/// The names under which the scales of an FP8 matrix may stand beside it: DeepSeek's (a factor, for all its name), and
-/// compressed-tensors'.
+/// The possible names of an FP8 matrix's scales: DeepSeek's (despite `_inv` a factor, not a divisor), and that of
+/// compressed-tensors.
 pub(crate) fn fp8_scales(weight: &str) -> [String; 2] {
     [format!("{weight}_scale_inv"), format!("{weight}_scale")]
 }
 
-/// The three tensors that stand for a matrix packed by compressed-tensors.
+/// The three tensors of an INT4 matrix in the layout of compressed-tensors (`pack-quantized`).
 pub(crate) struct Int4Names {
     pub(crate) values: String,
     pub(crate) scale: String,
     pub(crate) shape: String,
 }
 
-/// See [`Int4Names`].
+/// The names for the matrix that would be called `weight`.
 pub(crate) fn int4_names(weight: &str) -> Int4Names {
     Int4Names { values: format!("{weight}_packed"), scale: format!("{weight}_scale"), shape: format!("{weight}_shape") }
 }
 
-/// The layer that a tensor belongs to, `None` for those of no layer.
+/// The layer of a tensor, `None` if it belongs to none.
 pub(crate) fn layer_of_tensor(name: &str) -> Option<usize> {
     layer_of(key(name))
 }
 
-/// Whether the file holds the transpose of the parameter (of each expert's matrix in a stack).
+/// Whether the file contains the transpose of the parameter (of each expert's matrix in a stack). PyTorch stores a
+/// linear layer as `[out, in]`, Burn as `[in, out]`.
 pub(crate) fn transposed(kind: ParameterKind) -> bool {
     match kind {
         ParameterKind::Head | ParameterKind::Matrix | ParameterKind::Experts | ParameterKind::Router => true,
@@ -146,7 +147,7 @@ pub(crate) fn transposed(kind: ParameterKind) -> bool {
     }
 }
 
-/// The tensors that a parameter is saved as: one, or for a stack of experts one for each.
+/// The tensors that a parameter is saved as: one, or one for each expert of a stack.
 pub fn hugging_face_tensors(parameter: &ParameterShape) -> Vec<HfTensor> {
     match (parameter.kind, parameter.shape.as_slice()) {
         (ParameterKind::Experts, &[experts, input, output]) => {
@@ -172,7 +173,7 @@ pub fn hugging_face_tensors(parameter: &ParameterShape) -> Vec<HfTensor> {
     }
 }
 
-/// The single tensor in which transformers 5 may keep a stack of experts.
+/// The single tensor in which transformers 5 may store a stack of experts.
 pub(crate) fn stacked(parameter: &ParameterShape) -> Option<Stacked> {
     let (ParameterKind::Experts, &[experts, input, output]) = (parameter.kind, parameter.shape.as_slice()) else {
         return None;
@@ -187,18 +188,18 @@ pub(crate) fn stacked(parameter: &ParameterShape) -> Option<Stacked> {
     Some(Stacked { tensor, rows })
 }
 
-/// `layers.3.mlp.experts.gate_proj` as `layers.3.mlp.experts` and `gate_proj`.
+/// Splits `layers.3.mlp.experts.gate_proj` into `layers.3.mlp.experts` and `gate_proj`.
 fn experts_of(path: &str) -> (&str, &str) {
-    path.rsplit_once('.').expect("a stack of experts lies below its layer")
+    path.rsplit_once('.').expect("the path of a stack of experts has several parts")
 }
 
-/// The name without the prefixes that differ between files, by which tensors are matched.
+/// The name without the prefixes that differ between checkpoints. Tensors are matched by it.
 pub(crate) fn key(name: &str) -> &str {
     let name = LANGUAGE_MODEL.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(name);
     name.strip_prefix(MODEL).unwrap_or(name)
 }
 
-/// Why a tensor that the model does not want may be skipped; `None` where it may not.
+/// Why a tensor that the model does not use is ignored; `None` if it is unexpected.
 pub(crate) fn skip_reason(name: &str, config: &ModelConfig) -> Option<SkipReason> {
     let key = key(name);
     if VISION.iter().any(|prefix| key.starts_with(prefix)) {
@@ -206,8 +207,8 @@ pub(crate) fn skip_reason(name: &str, config: &ModelConfig) -> Option<SkipReason
     }
     if let Some(layer) = layer_of(key) {
         let layers = config.num_hidden_layers;
-        let predicting = declared_mtp_layers(config);
-        if (layers..layers.saturating_add(predicting)).contains(&layer) {
+        let mtp_layers = declared_mtp_layers(config);
+        if (layers..layers.saturating_add(mtp_layers)).contains(&layer) {
             return Some(SkipReason::MultiTokenPrediction);
         }
         if layer < layers && key.ends_with(INV_FREQ) {
@@ -223,7 +224,7 @@ pub(crate) fn skip_reason(name: &str, config: &ModelConfig) -> Option<SkipReason
     (config.tie_word_embeddings && key == HEAD).then_some(SkipReason::TiedHead)
 }
 
-/// Layers after the last one that hold what only multi-token-prediction layers do, whatever the configuration announces.
+/// The MTP layers among tensor names, recognized by their tensors, whether or not the config declares them.
 pub(crate) fn mtp_layers_of<'a>(names: impl Iterator<Item = &'a str>, config: &ModelConfig) -> BTreeSet<usize> {
     names
         .map(key)
@@ -233,7 +234,7 @@ pub(crate) fn mtp_layers_of<'a>(names: impl Iterator<Item = &'a str>, config: &M
         .collect()
 }
 
-/// The number of layers after the last one that are for multi-token prediction.
+/// The number of MTP layers that the config declares.
 pub(crate) fn declared_mtp_layers(config: &ModelConfig) -> usize {
     MTP_LAYER_KEYS
         .iter()
@@ -242,7 +243,7 @@ pub(crate) fn declared_mtp_layers(config: &ModelConfig) -> usize {
         .unwrap_or(0)
 }
 
-/// The configuration's keys for [`declared_mtp_layers`]: as published, as transformers 5 names it.
+/// The config's keys for [`declared_mtp_layers`]: as published, and as in transformers 5.
 pub(crate) const MTP_LAYER_KEYS: [&str; 2] = ["num_nextn_predict_layers", "num_mtp_layers"];
 
 fn layer_of(key: &str) -> Option<usize> {
@@ -253,13 +254,13 @@ fn layer_of(key: &str) -> Option<usize> {
 mod tests {
     use super::*;
 
-    /// FNV-1a, 64 bit: enough to pin a list of names without copying it.
+    /// FNV-1a with 64 bits, to pin a list of names without copying it.
     fn fnv1a(text: &str) -> u64 {
         text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
     }
 
-    /// The published index of Moonlight-16B-A3B: 5,344 tensors, 31,920,223,872 bytes in bf16, 27 of them the stale
-    /// frequencies. The digest is that of all its lines `name<tab>[shape]`, sorted.
+    /// The published index of Moonlight-16B-A3B: 5,344 tensors, 31,920,223,872 bytes in bf16, 27 of them `inv_freq`
+    /// buffers. The digest is that of all its lines `name<tab>[shape]`, sorted.
     #[test]
     fn moonlight_has_the_published_names_and_shapes() {
         let config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
@@ -294,7 +295,7 @@ mod tests {
     const DIGEST_OF_MOONLIGHT: u64 = 0xa4ee_9c75_e5ec_259f;
 
     #[test]
-    fn prefixes_differ_and_keys_do_not() {
+    fn names_with_different_prefixes_have_one_key() {
         for name in [
             "model.layers.0.input_layernorm.weight",
             "layers.0.input_layernorm.weight",
@@ -308,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_the_configuration_explains_is_skipped() {
+    fn only_tensors_that_the_config_explains_are_ignored() {
         let mut config = ModelConfig::preset("deepseek-v3").unwrap();
         let layer_61 = "model.layers.61.eh_proj.weight";
         assert_eq!(skip_reason(layer_61, &config), None, "the preset has no prediction layer");

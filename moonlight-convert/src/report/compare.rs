@@ -1,4 +1,4 @@
-//! Two checkpoints, tensor by tensor, without loading either.
+//! Comparing two checkpoints tensor by tensor, without building a model.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,48 +15,48 @@ use crate::mapping::load_plan::{LoadPlan, Scope};
 use crate::mapping::names::{self, SkipReason};
 use crate::progress::Progress;
 
-/// What a comparison found.
+/// The result of a comparison.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Comparison {
-    /// Tensors that both hold, under the names that a Hugging Face directory has.
+    /// Number of tensors that both contain, counted by their names in the Hugging Face layout.
     pub tensors: usize,
-    /// How many of them the two keep in different dtypes.
+    /// How many of them have different dtypes.
     pub dtypes_differ: usize,
-    /// Bytes that were read of both together.
+    /// Bytes read from both together.
     pub bytes: u64,
-    /// Every difference, in the order of the tensors' names.
+    /// Every difference, sorted by tensor name.
     pub differences: Vec<TensorDifference>,
-    /// Tensors that the model does not use ([`SkipReason`]) and in which the two differ, in the order of their names.
+    /// Differences in tensors that the model does not use ([`SkipReason`]), sorted by tensor name.
     pub unused: Vec<UnusedTensor>,
 }
 
 impl Comparison {
-    /// Whether neither lacks a tensor that the other has, and all values agree. Tensors that hold nothing of their own
+    /// Whether both contain the same tensors with equal values. Tensors without information of their own
     /// ([`SkipReason::is_redundant`]) do not count.
     pub fn is_equal(&self) -> bool {
         self.differences.is_empty() && self.unused.iter().all(|unused| unused.reason.is_redundant())
     }
 }
 
-/// A tensor that the model does not use, and in which two checkpoints differ.
+/// A difference in a tensor that the model does not use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnusedTensor {
-    /// Its name in the file.
+    /// The tensor's name in the file.
     pub tensor: String,
     /// Why the model does not use it.
     pub reason: SkipReason,
-    /// How the two differ in it.
+    /// How the two checkpoints differ.
     pub difference: UnusedDifference,
 }
 
 /// How two checkpoints differ in a tensor that the model does not use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum UnusedDifference {
-    /// The second does not have it.
+    /// The second lacks it.
     OnlyInFirst,
-    /// The first does not have it.
+    /// The first lacks it.
     OnlyInSecond,
-    /// Dtype, shape or bytes differ.
+    /// Both have it, with different dtypes, shapes or bytes.
     Bytes,
 }
 
@@ -71,43 +71,43 @@ impl fmt::Display for UnusedTensor {
     }
 }
 
-/// How two checkpoints differ in one tensor.
+/// How two checkpoints differ in a tensor of the model.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TensorDifference {
-    /// The second does not have it.
+    /// The second lacks it.
     OnlyInFirst {
-        /// Its name.
+        /// The tensor's name.
         tensor: String,
     },
-    /// The first does not have it.
+    /// The first lacks it.
     OnlyInSecond {
-        /// Its name.
+        /// The tensor's name.
         tensor: String,
     },
-    /// Its shapes differ.
+    /// The shapes differ.
     Shape {
-        /// Its name.
+        /// The tensor's name.
         tensor: String,
-        /// The two shapes.
+        /// The shapes in the first and the second.
         shapes: [Vec<usize>; 2],
     },
-    /// Its values differ: in any bit where the dtypes agree, in value where they do not.
+    /// The values differ: bitwise for equal dtypes, numerically otherwise.
     Values {
-        /// Its name.
+        /// The tensor's name.
         tensor: String,
         /// How far apart they are.
         distance: ValueDistance,
     },
 }
 
-/// How far two tensors are apart.
+/// The distance between two tensors.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ValueDistance {
-    /// The largest difference of two values; infinite where one of them is no number.
+    /// The largest absolute difference; infinite if a value is NaN.
     pub largest: f64,
-    /// The mean of the differences' magnitudes.
+    /// The mean absolute difference.
     pub mean: f64,
-    /// The cosine of the angle between the two; 1 where both are zero.
+    /// The cosine similarity; 1 if both are zero.
     pub cosine: f64,
 }
 
@@ -124,7 +124,7 @@ impl fmt::Display for TensorDifference {
     }
 }
 
-/// Sums over some of a tensor's values.
+/// Partial sums over a tensor's values.
 #[derive(Debug, Clone, Copy, Default)]
 struct Sums {
     bits_differ: bool,
@@ -149,7 +149,7 @@ impl Sums {
         for (a, b) in a.iter().zip(b) {
             let (a, b) = (f64::from(a.widen()), f64::from(b.widen()));
             let difference = (a - b).abs();
-            // A value that is no number is as far away as can be.
+            // `f64::max` ignores NaN, which would hide it.
             sums.largest = if difference.is_nan() { f64::INFINITY } else { sums.largest.max(difference) };
             sums.differences += difference;
             sums.product += a * b;
@@ -171,18 +171,18 @@ impl Sums {
 }
 
 impl Checkpoint {
-    /// Compares with another checkpoint, whatever files, names and layouts either has: a burnpack file with shards, stacks
-    /// of experts with experts one by one, quantized weights with what they stand for. Tensors that both keep in the same
-    /// dtype are equal when they are so bit by bit; others, and all where `tolerance` is above 0, when no value is further
-    /// away than `tolerance`.
+    /// Compares with another checkpoint, whatever the files, names and layouts of either: a burnpack file with shards,
+    /// stacks of experts with one tensor per expert, quantized weights with dequantized ones. Tensors of the same dtype
+    /// are equal if they are bitwise equal; others, and all if `tolerance` is above 0, if no two values differ by more
+    /// than `tolerance`.
     ///
-    /// What loading skips is compared byte by byte and reported apart ([`Comparison::unused`]). What both lack is left out;
-    /// [`problems`](Checkpoint::problems) names it.
-    /// Memory stays small, and all threads take part.
+    /// Tensors that loading ignores are compared bytewise and reported separately ([`Comparison::unused`]). Tensors
+    /// that both lack are not reported; [`problems`](Checkpoint::problems) names them. Memory stays small, and all
+    /// threads take part.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError`] where one of them holds something that does not fit its model, or where `progress` ends the
+    /// [`CheckpointError`], if one of them contains something that does not match its config, or `progress` stops the
     /// work.
     pub fn compare(
         &self,
@@ -194,7 +194,7 @@ impl Checkpoint {
         let [left, right] = [by_name(&plans[0]), by_name(&plans[1])];
         let mut differences: BTreeMap<&str, TensorDifference> = BTreeMap::new();
         let mut pairs: Vec<(&SourceTensor, &SourceTensor)> = Vec::new();
-        // In the order of the first one's files.
+        // In the order of the first checkpoint's files, which are then read sequentially.
         for source in plans[0].parameters.iter().flat_map(|planned| &planned.sources) {
             let tensor = source.tensor.name.clone();
             match right.get(tensor.as_str()) {
@@ -229,7 +229,7 @@ impl Checkpoint {
         })
     }
 
-    /// The tensors that no model uses, as far as the two differ in them.
+    /// The differences in tensors that the model does not use.
     fn unused(&self, other: &Self, plans: &[LoadPlan; 2]) -> Result<Vec<UnusedTensor>, CheckpointError> {
         let of = |checkpoint: &Self, plan: &LoadPlan| -> BTreeMap<String, (SkipReason, StoredTensor)> {
             let reasons: BTreeMap<&str, SkipReason> = plan
@@ -262,7 +262,7 @@ impl Checkpoint {
     }
 
     fn equal_bytes(&self, ours: &StoredTensor, other: &Self, theirs: &StoredTensor) -> Result<bool, CheckpointError> {
-        /// Bytes that are read at a time.
+        /// Bytes read at a time.
         const CHUNK: usize = 1 << 20;
         if ours.dtype != theirs.dtype || ours.shape != theirs.shape {
             return Ok(false);
@@ -293,7 +293,7 @@ impl Checkpoint {
         progress.begin(bytes);
         let chunks = row_chunks(pairs.iter().map(|(a, b)| {
             let (rows, columns) = a.dims(common(a, b));
-            // Both are in memory at once.
+            // Chunks of both are in memory at once.
             (rows, columns * (a.dtype.size() + b.dtype.size()))
         }));
         let sources = |of: fn(&(&'p SourceTensor, &'p SourceTensor)) -> &'p SourceTensor| {
@@ -307,18 +307,21 @@ impl Checkpoint {
             theirs.begin(&chunks, at);
             let (a, b) = pairs[chunk.source];
             let of_panel = with_weight!(a.dtype, S => with_weight!(b.dtype, T => {
-                // What is not finite is compared like everything else.
+                // Non-finite values are compared like all others.
                 let (ours, _) = reading.rows::<S>(chunk, first)?;
                 let (theirs, _) = theirs.rows::<T>(chunk, second)?;
                 let equal = a.dtype == b.dtype && ours == theirs;
                 if equal { None } else { Some(sums_of::<S, T>(ours, theirs)) }
             }));
             if let Some(of_panel) = of_panel {
+                // Added in the order in which threads finish: the mean and the cosine may differ in the last digits
+                // between runs, the verdict does not.
                 sums.lock().unwrap_or_else(PoisonError::into_inner)[chunk.source].add(&of_panel);
             }
             reading.end(chunk);
             theirs.end(chunk);
             let rows = a.dims(common(a, b)).0;
+            // A chunk's part of both files, whose encodings may differ.
             let share = (a.bytes() + b.bytes()) as f64 * chunk.rows.len() as f64 / rows.max(1) as f64;
             match progress.advance(share as u64) {
                 ControlFlow::Continue(()) => Ok(()),
@@ -335,7 +338,7 @@ fn sums_of<S: Weight, T: Weight>(a: &[u8], b: &[u8]) -> Sums {
     let mut sums = Sums::default();
     for (a, b) in a.chunks(VALUES * size_of::<S>()).zip(b.chunks(VALUES * size_of::<T>())) {
         let count = a.len() / size_of::<S>();
-        // Copied, since a file may keep its values at any address.
+        // A copy, because values in a file may be unaligned.
         bytemuck::cast_slice_mut(&mut left[..count]).copy_from_slice(a);
         bytemuck::cast_slice_mut(&mut right[..count]).copy_from_slice(b);
         sums.add(&Sums::of(&left[..count], &right[..count]));
@@ -343,7 +346,7 @@ fn sums_of<S: Weight, T: Weight>(a: &[u8], b: &[u8]) -> Sums {
     sums
 }
 
-/// The layout in which the files need not be transposed, where there is one.
+/// The layout in which neither file has to be transposed, if there is one.
 fn common(a: &SourceTensor, b: &SourceTensor) -> Layout {
     if [a, b].iter().all(|source| !source.transposed_in(Layout::Burn)) { Layout::Burn } else { Layout::HuggingFace }
 }
@@ -363,7 +366,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn distances_are_between_values_whatever_their_dtypes() {
+    fn distances_are_between_values_of_any_dtypes() {
         let wide: Vec<u8> = [1.0f32, -2.0, 0.5].iter().flat_map(|value| value.to_le_bytes()).collect();
         let narrow: Vec<u8> =
             [1.0f32, -2.0, 1.5].iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect();

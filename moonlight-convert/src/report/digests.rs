@@ -1,4 +1,4 @@
-//! Files against a list of their digests.
+//! Checking files against a list of SHA-256 digests.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -14,21 +14,21 @@ use crate::format::index::is_inside;
 use crate::io::confined_dir::ConfinedDir;
 use crate::progress::Progress;
 
-/// Bytes that are read at a time.
+/// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
-/// The longest list that is read: of some hundred thousand files.
+/// Size limit of a list in bytes, enough for a few hundred thousand files.
 const LONGEST_LIST: u64 = 20_000_000;
 
-/// What became of one line of the list.
+/// The result for one line of the list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckedFile {
-    /// The file's name.
+    /// The file's name in the directory.
     pub name: String,
-    /// What is wrong with it, as the rest of a sentence; `None` where it is as listed.
+    /// What is wrong, as the rest of a sentence; `None` if the file is as listed.
     pub problem: Option<String>,
 }
 
-/// A line of the list.
+/// A parsed line of the list.
 #[derive(Debug, PartialEq, Eq)]
 struct Listed {
     file: Name,
@@ -39,18 +39,19 @@ struct Listed {
 #[derive(Debug, PartialEq, Eq)]
 enum Name {
     Of(String),
-    /// The shard of this number, whatever its digits.
+    /// The shard with this number, whether or not its name pads the number with zeros.
     Shard(u64),
 }
 
-/// Checks the files of a directory against a list of SHA-256 digests. A line is `DIGEST  NAME`, as `sha256sum` writes it,
-/// or `NUMBER BYTES DIGEST` for `model-NUMBER-of-N.safetensors`. Empty lines and lines that begin with `#` say nothing.
+/// Checks the files of a directory against a list of SHA-256 digests. A line is `DIGEST  NAME`, as `sha256sum` writes
+/// it, or `NUMBER BYTES DIGEST` for `model-NUMBER-of-N.safetensors`. Empty lines and lines that begin with `#` are
+/// ignored.
 ///
 /// # Errors
 ///
-/// [`CheckpointError::Digests`] where the list is not such a list or names a file elsewhere, and what keeps a file from
-/// being read; [`CheckpointError::Interrupted`] where `progress` ends the work. A file that is absent, is no
-/// plain file of the directory or differs is no error.
+/// [`CheckpointError::Digests`] if the list is invalid or names a file outside the directory; [`CheckpointError::File`]
+/// if a file cannot be read; [`CheckpointError::Interrupted`] if `progress` stops the work. A file that is missing, is
+/// not a plain file of the directory or differs is not an error, but a [`CheckedFile::problem`].
 pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result<Vec<CheckedFile>, CheckpointError> {
     if !dir.is_dir() {
         return Err(CheckpointError::not_a_directory(dir));
@@ -70,7 +71,7 @@ pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result
         })
         .collect();
     let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
-    // What is no plain file of the directory is named when it is its turn.
+    // A file that cannot be opened is reported below.
     let length = |name: &str| Some(fs::metadata(confined.file(name).ok()??).ok()?.len());
     progress.begin(resolved.iter().filter_map(|(name, _)| length(name)).fold(0, u64::saturating_add));
     resolved
@@ -81,11 +82,11 @@ pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result
                 (Ok(None), ..) => Some("does not exist".to_owned()),
                 (Err(error), ..) => Some(format!("cannot be checked: {error}")),
                 (Ok(Some(_)), Some(bytes), Some(length)) if length != bytes => {
-                    Some(format!("has {length} bytes; the list says {bytes}"))
+                    Some(format!("has {length} bytes; the list has {bytes}"))
                 }
                 (Ok(Some((file, path))), ..) => {
                     let digest = sha256(file, &path, progress)?;
-                    (digest != line.digest).then(|| format!("has the digest {digest}; the list says {}", line.digest))
+                    (digest != line.digest).then(|| format!("has the digest {digest}; the list has {}", line.digest))
                 }
             };
             Ok(CheckedFile { name, problem })
@@ -93,7 +94,7 @@ pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result
         .collect()
 }
 
-/// The list, which its user may hand over by a pipe.
+/// Reads the list, which may be a pipe, so that its length is not known before.
 fn read_list(path: &Path) -> Result<String, CheckpointError> {
     let mut text = String::new();
     let file = File::open(path).map_err(CheckpointError::read(path))?;
@@ -128,17 +129,17 @@ fn parse(text: &str) -> Result<Vec<Listed>, String> {
         }
         listed.push(parse_line(line).ok_or_else(|| {
             format!(
-                "has neither `DIGEST  NAME` nor `NUMBER BYTES DIGEST` in line {number}, or a name outside the directory"
+                "is neither `DIGEST  NAME` nor `NUMBER BYTES DIGEST` in line {number}, or names a file outside the directory"
             )
         })?);
     }
-    if listed.is_empty() { Err("lists no file".into()) } else { Ok(listed) }
+    if listed.is_empty() { Err("lists no files".into()) } else { Ok(listed) }
 }
 
 fn parse_line(line: &str) -> Option<Listed> {
     let (first, rest) = line.split_once(char::is_whitespace)?;
     if let Some(digest) = digest(first) {
-        // `*` marks a file that was read as binary.
+        // `sha256sum` writes `*` before names of files read in binary mode.
         let name = rest.trim_start();
         let name = name.strip_prefix('*').unwrap_or(name);
         let name = name.strip_prefix("./").unwrap_or(name);
@@ -173,7 +174,7 @@ mod tests {
     const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
 
     #[test]
-    fn both_kinds_of_list() {
+    fn both_kinds_of_lines_are_read() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path();
         fs::write(dir.join("model-00002-of-00003.safetensors"), "abc").unwrap();
@@ -191,9 +192,9 @@ mod tests {
         .unwrap();
         let problems: Vec<Option<&str>> = files.iter().map(|file| file.problem.as_deref()).collect();
         assert_eq!(problems[0], None);
-        assert_eq!(problems[1], Some(format!("has the digest {ABC}; the list says {other}").as_str()));
+        assert_eq!(problems[1], Some(format!("has the digest {ABC}; the list has {other}").as_str()));
         assert_eq!((problems[2], files[2].name.as_str()), (None, "model-00002-of-00003.safetensors"));
-        assert_eq!(problems[3], Some("has 3 bytes; the list says 4"));
+        assert_eq!(problems[3], Some("has 3 bytes; the list has 4"));
         assert_eq!(problems[4], Some("does not exist"));
         for wrong in
             ["", "abc  config.json", &format!("{ABC}  ../config.json"), &format!("{ABC}  /etc/passwd"), "1 2 3"]

@@ -1,11 +1,11 @@
-//! What is in a checkpoint, what is wrong with it, and how far two of them are apart.
+//! Reports on a checkpoint: its contents, its problems, and its differences from another.
 //!
 //! | question | answered by | with |
 //! |---|---|---|
-//! | What is in it, can it be used? | [`Checkpoint::summary`](crate::Checkpoint::summary) | [`CheckpointSummary`] |
+//! | What does it contain, can it be used? | [`Checkpoint::summary`](crate::Checkpoint::summary) | [`CheckpointSummary`] |
 //! | What is wrong with it? | [`Checkpoint::problems`](crate::Checkpoint::problems) | [`Problem`] |
-//! | Are these the files that were published? | [`check_digests`] | [`CheckedFile`] |
-//! | How far are two apart? | [`Checkpoint::compare`](crate::Checkpoint::compare) | [`Comparison`] |
+//! | Are these the published files? | [`check_digests`] | [`CheckedFile`] |
+//! | How far are two checkpoints apart? | [`Checkpoint::compare`](crate::Checkpoint::compare) | [`Comparison`] |
 
 pub(crate) mod compare;
 pub(crate) mod digests;

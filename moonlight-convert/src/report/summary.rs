@@ -1,149 +1,155 @@
-//! What is in a checkpoint, for people and for programs.
+//! The contents of a checkpoint, for `moonlight-convert inspect` and for programs (as JSON).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Serialize, Serializer};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{CONFIG, Checkpoint};
 use crate::error::CheckpointError;
+use crate::format::index::{INDEX, SINGLE};
 use crate::format::sidecars::sidecars_in;
+use crate::manifest::MANIFEST;
 use crate::report::validation::Problem;
 
-/// How the names of files end while they are being fetched: by huggingface_hub, by curl and wget users, by aria2, by
+/// Suffixes of files that are still being downloaded: by huggingface_hub, by users of curl and wget, by aria2, by
 /// browsers.
 const UNFINISHED: [&str; 6] = [".incomplete", ".part", ".partial", ".aria2", ".crdownload", ".download"];
 
-/// Whether a checkpoint can be used.
+/// Whether a checkpoint can be loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CheckpointState {
-    /// Nothing is missing and nothing is wrong.
+    /// It has no problems.
     Complete,
-    /// Something is missing, and there are files that are still being fetched.
+    /// Files are missing or truncated, and some are still being downloaded.
     Downloading,
-    /// Something is missing or wrong, and nothing says that it will get better.
+    /// It has problems, and no download is in progress that would explain them.
     Broken,
 }
 
-/// What is in a checkpoint.
+/// The contents of a checkpoint.
 #[derive(Debug, Clone, Serialize)]
 pub struct CheckpointSummary {
     /// The directory.
     #[serde(serialize_with = "lossy")]
     pub directory: PathBuf,
-    /// Whether it can be used.
+    /// Whether it can be loaded.
     pub state: CheckpointState,
     /// `safetensors` or `burnpack`.
     pub format: &'static str,
-    /// The class name that transformers looks up.
+    /// The class name in transformers.
     pub architecture: &'static str,
-    /// `model_type` of the configuration.
+    /// The config's `model_type`.
     pub model_type: &'static str,
     /// Decoder layers.
     pub layers: usize,
-    /// Routed experts of a layer, and how many of them a token visits.
+    /// Routed experts per layer, and how many of them each token is routed to. `None` for a dense model.
     pub experts: Option<[usize; 2]>,
-    /// The model's parameters.
+    /// Counts of the model's parameters, from the config.
     pub parameters: ParameterCounts,
-    /// The `quant_method` of the configuration.
+    /// The config's `quant_method`.
     pub quantization: Option<String>,
-    /// Tensors in the files.
+    /// Number of tensors in the files.
     pub tensors: usize,
-    /// Bytes of these tensors.
+    /// Size of these tensors in bytes.
     pub tensor_bytes: u64,
-    /// The tensors by dtype.
+    /// The tensors, by dtype.
     pub dtypes: Vec<DtypeSummary>,
-    /// The files of weights.
+    /// The weight files.
     pub files: Vec<FileSummary>,
-    /// The tokenizer's file.
+    /// The file of the tokenizer that is used.
     pub tokenizer: Option<String>,
-    /// The files beside the weights that are carried along.
+    /// The files that a conversion copies: tokenizer, chat template, generation config, remote code.
     #[serde(rename = "companions")]
     pub sidecars: Vec<String>,
-    /// What loading passes over.
+    /// Files and folders of the directory that are not part of the checkpoint, folders with a trailing `/`: weights in
+    /// other formats, shards that the index does not list, notes. Hidden ones are not listed.
+    pub ignored_files: Vec<String>,
+    /// Tensors that loading ignores.
     pub skipped: Vec<SkippedTensors>,
-    /// The forms that quantized matrices are kept in, and how many of each.
+    /// The forms in which matrices are quantized.
     pub quantized_forms: Vec<QuantizedForm>,
-    /// The keys of `config.json` that change nothing and are passed over, by reason.
+    /// The keys of `config.json` that are ignored because they change nothing, by reason.
+    #[serde(rename = "keys_passed_over")]
     pub ignored_keys: BTreeMap<&'static str, Vec<String>>,
-    /// What a reader of `config.json` might not expect.
+    /// Remarks on what `config.json` does not lead one to expect.
     pub notes: Vec<String>,
-    /// Files that are still being fetched.
+    /// Files that are still being downloaded.
     pub unfinished: Vec<String>,
-    /// Everything that is wrong.
+    /// Everything that is wrong with the checkpoint.
     pub problems: Vec<ReportedProblem>,
 }
 
 /// Parameters of a model.
 #[derive(Debug, Clone, Serialize)]
 pub struct ParameterCounts {
-    /// All of them.
+    /// All parameters.
     pub total: u64,
-    /// Those that one token uses.
+    /// Those that take part in computing one token.
     pub activated: u64,
-    /// All but the embedding and the head.
+    /// All except the embedding and the head.
     pub without_embeddings: u64,
-    /// Those that one token uses, without the embedding and the head.
+    /// Those that take part in computing one token, except the embedding and the head.
     pub activated_without_embeddings: u64,
 }
 
 /// The tensors of one dtype.
 #[derive(Debug, Clone, Serialize)]
 pub struct DtypeSummary {
-    /// As safetensors spells it.
+    /// The dtype in the terms of safetensors.
     pub dtype: String,
-    /// How many there are.
+    /// Number of tensors.
     pub tensors: usize,
-    /// How long they are.
+    /// Their size in bytes.
     pub bytes: u64,
 }
 
-/// A file of weights.
+/// A weight file.
 #[derive(Debug, Clone, Serialize)]
 pub struct FileSummary {
-    /// Its name.
+    /// Its name in the directory.
     pub name: String,
-    /// Its length; `None` where it is absent.
+    /// Its size in bytes; `None` if it is missing.
     pub bytes: Option<u64>,
-    /// Its tensors; `None` where it cannot be read.
+    /// Its number of tensors; `None` if it cannot be read.
     pub tensors: Option<usize>,
 }
 
-/// Tensors that loading passes over for one reason.
+/// Tensors that loading ignores for one reason.
 #[derive(Debug, Clone, Serialize)]
 pub struct SkippedTensors {
-    /// What they are.
+    /// What they are and why they are ignored.
     pub reason: &'static str,
     /// Their names.
     pub tensors: Vec<String>,
 }
 
-/// Quantized matrices that are kept in one form.
+/// Matrices that are quantized in one form.
 #[derive(Debug, Clone, Serialize)]
 pub struct QuantizedForm {
-    /// The form.
+    /// The form, such as `FP8, one scale per row`.
     pub form: String,
-    /// How many matrices.
+    /// Number of matrices.
     pub tensors: usize,
 }
 
-/// One thing that is wrong.
+/// A problem of a checkpoint.
 #[derive(Debug, Clone, Serialize)]
 pub struct ReportedProblem {
-    /// The file that it is in, where it is in one.
+    /// The affected file, if it is a single one.
     pub file: Option<String>,
-    /// A sentence.
+    /// What is wrong, as a sentence.
     pub problem: String,
 }
 
 impl Checkpoint {
-    /// What is in the checkpoint, from its configuration and the headers of its files.
+    /// The contents of the checkpoint, from its config and the headers of its files.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError`] where the directory cannot be read any more.
+    /// [`CheckpointError`], if the directory can no longer be read.
     pub fn summary(&self) -> Result<CheckpointSummary, CheckpointError> {
         let config = self.config();
         let count = config.parameter_count();
@@ -155,6 +161,7 @@ impl Checkpoint {
             *of_dtype = (of_dtype.0 + 1, of_dtype.1 + tensor.bytes());
         }
         let sidecars = sidecars_in(self.dir())?;
+        let ignored_files = self.ignored_files(&sidecars, &unfinished)?;
         let tokenizer = ["tokenizer.json", "tiktoken.model", "tokenizer.model", "vocab.json"];
         Ok(CheckpointSummary {
             directory: self.dir().to_path_buf(),
@@ -188,6 +195,7 @@ impl Checkpoint {
                 .collect(),
             tokenizer: tokenizer.iter().find(|name| self.dir().join(name).is_file()).map(|name| (*name).to_owned()),
             sidecars,
+            ignored_files,
             skipped: self
                 .skipped()
                 .into_iter()
@@ -221,30 +229,57 @@ impl Checkpoint {
         keys
     }
 
-    /// What a reader of `config.json` might not expect of how the checkpoint is used.
+    /// The files and folders that are neither read nor copied.
+    fn ignored_files(&self, sidecars: &[String], unfinished: &[String]) -> Result<Vec<String>, CheckpointError> {
+        let dir = self.dir();
+        let single = self.files().iter().any(|file| file.name == SINGLE) || self.is_burnpack();
+        let mut used: HashSet<&str> = HashSet::from([CONFIG, MANIFEST]);
+        // transformers, too, reads no index if the single file exists.
+        used.extend((!single).then_some(INDEX));
+        used.extend(sidecars.iter().chain(unfinished).map(String::as_str));
+        for file in self.files() {
+            // A shard in a folder makes the folder one of the checkpoint.
+            used.extend([file.name.as_str(), file.name.split('/').next().unwrap_or_default()]);
+        }
+        let entries = fs::read_dir(dir).map_err(CheckpointError::read(dir))?;
+        let mut ignored: Vec<String> = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|name| !name.starts_with('.') && !used.contains(name.as_str()))
+            .map(|name| if dir.join(&name).is_dir() { format!("{name}/") } else { name })
+            .collect();
+        ignored.sort();
+        Ok(ignored)
+    }
+
+    /// Remarks on how the checkpoint is used, where `config.json` does not lead one to expect it.
     pub fn notes(&self) -> Vec<String> {
         let head = self.tied_head().describe().map(str::to_owned);
         head.into_iter().chain(self.listed_only_note()).chain(self.config().training_notes()).collect()
     }
 }
 
-/// A path need not be text, and JSON is.
+/// JSON is Unicode, a path need not be.
 fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }
 
-/// A file that is being fetched under its own name is too short, and so is a reason to wait, too.
+/// A damaged file counts as downloading, too: some programs download under the final name, so that the file is
+/// truncated until they finish.
 fn state(problems: &[Problem], unfinished: &[String]) -> CheckpointState {
-    let waits = |problem: &Problem| problem.is_missing() || matches!(problem, Problem::BrokenFile { .. });
+    let explained_by_download =
+        |problem: &Problem| problem.is_missing() || matches!(problem, Problem::BrokenFile { .. });
     match problems {
         [] => CheckpointState::Complete,
-        problems if !unfinished.is_empty() && problems.iter().all(waits) => CheckpointState::Downloading,
+        problems if !unfinished.is_empty() && problems.iter().all(explained_by_download) => {
+            CheckpointState::Downloading
+        }
         _ => CheckpointState::Broken,
     }
 }
 
-/// Files in and around a directory that are still being fetched: in it, where huggingface_hub keeps them below it
-/// (`.cache/huggingface/download`), and for a snapshot of the Hub's cache beside it (`blobs`).
+/// Files that are still being downloaded: in the directory, where huggingface_hub keeps them below it
+/// (`.cache/huggingface/download`), and for a snapshot in the Hub's cache in the `blobs` of the repository.
 pub fn unfinished_downloads(dir: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mut look = |folder: PathBuf, shown: &str| {
@@ -269,7 +304,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_download_under_way_is_told_from_a_broken_checkpoint() {
+    fn a_download_in_progress_is_distinguished_from_a_broken_checkpoint() {
         let missing = Problem::MissingFile { file: "b".into(), tensors: 3 };
         let short = Problem::BrokenFile { file: "a".into(), problem: "is truncated".into() };
         let wrong = Problem::Unexpected { tensor: "t".into(), file: "a".into() };
@@ -281,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn unfinished_files_are_found_wherever_they_are_kept() {
+    fn unfinished_downloads_are_found_in_every_place() {
         let home = tempfile::tempdir().unwrap();
         let snapshot = home.path().join("models--a--b/snapshots/0123");
         for file in

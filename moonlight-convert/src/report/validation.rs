@@ -1,98 +1,98 @@
-//! All that keeps a checkpoint from being loaded, in one message.
+//! The problems of a checkpoint, gathered into one message.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// How many names of a kind the one-line message spells out.
+/// How many names of each kind the message lists.
 const SPELLED_OUT: usize = 4;
 
-/// One thing that is wrong with a checkpoint's files.
+/// A reason why a checkpoint cannot be loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Problem {
-    /// A file that the index names does not exist.
+    /// A file in the index does not exist.
     MissingFile {
         /// The file.
         file: String,
-        /// How many tensors the index puts there.
+        /// How many tensors the index maps to it.
         tensors: usize,
     },
-    /// A file cannot be read as safetensors.
+    /// A weight file is damaged or cannot be read.
     BrokenFile {
         /// The file.
         file: String,
         /// What is wrong with it, as the rest of a sentence.
         problem: String,
     },
-    /// The index puts a tensor into a file that does not hold it.
+    /// The index maps a tensor to a file that does not contain it.
     NotInFile {
         /// The tensor's name.
         tensor: String,
         /// The file.
         file: String,
     },
-    /// The model has a parameter that no file holds.
+    /// No file contains a parameter of the model.
     Missing {
         /// The tensor's name.
         tensor: String,
     },
-    /// A file holds a tensor that the model has no parameter for.
+    /// A file contains a tensor for which the model has no parameter.
     Unexpected {
         /// The tensor's name.
         tensor: String,
-        /// The file that holds it.
+        /// The file that contains it.
         file: String,
     },
-    /// A tensor has another shape than the model's parameter.
+    /// A tensor has a different shape than the model's parameter.
     WrongShape {
         /// The tensor's name.
         tensor: String,
-        /// The file that holds it.
+        /// The file that contains it.
         file: String,
-        /// Its shape there.
+        /// Its shape in the file.
         found: Vec<usize>,
-        /// The shape that the configuration asks for.
+        /// The shape that follows from the config.
         expected: Vec<usize>,
     },
-    /// A tensor has a dtype that weights are not read from.
+    /// A tensor has a dtype that is not supported for weights.
     WrongDtype {
         /// The tensor's name.
         tensor: String,
-        /// The file that holds it.
+        /// The file that contains it.
         file: String,
-        /// The dtype as safetensors spells it.
+        /// The dtype in the terms of safetensors.
         dtype: String,
     },
-    /// Quantized weights in a way that is not read.
+    /// A tensor is quantized in an unsupported way.
     QuantizedTensor {
         /// The tensor's name.
         tensor: String,
-        /// The file that holds it.
+        /// The file that contains it.
         file: String,
-        /// Why not, as the rest of a sentence.
+        /// What is unsupported, as the rest of a sentence.
         problem: String,
     },
-    /// The `quantization_config` asks for what is not followed.
+    /// The `quantization_config` contains something unsupported.
     QuantizationConfig {
-        /// What, as a sentence without its full stop.
+        /// What, as a sentence without a full stop.
         problem: String,
     },
-    /// Two tensors for one parameter.
+    /// Two tensors stand for one parameter.
     Duplicate {
-        /// The one.
+        /// The first tensor's name.
         tensor: String,
-        /// The other.
+        /// The second tensor's name.
         other: String,
     },
-    /// The configuration describes a model that these files are far too few for.
+    /// The config describes a model that these files cannot contain.
     Implausible {
-        /// What is wrong, as a clause.
+        /// What is implausible, as a clause.
         problem: String,
     },
 }
 
 impl Problem {
-    /// The file that the problem is in, where it is in one.
+    /// The affected file, if it is a single one.
     pub fn file(&self) -> Option<&str> {
         match self {
             Self::MissingFile { file, .. }
@@ -109,7 +109,7 @@ impl Problem {
         }
     }
 
-    /// Whether something is not there, and nothing is wrong with what is.
+    /// Whether the problem is that something is missing.
     pub(crate) fn is_missing(&self) -> bool {
         matches!(self, Self::MissingFile { .. } | Self::Missing { .. })
     }
@@ -130,7 +130,7 @@ impl Problem {
         }
     }
 
-    /// The problem as one item of the list of its kind.
+    /// The problem as an item in the list of its kind.
     fn item(&self) -> String {
         match self {
             Self::MissingFile { file, tensors } => format!("`{file}` ({tensors} tensors)"),
@@ -150,21 +150,21 @@ impl fmt::Display for Problem {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::MissingFile { file, tensors } => {
-                write!(formatter, "`{file}` does not exist; the index puts {tensors} tensors there")
+                write!(formatter, "`{file}` does not exist; the index maps {tensors} tensors to it")
             }
             Self::BrokenFile { file, problem } => write!(formatter, "`{file}` {problem}"),
             Self::NotInFile { tensor, file } => {
-                write!(formatter, "`{file}` does not hold `{tensor}`; the index says so")
+                write!(formatter, "`{file}` does not contain `{tensor}`, which the index maps to it")
             }
             Self::Missing { tensor } => write!(formatter, "`{tensor}` is missing"),
             Self::Unexpected { tensor, file } => write!(formatter, "`{tensor}` in `{file}` is unexpected"),
             Self::WrongShape { tensor, file, found, expected } => {
-                write!(formatter, "`{tensor}` in `{file}` is {found:?}; `config.json` asks for {expected:?}")
+                write!(formatter, "`{tensor}` in `{file}` has the shape {found:?}; `config.json` requires {expected:?}")
             }
             Self::WrongDtype { tensor, file, dtype } => {
                 write!(
                     formatter,
-                    "`{tensor}` in `{file}` is {dtype}; weights are read from F32, BF16, F16 and FP8 (E4M3)"
+                    "`{tensor}` in `{file}` has the dtype {dtype}; supported are F32, BF16, F16 and F8_E4M3"
                 )
             }
             Self::QuantizedTensor { tensor, file, problem } => {
@@ -195,34 +195,33 @@ impl Kind {
     fn title(self, count: usize) -> String {
         let plural = |one: &str, many: &str| format!("{count} {}", if count == 1 { one } else { many });
         match self {
-            Self::Implausible => "the configuration is implausible".into(),
-            Self::QuantizationConfig => "the weights are quantized in a way that is not read".into(),
-            Self::MissingFile => plural("shard file is absent", "shard files are absent"),
-            Self::BrokenFile => plural("file is broken", "files are broken"),
+            Self::Implausible => "`config.json` is implausible".into(),
+            Self::QuantizationConfig => "the quantization is not supported".into(),
+            Self::MissingFile => plural("weight file is missing", "weight files are missing"),
+            Self::BrokenFile => plural("file is damaged", "files are damaged"),
             Self::NotInFile => plural("tensor is not where the index says", "tensors are not where the index says"),
             Self::Missing => plural("tensor is missing", "tensors are missing"),
             Self::Unexpected => plural("tensor is unexpected", "tensors are unexpected"),
             Self::WrongShape => plural("tensor has the wrong shape", "tensors have the wrong shape"),
-            Self::WrongDtype => plural("tensor has a dtype that is not read", "tensors have a dtype that is not read"),
-            Self::QuantizedTensor => plural(
-                "tensor is quantized in a way that is not read",
-                "tensors are quantized in a way that is not read",
-            ),
-            Self::Duplicate => plural("parameter is there twice", "parameters are there twice"),
+            Self::WrongDtype => plural("tensor has an unsupported dtype", "tensors have an unsupported dtype"),
+            Self::QuantizedTensor => {
+                plural("tensor has an unsupported quantization", "tensors have an unsupported quantization")
+            }
+            Self::Duplicate => plural("parameter is stored twice", "parameters are stored twice"),
         }
     }
 }
 
-/// Every problem of a checkpoint. Displays as one line that gives the count of each kind and spells out the first few.
+/// Every problem of a checkpoint. Displays as one line with the count of each kind and the first few names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProblemList {
     pub(crate) list: Vec<Problem>,
-    /// The `quant_method` of the configuration, where it has one.
+    /// The config's `quant_method`, if it has one.
     pub(crate) quantized: Option<String>,
 }
 
 impl ProblemList {
-    /// Each of them.
+    /// The problems, in the order in which they were found.
     pub fn list(&self) -> &[Problem] {
         &self.list
     }
@@ -237,43 +236,38 @@ impl ProblemList {
                 || any(Kind::Unexpected))
         {
             return Some(format!(
-                "the configuration speaks of quantized weights (`quant_method` `{method}`); read are FP8 (E4M3) with a scale a \
-                 tensor, a row or a block, and INT4 in groups as compressed-tensors packs it; of others take the weights before \
-                 they were quantized, or write them in bf16 with the program that quantized them"
+                "use the unquantized weights, or write them in bf16 with the program that quantized them (`quant_method` \
+                 `{method}`); supported are FP8 (E4M3) with one scale per tensor, row or block, and INT4 with one scale per \
+                 group in the layout of compressed-tensors"
             ));
         }
         if any(Kind::WrongDtype) {
-            return Some("weights are read from F32, BF16 and F16, and FP8 (E4M3) matrices beside their scales".into());
+            return Some("convert the weights to f32, bf16 or f16; FP8 (E4M3) is read with its scales".into());
         }
         if any(Kind::MissingFile) || any(Kind::BrokenFile) {
-            return Some("a download that was cut short looks like this: fetch these files again".into());
+            return Some("download these files again; an interrupted download looks like this".into());
         }
         let head_missing =
             |problem: &Problem| matches!(problem, Problem::Missing { tensor } if tensor == crate::mapping::names::HEAD);
         if self.list.len() == 1 && self.list.iter().any(head_missing) {
-            return Some("if the head is the embedding, set `tie_word_embeddings` to true in `config.json`".into());
+            return Some("set `tie_word_embeddings` to true in `config.json`, if the head is the embedding".into());
         }
         if all(&[Kind::Unexpected]) {
             return Some(
-                "the model that `config.json` describes has no place for these tensors: it may be another model's, or the files \
-                 hold parts that are not computed here"
+                "check that `config.json` belongs to these files: its model has no parameters for these tensors, or they \
+                 belong to parts that are not supported"
                     .into(),
             );
         }
         let is_scale = |problem: &Problem| matches!(problem, Problem::Missing { tensor } if tensor.ends_with(".weight_scale_inv") || tensor.ends_with(".weight_scale"));
         if self.list.iter().all(is_scale) {
-            return Some(
-                "FP8 matrices are read beside their scales; where they were cast without any, cast them to bf16 with torch first"
-                    .into(),
-            );
+            return Some("cast the matrices to bf16 with torch, if they were cast to FP8 without scales".into());
         }
         if all(&[Kind::Missing]) {
-            return Some(
-                "the files hold less than the model that `config.json` describes; are all of them there?".into(),
-            );
+            return Some("check that all files were downloaded and `config.json` belongs to them".into());
         }
         if all(&[Kind::Missing, Kind::Unexpected, Kind::WrongShape, Kind::Implausible]) {
-            return Some("`config.json` and the files disagree; are both of the same model?".into());
+            return Some("check that `config.json` and the files belong to the same model".into());
         }
         None
     }
@@ -303,9 +297,61 @@ impl fmt::Display for ProblemList {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::{every_variant, rendered};
+
+    fn examples() -> Vec<Problem> {
+        use Problem as P;
+        let (tensor, file) = (|| "model.norm.weight".to_owned(), || "model.safetensors".to_owned());
+        every_variant!(Problem:
+            P::MissingFile { .. } => [P::MissingFile { file: file(), tensors: 12 }],
+            P::BrokenFile { .. } => [P::BrokenFile { file: file(), problem: "is truncated".into() }],
+            P::NotInFile { .. } => [P::NotInFile { tensor: tensor(), file: file() }],
+            P::Missing { .. } => [P::Missing { tensor: tensor() }],
+            P::Unexpected { .. } => [P::Unexpected { tensor: tensor(), file: file() }],
+            P::WrongShape { .. } => [P::WrongShape {
+                tensor: tensor(),
+                file: file(),
+                found: vec![2, 3],
+                expected: vec![3, 2],
+            }],
+            P::WrongDtype { .. } => [P::WrongDtype { tensor: tensor(), file: file(), dtype: "I8".into() }],
+            P::QuantizedTensor { .. } => [P::QuantizedTensor {
+                tensor: tensor(),
+                file: file(),
+                problem: "has weights with zero points".into(),
+            }],
+            P::QuantizationConfig { .. } => [P::QuantizationConfig {
+                problem: "unknown key `quantization_config.new_key`".into(),
+            }],
+            P::Duplicate { .. } => [P::Duplicate { tensor: tensor(), other: "norm.weight".into() }],
+            P::Implausible { .. } => [P::Implausible { problem: "`n_routed_experts` is 1000000".into() }],
+        )
+    }
+
+    /// Each problem as `inspect` prints it, and as the only one of an error.
+    #[test]
+    fn messages_and_hints() {
+        let text: String = examples()
+            .into_iter()
+            .map(|problem| {
+                let line = format!("problem: {problem}\n");
+                let list = ProblemList { list: vec![problem], quantized: None };
+                line + &rendered(&list, list.hint())
+            })
+            .collect();
+        insta::assert_snapshot!(text);
+    }
 
     #[test]
-    fn long_lists_are_counted_and_cut() {
+    fn the_hint_names_the_quantization_method() {
+        let list =
+            vec![Problem::WrongDtype { tensor: "w".into(), file: "model.safetensors".into(), dtype: "I8".into() }];
+        let list = ProblemList { list, quantized: Some("gptq".into()) };
+        insta::assert_snapshot!(rendered(&list, list.hint()));
+    }
+
+    #[test]
+    fn long_lists_are_counted_and_truncated() {
         let mut list: Vec<Problem> = (0..30).map(|i| Problem::Missing { tensor: format!("t{i}") }).collect();
         list.push(Problem::WrongShape {
             tensor: "w".into(),

@@ -1,7 +1,7 @@
-//! Bytes as characters.
+//! The byte alphabet of byte-level BPE.
 
-/// The character that byte-level BPE writes for a byte (GPT-2's table): printable Latin-1 stands for itself, the other
-/// 68 bytes are shifted up from U+0100.
+/// The character that stands for a byte in byte-level BPE (GPT-2's table): printable Latin-1 characters stand for
+/// themselves, the other 68 bytes are mapped to U+0100 and following.
 pub fn byte_to_char(byte: u8) -> char {
     match byte {
         b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
@@ -15,7 +15,7 @@ fn shifted(index: u32) -> char {
     char::from_u32(0x100 + index).unwrap_or('\u{FFFD}')
 }
 
-/// A token's bytes as `tokenizer.json` spells it.
+/// A token's bytes in the spelling of `tokenizer.json`.
 pub(super) fn spell(bytes: &[u8]) -> String {
     bytes.iter().map(|&byte| byte_to_char(byte)).collect()
 }
@@ -27,7 +27,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_byte_has_a_visible_character_of_its_own() {
+    fn every_byte_has_a_unique_visible_character() {
         let characters: BTreeSet<char> = (0..=u8::MAX).map(byte_to_char).collect();
         assert_eq!(characters.len(), 256);
         assert!(characters.iter().all(|character| !character.is_whitespace() && !character.is_control()));

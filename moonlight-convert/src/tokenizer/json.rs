@@ -1,4 +1,4 @@
-//! `tokenizer.json`.
+//! Writing `tokenizer.json`.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
@@ -15,16 +15,16 @@ use crate::hub;
 use crate::io::confined_dir::ConfinedDir;
 use crate::io::temporary::new_file;
 
-/// The longest file of ranks that is read; the published one has 2,795,286 bytes.
+/// Size limit of `tiktoken.model` in bytes; the published one has 2,795,286.
 const LONGEST: u64 = 50_000_000;
 
-/// Writes `tokenizer.json` beside the `tiktoken.model` of a directory (or of a model in the Hub's cache), and gives its
-/// path. An existing one is replaced only where `overwrite` says so.
+/// Writes `tokenizer.json` into a directory with a `tiktoken.model` (or a model in the Hub's cache), and returns its
+/// path. An existing file is replaced only with `overwrite`.
 ///
 /// # Errors
 ///
-/// [`CheckpointError`] where there are no ranks, they or the names of special tokens are not sound, or the file exists or
-/// cannot be written.
+/// [`CheckpointError`], if there is no `tiktoken.model`, it or the names of special tokens are invalid, or the file
+/// exists or cannot be written.
 pub fn write_tokenizer_json(dir: impl AsRef<Path>, overwrite: bool) -> Result<PathBuf, CheckpointError> {
     let dir = hub::resolve(dir)?;
     if !dir.is_dir() {
@@ -37,14 +37,15 @@ pub fn write_tokenizer_json(dir: impl AsRef<Path>, overwrite: bool) -> Result<Pa
         return Err(CheckpointError::Exists { dir: path });
     }
     let model = dir.join(TIKTOKEN_MODEL);
-    let unsound = |problem: String| CheckpointError::Tokenizer { path: model.clone(), problem };
-    let ranks = Ranks::parse(&contents).map_err(|error| unsound(error.to_string()))?;
+    let invalid = |problem: String| CheckpointError::Tokenizer { path: model.clone(), problem };
+    let ranks = Ranks::parse(&contents).map_err(|error| invalid(error.to_string()))?;
     let names = SpecialNames::next_to(&model)?;
-    let special = special_tokens(ranks.count(), &names.added).map_err(unsound)?;
-    let bos_eos = BosEos::new(&names, &special).map_err(unsound)?;
-    let json = tokenizer_json(&ranks, &special, &bos_eos).map_err(unsound)?;
+    let special = special_tokens(ranks.count(), &names.added).map_err(invalid)?;
+    let bos_eos = BosEos::new(&names, &special).map_err(invalid)?;
+    let json = tokenizer_json(&ranks, &special, &bos_eos).map_err(invalid)?;
 
-    // Written beside and renamed, so that a crash leaves no half of one. An error removes what is there of it.
+    // Written under a temporary name and renamed, so that a crash leaves no partial file. An error removes the
+    // temporary file.
     let text = serde_json::to_vec(&json).expect("maps with strings as keys are JSON");
     let written = new_file(&dir, &format!(".{TOKENIZER_JSON}."), "").and_then(|mut partial| {
         partial.write_all(&text)?;
@@ -55,21 +56,21 @@ pub fn write_tokenizer_json(dir: impl AsRef<Path>, overwrite: bool) -> Result<Pa
     Ok(path)
 }
 
-/// The tokens at the ends of each text, where `tokenizer_config.json` says `add_bos_token` or `add_eos_token`.
+/// The tokens that are added to each text if `tokenizer_config.json` sets `add_bos_token` or `add_eos_token`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct BosEos {
-    /// Before a text.
+    /// The token before a text.
     pub bos: Option<u32>,
-    /// Behind a text.
+    /// The token after a text.
     pub eos: Option<u32>,
 }
 
 impl BosEos {
-    /// What the files beside ranks ask for.
+    /// Determines the tokens from the files next to the tokenizer.
     ///
     /// # Errors
     ///
-    /// A sentence, where they ask for a token that there is not.
+    /// A sentence, if the files require a token that does not exist.
     pub fn new(names: &SpecialNames, special: &BTreeMap<u32, AddedToken>) -> Result<Self, String> {
         let end = |add: Option<bool>, key: &str, name: &Option<String>, otherwise: &str| {
             if add != Some(true) {
@@ -77,7 +78,7 @@ impl BosEos {
             }
             let name = name.as_deref().unwrap_or(otherwise);
             let token = special.iter().find(|(_, token)| token.content == name).map(|(&id, _)| Some(id));
-            token.ok_or_else(|| format!("its tokenizer_config.json says `{key}`, and there is no token `{name}`"))
+            token.ok_or_else(|| format!("`tokenizer_config.json` sets `{key}`, and the token `{name}` does not exist"))
         };
         Ok(Self {
             bos: end(names.add_bos, "add_bos_token", &names.bos, "[BOS]")?,
@@ -85,7 +86,7 @@ impl BosEos {
         })
     }
 
-    /// The post-processor that adds them, as transformers writes it.
+    /// The post-processor that adds them, in the form written by transformers.
     fn post_processor(self, special: &BTreeMap<u32, AddedToken>) -> Value {
         if self == Self::default() {
             return Value::Null;
@@ -105,12 +106,12 @@ impl BosEos {
     }
 }
 
-/// The contents of `tokenizer.json` for ranks, the added tokens that follow them, and what begins and ends a text.
+/// The contents of `tokenizer.json` for ranks, the added tokens after them, and the tokens around a text.
 ///
 /// # Errors
 ///
-/// A sentence, where two tokens have the same text, or a text that byte-level decoding would change: such a file would not
-/// mean what the ranks mean.
+/// A sentence, if two tokens have the same text, or byte-level decoding would change a token's text: then the file
+/// would not be equivalent to the ranks.
 pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: &BosEos) -> Result<Value, String> {
     let spelled: Vec<String> = ranks.tokens().iter().map(|token| spell(token)).collect();
     let vocab: Map<String, Value> =
@@ -121,12 +122,12 @@ pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: 
         let other = contents.insert(&token.content, id);
         let ordinary = vocab.get(&token.content).and_then(Value::as_u64);
         if let Some(other) = other.map(u64::from).or(ordinary) {
-            return Err(format!("the tokens {other} and {id} are both called `{}`", token.content.escape_debug()));
+            return Err(format!("the tokens {other} and {id} have the same text `{}`", token.content.escape_debug()));
         }
-        // The decoder takes a token whose characters all stand for bytes as those bytes.
+        // If all characters of a token stand for bytes, the decoder replaces them by those bytes.
         if !token.content.is_ascii() && token.content.chars().all(|character| alphabet.contains(&character)) {
             let content = token.content.escape_debug();
-            return Err(format!("a tokenizer.json would decode the token {id}, `{content}`, as other bytes"));
+            return Err(format!("the token {id}, `{content}`, would be decoded as other bytes"));
         }
     }
     let added: Vec<Value> = special
@@ -138,7 +139,7 @@ pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: 
             })
         })
         .collect();
-    // As one string each: older versions of `tokenizers` read nothing else. No spelled token has a space.
+    // One string each, which older versions of `tokenizers` require. No spelled token contains a space.
     let merges: Vec<String> = merges(ranks)
         .into_iter()
         .map(|(left, right)| format!("{} {}", spelled[left as usize], spelled[right as usize]))
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_written_once() {
+    fn it_is_replaced_only_if_asked_to() {
         let dir = directory();
         let path = write_tokenizer_json(dir.path(), false).unwrap();
         let value: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
@@ -193,11 +194,11 @@ mod tests {
         assert_eq!(value["added_tokens"].as_array().unwrap().len(), 256);
         assert!(matches!(write_tokenizer_json(dir.path(), false), Err(CheckpointError::Exists { .. })));
         write_tokenizer_json(dir.path(), true).unwrap();
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing else is left behind");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no temporary file is left");
     }
 
     #[test]
-    fn what_ends_a_text_is_its_post_processor() {
+    fn bos_and_eos_are_added_by_the_post_processor() {
         let dir = directory();
         let written = |config: &str| {
             fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
@@ -214,24 +215,24 @@ mod tests {
         assert_eq!((&processor["single"], &processor["pair"]), (&json!(single), &json!(pair)));
         assert_eq!(processor["special_tokens"]["[EOS]"], json!({"id": "[EOS]", "ids": [257], "tokens": ["[EOS]"]}));
         let error = written(r#"{"add_bos_token": true, "bos_token": "<s>"}"#).unwrap_err();
-        assert!(error.contains("says `add_bos_token`, and there is no token `<s>`"), "{error}");
+        assert!(error.contains("sets `add_bos_token`, and the token `<s>` does not exist"), "{error}");
     }
 
     #[test]
-    fn what_cannot_be_written_down_is_refused() {
+    fn tokens_that_would_change_are_refused() {
         let dir = directory();
         let named = |text: &str| {
             fs::write(dir.path().join("tokenizer_config.json"), text).unwrap();
             write_tokenizer_json(dir.path(), false).unwrap_err().to_string()
         };
         let twice = named(r#"{"added_tokens_decoder": {"300": {"content": "[EOS]"}}}"#);
-        assert!(twice.contains("the tokens 257 and 300 are both called `[EOS]`"), "{twice}");
+        assert!(twice.contains("the tokens 257 and 300 have the same text `[EOS]`"), "{twice}");
         let latin = named(r#"{"added_tokens_decoder": {"300": {"content": "éé"}}}"#);
-        assert!(latin.contains("would decode the token 300, `éé`, as other bytes"), "{latin}");
+        assert!(latin.contains("the token 300, `éé`, would be decoded as other bytes"), "{latin}");
         let byte = named(r#"{"added_tokens_decoder": {"300": {"content": "a"}}}"#);
-        assert!(byte.contains("the tokens 97 and 300 are both called `a`"), "{byte}");
+        assert!(byte.contains("the tokens 97 and 300 have the same text `a`"), "{byte}");
         fs::write(dir.path().join(TIKTOKEN_MODEL), "YQ== 0\n").unwrap();
-        assert!(named("{}").contains("there is no token for the byte 0"));
+        assert!(named("{}").contains("no token stands for the byte 0"));
         fs::remove_file(dir.path().join(TIKTOKEN_MODEL)).unwrap();
         assert!(named("{}").contains("has no `tiktoken.model`"));
     }

@@ -1,71 +1,71 @@
-//! The file `tiktoken.model`: a line `base64(token) rank` for each token.
+//! Reading `tiktoken.model`, which has a line `base64(token) rank` for each token.
 
 use std::collections::HashSet;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-/// The longest token that is read; the published ones have at most 128 bytes. The time that [merges](super::merges) take
-/// grows with the square of it.
+/// Length limit of a token in bytes; the published ones have at most 128. The time for [merges](super::merges) grows
+/// with the square of the length.
 const LONGEST_TOKEN: usize = 512;
-/// The most tokens that are read: many times the largest vocabulary.
+/// The most tokens, many times the largest vocabulary.
 const MOST_TOKENS: usize = 1 << 22;
 
-/// The tokens of byte-pair encoding in the order of their ranks, which are their ids.
+/// The tokens of a byte-pair encoding, by rank. A token's rank is its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ranks {
     tokens: Vec<Vec<u8>>,
 }
 
-/// Ranks that are none.
+/// Why a `tiktoken.model` is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TokenRankError {
-    /// A line that is not of the file's form.
-    #[error("line {line} is not a token in base64, a space and its rank")]
+    /// A line has the wrong form.
+    #[error("line {line} does not consist of a token in base64, a space and a rank")]
     Line {
-        /// Counted from 1.
+        /// The line's number, from 1.
         line: usize,
     },
-    /// A token that is longer than any.
-    #[error("line {line} has a token of {length} bytes; none has more than {LONGEST_TOKEN}")]
+    /// A token exceeds the length limit.
+    #[error("line {line} has a token of {length} bytes; the limit is {LONGEST_TOKEN}")]
     Long {
-        /// Counted from 1.
+        /// The line's number, from 1.
         line: usize,
-        /// Its length.
+        /// Its length in bytes.
         length: usize,
     },
-    /// A token that is there twice.
-    #[error("line {line} has a token that an earlier line has")]
+    /// A token is listed twice.
+    #[error("line {line} repeats the token of an earlier line")]
     Repeated {
-        /// The later line, counted from 1.
+        /// The number of the second line, from 1.
         line: usize,
     },
-    /// A byte that no token stands for, so that a text with it could not be encoded.
-    #[error("there is no token for the byte {byte}")]
+    /// No token stands for a byte, so that texts with it could not be encoded.
+    #[error("no token stands for the byte {byte}")]
     NoByte {
         /// The byte.
         byte: u8,
     },
-    /// A rank that is there twice, or is not below the number of tokens.
-    #[error("the ranks are not 0 to {last}, each once: look at {rank}")]
+    /// The ranks are not consecutive: one is missing or listed twice.
+    #[error("the ranks are not 0 to {last}, each once: {rank} is out of sequence")]
     NotConsecutive {
-        /// The rank.
+        /// The first rank out of sequence.
         rank: u32,
-        /// One less than the number of tokens.
+        /// The number of tokens minus one.
         last: u32,
     },
-    /// More tokens than any vocabulary has.
-    #[error("there are more tokens than any vocabulary has, {MOST_TOKENS}")]
+    /// There are too many tokens.
+    #[error("there are more than {MOST_TOKENS} tokens")]
     TooMany,
 }
 
 impl Ranks {
-    /// Reads the file's bytes.
+    /// Parses the contents of a file.
     ///
     /// # Errors
     ///
-    /// [`TokenRankError`], where lines are not of the form, the ranks are not 0, 1, … without a gap, or a byte is missing.
+    /// [`TokenRankError`], if a line has the wrong form, the ranks are not consecutive from 0, or a byte has no token.
     pub fn parse(contents: &[u8]) -> Result<Self, TokenRankError> {
         let mut tokens = Vec::new();
         let mut known = HashSet::new();
@@ -101,7 +101,7 @@ impl Ranks {
 
     /// The number of tokens; the first special token has this id.
     pub fn count(&self) -> u32 {
-        // `parse` has seen that it fits.
+        // `parse` has checked that it fits.
         self.tokens.len() as u32
     }
 }
@@ -115,6 +115,22 @@ fn parse_line(line: &[u8]) -> Option<(Vec<u8>, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::every_variant;
+
+    #[test]
+    fn messages() {
+        use TokenRankError as E;
+        let examples = every_variant!(TokenRankError:
+            E::Line { .. } => [E::Line { line: 7 }],
+            E::Long { .. } => [E::Long { line: 7, length: 600 }],
+            E::Repeated { .. } => [E::Repeated { line: 7 }],
+            E::NoByte { .. } => [E::NoByte { byte: 255 }],
+            E::NotConsecutive { .. } => [E::NotConsecutive { rank: 7, last: 256 }],
+            E::TooMany => [E::TooMany],
+        );
+        let text: String = examples.iter().map(|error| format!("{error}\n")).collect();
+        insta::assert_snapshot!(text);
+    }
 
     fn file(tokens: impl Iterator<Item = Vec<u8>>) -> String {
         tokens.enumerate().map(|(rank, token)| format!("{} {rank}\n", STANDARD.encode(token))).collect()
@@ -125,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_in_any_order() {
+    fn lines_may_be_in_any_order() {
         let text = file(bytes().chain([b"ab".to_vec()]));
         let ranks = Ranks::parse(text.as_bytes()).unwrap();
         assert_eq!((ranks.count(), ranks.tokens()[256].as_slice()), (257, b"ab".as_slice()));
@@ -134,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_files_say_where() {
+    fn errors_name_the_line() {
         let error = |text: &str| Ranks::parse(text.as_bytes()).unwrap_err();
         assert_eq!(error("YQ== 0\nYQ==\n"), TokenRankError::Line { line: 2 });
         assert_eq!(error("YQ== 0\nY 1\n"), TokenRankError::Line { line: 2 });

@@ -1,4 +1,4 @@
-//! The special tokens: what the files beside a tokenizer say of them, and the names that those leave out.
+//! Special tokens: their definitions in the files next to a tokenizer, and default names for the rest.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
@@ -8,12 +8,12 @@ use serde_json::Value;
 use crate::error::CheckpointError;
 use crate::io::confined_dir::ConfinedDir;
 
-/// Special ids that follow the ranks. The published code names 258, of which the last two have no row in the embedding
-/// of 163,840; nobody needs those.
+/// The number of special tokens after the ranks. The published code defines 258. The last two have no row in the
+/// embedding of 163,840, and are omitted here.
 pub const SPECIAL_COUNT: u32 = 256;
 
-/// The names that the published tokenizer gives to the first specials, by their distance from the last rank; all
-/// others are `<|reserved_token_ID|>`. `tokenizer_config.json` has the last word.
+/// The names of special tokens in the published tokenizer, by their distance from the last rank; all others are
+/// `<|reserved_token_ID|>`. `tokenizer_config.json` takes precedence.
 const NAMES: [(u32, &str); 7] = [
     (0, "[BOS]"),
     (1, "[EOS]"),
@@ -24,34 +24,34 @@ const NAMES: [(u32, &str); 7] = [
     (17, "<|im_middle|>"),
 ];
 
-/// Ids behind those that the published code names which a `tokenizer_config.json` may still name.
+/// How many ids after those of the published code a `tokenizer_config.json` may define.
 const MOST_MORE: u32 = 1 << 16;
 
-/// Longer than any file of settings; the published ones have a few kB.
+/// Size limit of a config file in bytes; the published ones have a few kB.
 const LONGEST: u64 = 10_000_000;
 
-/// The files beside a tokenizer that name tokens.
+/// The files that define tokens.
 const FILES: [&str; 4] = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"];
 
-/// A token that is not made of merged bytes, as `added_tokens_decoder` describes it.
+/// A token that is not formed by merges, as described in `added_tokens_decoder`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AddedToken {
-    /// Its text.
+    /// The token's text.
     pub content: String,
-    /// Left out of decoded text, and of text that others wrote never read as this token.
+    /// Whether it is a control token: omitted from decoded text, and never recognized in the text of users.
     pub special: bool,
-    /// Matched between word boundaries only.
+    /// Whether it is only matched between word boundaries.
     pub single_word: bool,
-    /// Takes the white space before it along.
+    /// Whether it includes preceding white space.
     pub lstrip: bool,
-    /// Takes the white space behind it along.
+    /// Whether it includes following white space.
     pub rstrip: bool,
-    /// Looked for when the text has been normalized, and so behind those that are not.
+    /// Whether it is searched for in the normalized text, after the tokens that are not.
     pub normalized: bool,
 }
 
 impl AddedToken {
-    /// A special token by its text alone.
+    /// A special token with this text and default settings.
     pub fn named(content: impl Into<String>) -> Self {
         Self::of(content.into(), true)
     }
@@ -60,10 +60,10 @@ impl AddedToken {
         Self { content, special, single_word: false, lstrip: false, rstrip: false, normalized: !special }
     }
 
-    /// An entry of `added_tokens_decoder`: an object, or the text alone. What it does not say is as in Hugging Face's
+    /// Reads an entry of `added_tokens_decoder`: an object, or only the text. Defaults are those of Hugging Face's
     /// `AddedToken`: not special, and normalized unless special.
     fn read(value: &Value) -> Option<Self> {
-        // A token without a text stands for nothing, and would be found everywhere.
+        // A token with an empty text would match everywhere.
         let content = text_of(value).filter(|text| !text.is_empty())?;
         if value.is_string() {
             return Some(Self::named(content));
@@ -80,12 +80,12 @@ impl AddedToken {
     }
 }
 
-/// The names and ids that the files beside a tokenizer give; all of them may be absent.
+/// The names and ids in the files next to a tokenizer; any may be missing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SpecialNames {
-    /// `bos_token`.
+    /// `bos_token` of `tokenizer_config.json`.
     pub bos: Option<String>,
-    /// `eos_token`.
+    /// `eos_token` of `tokenizer_config.json`.
     pub eos: Option<String>,
     /// `bos_token_id` of `config.json`.
     pub bos_id: Option<u32>,
@@ -95,27 +95,28 @@ pub struct SpecialNames {
     pub add_bos: Option<bool>,
     /// `add_eos_token` of `tokenizer_config.json`.
     pub add_eos: Option<bool>,
-    /// `added_tokens_decoder` of `tokenizer_config.json`; without it, the tokens of `added_tokens.json`. Those that are named
-    /// by a key such as `eos_token` are special whatever is said of them there, as in transformers.
+    /// `added_tokens_decoder` of `tokenizer_config.json`, or without it the tokens of `added_tokens.json`. As in
+    /// transformers, tokens that a key such as `eos_token` names are special, whatever their entry says.
     pub added: BTreeMap<u32, AddedToken>,
-    /// Whether they are those of `added_tokens.json`.
+    /// Whether `added` was read from `added_tokens.json`.
     pub from_added_tokens_json: bool,
-    /// The texts under keys such as `eos_token`, `pad_token` or `image_token`, which are those of special tokens.
+    /// The texts of keys such as `eos_token`, `pad_token` or `image_token`; these tokens are special.
     pub named: BTreeSet<String>,
     /// The texts of `additional_special_tokens` and `extra_special_tokens`.
     pub additional: BTreeSet<String>,
 }
 
 impl SpecialNames {
-    /// Reads the files beside a tokenizer: `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`,
-    /// `config.json`. One that is absent says nothing.
+    /// Reads the files next to a tokenizer: `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`,
+    /// `config.json`. A missing file is treated as empty.
     ///
-    /// `special_tokens_map.json` and `added_tokens.json` are of earlier versions of transformers, which reads them only
-    /// where `tokenizer_config.json` has no `added_tokens_decoder`; so does this, and then the map has the last word.
+    /// `special_tokens_map.json` and `added_tokens.json` are from earlier versions of transformers, which reads them
+    /// only if `tokenizer_config.json` has no `added_tokens_decoder`. So does this function, and then the map takes
+    /// precedence.
     ///
     /// # Errors
     ///
-    /// A file that is there and cannot be read, or is not JSON.
+    /// A file that exists and cannot be read, or is not JSON.
     pub fn next_to(path: &Path) -> Result<Self, CheckpointError> {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
@@ -127,7 +128,7 @@ impl SpecialNames {
             .map_err(|(name, problem)| CheckpointError::Tokenizer { path: dir.join(name), problem })
     }
 
-    /// What the contents of [`FILES`] say; the error is a file's name and what is wrong with it.
+    /// Parses the contents of [`FILES`]; the error is a file's name and what is wrong with it.
     pub(crate) fn parse(texts: [Option<&[u8]>; 4]) -> Result<Self, (&'static str, String)> {
         let mut files: [Value; 4] = Default::default();
         for ((file, text), name) in files.iter_mut().zip(texts).zip(FILES) {
@@ -189,20 +190,21 @@ impl SpecialNames {
     }
 }
 
-/// A token is its text, or an object with its text as `content`.
+/// The text of a token, which is a string or an object with `content`.
 fn text_of(value: &Value) -> Option<String> {
     value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
 }
 
-/// The tokens behind so many ranks, by their id: as `added` names them, as the published code does, or else
-/// `<|reserved_token_ID|>`. There are [`SPECIAL_COUNT`] of them without a gap, and more where `added` names more; a reserved token
-/// behind them has no row in the embedding of the published models and is left out.
+/// The tokens after `ranks` ranks, by id: named as in `added`, or as in the published code, or else
+/// `<|reserved_token_ID|>`. There are at least [`SPECIAL_COUNT`] of them without a gap, and more if `added` has higher
+/// ids. Reserved tokens after those have no row in the embedding of the published models and are omitted.
 ///
 /// # Errors
 ///
-/// A sentence, where `added` names an id of the ranks or one far behind them, or two tokens have one text.
+/// A sentence, if `added` contains an id of a rank or one far above them, or two tokens have the same text.
 pub fn special_tokens(ranks: u32, added: &BTreeMap<u32, AddedToken>) -> Result<BTreeMap<u32, AddedToken>, String> {
     let reserved = |id: u32| AddedToken::named(format!("<|reserved_token_{id}|>"));
+    // `saturating`: both numbers come from files.
     let first_more = ranks.saturating_add(SPECIAL_COUNT);
     let known = added.iter().filter(|(id, token)| {
         !token.content.is_empty() && (**id < first_more || token.content != reserved(**id).content)
@@ -211,13 +213,13 @@ pub fn special_tokens(ranks: u32, added: &BTreeMap<u32, AddedToken>) -> Result<B
     let called = |id: u32| format!("the token {id}, `{}`", known[&id].content.escape_debug());
     if let Some((&id, _)) = known.first_key_value().filter(|(id, _)| **id < ranks) {
         return Err(format!(
-            "its tokenizer_config.json names {}, and tiktoken.model has a token {id}, too",
+            "`tokenizer_config.json` defines {}, and `tiktoken.model` contains a token {id}, too",
             called(id)
         ));
     }
     let last = known.last_key_value().map_or(0, |(&id, _)| id);
     if last >= first_more.saturating_add(MOST_MORE) {
-        return Err(format!("its tokenizer_config.json names {}, and there are {ranks} ranks", called(last)));
+        return Err(format!("`tokenizer_config.json` defines {}, and there are only {ranks} ranks", called(last)));
     }
     let ids = ranks..first_more.max(last.saturating_add(1));
     let mut tokens: BTreeMap<u32, AddedToken> = ids.map(|id| (id, reserved(id))).collect();
@@ -226,7 +228,7 @@ pub fn special_tokens(ranks: u32, added: &BTreeMap<u32, AddedToken>) -> Result<B
     let mut ids: HashMap<&str, u32> = HashMap::new();
     for (&id, token) in &tokens {
         if let Some(other) = ids.insert(&token.content, id) {
-            return Err(format!("the tokens {other} and {id} are both called `{}`", token.content.escape_debug()));
+            return Err(format!("the tokens {other} and {id} have the same text `{}`", token.content.escape_debug()));
         }
     }
     Ok(tokens)
@@ -236,7 +238,7 @@ pub fn special_tokens(ranks: u32, added: &BTreeMap<u32, AddedToken>) -> Result<B
 mod tests {
     use super::*;
 
-    fn beside(files: &[(&str, &str)]) -> SpecialNames {
+    fn names_next_to(files: &[(&str, &str)]) -> SpecialNames {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
             std::fs::write(dir.path().join(name), text).unwrap();
@@ -245,12 +247,12 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_has_the_last_word() {
+    fn tokenizer_config_takes_precedence() {
         let config = r#"{"bos_token": "[BOS]", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": true,
             "added_tokens_decoder": {
             "1005": {"content": "<|tool|>", "special": false, "rstrip": true}, "1254": {"content": "[PAD]", "special": true},
             "1256": "beyond", "x": "no id", "1007": 3}}"#;
-        let names = beside(&[
+        let names = names_next_to(&[
             ("tokenizer_config.json", config),
             ("config.json", r#"{"eos_token_id": [7, 8]}"#),
             ("special_tokens_map.json", r#"{"eos_token": "[EOS]", "pad_token": "[PAD]"}"#),
@@ -275,22 +277,22 @@ mod tests {
         assert!(tokens[&1254].special);
     }
 
-    /// As transformers 5.24 has it: what is named `eos_token` is special, what is in the list of additional ones need not be.
+    /// As in transformers 5.24: a token named by `eos_token` is special, one listed as additional need not be.
     #[test]
     fn a_named_token_is_special() {
         let config = r#"{"eos_token": "<end>", "image_token": "<img>", "additional_special_tokens": ["<think>"],
             "added_tokens_decoder": {"1005": {"content": "<end>", "special": false},
             "1006": {"content": "<think>", "special": false}, "1007": {"content": "<img>", "special": false}}}"#;
-        let names = beside(&[("tokenizer_config.json", config)]);
+        let names = names_next_to(&[("tokenizer_config.json", config)]);
         let special = |id: u32| names.added[&id].special;
         assert_eq!((special(1005), special(1006), special(1007)), (true, false, true));
     }
 
     #[test]
-    fn files_of_earlier_versions_speak_where_the_configuration_does_not() {
+    fn files_of_earlier_versions_are_read_if_the_config_has_no_tokens() {
         let config = ("tokenizer_config.json", r#"{"eos_token": "a"}"#);
         let map = ("special_tokens_map.json", r#"{"eos_token": "b", "additional_special_tokens": [{"content": "c"}]}"#);
-        let names = beside(&[config, map, ("added_tokens.json", r#"{"b": 1003, "<x>": 1004}"#)]);
+        let names = names_next_to(&[config, map, ("added_tokens.json", r#"{"b": 1003, "<x>": 1004}"#)]);
         assert_eq!(names.eos.as_deref(), Some("b"));
         assert_eq!(names.additional.first().unwrap(), "c");
         let special = names.added.iter().map(|(&id, token)| (id, token.content.as_str(), token.special));
@@ -298,35 +300,35 @@ mod tests {
     }
 
     #[test]
-    fn reserved_tokens_without_a_row_are_left_out_and_gaps_are_filled() {
+    fn reserved_tokens_without_a_row_are_omitted_and_gaps_are_filled() {
         let added = |tokens: &[(u32, &str)]| {
             tokens.iter().map(|&(id, name)| (id, AddedToken::named(name))).collect::<BTreeMap<_, _>>()
         };
-        // As a copy saved by transformers lists them.
+        // As listed in a copy saved by transformers.
         let names = added(&[(1256, "<|reserved_token_1256|>"), (1257, "<|reserved_token_1257|>")]);
         assert_eq!(special_tokens(1000, &names).unwrap().len(), 256);
         let tokens = special_tokens(1000, &added(&[(1300, "<new>")])).unwrap();
         assert_eq!((tokens.len(), tokens[&1299].content.as_str()), (301, "<|reserved_token_1299|>"));
         let error = special_tokens(1000, &added(&[(4_000_000_000, "<far>")])).unwrap_err();
-        assert!(error.contains("the token 4000000000, `<far>`, and there are 1000 ranks"), "{error}");
+        assert!(error.contains("the token 4000000000, `<far>`, and there are only 1000 ranks"), "{error}");
         let error = special_tokens(1000, &added(&[(7, "<x>")])).unwrap_err();
-        assert!(error.contains("names the token 7, `<x>`, and tiktoken.model has a token 7, too"), "{error}");
+        assert!(error.contains("defines the token 7, `<x>`, and `tiktoken.model` contains a token 7, too"), "{error}");
         let error = special_tokens(1000, &added(&[(1100, "[EOS]")])).unwrap_err();
-        assert!(error.contains("the tokens 1001 and 1100 are both called `[EOS]`"), "{error}");
+        assert!(error.contains("the tokens 1001 and 1100 have the same text `[EOS]`"), "{error}");
     }
 
     #[test]
-    fn a_token_without_a_text_is_none() {
+    fn a_token_without_a_text_is_ignored() {
         let config = r#"{"bos_token": "", "eos_token": {"content": ""}, "added_tokens_decoder": {
             "1005": {"content": ""}, "1006": ""}}"#;
-        assert_eq!(beside(&[("tokenizer_config.json", config)]), SpecialNames::default());
+        assert_eq!(names_next_to(&[("tokenizer_config.json", config)]), SpecialNames::default());
         let added = BTreeMap::from([(1005, AddedToken::named(""))]);
         assert!(special_tokens(1000, &added).unwrap().values().all(|token| !token.content.is_empty()));
     }
 
     #[cfg(unix)]
     #[test]
-    fn links_that_lead_out_and_pipes_are_errors() {
+    fn links_out_of_the_directory_and_pipes_are_errors() {
         let dir = tempfile::tempdir().unwrap();
         let inside = dir.path().join("model");
         std::fs::create_dir(&inside).unwrap();
@@ -349,7 +351,7 @@ mod tests {
             let path = dir.path().join(name);
             std::fs::write(&path, "[1, 2").unwrap();
             let error = SpecialNames::next_to(&dir.path().join("x")).unwrap_err().to_string();
-            assert!(error.contains(&format!("{name}` is not sound: it is not JSON")), "{error}");
+            assert!(error.contains(&format!("{name}` is invalid: it is not JSON")), "{error}");
             std::fs::remove_file(path).unwrap();
         }
     }

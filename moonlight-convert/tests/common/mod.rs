@@ -1,6 +1,6 @@
-//! What the tests of this crate share: the fixtures, and directories taken apart and put together.
+//! Shared code of this crate's tests: fixtures, and taking directories apart and assembling them.
 
-#![allow(dead_code, unreachable_pub, reason = "each test program uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,14 +13,14 @@ use moonlight_model::CausalLm;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
-/// The fixtures made with transformers, one for each family.
+/// The fixtures made with transformers, one per family.
 pub const FAMILIES: [&str; 5] = ["moonlight-like", "deepseek-v3-like", "deepseek-v2-lite-like", "llama", "qwen2"];
 
 pub fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").join(family)
 }
 
-/// A tensor of a file, taken out of it.
+/// A tensor taken out of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Raw {
     pub dtype: Dtype,

@@ -1,4 +1,4 @@
-//! Reading the files that `scripts/make_fixtures.py` writes.
+//! Reading the fixtures.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use serde::Deserialize;
 pub(crate) const FAMILIES: [&str; 6] =
     ["moonlight-like", "deepseek-v3-like", "deepseek-v2-lite-like", "deepseek-v2-like", "llama", "qwen2"];
 
-/// Tensors in f32 by the name that they have in a file.
+/// Tensors in f32 by their name in the file.
 pub(crate) type Tensors = BTreeMap<String, HostTensor>;
 
 pub(crate) struct HostTensor {
@@ -34,7 +34,7 @@ pub(crate) struct Fixture {
 #[derive(Deserialize)]
 pub(crate) struct Sequence {
     pub(crate) tokens: Vec<i32>,
-    /// Null for the first.
+    /// Null for the first token.
     pub(crate) logprobs: Vec<Option<f64>>,
 }
 
@@ -49,17 +49,17 @@ pub(crate) struct Batch {
     pub(crate) sequences: Vec<Vec<i32>>,
     /// Mean over predicted tokens.
     pub(crate) loss: f64,
-    /// With weight 1; absent for dense models.
+    /// With weight 1; missing for dense models.
     pub balance_loss: Option<f64>,
 }
 
 impl Fixture {
-    /// The fixture of a family, and its model in f32.
+    /// Opens the fixture of a family, with its model in f32.
     pub(crate) fn open(family: &str, device: &Device) -> (Self, CausalLm) {
         Self::open_in(DType::F32, family, device)
     }
 
-    /// The same in another dtype.
+    /// Opens a fixture with its model in a given dtype.
     pub(crate) fn open_in(dtype: DType, family: &str, device: &Device) -> (Self, CausalLm) {
         let directory = directory(family);
         let text = std::fs::read_to_string(directory.join("expected.json")).unwrap();
@@ -79,7 +79,7 @@ pub(crate) fn directory(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures").join(family)
 }
 
-/// The parameters of a model as a checkpoint holds them.
+/// The parameters of a model by their names in a checkpoint.
 pub(crate) fn under_published_names(model: CausalLm) -> Tensors {
     let directory = tempfile::tempdir().unwrap();
     let saved = directory.path().join("saved");
@@ -87,7 +87,7 @@ pub(crate) fn under_published_names(model: CausalLm) -> Tensors {
     read(&saved.join("model.safetensors"))
 }
 
-/// A safetensors file in f32.
+/// Reads a safetensors file in f32.
 pub(crate) fn read(path: &Path) -> Tensors {
     let bytes = std::fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();

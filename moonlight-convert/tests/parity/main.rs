@@ -1,6 +1,6 @@
-//! What we make of a checkpoint against what transformers makes of it (`scripts/make_fixtures.py`), for six families.
+//! Parity with transformers on checkpoints of six families (the fixtures' script writes the expected values).
 //!
-//! `cargo test -p moonlight-convert --test parity -- --nocapture` prints the worst figure of each check.
+//! `cargo test -p moonlight-convert --test parity -- --nocapture` prints the worst value of each check.
 
 mod fixture;
 mod round_trip;
@@ -22,7 +22,7 @@ fn ids(rows: &[Vec<i32>], device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(data, device)
 }
 
-/// log p of each token but the first given those before it, from logits of which row `first` belongs to token 0.
+/// The log-probability of each token except the first, from logits whose row `first` belongs to token 0.
 fn logprobs(logits: &[f32], vocab: usize, tokens: &[i32]) -> Vec<f64> {
     let rows = logits.chunks_exact(vocab);
     rows.zip(&tokens[1..])
@@ -45,19 +45,19 @@ fn logprobs_of_whole_sequences() {
     let device = Device::default();
     for family in FAMILIES {
         let (fixture, model) = Fixture::open(family, &device);
-        let mut figure: f64 = 0.0;
+        let mut error: f64 = 0.0;
         for sequence in &fixture.sequences {
             let logits = model.logits(ids(std::slice::from_ref(&sequence.tokens), &device), None).into_data();
             let actual = logprobs(&logits.try_to_vec::<f32>().unwrap(), fixture.vocab, &sequence.tokens);
-            figure = figure.max(worst(&actual, &sequence.logprobs));
+            error = error.max(worst(&actual, &sequence.logprobs));
         }
-        println!("{family}: log-probabilities differ by at most {figure:.1e}");
-        assert!(figure <= LOGPROB_BUDGET, "{family}: {figure}");
+        println!("{family}: log-probabilities differ by at most {error:.1e}");
+        assert!(error <= LOGPROB_BUDGET, "{family}: {error}");
     }
 }
 
-/// Weights and activations in half precision against transformers in f32. transformers itself is 0.004 to 0.01 away in
-/// bf16, and a token whose experts change is further, so the mean is what counts.
+/// Weights and activations in half precision against transformers in f32. transformers itself differs by 0.004 to 0.01
+/// in bf16, and a token with different experts by more, so that the mean is checked.
 #[test]
 fn logprobs_in_half_precision() {
     const MEAN_BUDGET: f64 = 0.015;
@@ -83,7 +83,7 @@ fn logprobs_in_half_precision() {
     }
 }
 
-/// All sequences in one row, each a document of its own: every token still sees exactly its own sequence.
+/// All sequences packed into one row as separate documents: every token attends to its own sequence only.
 #[test]
 fn logprobs_of_packed_sequences() {
     let device = Device::default();
@@ -93,24 +93,24 @@ fn logprobs_of_packed_sequences() {
         let documents: Vec<i32> = (0..).zip(&fixture.sequences).flat_map(|(n, s)| vec![n; s.tokens.len()]).collect();
         let segments = Segments::new(&documents, 1, row.len());
         let logits = model.logits(ids(&[row], &device), Some(&segments)).into_data().try_to_vec::<f32>().unwrap();
-        let (mut figure, mut start) = (0.0f64, 0);
+        let (mut error, mut start) = (0.0f64, 0);
         for sequence in &fixture.sequences {
             let actual = logprobs(&logits[start * fixture.vocab..], fixture.vocab, &sequence.tokens);
-            figure = figure.max(worst(&actual, &sequence.logprobs));
+            error = error.max(worst(&actual, &sequence.logprobs));
             start += sequence.tokens.len();
         }
-        println!("{family}: packed log-probabilities differ by at most {figure:.1e}");
-        assert!(figure <= LOGPROB_BUDGET, "{family}: {figure}");
+        println!("{family}: packed log-probabilities differ by at most {error:.1e}");
+        assert!(error <= LOGPROB_BUDGET, "{family}: {error}");
     }
 }
 
-/// Prompt in one piece, then token by token: the cache and the absorbed products.
+/// The prompt at once, then token by token: tests the KV cache and the absorbed projections.
 #[test]
 fn logprobs_while_decoding() {
     let device = Device::default();
     for family in FAMILIES {
         let (fixture, model) = Fixture::open(family, &device);
-        let mut figure: f64 = 0.0;
+        let mut error: f64 = 0.0;
         for sequence in &fixture.sequences {
             let tokens = &sequence.tokens;
             let mut cache = KvCache::new(model.config(), 1, tokens.len(), &device, model.dtype());
@@ -119,10 +119,10 @@ fn logprobs_while_decoding() {
             for &token in tail {
                 logits.extend(decode(&model, vec![token], &mut cache, &device));
             }
-            figure = figure.max(worst(&logprobs(&logits, fixture.vocab, tokens), &sequence.logprobs));
+            error = error.max(worst(&logprobs(&logits, fixture.vocab, tokens), &sequence.logprobs));
         }
-        println!("{family}: log-probabilities while decoding differ by at most {figure:.1e}");
-        assert!(figure <= LOGPROB_BUDGET, "{family}: {figure}");
+        println!("{family}: log-probabilities while decoding differ by at most {error:.1e}");
+        assert!(error <= LOGPROB_BUDGET, "{family}: {error}");
     }
 }
 
@@ -160,7 +160,7 @@ fn greedy_continuation() {
     }
 }
 
-/// The fixture's batch, right-padded, and the number of tokens that it predicts.
+/// The fixture's batch, right-padded, and the number of predicted tokens.
 fn padded(sequences: &[Vec<i32>], device: &Device) -> (LmBatch, f32) {
     let length = sequences.iter().map(Vec::len).max().expect("a sequence");
     let (mut tokens, mut targets, mut mask, mut documents) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());

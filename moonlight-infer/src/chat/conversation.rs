@@ -1,19 +1,19 @@
-//! Conversations as people keep them: one [record](crate::records) in any of four shapes.
+//! Conversations as data sets store them: one [record](crate::records) in any of four formats.
 //!
-//! | shape | a record |
+//! | format | a record |
 //! |---|---|
 //! | OpenAI's | `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "...", "weight": 0}]}` |
 //! | ShareGPT's | `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}` |
 //! | TRL's | `{"prompt": [{"role": "user", ...}], "completion": [{"role": "assistant", ...}]}` |
 //! | Alpaca's | `{"instruction": "...", "input": "...", "output": "..."}` |
 //!
-//! The first of these keys that holds something decides the shape; a null, which tables have where another row has a value,
-//! is as if the key were not there. Messages keep all their fields, and what the record holds beside them is kept, too
-//! (`tools`, `documents`, `chat_template_kwargs`): a template is given it where it asks for it. What nobody asks for is
-//! reported, see [`WeightedTokens::unread`](super::WeightedTokens::unread).
+//! The first of these keys with a value decides the format. A null counts as an absent key: tables have one where another row
+//! has a value. Messages keep all their fields, and the record keeps its other ones (`tools`, `documents`,
+//! `chat_template_kwargs`), which are variables for the template. Fields that nothing reads are reported, see
+//! [`WeightedTokens::unread`](super::WeightedTokens::unread).
 //!
-//! ShareGPT's records become OpenAI's, as LLaMA-Factory reads them: `function_call` is a turn of the assistant's with
-//! `tool_calls`, `observation` a `tool` that answers, `system` the first message, and a tool that is a bare function is wrapped.
+//! ShareGPT records are converted to OpenAI's format, as LLaMA-Factory reads them: `function_call` is an assistant turn with
+//! `tool_calls`, `observation` a `tool` turn, `system` the first message, and a tool that is a bare function is wrapped.
 
 use serde_json::{Map, Value, json};
 
@@ -22,7 +22,7 @@ use super::template_input::REASONING_FIELDS;
 use super::{ConversationError, Message};
 use crate::records::parse;
 
-/// Which of the shapes a record has.
+/// The format of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ConversationFormat {
@@ -30,9 +30,9 @@ pub enum ConversationFormat {
     Messages,
     /// `conversations` of `from` and `value`.
     ShareGpt,
-    /// `instruction`, perhaps `input`, and `output`; perhaps `system` and `history`.
+    /// `instruction` and `output`; optional `input`, `system` and `history`.
     Alpaca,
-    /// `prompt` and `completion`, two lists of messages; the second is learned.
+    /// `prompt` and `completion`, two lists of messages; only the second is learned.
     PromptCompletion,
 }
 
@@ -47,18 +47,17 @@ impl std::fmt::Display for ConversationFormat {
     }
 }
 
-/// A message and how much its words count in the loss.
+/// A message and its weight in the loss.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Turn {
-    /// Who says what.
+    /// Role, content and further fields.
     pub message: Message,
-    /// Factor on the loss of each token: 1 where the record says nothing, 0 for words that are not learned. Only the
-    /// assistant's words are ever learned; elsewhere it is 0.
+    /// Factor on the loss of each of its tokens, from 0; 1 unless the record sets it. 0 for all roles but `assistant`.
     pub weight: f32,
 }
 
 impl Turn {
-    /// A message that counts so much where it is the assistant's.
+    /// A message with this weight if it is the assistant's, else with 0.
     pub fn new(message: Message, weight: f32) -> Self {
         let weight = if message.role() == "assistant" { weight } else { 0.0 };
         Self { message, weight }
@@ -69,22 +68,22 @@ impl Turn {
     }
 }
 
-/// A record that was read.
+/// A parsed record.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conversation {
-    /// The shape that it had.
+    /// The format of the record.
     pub format: ConversationFormat,
-    /// What was said, in order.
+    /// The messages, in order.
     pub turns: Vec<Turn>,
-    /// What the record holds beside that: `tools` and other variables of templates, and what may be of no use.
+    /// The other fields of the record: `tools`, other variables of templates, and fields that nothing may use.
     pub fields: Map<String, Value>,
 }
 
-/// Fields of a message that say whether it is learned: OpenAI's, axolotl's two names, LoongForge's and ms-swift's.
+/// Fields that set the weight of a message: OpenAI's, two of axolotl, LoongForge's and ms-swift's.
 const WEIGHT_FIELDS: [&str; 5] = ["weight", "train", "training", "loss_mask", "loss"];
-/// axolotl's parts of a message that are learned or not, in characters.
+/// axolotl's fields that select ranges of characters of a message.
 const WEIGHT_DETAIL_FIELDS: [&str; 2] = ["train_detail", "training_detail"];
-/// Parts of a message that no text can stand for.
+/// Types of content parts that have no text.
 const MEDIA_PART_TYPES: [&str; 10] = [
     "image",
     "image_url",
@@ -98,7 +97,7 @@ const MEDIA_PART_TYPES: [&str; 10] = [
     "input_file",
 ];
 
-/// Fields of messages that are read here, whatever a template reads.
+/// Whether a field of a message is used by this module, whatever the template reads.
 pub(super) fn is_read_here(field: &str) -> bool {
     ["role", "content", "from", "value"].contains(&field) || WEIGHT_FIELDS.contains(&field)
 }
@@ -110,22 +109,22 @@ impl From<Vec<Turn>> for Conversation {
 }
 
 impl Conversation {
-    /// Reads a record. `knows` says of a role beside `system`, `user` and `assistant`, or of a kind of a part, whether
-    /// the template names it.
+    /// Parses a record. `knows` returns whether the template knows a role other than `system`, `user` and `assistant`, or
+    /// the type of a content part.
     ///
     /// # Errors
     ///
-    /// [`ConversationError`]: bytes that are no UTF-8, text that is no JSON, none of the shapes, a role that nobody knows,
-    /// a message without text, no message of the assistant's, nothing to learn.
+    /// [`ConversationError`]: bytes that are not UTF-8 or not JSON, none of the formats, an unknown role, a message without
+    /// content, no message of the assistant, or none with a weight above 0.
     pub fn parse(record: &[u8], knows: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
         Self::from_json(&parse(record)?.value, knows)
     }
 
-    /// Like [`parse`](Conversation::parse), of JSON that was read already.
+    /// Like [`parse`](Conversation::parse), from parsed JSON.
     ///
     /// # Errors
     ///
-    /// As [`parse`](Conversation::parse), but for the first two.
+    /// As [`parse`](Conversation::parse), except for the first two.
     pub fn from_json(value: &Value, knows: impl Fn(&str) -> bool) -> Result<Self, ConversationError> {
         let Value::Object(record) = value else { return Err(ConversationError::UnknownFormat { keys: Vec::new() }) };
         let mut fields: Map<String, Value> = record
@@ -138,12 +137,11 @@ impl Conversation {
             return Err(ConversationError::Preference { key });
         }
         let weight = weight_of_record(&fields)?;
-        let of_prompt = has("prompt") && has("completion");
         let (format, mut turns) = if has("messages") {
             (ConversationFormat::Messages, take_messages(&mut fields, "messages", &knows)?)
         } else if has("conversations") {
             (ConversationFormat::ShareGpt, take_messages(&mut fields, "conversations", &knows)?)
-        } else if of_prompt {
+        } else if has("prompt") && has("completion") {
             (ConversationFormat::PromptCompletion, prompt_and_completion(&mut fields, &knows)?)
         } else if has("instruction") {
             (ConversationFormat::Alpaca, alpaca(&mut fields)?)
@@ -177,31 +175,31 @@ impl Conversation {
         Ok(Self { format, turns, fields })
     }
 
-    /// The messages alone.
+    /// The messages without their weights.
     pub fn messages(&self) -> Vec<Message> {
         self.turns.iter().map(|turn| turn.message.clone()).collect()
     }
 }
 
-fn wrong(place: impl Into<String>, problem: impl Into<String>) -> ConversationError {
+fn invalid(place: impl Into<String>, problem: impl Into<String>) -> ConversationError {
     ConversationError::Message { place: place.into(), problem: problem.into() }
 }
 
-/// The messages of a field of the record.
+/// Removes a field from the record, and parses it as messages.
 fn take_messages(
     fields: &mut Map<String, Value>,
     key: &str,
     knows: &impl Fn(&str) -> bool,
 ) -> Result<Vec<Turn>, ConversationError> {
     let Some(Value::Array(messages)) = fields.shift_remove(key) else {
-        return Err(wrong(key, "is not a list of messages"));
+        return Err(invalid(key, "is not a list of messages"));
     };
     let turn = |(index, message)| parse_turn(format!("{key}[{index}]"), message, knows);
     messages.into_iter().enumerate().map(turn).collect()
 }
 
-/// The field that makes a record one of preferences: a better and a worse answer, or whether the answer is a good one. Beside
-/// `messages` the two answers say nothing new: there the answer to be learned is the last message.
+/// The field that makes this a preference record: a better and a worse answer (DPO), or whether the answer is good (KTO).
+/// With `messages`, `chosen` and `rejected` are ignored: the answer to learn is the last message.
 fn preference_field(fields: &Map<String, Value>, has_messages: bool) -> Option<&'static str> {
     let holds = |key: &str| fields.get(key).is_some_and(|value| !is_empty_value(value));
     let is_bool = |key: &str| fields.get(key).is_some_and(Value::is_boolean);
@@ -209,7 +207,7 @@ fn preference_field(fields: &Map<String, Value>, has_messages: bool) -> Option<&
     ["label", "kto_tag"].into_iter().find(|key| is_bool(key)).or_else(of_answers)
 }
 
-/// TRL's records of a prompt and what is learned after it.
+/// TRL's format.
 fn prompt_and_completion(
     fields: &mut Map<String, Value>,
     knows: &impl Fn(&str) -> bool,
@@ -226,8 +224,8 @@ fn prompt_and_completion(
     Ok(turns)
 }
 
-/// The names that ShareGPT's exports and those that followed them use. A template that names one of the last rows itself is
-/// given it as it is.
+/// The role that one of ShareGPT's names stands for; `None` for an unknown role. A role that the template itself knows is
+/// kept, before `function_call` and the like are replaced.
 fn normalize_role<'a>(role: &'a str, knows: &impl Fn(&str) -> bool) -> Option<&'a str> {
     Some(match role {
         "human" => "user",
@@ -241,7 +239,7 @@ fn normalize_role<'a>(role: &'a str, knows: &impl Fn(&str) -> bool) -> Option<&'
 }
 
 fn parse_turn(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> Result<Turn, ConversationError> {
-    let Value::Object(mut message) = message else { return Err(wrong(place, "is not a message")) };
+    let Value::Object(mut message) = message else { return Err(invalid(place, "is not a message")) };
     message.retain(|_, value| !value.is_null());
     for (key, other) in [("role", "from"), ("content", "value")] {
         let Some(value) = message.get(other).cloned() else { continue };
@@ -252,33 +250,33 @@ fn parse_turn(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> R
                     .map(|(name, value)| (if name == other { key.to_owned() } else { name }, value))
                     .collect();
             }
-            // The same twice.
+            // Some exports have both names for the same value.
             Some(known) if *known == value => {
                 message.shift_remove(other);
             }
-            Some(_) => return Err(wrong(place, format!("has both `{key}` and `{other}`, and they differ"))),
+            Some(_) => return Err(invalid(place, format!("has both `{key}` and `{other}`, and they differ"))),
         }
     }
-    merge_reasoning(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
-    let Some(Value::String(said)) = message.get("role") else {
-        return Err(wrong(place, "does not say who speaks: it lacks `role` (or `from`)"));
+    merge_reasoning(&mut message).map_err(|problem| invalid(place.clone(), problem))?;
+    let Some(Value::String(written)) = message.get("role") else {
+        return Err(invalid(place, "has no `role` (or `from`)"));
     };
-    let calls = ["function_call", "tool_call"].contains(&said.as_str()) && !knows(said);
-    let Some(role) = normalize_role(said, knows).map(str::to_owned) else {
-        return Err(ConversationError::Role { place, role: said.clone() });
+    let is_call = ["function_call", "tool_call"].contains(&written.as_str()) && !knows(written);
+    let Some(role) = normalize_role(written, knows).map(str::to_owned) else {
+        return Err(ConversationError::Role { place, role: written.clone() });
     };
     message.insert("role".into(), Value::String(role.clone()));
-    if calls {
-        parse_tool_calls(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
+    if is_call {
+        parse_tool_calls(&mut message).map_err(|problem| invalid(place.clone(), problem))?;
     }
-    tool_calls(&mut message).map_err(|problem| wrong(place.clone(), problem))?;
-    content(&mut message, &role, knows).map_err(|problem| wrong(place.clone(), problem))?;
-    let weight = message_weight(&message, role == "assistant").map_err(|problem| wrong(place, problem))?;
+    normalize_tool_calls(&mut message).map_err(|problem| invalid(place.clone(), problem))?;
+    check_content(&mut message, &role, knows).map_err(|problem| invalid(place.clone(), problem))?;
+    let weight = message_weight(&message, role == "assistant").map_err(|problem| invalid(place, problem))?;
     Ok(Turn::new(Message(message), weight))
 }
 
-/// Leaves one of the fields that hold what the assistant thinks to be given under all their names: what says the same twice,
-/// or nothing, is removed.
+/// Keeps one of the fields with the reasoning, which the template gets under all their names; empty ones and copies of it
+/// are removed.
 fn merge_reasoning(message: &mut Map<String, Value>) -> Result<(), String> {
     let mut found: Option<&str> = None;
     for name in REASONING_FIELDS {
@@ -295,16 +293,17 @@ fn merge_reasoning(message: &mut Map<String, Value>) -> Result<(), String> {
     Ok(())
 }
 
-/// `tool_calls` from the text of a ShareGPT turn: a call as JSON, or a list of them, perhaps behind what was thought.
+/// Replaces the text of a ShareGPT `function_call` turn by `tool_calls`: it is a call as JSON or a list of calls, optionally
+/// after `<think>` reasoning.
 fn parse_tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
     let Some(Value::String(text)) = message.get("content") else { return Err("has no call".into()) };
     let mut call = text.trim();
-    let mut thought = None;
+    let mut reasoning = None;
     if let Some((inner, rest)) = call.strip_prefix("<think>").and_then(|text| text.split_once("</think>")) {
-        (thought, call) = (Some(inner.trim().to_owned()), rest.trim());
+        (reasoning, call) = (Some(inner.trim().to_owned()), rest.trim());
     }
     let read = parse_json_text(call)
-        .ok_or_else(|| "is a call that is not JSON, as `{\"name\": \"...\", \"arguments\": {...}}` is".to_owned())?;
+        .ok_or_else(|| "is a call that is not JSON: `{\"name\": \"...\", \"arguments\": {...}}`".to_owned())?;
     let calls = match read {
         Value::Array(calls) => calls,
         call => vec![call],
@@ -315,32 +314,32 @@ fn parse_tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
     let wrapped: Vec<Value> =
         calls.into_iter().map(|function| json!({"type": "function", "function": function})).collect();
     message.insert("content".into(), "".into());
-    if let Some(thought) = thought {
-        message.insert("reasoning_content".into(), thought.into());
+    if let Some(reasoning) = reasoning {
+        message.insert("reasoning_content".into(), reasoning.into());
     }
     message.insert("tool_calls".into(), wrapped.into());
     Ok(())
 }
 
-/// A text that holds JSON, read as records are.
+/// A string with JSON in it, parsed as records are.
 fn parse_json_text(text: &str) -> Option<Value> {
     parse(text.as_bytes()).ok().map(|parsed| parsed.value)
 }
 
-/// `tool_calls` of a message: a list, or the JSON of one; without the nulls that tables put into them.
-fn tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
+/// Makes `tool_calls` a list, which may be written as a string of JSON, and removes the nulls that tables put into the calls.
+fn normalize_tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
     let Some(calls) = message.get_mut("tool_calls") else { return Ok(()) };
     if let Value::String(text) = calls {
         *calls = match text.trim() {
             "" => Value::Null,
-            text => parse_json_text(text).ok_or("has `tool_calls` that are a text and not JSON")?,
+            text => parse_json_text(text).ok_or("has `tool_calls` that are a string and not JSON")?,
         };
     }
     match calls {
         Value::Null => drop(message.shift_remove("tool_calls")),
         Value::Array(calls) => {
             for call in calls {
-                let Value::Object(call) = call else { return Err("has `tool_calls` that are no calls".into()) };
+                let Value::Object(call) = call else { return Err("has `tool_calls` that are not objects".into()) };
                 call.retain(|_, value| !value.is_null());
                 if let Some(Value::Object(function)) = call.get_mut("function") {
                     function.retain(|_, value| !value.is_null());
@@ -352,9 +351,10 @@ fn tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
     Ok(())
 }
 
-/// Looks at what was said: a text, OpenAI's list of parts, or nothing where something else stands for it.
-fn content(message: &mut Map<String, Value>, role: &str, knows: &impl Fn(&str) -> bool) -> Result<(), String> {
-    let is_called = !["system", "user", "assistant"].contains(&role);
+/// Checks the content: a string, OpenAI's list of parts, or none where another field has a value (`tool_calls`). The content
+/// of `tool` and other roles of the template may be any JSON: it is whatever a tool returned.
+fn check_content(message: &mut Map<String, Value>, role: &str, knows: &impl Fn(&str) -> bool) -> Result<(), String> {
+    let is_tool = !["system", "user", "assistant"].contains(&role);
     match message.get_mut("content") {
         Some(Value::String(_)) => Ok(()),
         Some(Value::Array(parts)) => {
@@ -367,32 +367,31 @@ fn content(message: &mut Map<String, Value>, role: &str, knows: &impl Fn(&str) -
                             Some("text") if part.get("text").is_some_and(Value::is_string) => {}
                             Some("text") => return Err("has a part without text".into()),
                             Some(kind) if MEDIA_PART_TYPES.contains(&kind) => {
-                                return Err(format!("has a part of the type `{kind}`; only text is learned from"));
+                                return Err(format!("has a part of the type `{kind}`, and only text is supported"));
                             }
-                            Some(kind) if knows(kind) || is_called => {}
+                            Some(kind) if knows(kind) || is_tool => {}
                             Some(kind) => {
                                 return Err(format!(
-                                    "has a part of the type `{kind}`, which the chat template does not name"
+                                    "has a part of the type `{kind}`, which the chat template does not mention"
                                 ));
                             }
-                            None if is_called => {}
-                            None => return Err("has a part that does not say its `type`".into()),
+                            None if is_tool => {}
+                            None => return Err("has a part without a `type`".into()),
                         }
                     }
-                    _ if is_called => {}
+                    _ if is_tool => {}
                     _ => return Err("has a part that is not text".into()),
                 }
             }
             Ok(())
         }
-        // What a tool answers may be anything.
-        Some(_) if is_called => Ok(()),
+        Some(_) if is_tool => Ok(()),
         Some(_) => Err("has content that is not text".into()),
         None => {
-            let stands_for_it = |(name, value): (&String, &Value)| {
+            let replaces_content = |(name, value): (&String, &Value)| {
                 !is_read_here(name) && !matches!(name.as_str(), "id" | "name") && !is_empty_value(value)
             };
-            match message.iter().any(stands_for_it) {
+            match message.iter().any(replaces_content) {
                 true => Ok(()),
                 false => Err("has no content".into()),
             }
@@ -400,7 +399,7 @@ fn content(message: &mut Map<String, Value>, role: &str, knows: &impl Fn(&str) -
     }
 }
 
-/// Nothing, and nobody misses it.
+/// Whether a value is null or has no characters, items or entries: it is not reported where it is ignored.
 pub(super) fn is_empty_value(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -411,14 +410,14 @@ pub(super) fn is_empty_value(value: &Value) -> bool {
     }
 }
 
-/// How much a message counts: 0 where any of the fields that say it does.
+/// The weight of a message: the product of the fields that set it.
 fn message_weight(message: &Map<String, Value>, of_assistant: bool) -> Result<f32, String> {
     for key in WEIGHT_DETAIL_FIELDS {
         if message.contains_key(key) {
-            return Err(format!("has `{key}`: parts of a message cannot be left out, only all of it (`train`)"));
+            return Err(format!("has `{key}`, which is not supported: only whole messages have a weight (`train`)"));
         }
     }
-    let mut whole = 1.0;
+    let mut product = 1.0;
     for key in WEIGHT_FIELDS {
         let weight = match message.get(key) {
             None | Some(Value::Null) => continue,
@@ -426,56 +425,58 @@ fn message_weight(message: &Map<String, Value>, of_assistant: bool) -> Result<f3
             Some(value) => match value.as_f64() {
                 Some(weight) if weight >= 0.0 => match weight as f32 {
                     0.0 if weight > 0.0 => {
-                        return Err(format!("has a `{key}` that is smaller than an f32 can be (1.4e-45)"));
+                        return Err(format!("has a `{key}` below the smallest f32 (1.4e-45)"));
                     }
                     weight if weight.is_infinite() => {
-                        return Err(format!("has a `{key}` that is larger than an f32 can be (3.4e38)"));
+                        return Err(format!("has a `{key}` above the largest f32 (3.4e38)"));
                     }
                     weight => weight,
                 },
-                _ => return Err(format!("has a `{key}` that is not a number from 0")),
+                _ => return Err(format!("has a `{key}` that is not a non-negative number")),
             },
         };
         if !of_assistant && key != "weight" && weight != 0.0 {
             return Err(format!(
-                "is to be learned by its `{key}`, and is not the assistant's: only its words are learned"
+                "is marked as learned by `{key}`, and is not the assistant's: only the assistant's text is learned"
             ));
         }
-        whole *= weight;
+        product *= weight;
     }
-    Ok(whole)
+    Ok(product)
 }
 
-/// Whether a field beside the messages says how much all of them count. `loss` does only where it is true or false: as a
-/// number it is what some model's loss on the record was.
+/// Whether a field of the record sets the weight of all its messages. `loss` does only as a boolean: as a number it is the
+/// loss that some model had on the record.
 fn is_weight_of_record(key: &str, value: &Value) -> bool {
     WEIGHT_FIELDS.contains(&key) && (key != "loss" || value.is_boolean())
 }
 
-/// How much a whole record counts: a factor on each of its turns, where it says so.
+/// The factor on the weights of all turns that the record sets.
 fn weight_of_record(fields: &Map<String, Value>) -> Result<Option<f32>, ConversationError> {
     let of_record = |(key, value): &(&String, &Value)| {
         WEIGHT_DETAIL_FIELDS.contains(&key.as_str())
             || is_weight_of_record(key, value)
             || key.as_str() == "loss" && value.is_array()
     };
-    let mut given = Map::new();
+    let mut set = Map::new();
     for (key, value) in fields.iter().filter(of_record) {
         if value.is_array() {
-            let problem = format!("has a list as `{key}`; how much a message counts it says itself, as its `{key}`");
-            return Err(wrong(THE_RECORD, problem));
+            let problem = format!("has a list as `{key}`, which is not supported: set `{key}` in each message");
+            return Err(invalid(THE_RECORD, problem));
         }
-        given.insert(key.clone(), value.clone());
+        set.insert(key.clone(), value.clone());
     }
-    let weight = message_weight(&given, true).map_err(|problem| wrong(THE_RECORD, problem))?;
-    Ok(Some(weight).filter(|_| !given.is_empty()))
+    let weight = message_weight(&set, true).map_err(|problem| invalid(THE_RECORD, problem))?;
+    Ok(Some(weight).filter(|_| !set.is_empty()))
 }
 
-/// The tools of a record: a list, or the JSON of one. ShareGPT's are bare functions.
-fn parse_tools(tools: Value, shape: ConversationFormat) -> Result<Option<Value>, ConversationError> {
+/// The tools of a record: a list, or a string with the JSON of one. ShareGPT's are bare functions.
+fn parse_tools(tools: Value, format: ConversationFormat) -> Result<Option<Value>, ConversationError> {
     let tools = match tools {
         Value::String(text) if text.trim().is_empty() => return Ok(None),
-        Value::String(text) => parse_json_text(&text).ok_or_else(|| wrong("tools", "is a text that is not JSON"))?,
+        Value::String(text) => {
+            parse_json_text(&text).ok_or_else(|| invalid("tools", "is a string that is not JSON"))?
+        }
         tools => tools,
     };
     match tools {
@@ -483,20 +484,20 @@ fn parse_tools(tools: Value, shape: ConversationFormat) -> Result<Option<Value>,
         Value::Array(mut tools) => {
             for tool in &mut tools {
                 if !tool.is_object() {
-                    return Err(wrong("tools", "has an entry that is not a tool"));
+                    return Err(invalid("tools", "has an entry that is not an object"));
                 }
-                if shape == ConversationFormat::ShareGpt && tool["function"].is_null() && tool["name"].is_string() {
+                if format == ConversationFormat::ShareGpt && tool["function"].is_null() && tool["name"].is_string() {
                     *tool = json!({"type": "function", "function": tool.take()});
                 }
             }
             Ok(Some(Value::Array(tools)))
         }
-        _ => Err(wrong("tools", "is not a list of tools")),
+        _ => Err(invalid("tools", "is not a list of tools")),
     }
 }
 
-/// Alpaca's record: the instruction and the input, a line break between them, are what the user says (as LLaMA-Factory
-/// reads it); `history` holds earlier pairs. The system prompt is that of all shapes.
+/// Alpaca's format: the user's message is the instruction and the input, joined by a line break as in LLaMA-Factory;
+/// `history` has earlier pairs of question and answer. `system` is handled as in all formats.
 fn alpaca(record: &mut Map<String, Value>) -> Result<Vec<Turn>, ConversationError> {
     if !record.contains_key("output") {
         return Err(ConversationError::NoOutput { keys: record.keys().cloned().collect() });
@@ -508,21 +509,21 @@ fn alpaca(record: &mut Map<String, Value>) -> Result<Vec<Turn>, ConversationErro
             for pair in pairs {
                 let texts = pair.as_array().map(|pair| pair.iter().map(Value::as_str).collect::<Vec<_>>());
                 let Some([Some(question), Some(answer)]) = texts.as_deref() else {
-                    return Err(wrong("history", "has an entry that is not a question and its answer"));
+                    return Err(invalid("history", "has an entry that is not a pair of question and answer"));
                 };
                 turns.push(Turn::from_text("user", *question, 0.0));
                 turns.push(Turn::from_text("assistant", *answer, 1.0));
             }
         }
-        Some(_) => return Err(wrong("history", "is not a list of pairs")),
+        Some(_) => return Err(invalid("history", "is not a list of pairs")),
     }
     if record.get("system").is_some_and(|system| !system.is_string()) {
-        return Err(wrong("system", "has content that is not text"));
+        return Err(invalid("system", "has content that is not text"));
     }
     let mut text = |key: &str| match record.shift_remove(key) {
         Some(Value::String(text)) => Ok(text),
-        Some(_) => Err(wrong(key, "has content that is not text")),
-        None => Err(wrong(key, "has no content")),
+        Some(_) => Err(invalid(key, "has content that is not text")),
+        None => Err(invalid(key, "has no content")),
     };
     let mut question = text("instruction")?;
     let answer = text("output")?;
@@ -547,7 +548,7 @@ mod tests {
         Conversation::parse(line.as_bytes(), |_| false)
     }
 
-    /// Role, words and weight of each turn.
+    /// Role, text and weight of each turn.
     fn turns(line: &str) -> Vec<(String, String, f32)> {
         let turns = parse(line).unwrap().turns.into_iter();
         turns
@@ -560,9 +561,9 @@ mod tests {
     }
 
     #[test]
-    fn three_shapes_say_the_same() {
+    fn three_formats_of_the_same_conversation_are_equal() {
         let expected = vec![turn("system", "S", 0.0), turn("user", "Q\nI", 0.0), turn("assistant", "A", 1.0)];
-        for (line, shape) in [
+        for (line, format) in [
             (
                 r#"{"id": 3, "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q\nI"},
                     {"role": "assistant", "content": "A"}], "source": "x"}"#,
@@ -576,7 +577,7 @@ mod tests {
             (r#"{"instruction": "Q", "input": "I", "output": "A", "system": "S"}"#, ConversationFormat::Alpaca),
         ] {
             assert_eq!(turns(line), expected);
-            assert_eq!(parse(line).unwrap().format, shape);
+            assert_eq!(parse(line).unwrap().format, format);
         }
         let alpaca = r#"{"instruction": "Q", "input": "", "output": "A", "history": [["q", "a"]]}"#;
         let expected = [("user", "q", 0.0), ("assistant", "a", 1.0), ("user", "Q", 0.0), ("assistant", "A", 1.0)];
@@ -584,7 +585,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_are_the_assistants() {
+    fn only_the_assistants_messages_have_a_weight() {
         let line = r#"{"messages": [{"role": "user", "content": "Q", "weight": 1}, {"role": "assistant", "content": "A",
             "weight": 0}, {"role": "user", "content": [{"type": "text", "text": "R"}]}, {"role": "assistant", "content":
             "B", "weight": 0.25}]}"#;
@@ -596,7 +597,7 @@ mod tests {
     }
 
     #[test]
-    fn a_weight_beside_the_messages_is_a_factor_of_each() {
+    fn a_weight_of_the_record_multiplies_those_of_its_messages() {
         let weights =
             |line: &str| parse(line).map(|read| read.turns.iter().map(|turn| turn.weight).collect::<Vec<_>>());
         let shapes = [
@@ -622,13 +623,13 @@ mod tests {
             assert!(error.starts_with("the record has a list as `loss_mask`"), "{error}");
             let error = parse(&with(r#""weight": "much""#)).unwrap_err().to_string();
             assert_eq!(error, "the record has a `weight` that is not a number from 0");
-            // What a model's loss was is not how much the record counts.
+            // A number is a model's loss on the record, not its weight.
             assert_eq!(parse(&with(r#""loss": 2.5, "weight": null"#)).unwrap().fields.len(), 1);
         }
     }
 
     #[test]
-    fn preferences_are_refused_in_every_shape() {
+    fn preference_records_are_refused_in_every_format() {
         let (user, answer) = (r#"{"role": "user", "content": "Q"}"#, r#"{"role": "assistant", "content": "A"}"#);
         let messages = format!(r#""messages": [{user}, {answer}]"#);
         let shapes = [
@@ -655,7 +656,7 @@ mod tests {
                 }
             }
         }
-        // Other labels, and answers that are empty, say nothing of the sort.
+        // Other labels and empty answers do not make a preference record.
         assert!(parse(&format!(r#"{{{messages}, "label": 3}}"#)).is_ok());
         let empty =
             r#"{"instruction": "Q", "output": "A", "chosen": "", "rejected": [], "label": "false", "kto_tag": null}"#;
@@ -676,7 +677,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_thought_is_said_once() {
+    fn reasoning_is_kept_once() {
         let with = |more: &str| {
             let line = format!(
                 r#"{{"messages": [{{"role": "user", "content": "Q"}}, {{"role": "assistant", "content": "A", {more}}}]}}"#
@@ -697,13 +698,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_one_sentence() {
+    fn invalid_records_have_messages() {
         let user = r#"{"role": "user", "content": "Q"}"#;
         let with = |message: &str| format!(r#"{{"messages": [{user}, {message}]}}"#);
         for (line, expected) in [
             ("{".to_owned(), "the record is not JSON: EOF while parsing an object"),
             ("[1]".into(), "the record is not a JSON object"),
-            (r#"{"text": "x", "id": 1}"#.into(), "the record is no conversation: it has `text`, `id`"),
+            (r#"{"text": "x", "id": 1}"#.into(), "the record is not a conversation: it has `text`, `id`"),
             (r#"{"messages": 3}"#.into(), "`messages` is not a list of messages"),
             (format!(r#"{{"messages": [{user}]}}"#), "the conversation has no assistant message"),
             (r#"{"messages": []}"#.into(), "the conversation has no assistant message"),
@@ -711,18 +712,18 @@ mod tests {
             (with(r#"{"role": "assistant"}"#), "`messages[1]` has no content"),
             (with(r#"{"role": "assistant", "content": null}"#), "`messages[1]` has no content"),
             (with(r#"{"role": "assistant", "content": 3}"#), "`messages[1]` has content that is not text"),
-            (with(r#"{"content": "A"}"#), "`messages[1]` does not say who speaks: it lacks `role` (or `from`)"),
+            (with(r#"{"content": "A"}"#), "`messages[1]` has no `role` (or `from`)"),
             (
                 with(r#"{"role": "assistant", "content": "A", "weight": -1}"#),
                 "`messages[1]` has a `weight` that is not a number from 0",
             ),
             (
                 with(r#"{"role": "assistant", "content": "A", "weight": 1e-46}"#),
-                "`messages[1]` has a `weight` that is smaller than an f32 can be (1.4e-45)",
+                "`messages[1]` has a `weight` below the smallest f32 (1.4e-45)",
             ),
             (
                 with(r#"{"role": "assistant", "content": "A", "weight": 3.5e38}"#),
-                "`messages[1]` has a `weight` that is larger than an f32 can be (3.4e38)",
+                "`messages[1]` has a `weight` above the largest f32 (3.4e38)",
             ),
             (
                 with(r#"{"role": "assistant", "content": "A", "weight": 0}"#),
@@ -731,7 +732,7 @@ mod tests {
             (r#"{"instruction": "Q"}"#.into(), "`output` has no content; the record has `instruction`"),
             (
                 r#"{"instruction": "Q", "output": "A", "history": [["q", "a", "b"]]}"#.into(),
-                "`history` has an entry that is not a question and its answer",
+                "`history` has an entry that is not a pair of question and answer",
             ),
             (
                 with(r#"{"role": "assistant", "content": "A", "reasoning": "x", "reasoning_content": "y"}"#),
@@ -742,7 +743,7 @@ mod tests {
             assert!(error.starts_with(expected), "{line}: {error}");
         }
         let broken = Conversation::parse(b"{\"messages\": \"\xff\"}", |_| false).unwrap_err();
-        assert_eq!(broken.to_string(), "the record is not UTF-8: its byte 15 is wrong");
+        assert_eq!(broken.to_string(), "the record is not UTF-8: byte 15 is invalid");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What can be wrong with a conversation or its template.
+//! Errors of conversations and chat templates.
 
 use std::path::PathBuf;
 
@@ -8,85 +8,87 @@ use super::template_input::REASONING_FIELDS;
 use crate::records::JsonError;
 use crate::tokenizer::TokenizerError;
 
-/// Messages that are rendered for one conversation, all renderings together, before a template that rewrites earlier turns
-/// is given up: some ten seconds.
+/// Messages that are rendered to find the learned spans of one conversation, over all its renderings: about ten seconds. A
+/// template that rewrites earlier turns needs `turns * messages` of them.
 pub(super) const MAX_RENDERED_MESSAGES: usize = 8_000_000;
 
-/// Why a conversation has no tokens.
+/// Why a conversation cannot be encoded.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChatError {
-    /// Neither the folder nor the tokenizer knows how to talk.
+    /// Neither the directory nor the tokenizer has a template.
     #[error("`{}` has no chat template", Printable(dir.display()))]
     NoTemplate {
-        /// The model's folder.
+        /// The directory of the model.
         dir: PathBuf,
     },
-    /// A template that cannot be read or is none.
-    #[error("the chat template of `{}` is broken: {}", Printable(path.display()), Printable(problem))]
+    /// A template that cannot be read or parsed.
+    #[error("the chat template in `{}` is invalid: {}", Printable(path.display()), Printable(problem))]
     InvalidTemplate {
-        /// The file that holds it.
+        /// The file with the template, or with settings that belong to it.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The rest of the sentence.
         problem: String,
     },
-    /// A template that refuses a conversation, or fails at it.
-    #[error("the chat template does not take this conversation: {}", Printable(problem))]
+    /// A template that raises an exception, fails or exceeds a limit.
+    #[error("the chat template does not accept this conversation: {}", Printable(problem))]
     RenderFailed {
-        /// What it says.
+        /// The message of the exception, or the limit.
         problem: String,
     },
-    /// A template in whose text the assistant's words cannot be found.
+    /// The assistant's text cannot be told from that of others in the output of the template.
     #[error(
-        "the assistant's words cannot be found in what the chat template makes of message {message}: {}",
+        "the assistant's text of message {message} is not found in the output of the chat template: {}",
         Printable(problem)
     )]
     AssistantSpanNotFound {
-        /// Its number, from 1.
+        /// The message, from 1.
         message: usize,
-        /// What was tried.
+        /// Why.
         problem: String,
     },
-    /// A conversation that a template rewrites turn by turn, with more turns than can be gone through so.
+    /// A template that rewrites the conversation from turn to turn, and a conversation with too many turns for that.
     #[error(
-        "the chat template rewrites the conversation, so that the assistant's words in {turns} of its {messages} messages \
-             would each need the whole of it: the limit is {} messages in all",
+        "the chat template rewrites the conversation, so that finding the assistant's text in {turns} of {messages} \
+             messages renders {} messages, more than the limit of {}",
+        turns.saturating_mul(*messages),
         MAX_RENDERED_MESSAGES
     )]
     TooManyTurns {
-        /// The assistant's messages.
+        /// The messages of the assistant.
         turns: usize,
         /// All messages.
         messages: usize,
     },
-    /// `{% generation %}` blocks that are not one for each message, of messages that do not all count the same.
+    /// `{% generation %}` blocks that are not one for each turn, with turns of different weights.
     #[error(
-        "the chat template has {blocks} `{{% generation %}}` blocks for {turns} messages of the assistant's, of which not \
-             all are learned alike: there is no telling which is which"
+        "the chat template writes {blocks} `{{% generation %}}` blocks for {turns} assistant messages with different weights, \
+             so that the weight of a block is not known"
     )]
     GenerationBlocks {
         /// The blocks.
         blocks: usize,
-        /// The assistant's messages.
+        /// The messages of the assistant.
         turns: usize,
     },
-    /// Words that the tokenizer has no tokens for.
+    /// A text that the tokenizer cannot encode.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// A record that is no conversation.
+    /// A record that is not a conversation, or none to learn from.
     #[error(transparent)]
     Conversation(#[from] ConversationError),
 }
 
 impl ChatError {
-    /// What to do about it, where we know.
+    /// What to do, where it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NoTemplate { .. } => {
-                Some("give a base model a text to continue, or put its `chat_template.jinja` into the folder".into())
+                Some("give a base model a text to continue, or add a `chat_template.jinja` to the directory".into())
             }
             Self::AssistantSpanNotFound { .. } | Self::TooManyTurns { .. } | Self::GenerationBlocks { .. } => Some(
-                "put `{% generation %}` and `{% endgeneration %}` around the assistant's words in the template".into(),
+                "put `{% generation %}` and `{% endgeneration %}` around the text of each assistant message in the template"
+                    .into(),
             ),
             Self::Conversation(error) => error.hint(),
             Self::Tokenizer(error) => error.hint(),
@@ -95,90 +97,93 @@ impl ChatError {
     }
 }
 
-/// Why a record is no conversation, or not one that can be learned from.
+/// Why a record is not a conversation, or not one to learn from.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConversationError {
     /// Bytes that are not JSON.
     #[error(transparent)]
     Json(#[from] JsonError),
-    /// None of the shapes.
+    /// None of the [formats](super::ConversationFormat).
     #[error("{}", if keys.is_empty() { "the record is not a JSON object".to_owned() } else {
-        format!("the record is no conversation: it has {}", list(keys)) })]
+        format!("the record is not a conversation: it has {}", quoted_keys(keys)) })]
     UnknownFormat {
-        /// The keys that it has.
+        /// The keys of the record; none for JSON that is not an object.
         keys: Vec<String>,
     },
-    /// Someone whom neither we nor the template know.
+    /// A role that neither this crate nor the template knows.
     #[error("`{place}` has the unknown role `{}`", Printable(role))]
     Role {
-        /// The message.
+        /// The message, as `messages[0]`.
         place: String,
-        /// Its role.
+        /// The role.
         role: String,
     },
-    /// A message that is not one.
-    #[error("{} {problem}", shown(place))]
+    /// A part of the record that is not as expected.
+    #[error("{} {problem}", quoted_place(place))]
     Message {
-        /// The message.
+        /// The message or field, or [`THE_RECORD`].
         place: String,
-        /// What is wrong, as the rest of a sentence.
+        /// The rest of the sentence.
         problem: String,
     },
-    /// A record of TRL's for learning from preferences.
-    #[error("the record is one of preferences (it has `{key}`), and those are not learned from")]
+    /// A record for preference learning (DPO, KTO).
+    #[error("the record is a preference record (it has `{key}`), which is not supported")]
     Preference {
-        /// What tells it.
+        /// The field that says so.
         key: &'static str,
     },
-    /// A prompt and its completion that are texts, and no messages.
-    #[error("`{key}` is a text and not a list of messages")]
+    /// A prompt or a completion that is a string.
+    #[error("`{key}` is a string, not a list of messages")]
     TextPrompt {
-        /// Which of the two.
+        /// `prompt` or `completion`.
         key: &'static str,
-        /// Whether both are.
+        /// Whether both are strings.
         both: bool,
     },
-    /// A record of Alpaca's kind without an answer.
-    #[error("`output` has no content; the record has {}", list(keys))]
+    /// An Alpaca record without an answer.
+    #[error("`output` has no content; the record has {}", quoted_keys(keys))]
     NoOutput {
-        /// The keys that it has.
+        /// The keys of the record.
         keys: Vec<String>,
     },
-    /// A character that stands for another while a template writes.
-    #[error("the conversation holds the character U+{:X}, which is needed to tell words from special tokens", u32::from(*character))]
+    /// A character that is used to escape special tokens, and could not be restored.
+    #[error(
+        "the conversation contains the character U+{:X}, which is reserved for escaping special tokens",
+        u32::from(*character)
+    )]
     ReservedCharacter {
         /// The character.
         character: char,
     },
-    /// A turn in which a tool is called, by a template that does not write calls.
+    /// A turn whose only content is in a field that the template does not write.
     #[error(
-        "message {message} says nothing but {}, and the chat template does not read its `{}`",
-        said_by(field),
+        "message {message} has only {}, and the chat template does not read `{}`",
+        description(field),
         Printable(field)
     )]
     UnwrittenField {
-        /// Its number, from 1.
+        /// The message, from 1.
         message: usize,
         /// The field.
         field: String,
     },
-    /// A variable that is not the record's to set.
-    #[error("`chat_template_kwargs` sets `{}`, which is not its to set", Printable(name))]
+    /// A variable that a record must not set.
+    #[error("`chat_template_kwargs` sets the reserved variable `{}`", Printable(name))]
     ReservedVariable {
-        /// Its name.
+        /// The variable.
         name: String,
     },
-    /// Nobody to learn from.
+    /// No message of the assistant.
     #[error("the conversation has no assistant message")]
     NoAssistant,
-    /// Nothing to learn.
+    /// No message of the assistant with a weight above 0.
     #[error("every assistant message has the weight 0: there is nothing to learn")]
     NothingLearned,
 }
 
 impl ConversationError {
-    /// What to do about it, where we know.
+    /// What to do, where it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Json(error) => error.hint(),
@@ -188,11 +193,9 @@ impl ConversationError {
                     .into(),
             ),
             Self::Preference { key: key @ ("label" | "kto_tag") } => {
-                Some(format!("leave out the records whose answers are marked as bad, and then the field `{key}`"))
+                Some(format!("drop the records whose answers are labeled as bad, then the field `{key}`"))
             }
-            Self::Preference { .. } => {
-                Some("write the answer that is to be learned as the last of its `messages`".into())
-            }
+            Self::Preference { .. } => Some("write the answer to learn as the last of the record's `messages`".into()),
             Self::TextPrompt { key, both: false } => {
                 let role = if *key == "prompt" { "user" } else { "assistant" };
                 Some(format!("write it as messages: [{{\"role\": \"{role}\", \"content\": \"...\"}}]"))
@@ -202,36 +205,41 @@ impl ConversationError {
                     ("output", ["response", "answer", "completion", "target"]),
                     ("input", ["context", "passage", "inputs", "reference"]),
                 ];
-                let renamed = known.iter().filter(|(name, _)| !keys.iter().any(|key| key == name)).filter_map(|(name, others)| {
-                    let found = others.iter().find(|other| keys.iter().any(|key| key == *other))?;
-                    Some(format!("`{found}` to `{name}`"))
-                });
-                let renamed: Vec<String> = renamed.collect();
+                let missing = known.iter().filter(|(name, _)| !keys.iter().any(|key| key == name));
+                let renamed: Vec<String> = missing
+                    .filter_map(|(name, others)| {
+                        let found = others.iter().find(|other| keys.iter().any(|key| key == *other))?;
+                        Some(format!("`{found}` to `{name}`"))
+                    })
+                    .collect();
                 Some(match renamed.is_empty() {
-                    true => "give the field with the answer the name `output`".into(),
+                    true => "rename the field with the answer to `output`".into(),
                     false => format!("rename {}", renamed.join(" and ")),
                 })
             }
-            Self::ReservedCharacter { .. } => Some("replace it: it is one of those for private use, which no script has".into()),
-            Self::NothingLearned => Some("leave the record out, or set data.broken = \"skip\"".into()),
+            Self::ReservedCharacter { .. } => {
+                Some("replace it; it is a private-use character, which no script uses".into())
+            }
+            Self::NothingLearned => Some("drop the record, or set data.broken = \"skip\"".into()),
             Self::TextPrompt { .. } => Some(
                 "write `messages`, or rename `prompt` to `instruction` and `completion` to `output` (Alpaca)".into(),
             ),
             Self::UnwrittenField { field, .. } if REASONING_FIELDS.contains(&field.as_str()) => {
-                Some("name a chat template that writes it by data.chat_template, or write it into `content`".into())
+                Some("choose a template that writes it with data.chat_template, or move it into `content`".into())
             }
-            Self::UnwrittenField { .. } => Some("name a chat template that knows tools by data.chat_template".into()),
+            Self::UnwrittenField { .. } => Some("choose a template that supports tools with data.chat_template".into()),
             Self::Role { .. } => Some(
-                "roles are system, user (human) and assistant (gpt), and others that the chat template names, as `tool`; \
-                 name one that knows the role by data.chat_template"
+                "roles are system, user (human), assistant (gpt), and those that the chat template mentions, such as \
+                 `tool`; choose one that knows the role with data.chat_template"
                     .into(),
             ),
-            _ => None,
+            Self::Message { .. } | Self::ReservedVariable { .. } | Self::NoAssistant => None,
         }
     }
 }
 
-fn list(keys: &[String]) -> String {
+/// The first few keys of a record.
+fn quoted_keys(keys: &[String]) -> String {
     let named = |key: &String| match key.as_str() {
         "" => "a field without a name".to_owned(),
         key => format!("`{}`", Printable(key)),
@@ -239,18 +247,96 @@ fn list(keys: &[String]) -> String {
     keys.iter().take(6).map(named).collect::<Vec<_>>().join(", ")
 }
 
-/// A place in a record that is all of it.
+/// The place of an error that concerns the whole record.
 pub(super) const THE_RECORD: &str = "the record";
 
-fn shown(place: &str) -> String {
+fn quoted_place(place: &str) -> String {
     if place == THE_RECORD { place.to_owned() } else { format!("`{place}`") }
 }
 
-/// What a message does that has nothing but this field.
-fn said_by(field: &str) -> &'static str {
+/// What a message consists of that has no other field than this.
+fn description(field: &str) -> &'static str {
     match field {
-        field if REASONING_FIELDS.contains(&field) => "what the assistant thinks",
-        "tool_calls" | "function_call" => "calls a tool",
-        _ => "what a field beside `content` holds",
+        field if REASONING_FIELDS.contains(&field) => "reasoning",
+        "tool_calls" | "function_call" => "tool calls",
+        _ => "a field that is not `content`",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use insta::assert_snapshot;
+
+    use super::*;
+    use crate::error::tests::render;
+
+    #[test]
+    fn messages_of_chat_errors() {
+        let errors = [
+            ChatError::NoTemplate { dir: "models/base".into() },
+            ChatError::InvalidTemplate {
+                path: "model/chat_template.jinja".into(),
+                problem: "syntax error: unexpected end of input (line 2)".into(),
+            },
+            ChatError::RenderFailed { problem: "roles must alternate".into() },
+            ChatError::AssistantSpanNotFound { message: 2, problem: "the text of message 3 is within it".into() },
+            ChatError::TooManyTurns { turns: 5000, messages: 10_000 },
+            ChatError::GenerationBlocks { blocks: 3, turns: 2 },
+            ChatError::Tokenizer(TokenizerError::NoBos("tokenizer".into())),
+            ChatError::Conversation(ConversationError::NoAssistant),
+        ];
+        // A new variant does not compile here: add an example of it above.
+        let is_covered = |error: &ChatError| match error {
+            ChatError::NoTemplate { .. }
+            | ChatError::InvalidTemplate { .. }
+            | ChatError::RenderFailed { .. }
+            | ChatError::AssistantSpanNotFound { .. }
+            | ChatError::TooManyTurns { .. }
+            | ChatError::GenerationBlocks { .. }
+            | ChatError::Tokenizer(_)
+            | ChatError::Conversation(_) => true,
+        };
+        assert!(errors.iter().all(is_covered));
+        assert_snapshot!(render(errors.iter().map(|error| (error.to_string(), error.hint()))));
+    }
+
+    #[test]
+    fn messages_of_conversation_errors() {
+        let keys = |keys: &[&str]| keys.iter().map(ToString::to_string).collect();
+        let errors = [
+            ConversationError::Json(JsonError::TooManyValues),
+            ConversationError::UnknownFormat { keys: Vec::new() },
+            ConversationError::UnknownFormat { keys: keys(&["text", "id"]) },
+            ConversationError::Role { place: "messages[1]".into(), role: "robot".into() },
+            ConversationError::Message { place: "messages[1]".into(), problem: "has no content".into() },
+            ConversationError::Preference { key: "label" },
+            ConversationError::Preference { key: "chosen" },
+            ConversationError::TextPrompt { key: "prompt", both: false },
+            ConversationError::TextPrompt { key: "prompt", both: true },
+            ConversationError::NoOutput { keys: keys(&["instruction", "context", "response"]) },
+            ConversationError::NoOutput { keys: keys(&["instruction"]) },
+            ConversationError::ReservedCharacter { character: '\u{f8001}' },
+            ConversationError::UnwrittenField { message: 2, field: "tool_calls".into() },
+            ConversationError::UnwrittenField { message: 2, field: "reasoning_content".into() },
+            ConversationError::ReservedVariable { name: "messages".into() },
+            ConversationError::NoAssistant,
+            ConversationError::NothingLearned,
+        ];
+        let is_covered = |error: &ConversationError| match error {
+            ConversationError::Json(_)
+            | ConversationError::UnknownFormat { .. }
+            | ConversationError::Role { .. }
+            | ConversationError::Message { .. }
+            | ConversationError::Preference { .. }
+            | ConversationError::TextPrompt { .. }
+            | ConversationError::NoOutput { .. }
+            | ConversationError::ReservedCharacter { .. }
+            | ConversationError::UnwrittenField { .. }
+            | ConversationError::ReservedVariable { .. }
+            | ConversationError::NoAssistant
+            | ConversationError::NothingLearned => true,
+        };
+        assert!(errors.iter().all(is_covered));
+        assert_snapshot!(render(errors.iter().map(|error| (error.to_string(), error.hint()))));
     }
 }

@@ -1,15 +1,14 @@
-//! Limits for chat templates. A template is a program that comes with a model, and others wrote it: it must neither run for
-//! ever, nor take all memory, nor end the process.
+//! Limits for chat templates. A template is a program that comes with a model and is not trusted: it must not run forever, take
+//! all memory, or end the process.
 //!
-//! * **Source.** Its length, the tokens of one tag and the branches of conditions are bounded before it is parsed, and it is
-//!   parsed on a stack that has room for what is left ([`prepared`]).
-//! * **Steps.** The engine's fuel pays for each instruction and for each 64 bytes that a template makes or looks at,
-//!   output included, and is checked before an allocation whose size is known ([`Budget`]). So it bounds time, output and
-//!   memory alike.
-//! * **Values.** Lists that hold others many times over are small in memory and endless as text, and a namespace that
-//!   holds itself has no end at all. The source is rewritten so that what a `set` or a literal makes is measured, what goes
-//!   into a namespace is copied, and `*` repeats texts only ([`guard`]).
-//! * **Time.** Where all this fails to stop a template the clock does: it runs on a thread of its own, which is given up
+//! * **Source.** Its length, the tokens of one tag and the `elif` branches are limited before it is parsed, and the parser
+//!   runs on a stack that is large enough for what is within the limits ([`guard_source`]).
+//! * **Steps.** The engine's fuel is consumed by each instruction and by every 64 bytes that a template makes or reads,
+//!   output included, and before each allocation of a known size ([`Budget`]). So it limits time, output and memory alike.
+//! * **Values.** A list that contains another one many times is small in memory and huge as text, and a namespace that
+//!   contains itself is infinite. The source is rewritten so that the value of a `set` or a literal is measured, a value
+//!   that goes into a namespace is copied, and `*` repeats strings only ([`install_guards`]).
+//! * **Time.** What none of these stops runs into a time limit: a template runs on a thread of its own, which is abandoned
 //!   ([`run`]).
 
 use std::cell::RefCell;
@@ -28,22 +27,22 @@ use super::python;
 use super::tracked_message::TrackedMessage;
 use crate::catch_panic::catch_panic;
 
-/// The longest source, in bytes; published templates have a few thousand, the longest some 40,000.
+/// The limit of a source in bytes; published templates have a few thousand, the longest about 40,000.
 pub(super) const MAX_SOURCE_BYTES: usize = 1 << 20;
-/// Tokens between `{{` and `}}`, or `{%` and `%}`: the parser goes as deep as there are.
+/// Tokens between `{{` and `}}`, or `{%` and `%}`: the parser may recurse once for each.
 const MAX_TAG_TOKENS: usize = 4096;
-/// `elif` branches in all: each is one level deeper than the last.
+/// `elif` branches of a source: the parser nests each in the one before.
 const MAX_ELIFS: usize = 1000;
-/// Of the thread that parses and renders: 50 macros deep, each with the longest expression.
+/// The stack of a thread that parses and renders: enough for 50 nested macros, each with the longest expression.
 const STACK_BYTES: usize = 256 << 20;
-/// The engine's own measure: a macro costs four more than those around it.
+/// The engine's recursion limit, in which a nested macro counts four.
 const RECURSION_LIMIT: usize = 200;
 
-/// Bytes of text in a list or map, its parts counted as often as they are in it.
+/// The limit of a list or map in bytes, where an item counts as often as it occurs.
 const MAX_VALUE_BYTES: u64 = 64 << 20;
-/// Lists in lists.
+/// Nesting of lists and maps.
 const MAX_VALUE_DEPTH: usize = 64;
-/// What a slot of a list counts for, in bytes.
+/// The bytes that an item counts for, in addition to its text.
 const SLOT_BYTES: u64 = 32;
 
 const CHECKED: &str = "moonlight_checked";
@@ -52,33 +51,32 @@ const REPEATED: &str = "moonlight_repeated";
 const ITERATED: &str = "moonlight_iterated";
 const WRITTEN: &str = "moonlight_written";
 
-/// What a template may use for a conversation.
+/// The steps and the time that a template has for a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Budget {
-    /// Of the [steps](STEP_LIMITS), by index.
+    /// Index into [`STEP_LIMITS`].
     level: usize,
     time: Duration,
 }
 
-/// Steps that are handed out: each twice the last, so that there are few environments.
+/// The limits that a budget chooses from; few, because each needs an environment of its own.
 ///
-/// The first is for what a template does whatever the conversation: published ones take a few hundred steps for their
-/// preamble, and tools of some hundred kB as JSON some ten thousand. At 64 bytes a step it is 32 MB.
+/// The first covers what does not depend on the messages: published templates take a few hundred steps for their preamble,
+/// and about ten thousand to write 100 kB of tools as JSON. At 64 bytes a step it is 32 MB.
 pub(super) const STEP_LIMITS: [u64; 6] = [500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000];
-/// Published templates take 30 to 200 steps for a message.
+/// Steps for each message; published templates take 30 to 200.
 const STEPS_PER_MESSAGE: u64 = 1000;
-/// A step for so many bytes of the conversation: each may be read, cut and written sixteen times.
+/// Bytes of the conversation for each further step: at 64 bytes a step, each byte may be read or written sixteen times.
 const BYTES_PER_STEP: u64 = 4;
 
 impl Budget {
-    /// For a conversation of so many messages, with so many bytes of JSON handed over in all, tools and documents included:
-    /// in proportion to both, so that long ones pass and no template gets more than they need. Sixteen million steps, a
-    /// billion bytes, are the end.
-    pub(super) fn of(messages: usize, bytes: usize) -> Self {
+    /// The budget of a conversation with `bytes` of JSON, tools and documents included: in proportion to its length, so that
+    /// long conversations pass and a hostile template gets no more than they need; 16 M steps (1 GB of text) at most.
+    pub(super) fn for_conversation(messages: usize, bytes: usize) -> Self {
         let (count, bytes) = (messages as u64, bytes as u64);
         let steps = STEP_LIMITS[0] + count * STEPS_PER_MESSAGE + bytes / BYTES_PER_STEP;
         let level = STEP_LIMITS.iter().position(|&level| level >= steps).unwrap_or(STEP_LIMITS.len() - 1);
-        // Hundreds of times what it takes on a slow machine.
+        // Hundreds of times what a published template takes on a slow machine.
         let time = Duration::from_secs(3) + Duration::from_millis(2 * count) + Duration::from_micros(bytes / 4);
         Self { level, time }
     }
@@ -96,40 +94,40 @@ impl Budget {
     }
 }
 
-/// The time that parsing may take.
+/// The time limit of parsing.
 pub(super) const PARSE_TIME: Duration = Duration::from_secs(3);
 
-/// Why there is no answer from [`run`].
+/// Why [`run`] has no result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Overrun {
-    /// The time is over; the thread still runs.
+    /// The time limit was exceeded; the thread may still be running.
     Time,
-    /// It panicked.
+    /// The job panicked.
     Panic,
-    /// There is no memory for the thread.
+    /// No thread could be started.
     NoThread,
 }
 
 impl std::fmt::Display for Overrun {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str(match self {
-            Self::Time => "it exceeds the limit of time",
-            Self::Panic => "the template engine failed at it",
-            Self::NoThread => "there is no memory for the stack that it runs on",
+            Self::Time => "it exceeds the time limit",
+            Self::Panic => "the template engine panicked",
+            Self::NoThread => "there is no memory for the stack of its thread",
         })
     }
 }
 
-/// Runs `job` on a thread with a stack of a known size, and waits for it no longer than `time`.
+/// Runs `job` on a thread with [`STACK_BYTES`] of stack, and waits for it for `time` at most.
 ///
-/// A job that runs jobs itself, as the renderings of one conversation are, runs them where it is: going to another thread
-/// and back takes longer than most of them. The time is then that of each of them, and begins anew with the next.
+/// A nested call runs its job on the same thread: switching to another one and back takes longer than most renderings. The
+/// time limit then applies to each of the nested jobs, and restarts with it.
 ///
-/// Threads are kept for the next job: making one takes longer than most renderings. One that does not answer in time is left
-/// to itself, and ends with its job.
+/// Threads are kept for later jobs, because starting one takes longer than most renderings. A thread that exceeds the time is
+/// abandoned, and ends with its job.
 pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + Send + 'static) -> Result<T, Overrun> {
     thread_local! {
-        /// On a thread of the sandbox: how many jobs were begun or ended within the one that it runs.
+        /// On a thread of the sandbox: counts the starts and ends of nested jobs.
         static INSIDE: RefCell<Option<Arc<AtomicU64>>> = const { RefCell::new(None) };
     }
     if let Some(progress) = INSIDE.with_borrow(Clone::clone) {
@@ -146,7 +144,7 @@ pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + S
         INSIDE.set(Some(within));
         let result = catch_panic(job);
         INSIDE.set(None);
-        // Nobody listens any more when the time is over.
+        // The receiver is gone if the time is over.
         let _ = answer.send(result);
     });
     let thread = loop {
@@ -154,10 +152,10 @@ pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + S
         let thread = kept.map_or_else(spawn_thread, Ok)?;
         match thread.send(job) {
             Ok(()) => break thread,
-            Err(SendError(unsent)) => job = unsent, // it has ended
+            Err(SendError(unsent)) => job = unsent, // the thread has ended
         }
     };
-    // In slices: a process that was stopped for an hour has lost one of them, not its time.
+    // Waits in slices: a process that is suspended for an hour loses one slice, not the whole time.
     let slices = 50;
     let (mut slice, mut seen) = (0, 0);
     while slice < slices {
@@ -179,10 +177,10 @@ pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + S
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads without a job: at most as many as have asked for one at the same time.
+/// Threads without a job; as many as there were jobs at the same time.
 static IDLE: Mutex<Vec<Sender<Job>>> = Mutex::new(Vec::new());
 
-/// A new thread, which runs what it is sent until nobody can send any more.
+/// Starts a thread that runs the jobs it is sent, until the sender is dropped.
 fn spawn_thread() -> Result<Sender<Job>, Overrun> {
     let (jobs, received) = channel::<Job>();
     let builder = thread::Builder::new().name("chat template".into()).stack_size(STACK_BYTES);
@@ -190,11 +188,11 @@ fn spawn_thread() -> Result<Sender<Job>, Overrun> {
     Ok(jobs)
 }
 
-/// The source with its values guarded, see [`guard`].
+/// Checks the limits of a source, and inserts the filters of [`install_guards`].
 ///
 /// # Errors
 ///
-/// What limit it exceeds, as part of a sentence; the engine's own error where it has no tokens.
+/// The limit that is exceeded, as part of a sentence; the lexer's error.
 pub(super) fn guard_source(source: &str, syntax: &SyntaxConfig) -> Result<String, String> {
     if source.len() > MAX_SOURCE_BYTES {
         return Err(format!("it has {} bytes, more than the limit of {MAX_SOURCE_BYTES}", source.len()));
@@ -215,7 +213,7 @@ pub(super) fn guard_source(source: &str, syntax: &SyntaxConfig) -> Result<String
         if matches!(token, Token::Str(_) | Token::String(_))
             && let Some(escape) = unknown_escape(&source[span.start_offset as usize..span.end_offset as usize])
         {
-            return Err(format!("`\\{escape}` in a text is not known (line {})", span.start_line));
+            return Err(format!("the escape `\\{escape}` is not supported (line {})", span.start_line));
         }
         tag.push(Lexed { token, start: span.start_offset as usize, end: span.end_offset as usize });
         if tag.len() > MAX_TAG_TOKENS + 2 {
@@ -230,19 +228,19 @@ pub(super) fn guard_source(source: &str, syntax: &SyntaxConfig) -> Result<String
         }
     }
     insertions.sort_by_key(|&(place, _)| place);
-    let mut guard_source = String::with_capacity(source.len() + 24 * insertions.len());
+    let mut guarded = String::with_capacity(source.len() + 24 * insertions.len());
     let mut end = 0;
     for (place, text) in insertions {
-        // The engine's own places are between characters.
-        guard_source.push_str(source.get(end..place).unwrap_or_default());
-        guard_source.push_str(text);
+        // The lexer's offsets are character boundaries.
+        guarded.push_str(source.get(end..place).unwrap_or_default());
+        guarded.push_str(text);
         end = place;
     }
-    guard_source.push_str(&source[end..]);
-    Ok(guard_source)
+    guarded.push_str(&source[end..]);
+    Ok(guarded)
 }
 
-/// An escape in a text that Python reads and the engine does not, or reads otherwise.
+/// An escape in a string that Python and the engine read differently.
 fn unknown_escape(text: &str) -> Option<char> {
     let mut characters = text.chars();
     while let Some(character) = characters.next() {
@@ -262,7 +260,13 @@ struct Lexed<'a> {
     end: usize,
 }
 
-/// Where the guards go in a tag.
+/// Adds the filters that guard one tag to `insertions`, by byte offset:
+///
+/// * `|moonlight_checked` after list and map literals and the values of `set`,
+/// * `|moonlight_kept` after what is assigned to an attribute of a namespace,
+/// * `|moonlight_repeated` on both operands of `*`,
+/// * `|moonlight_written` on the operands of `~` that are not strings in Python,
+/// * `|moonlight_iterated` after what a `for` iterates over.
 fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
     let mut open: Vec<(usize, bool)> = Vec::new();
     let is_set = matches!(tag[0].token, Token::BlockStart)
@@ -270,7 +274,7 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
     let is_loop = matches!(tag[0].token, Token::BlockStart)
         && matches!(tag.get(1), Some(Lexed { token: Token::Ident("for"), .. }));
     let (mut dotted, mut assigned, mut filtered) = (false, false, false);
-    // Whether what a loop goes over has begun, and whether it has ended.
+    // Whether the iterated expression of a loop has started, and whether it has ended.
     let (mut looped, mut ended) = (false, false);
     for (index, lexed) in tag.iter().enumerate() {
         match &lexed.token {
@@ -279,7 +283,7 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
                 open.push((index, literal));
             }
             Token::BracketClose | Token::BraceClose | Token::ParenClose => {
-                // A list of names: of constants alone it is as large as it is written.
+                // Only with a name in it: a literal of constants is no larger than its source.
                 if let Some((from, true)) = open.pop()
                     && tag[from..index].iter().any(|lexed| matches!(lexed.token, Token::Ident(_)))
                 {
@@ -330,7 +334,7 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
                 (true, _, false) => Some((lexed.start, ")|moonlight_checked ")),
                 (false, true, true) => Some((lexed.start, "|moonlight_kept ")),
                 (false, true, false) => Some((lexed.start, "|moonlight_checked ")),
-                // The text of a block.
+                // A `set` block makes a string.
                 (false, false, _) => None,
             }),
             _ => {}
@@ -338,7 +342,7 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
     }
 }
 
-/// Whether a bracket behind this token begins a list, and does not take something out of one.
+/// Whether a bracket after this token starts a literal, rather than an index or a call.
 fn begins_a_value(before: &Token<'_>) -> bool {
     const WORDS: [&str; 8] = ["in", "and", "or", "not", "if", "else", "elif", "is"];
     match before {
@@ -349,8 +353,8 @@ fn begins_a_value(before: &Token<'_>) -> bool {
     }
 }
 
-/// Whether what stands before the operator at `index` is a name, a constant or a bracket with what is called on it, and
-/// nothing that binds closer than the operator.
+/// Whether the left operand of the operator at `index` is a name, a constant or a bracket with calls and filters on it: a
+/// filter after it then applies to the whole operand. Operators that bind more tightly make that wrong.
 fn is_whole_operand(tag: &[Lexed<'_>], index: usize) -> bool {
     let mut at = index;
     let mut depth = 0_usize;
@@ -377,7 +381,7 @@ fn is_whole_operand(tag: &[Lexed<'_>], index: usize) -> bool {
     true
 }
 
-/// The last token of the operand that begins at `index`.
+/// The last token of the operand that starts at `index`.
 fn end_of_operand(tag: &[Lexed<'_>], mut index: usize) -> Option<usize> {
     while matches!(tag.get(index)?.token, Token::Minus | Token::Plus) {
         index += 1;
@@ -394,7 +398,7 @@ fn end_of_operand(tag: &[Lexed<'_>], mut index: usize) -> Option<usize> {
     }
 }
 
-/// The token that closes the bracket at `index`; itself where it is none.
+/// The token that closes the bracket at `index`; `index` itself if it is not a bracket.
 fn closed(tag: &[Lexed<'_>], index: usize) -> Option<usize> {
     let mut depth = 0;
     for (index, lexed) in tag.iter().enumerate().skip(index) {
@@ -410,13 +414,13 @@ fn closed(tag: &[Lexed<'_>], index: usize) -> Option<usize> {
     None
 }
 
-/// Takes out of an environment what has no measure, and puts in the filters that [`prepared`] writes.
-pub(super) fn guard(environment: &mut Environment<'static>) {
-    // The values of an error are not wanted, and may be endless.
+/// Removes from an environment what cannot be limited, and adds the filters that [`guard_source`] inserts.
+pub(super) fn install_guards(environment: &mut Environment<'static>) {
+    // An error would contain the values of variables, which may be huge.
     environment.set_debug(false);
     environment.set_recursion_limit(RECURSION_LIMIT);
     environment.remove_global("debug");
-    // Not of Jinja, and both give what they are given many times over without a measure.
+    // Not in Jinja, and both repeat their arguments without consuming fuel.
     environment.remove_filter("chain");
     environment.remove_filter("zip");
     python::install(environment);
@@ -429,7 +433,7 @@ pub(super) fn guard(environment: &mut Environment<'static>) {
         deep_copy(&value, 0)
     });
     environment.add_filter(REPEATED, |value: Value| match is_container(&value) {
-        true => Err(refused_value("`*` repeats a list, and there is no limit to that")),
+        true => Err(invalid_operation("`*` repeats a list, which is not supported")),
         false => Ok(value),
     });
     environment.add_filter(ITERATED, |state: &State, value: Value| python::check_iterable(state, value));
@@ -442,7 +446,7 @@ pub(super) fn guard(environment: &mut Environment<'static>) {
     environment.set_unknown_method_callback(call_method);
 }
 
-pub(super) fn refused_value(problem: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+pub(super) fn invalid_operation(problem: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, problem)
 }
 
@@ -450,7 +454,7 @@ fn is_container(value: &Value) -> bool {
     matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map)
 }
 
-/// Pays for the size of a value with its parts, and refuses one that is too large or too deep.
+/// Consumes fuel for a value with all its items, and refuses one that is too large or nested too deeply.
 fn check_size(state: &State, value: &Value) -> Result<(), Error> {
     if !is_container(value) {
         return Ok(());
@@ -463,16 +467,16 @@ fn measure(state: &State, value: &Value, size: &mut u64, depth: usize) -> Result
     let own = SLOT_BYTES + value.as_str().map_or(0, |text| text.len() as u64);
     *size += own;
     if *size > MAX_VALUE_BYTES {
-        return Err(refused_value(format!("a list exceeds the limit of {MAX_VALUE_BYTES} bytes")));
+        return Err(invalid_operation(format!("a list exceeds the limit of {MAX_VALUE_BYTES} bytes")));
     }
     if !is_container(value) {
         return Ok(());
     }
     if depth >= MAX_VALUE_DEPTH {
-        return Err(refused_value(format!("lists exceed the limit of {MAX_VALUE_DEPTH} in each other")));
+        return Err(invalid_operation(format!("nested lists exceed the limit of {MAX_VALUE_DEPTH} levels")));
     }
     if let Some(fields) = value.downcast_object_ref::<TrackedMessage>() {
-        // What is measured is not read.
+        // By `entries`, so that measuring a message does not count as reading its fields.
         for (_, item) in fields.entries() {
             state.consume_fuel(1)?;
             measure(state, item, size, depth + 1)?;
@@ -490,10 +494,10 @@ fn measure(state: &State, value: &Value, size: &mut u64, depth: usize) -> Result
     Ok(())
 }
 
-/// A value of its own, with no namespace in it and nothing that is made when it is asked for.
+/// A deep copy without namespaces and lazy iterators, so that a namespace cannot contain itself.
 fn deep_copy(value: &Value, depth: usize) -> Result<Value, Error> {
     if depth > MAX_VALUE_DEPTH {
-        return Err(refused_value(format!("lists exceed the limit of {MAX_VALUE_DEPTH} in each other")));
+        return Err(invalid_operation(format!("nested lists exceed the limit of {MAX_VALUE_DEPTH} levels")));
     }
     if value.downcast_object_ref::<TrackedMessage>().is_some() {
         return Ok(value.clone());
@@ -517,7 +521,7 @@ fn deep_copy(value: &Value, depth: usize) -> Result<Value, Error> {
     })
 }
 
-/// Python's methods; those that can make much of little after they are paid for.
+/// Python's methods on values. `format` and `count` of the `pycompat` module consume no fuel, so that they are limited here.
 fn call_method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
     if let Some(result) = python::method(state, value, name, arguments)? {
         return Ok(result);
@@ -526,12 +530,12 @@ fn call_method(state: &mut State, value: &Value, name: &str, arguments: &[Value]
         (Some(text), "format") => {
             let digits = text.as_bytes().chunk_by(|a, b| a.is_ascii_digit() && b.is_ascii_digit());
             if text.contains(":{") || digits.into_iter().any(|run| run.len() > 4 && run[0].is_ascii_digit()) {
-                return Err(refused_value("a width in `format` exceeds the limit of four digits"));
+                return Err(invalid_operation("a width in `format` exceeds the limit of four digits"));
             }
             let (positional, named): (&[Value], Kwargs) = from_args(arguments)?;
             let named: Vec<Value> = named.args().map(|name| named.get(name)).collect::<Result<_, _>>()?;
             if positional.iter().chain(&named).any(is_container) {
-                return Err(refused_value("`format` takes texts and numbers"));
+                return Err(invalid_operation("`format` takes strings and numbers only"));
             }
         }
         (None, "count") if is_container(value) => {
@@ -549,7 +553,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_clock_ends_what_nothing_else_does() {
+    fn the_time_limit_stops_what_no_other_limit_does() {
         let asleep = || thread::sleep(Duration::from_secs(20));
         assert_eq!(run(Duration::from_millis(200), asleep), Err(Overrun::Time));
         assert_eq!(
@@ -563,9 +567,9 @@ mod tests {
 
     #[test]
     fn a_budget_grows_with_the_conversation() {
-        assert_eq!(Budget::of(0, 0).steps(), 500_000);
-        assert_eq!(Budget::of(3_000, 12_000).steps(), 4_000_000);
-        assert_eq!(Budget::of(10, 10_000_000).steps(), 4_000_000);
-        assert_eq!(Budget::of(100_000, 400_000).steps(), 16_000_000);
+        assert_eq!(Budget::for_conversation(0, 0).steps(), 500_000);
+        assert_eq!(Budget::for_conversation(3_000, 12_000).steps(), 4_000_000);
+        assert_eq!(Budget::for_conversation(10, 10_000_000).steps(), 4_000_000);
+        assert_eq!(Budget::for_conversation(100_000, 400_000).steps(), 16_000_000);
     }
 }

@@ -1,8 +1,8 @@
-//! The chat template of a model: a Jinja program that turns messages into text.
+//! The chat template of a model: a Jinja program that renders messages as text.
 //!
-//! transformers knows a tag of its own, `{% generation %} ... {% endgeneration %}`, around what the assistant says. Here
-//! it becomes a block of its own scope, with a variable at either end: empty, or a mark where the assistant's words are
-//! looked for.
+//! transformers adds a tag to Jinja, `{% generation %} ... {% endgeneration %}`, around what the assistant writes. The engine
+//! does not know it. It is rewritten to a block with a scope of its own and a variable at either end, which is empty, or a
+//! mark where the spans are searched for.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::model_files::{self, ModelFiles};
 use crate::moonlight_template::{MOONLIGHT_TEMPLATE, MOONLIGHT_TOKENS};
 use crate::tokenizer::Tokenizer;
 
-/// The one template of the environment.
+/// The name of the only template in the environment.
 const NAME: &str = "chat";
 
 /// The variables at the ends of a `{% generation %}` block.
@@ -32,7 +32,7 @@ const JINJA: &str = "chat_template.jinja";
 const CONFIG: &str = "tokenizer_config.json";
 const TOKENS_MAP: &str = "special_tokens_map.json";
 
-/// Where a template came from.
+/// Where a template comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TemplateSource {
     /// A file: `chat_template.jinja`, or `tokenizer_config.json` with a `chat_template` in it.
@@ -53,29 +53,30 @@ impl std::fmt::Display for TemplateSource {
 /// A chat template, ready to render.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    /// One for each of the [`STEP_LIMITS`]'s steps.
+    /// One for each of the [`STEP_LIMITS`], because fuel is a setting of the environment.
     environments: Vec<Arc<Environment<'static>>>,
-    /// A conversation has taken more than its time: the thread that renders it may still run, and no other joins it.
-    given_up: AtomicBool,
+    /// Set when a conversation exceeds the time limit. Its thread may still be running, so no other one is started.
+    timed_out: AtomicBool,
     source: TemplateSource,
-    /// As it was written.
+    /// The source text, unchanged.
     text: String,
-    /// `bos_token`, `eos_token` and the like, which templates may write.
+    /// The texts of `bos_token`, `eos_token` and the like, which are variables of the template.
     names: Vec<(&'static str, String)>,
-    /// The variables that it asks for.
+    /// The variables that the template reads and does not set.
     variables: HashSet<String>,
-    /// The template for conversations with tools, where there is another: of several in `tokenizer_config.json` the one
-    /// that is called `tool_use`.
+    /// The template for conversations with tools, if it is a separate one: that named `tool_use` of several in
+    /// `tokenizer_config.json`.
     tool_template: Option<Box<ChatTemplate>>,
 }
 
 impl ChatTemplate {
-    /// The template of a model's folder: `chat_template.jinja`, else that of `tokenizer_config.json`, else Moonlight's
-    /// where the tokenizer has its special tokens.
+    /// The template of a model's directory: `chat_template.jinja`, else that of `tokenizer_config.json`, else Moonlight's
+    /// if the tokenizer has its special tokens.
     ///
     /// # Errors
     ///
-    /// [`ChatError::NoTemplate`] where there is none of them, [`ChatError::InvalidTemplate`] for one that is no template.
+    /// [`ChatError::NoTemplate`] where there is none, [`ChatError::InvalidTemplate`] for a file that cannot be read or a
+    /// template that cannot be parsed.
     pub fn from_model_dir(dir: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
         let files = ModelFiles::new(dir);
         let unreadable = |(path, problem): (PathBuf, String)| ChatError::InvalidTemplate { path, problem };
@@ -85,7 +86,7 @@ impl ChatTemplate {
         Self::from_parts(dir, [jinja.as_deref(), config.as_deref(), map.as_deref()], tokenizer)
     }
 
-    /// The template that belongs to a tokenizer: of the files beside it, in the order of
+    /// The template that comes with a tokenizer: from the files next to it, in the order of
     /// [`from_model_dir`](ChatTemplate::from_model_dir).
     ///
     /// # Errors
@@ -97,11 +98,11 @@ impl ChatTemplate {
         Self::from_parts(Path::new(tokenizer.name()), [JINJA, CONFIG, TOKENS_MAP].map(file), tokenizer)
     }
 
-    /// The template of a file, which is not the tokenizer's own.
+    /// The template in a file of its own, with the special tokens of a tokenizer.
     ///
     /// # Errors
     ///
-    /// [`ChatError::InvalidTemplate`] for a file that cannot be read or is no template.
+    /// [`ChatError::InvalidTemplate`] for a file that cannot be read or parsed.
     pub fn from_file(path: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
         let broken = |problem: String| ChatError::InvalidTemplate { path: path.into(), problem };
         let text = model_files::read_named(path, MAX_SOURCE_BYTES as u64).map_err(broken)?;
@@ -114,11 +115,11 @@ impl ChatTemplate {
         Self::new(text, TemplateSource::File(path.into()), names(&config?, &map?))
     }
 
-    /// A template from its source, for tests that feed it anything.
+    /// A template from its source text, for tests and fuzzing.
     ///
     /// # Errors
     ///
-    /// [`ChatError::InvalidTemplate`] for a text that is no template.
+    /// [`ChatError::InvalidTemplate`] for a text that cannot be parsed.
     #[doc(hidden)]
     pub fn from_source(source: &str) -> Result<Self, ChatError> {
         Self::new(source.into(), TemplateSource::File(JINJA.into()), Vec::new())
@@ -167,7 +168,7 @@ impl ChatTemplate {
         if text.len() > MAX_SOURCE_BYTES {
             return Err(broken(format!("it has {} bytes, more than the limit of {MAX_SOURCE_BYTES}", text.len())));
         }
-        // Jinja makes line feeds of all line ends of a source.
+        // Jinja normalizes the line ends of a source (`newline_sequence`).
         let marked = replace_generation_blocks(&text.replace("\r\n", "\n").replace('\r', "\n"));
         let parsed = sandbox::run(PARSE_TIME, move || {
             let environment = environment(&marked)?;
@@ -183,45 +184,45 @@ impl ChatTemplate {
             Arc::new(environment)
         };
         let environments = STEP_LIMITS.iter().map(with).collect();
-        let given_up = AtomicBool::new(false);
-        Ok(Self { environments, given_up, source, text, names, variables, tool_template: None })
+        let timed_out = AtomicBool::new(false);
+        Ok(Self { environments, timed_out, source, text, names, variables, tool_template: None })
     }
 
-    /// Where the template came from.
+    /// The file or built-in template that this is.
     pub fn source(&self) -> &TemplateSource {
         &self.source
     }
 
-    /// The template as it was written.
+    /// The source text, unchanged.
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// Whether it came from a file, and not from this program.
+    /// Whether it comes from a file, rather than built in.
     pub fn is_from_file(&self) -> bool {
         matches!(self.source, TemplateSource::File(_))
     }
 
-    /// All that the text of a conversation depends on, beside the conversation: for caches of what came of it.
+    /// Everything but the conversation that determines a rendering: a key for caches of rendered conversations.
     pub fn fingerprint(&self) -> String {
         let names: Vec<String> = self.names.iter().map(|(key, name)| format!("\0{key}\0{name}")).collect();
         let tool_template = self.tool_template.as_ref().map_or("", |template| &template.text);
         format!("{}\0{tool_template}{}", self.text, names.concat())
     }
 
-    /// Whether it writes the date of the day on which it is rendered.
+    /// Whether it calls `strftime_now`, so that its output changes from day to day.
     pub fn uses_date(&self) -> bool {
         let templates = [Some(self), self.tool_template.as_deref()];
         templates.into_iter().flatten().any(|template| template.uses_variable("strftime_now"))
     }
 
-    /// The template for a conversation with tools or without.
+    /// The template that applies to a conversation with `tools` or without.
     pub(super) fn variant_for_tools(&self, tools: bool) -> &Self {
         self.tool_template.as_deref().filter(|_| tools).unwrap_or(self)
     }
 
-    /// Whether the template names a role, in quotes as templates do; `tool` and other roles beside `system`, `user` and
-    /// `assistant` also where it tells no roles apart.
+    /// Whether the template mentions a role as a quoted string. `tool`, `developer` and `function` are also known to a
+    /// template that does not distinguish roles at all (it does not mention `user`).
     pub fn knows_role(&self, role: &str) -> bool {
         self.quotes_text(role)
             || self.tool_template.as_ref().is_some_and(|template| template.quotes_text(role))
@@ -233,132 +234,133 @@ impl ChatTemplate {
             && ['\'', '"'].iter().any(|quote| self.text.contains(&format!("{quote}{text}{quote}")))
     }
 
-    /// Whether the template asks for a variable that it does not set itself.
+    /// Whether the template reads a variable that it does not set itself.
     pub(super) fn uses_variable(&self, name: &str) -> bool {
         self.variables.contains(name)
     }
 
-    /// Whether the template heeds `add_generation_prompt`.
+    /// Whether the template uses `add_generation_prompt`.
     pub(super) fn has_generation_prompt(&self) -> bool {
         self.text.contains("add_generation_prompt")
     }
 
-    /// What it cuts texts at or looks for at their ends: the tags of thoughts, and whatever else it splits by or asks for.
+    /// The strings at which the template splits texts, or for which it tests their ends: the tags of reasoning, and the
+    /// quoted arguments of `split`, `startswith` and `endswith`.
     pub(super) fn split_markers(&self) -> Vec<String> {
-        let mut split_markers = vec!["<think>".to_owned(), "</think>".to_owned()];
+        let mut markers = vec!["<think>".to_owned(), "</think>".to_owned()];
         let calls = ["split(", "startswith(", "endswith("].into_iter().flat_map(|call| self.text.match_indices(call));
         for (at, call) in calls {
             let argument = self.text[at + call.len()..].trim_start();
             let Some(quote) = argument.chars().next().filter(|quote| ['\'', '"'].contains(quote)) else { continue };
-            let Some((cut, _)) = argument[1..].split_once(quote) else { continue };
-            let is_tag = cut.len() > 2 && !cut.contains('\\') && !cut.contains(char::is_whitespace);
-            if is_tag && !split_markers.iter().any(|known| known == cut) {
-                split_markers.push(cut.to_owned());
+            let Some((marker, _)) = argument[1..].split_once(quote) else { continue };
+            let is_tag = marker.len() > 2 && !marker.contains('\\') && !marker.contains(char::is_whitespace);
+            if is_tag && !markers.iter().any(|known| known == marker) {
+                markers.push(marker.to_owned());
             }
         }
-        split_markers
+        markers
     }
 
-    /// Whether the template says itself where the assistant speaks.
+    /// Whether the template has `{% generation %}` blocks.
     pub(super) fn has_generation_blocks(&self) -> bool {
         tags(&self.text).next().is_some()
     }
 
-    /// The text of a conversation; with `add_generation_prompt` it ends where the assistant begins to speak.
+    /// Renders a conversation as text; with `add_generation_prompt` it ends where the assistant starts to write.
     ///
     /// # Errors
     ///
-    /// [`ChatError::RenderFailed`] where the template fails, on purpose or not.
+    /// [`ChatError::RenderFailed`] where the template raises an exception, fails, or exceeds a limit.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
-        let given = TemplateInput::of_messages(messages);
-        self.render_input(&given, &given.values, add_generation_prompt, ["", ""])
+        let input = TemplateInput::from_messages(messages);
+        self.render_input(&input, &input.values, add_generation_prompt, ["", ""])
     }
 
-    /// Like [`render`](ChatTemplate::render), of some of the messages that are given, or of changed ones, with `marks`
-    /// around what `{% generation %}` blocks make.
+    /// Like [`render`](ChatTemplate::render), of `messages` with the variables of `input`, and with `marks` around the
+    /// output of `{% generation %}` blocks.
     pub(super) fn render_input(
         &self,
-        given: &TemplateInput,
+        input: &TemplateInput,
         messages: &[minijinja::Value],
         add_generation_prompt: bool,
         marks: [&str; 2],
     ) -> Result<String, ChatError> {
         use minijinja::Value;
-        let refused = |problem: String| ChatError::RenderFailed { problem };
-        if self.given_up.load(Ordering::Relaxed) {
-            return Err(refused("it exceeded the limit of time before, and is not asked again".into()));
+        let failed = |problem: String| ChatError::RenderFailed { problem };
+        if self.timed_out.load(Ordering::Relaxed) {
+            return Err(failed("it exceeded the time limit for an earlier conversation, and is not run again".into()));
         }
         let named = self.names.iter().map(|(key, name)| ((*key).to_owned(), Value::from(name.as_str())));
         let mut context: Vec<(String, Value)> = named.collect();
-        context.extend(given.variables.iter().cloned());
+        context.extend(input.variables.iter().cloned());
         context.push(("messages".into(), Value::from(messages.to_vec())));
         context.push(("add_generation_prompt".into(), add_generation_prompt.into()));
         context.extend(GENERATION.iter().zip(marks).map(|(key, mark)| ((*key).to_owned(), mark.into())));
-        let environment = self.environments[given.budget.level()].clone();
-        let rendered = sandbox::run(given.budget.time(), move || {
-            // The engine's error stays on the thread: it may hold values of the template.
+        let environment = self.environments[input.budget.level()].clone();
+        let rendered = sandbox::run(input.budget.time(), move || {
+            // Only a text leaves the thread: the engine's error may hold values of the template.
             let context = Value::from_pairs(context);
             let rendered = environment.get_template(NAME).and_then(|template| template.render(context));
             rendered.map_err(|error| (error.kind() == ErrorKind::OutOfFuel, error_message(&error)))
         });
         match rendered {
             Ok(Ok(text)) => Ok(text),
-            Ok(Err((true, _))) => Err(refused(format!(
-                "it exceeds the limit of {} steps for {} messages (an instruction, or 64 bytes of text, is a step)",
-                given.budget.steps(),
+            Ok(Err((true, _))) => Err(failed(format!(
+                "it exceeds the limit of {} steps for {} messages (an instruction or 64 bytes of text is a step)",
+                input.budget.steps(),
                 messages.len()
             ))),
-            Ok(Err((false, problem))) => Err(refused(problem)),
+            Ok(Err((false, problem))) => Err(failed(problem)),
             Err(overrun) => Err(self.overrun(overrun)),
         }
     }
 
-    /// Notes that the template was given up.
+    /// The error of a run that was stopped; after a timeout the template is not run again.
     pub(super) fn overrun(&self, overrun: Overrun) -> ChatError {
         if overrun == Overrun::Time {
-            self.given_up.store(true, Ordering::Relaxed);
+            self.timed_out.store(true, Ordering::Relaxed);
         }
         ChatError::RenderFailed { problem: overrun.to_string() }
     }
 }
 
-/// The environment that transformers gives templates (`apply_chat_template` of its `chat_template_utils.py`), with limits,
-/// and the template in it.
+/// The environment in which transformers renders templates (`apply_chat_template` of its `chat_template_utils.py`), with
+/// limits, and the template in it.
 fn environment(source: &str) -> Result<Environment<'static>, String> {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    let syntax = syntax.expect("the delimiters are the usual ones");
+    let syntax = syntax.expect("the delimiters are the default ones");
     let source = sandbox::guard_source(source, &syntax)?;
     let mut environment = Environment::new();
     environment.set_syntax(syntax);
-    sandbox::guard(&mut environment);
+    sandbox::install_guards(&mut environment);
     environment.add_function("raise_exception", |message: minijinja::Value| -> Result<String, minijinja::Error> {
         let message = message.as_str().unwrap_or("it raises an exception").to_owned();
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
-    // One day for all conversations that are rendered with it.
+    // Taken once, so that a data set that is tokenized over midnight has one date.
     let now = Local::now();
     environment.add_function("strftime_now", move |format: &str| strftime(&now, format));
     environment.add_template_owned(NAME, source).map_err(|error| error_message(&error))?;
     Ok(environment)
 }
 
-/// Python's `strftime` of a time.
+/// Python's `strftime`.
 fn strftime(time: &DateTime<Local>, format: &str) -> Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut text = String::new();
     match write!(text, "{}", time.format(format)) {
         Ok(()) => Ok(text),
-        Err(_) => Err(sandbox::refused_value(format!("`strftime_now` does not know a part of `{format}`"))),
+        Err(_) => Err(sandbox::invalid_operation(format!("`strftime_now` does not support `{format}`"))),
     }
 }
 
-/// `tokenizer_config.json`; nothing where there is none.
+/// A file of settings as JSON; null where there is none.
 fn read(config: Option<&[u8]>) -> Result<Value, String> {
     let read = |config| serde_json::from_slice(config).map_err(|error| format!("it is not JSON: {error}"));
     config.map_or(Ok(Value::Null), read)
 }
 
-/// The special tokens that templates may write by name: of `tokenizer_config.json`, and what that does not say of
+/// The special tokens that templates use as variables: those of `tokenizer_config.json`, and the rest of
 /// `special_tokens_map.json`.
 fn names(config: &Value, map: &Value) -> Vec<(&'static str, String)> {
     const NAMES: [&str; 7] =
@@ -370,67 +372,67 @@ fn names(config: &Value, map: &Value) -> Vec<(&'static str, String)> {
     names.collect()
 }
 
-/// A `{% generation %}` or `{% endgeneration %}`.
+/// A `{% generation %}` or `{% endgeneration %}` tag.
 struct Tag {
-    place: std::ops::Range<usize>,
-    ends: bool,
-    /// The sign of white-space control at either end, or nothing.
+    range: std::ops::Range<usize>,
+    is_end: bool,
+    /// The sign of white-space control (`-`, `+`) at either end, or an empty text.
     signs: [String; 2],
 }
 
-/// Every tag of a `{% generation %}` block.
+/// The tags of `{% generation %}` blocks.
 fn tags(text: &str) -> impl Iterator<Item = Tag> + '_ {
     text.match_indices("{%").filter_map(move |(start, _)| {
-        let length = text[start + 2..].find("%}")? + 4; // not the sign that the tag begins with
+        let length = text[start + 2..].find("%}")? + 4; // both delimiters; `{%}` is not a tag
         let inner = &text[start + 2..start + length - 2];
         let word = inner.trim_start_matches(['-', '+']);
         let left = inner[..inner.len() - word.len()].to_owned();
         let bare = word.trim_end_matches(['-', '+']);
         let right = word[bare.len()..].to_owned();
-        let ends = match bare.trim() {
+        let is_end = match bare.trim() {
             "generation" => false,
             "endgeneration" => true,
             _ => return None,
         };
-        Some(Tag { place: start..start + length, ends, signs: [left, right] })
+        Some(Tag { range: start..start + length, is_end, signs: [left, right] })
     })
 }
 
-/// The template with blocks and marks in the place of `{% generation %}` blocks.
+/// The source with ordinary blocks and mark variables in place of `{% generation %}` blocks.
 fn replace_generation_blocks(text: &str) -> String {
     let mut marked = String::with_capacity(text.len());
     let mut end = 0;
-    for Tag { place, ends, signs: [left, right] } in tags(text) {
+    for Tag { range, is_end, signs: [left, right] } in tags(text) {
         let [begin_mark, end_mark] = GENERATION;
-        marked.push_str(&text[end..place.start]);
-        // Two blocks, so that both of the tag's ends keep their control of the white space around it; the outer one so
-        // that what is set within is not seen without.
-        marked.push_str(&match ends {
+        marked.push_str(&text[end..range.start]);
+        // Two blocks, because the mark is between them and both ends of the tag must keep their white-space control. The
+        // outer one is `with`, because a variable that is set in a generation block is not visible after it.
+        marked.push_str(&match is_end {
             false => format!("{{%{left} with %}}{{{{ {begin_mark} }}}}{{% if true {right}%}}"),
             true => format!("{{%{left} endif %}}{{{{ {end_mark} }}}}{{% endwith {right}%}}"),
         });
-        end = place.end;
+        end = range.end;
     }
     marked.push_str(&text[end..]);
     marked
 }
 
-/// `chat_template` is a text, or a list of named ones.
+/// The template of this name in `chat_template`, which is a string or a list of named templates.
 fn named_template<'a>(value: &'a Value, name: &str) -> Option<&'a str> {
     let named = |entry: &&Value| entry["name"] == name;
     value.as_str().or_else(|| value.as_array()?.iter().find(named)?["template"].as_str())
 }
 
-/// An error of the engine as part of a sentence, of a length that can be read.
+/// An error of the engine as part of a message, truncated: a template may raise an exception of any length.
 pub(super) fn error_message(error: &minijinja::Error) -> String {
-    const LONGEST: usize = 500;
-    // What went wrong in a macro or an inner template is the source of an error that says no more than where it was.
+    const MAX_CHARACTERS: usize = 500;
+    // An error in a macro or an included template is the source of an outer error that only names the place.
     let mut error = error;
     while let Some(inner) = std::error::Error::source(error).and_then(|source| source.downcast_ref()) {
         error = inner;
     }
     let mut text = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
-    if let Some((end, _)) = text.char_indices().nth(LONGEST) {
+    if let Some((end, _)) = text.char_indices().nth(MAX_CHARACTERS) {
         text.truncate(end);
         text.push('…');
     }

@@ -1,5 +1,5 @@
-//! What a template is given for a conversation: the messages, `tools`, `documents` and other variables, as transformers'
-//! `apply_chat_template` gives them (5.24), made once for all renderings of the conversation.
+//! What a template gets for a conversation: the messages, `tools`, `documents` and other variables, as transformers'
+//! `apply_chat_template` passes them (5.24). Converted once for all renderings of the conversation.
 
 use std::sync::Arc;
 
@@ -10,75 +10,75 @@ use super::Message;
 use super::sandbox::Budget;
 use super::tracked_message::{FieldUsage, TrackedMessage, to_template_value};
 
-/// The fields that hold what the assistant thinks, in the order in which they are looked at. transformers gives templates
-/// the first that is there as `reasoning_content` and `thinking`, too.
+/// The fields that hold the assistant's reasoning, by precedence. transformers passes the first that is present under the
+/// names `reasoning_content` and `thinking`, too.
 pub(super) const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-/// A conversation in the engine's values.
+/// A conversation in values of the template engine.
 #[derive(Debug, Clone)]
 pub(super) struct TemplateInput {
-    /// The messages as JSON, of which marked copies are made.
+    /// The messages as JSON, from which marked copies are made.
     pub(super) messages: Vec<Map<String, serde_json::Value>>,
-    /// The same as templates see them.
+    /// The same messages as values.
     pub(super) values: Vec<Value>,
-    /// Beside them.
     pub(super) variables: Vec<(String, Value)>,
-    pub(super) names: Arc<FieldUsage>,
+    /// Which fields of the messages were read, by any rendering.
+    pub(super) usage: Arc<FieldUsage>,
     pub(super) budget: Budget,
 }
 
 impl TemplateInput {
-    /// Of messages and variables that have been prepared.
+    /// From messages with their reasoning under all names, and variables; both are escaped.
     pub(super) fn new(
         messages: Vec<Map<String, serde_json::Value>>,
         variables: Map<String, serde_json::Value>,
     ) -> Self {
-        let bytes: usize = messages.iter().chain([&variables]).map(bytes_of_map).sum();
-        let names = FieldUsage::of(&messages);
-        let values = messages.iter().map(|message| TrackedMessage::value(&names, message)).collect();
+        let bytes: usize = messages.iter().chain([&variables]).map(map_bytes).sum();
+        let usage = FieldUsage::for_messages(&messages);
+        let values = messages.iter().map(|message| TrackedMessage::value(&usage, message)).collect();
         let mut variables: Vec<(String, Value)> =
             variables.into_iter().map(|(name, value)| (name, to_template_value(&value))).collect();
         for name in ["tools", "documents"] {
-            // Templates ask whether they are none, not whether they are defined.
+            // transformers always passes both: templates test `tools is none`, not `tools is defined`.
             if !variables.iter().any(|(known, _)| known == name) {
                 variables.push((name.into(), Value::from(())));
             }
         }
-        let budget = Budget::of(messages.len(), bytes);
-        Self { messages, values, variables, names, budget }
+        let budget = Budget::for_conversation(messages.len(), bytes);
+        Self { messages, values, variables, usage, budget }
     }
 
-    /// Of messages as they are.
-    pub(super) fn of_messages(messages: &[Message]) -> Self {
+    /// From messages without variables, not escaped.
+    pub(super) fn from_messages(messages: &[Message]) -> Self {
         Self::new(messages.iter().map(|message| with_reasoning(message.fields().clone())).collect(), Map::new())
     }
 
-    /// A message in place of another, for a rendering of its own.
+    /// A changed message as a value, to be rendered in place of another.
     pub(super) fn value(&self, message: &Map<String, serde_json::Value>) -> Value {
-        TrackedMessage::value(&self.names, message)
+        TrackedMessage::value(&self.usage, message)
     }
 }
 
 /// A message with its reasoning under the names that templates read.
 pub(super) fn with_reasoning(message: Map<String, serde_json::Value>) -> Map<String, serde_json::Value> {
     let Some(reasoning) = REASONING_FIELDS.iter().find_map(|name| message.get(*name)).cloned() else { return message };
-    let mut given = Map::new();
-    given.insert("thinking".into(), reasoning.clone());
-    given.extend(message);
-    given.insert("reasoning_content".into(), reasoning);
-    given
+    let mut extended = Map::new();
+    extended.insert("thinking".into(), reasoning.clone());
+    extended.extend(message);
+    extended.insert("reasoning_content".into(), reasoning);
+    extended
 }
 
-/// Bytes of text in JSON, and some for each value.
-fn bytes_of(value: &serde_json::Value) -> usize {
+/// The bytes of text in a value, and a few for each value in it.
+fn value_bytes(value: &serde_json::Value) -> usize {
     4 + match value {
         serde_json::Value::String(text) => text.len(),
-        serde_json::Value::Array(items) => items.iter().map(bytes_of).sum(),
-        serde_json::Value::Object(map) => bytes_of_map(map),
+        serde_json::Value::Array(items) => items.iter().map(value_bytes).sum(),
+        serde_json::Value::Object(map) => map_bytes(map),
         _ => 4,
     }
 }
 
-fn bytes_of_map(map: &Map<String, serde_json::Value>) -> usize {
-    map.iter().map(|(name, value)| name.len() + bytes_of(value)).sum()
+fn map_bytes(map: &Map<String, serde_json::Value>) -> usize {
+    map.iter().map(|(name, value)| name.len() + value_bytes(value)).sum()
 }

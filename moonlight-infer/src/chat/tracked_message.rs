@@ -1,4 +1,4 @@
-//! Messages as templates see them: maps that notice which of their fields are read.
+//! Messages as templates see them: maps that record which of their fields a template reads.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,8 +10,8 @@ use serde_json::Map;
 
 use crate::records::{large_integer_digits, non_finite_from_json};
 
-/// JSON as a value of the template engine; what stands for a number is that number. An integer of more digits than the engine
-/// has is an error where a template reads it.
+/// JSON as a value of the template engine, with the objects that stand for non-finite numbers and large integers as numbers.
+/// An integer that does not fit into the engine's 128 bits is an error where a template reads it.
 pub(super) fn to_template_value(value: &serde_json::Value) -> Value {
     match value {
         serde_json::Value::Array(items) => items.iter().map(to_template_value).collect(),
@@ -31,13 +31,13 @@ fn integer(digits: &str) -> Value {
         (Ok(number), _) => Value::from(number),
         (_, Ok(number)) => Value::from(number),
         _ => {
-            let problem = format!("an integer of {} digits; templates are given 38 at most", digits.len());
+            let problem = format!("an integer has {} digits, more than the limit of 38", digits.len());
             Value::from(Error::new(ErrorKind::InvalidOperation, problem))
         }
     }
 }
 
-/// Names of fields, and whether a template has read them; shared by the messages of a conversation.
+/// The field names of a conversation's messages, and whether a template has read each.
 #[derive(Debug, Default)]
 pub(super) struct FieldUsage {
     names: HashMap<String, usize>,
@@ -45,8 +45,10 @@ pub(super) struct FieldUsage {
 }
 
 impl FieldUsage {
-    /// The names that any of the messages has.
-    pub(super) fn of<'a>(messages: impl IntoIterator<Item = &'a Map<String, serde_json::Value>>) -> Arc<Self> {
+    /// All names, none of them read.
+    pub(super) fn for_messages<'a>(
+        messages: impl IntoIterator<Item = &'a Map<String, serde_json::Value>>,
+    ) -> Arc<Self> {
         let mut all = Self::default();
         for name in messages.into_iter().flat_map(Map::keys) {
             if !all.names.contains_key(name) {
@@ -57,40 +59,40 @@ impl FieldUsage {
         Arc::new(all)
     }
 
-    fn note(&self, index: usize) {
+    fn mark_read(&self, index: usize) {
         if let Some(read) = self.read.get(index) {
             read.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Whether a template has asked for the field, of any message.
+    /// Whether a template has read the field, of any message.
     pub(super) fn is_read(&self, name: &str) -> bool {
         self.names.get(name).is_some_and(|&index| self.read[index].load(Ordering::Relaxed))
     }
 }
 
-/// A message.
+/// A message as an object of the template engine.
 #[derive(Debug)]
 pub(super) struct TrackedMessage {
-    names: Arc<FieldUsage>,
+    usage: Arc<FieldUsage>,
     entries: Vec<(Value, Value)>,
-    /// Index of the name among all, and of the entry.
-    places: HashMap<String, (usize, usize)>,
+    /// By field name: the index in `usage`, and that in `entries`.
+    indices: HashMap<String, (usize, usize)>,
 }
 
 impl TrackedMessage {
     /// A message as a value of the template engine.
-    pub(super) fn value(names: &Arc<FieldUsage>, message: &Map<String, serde_json::Value>) -> Value {
+    pub(super) fn value(usage: &Arc<FieldUsage>, message: &Map<String, serde_json::Value>) -> Value {
         let mut entries = Vec::with_capacity(message.len());
-        let mut places = HashMap::with_capacity(message.len());
+        let mut indices = HashMap::with_capacity(message.len());
         for (index, (name, value)) in message.iter().enumerate() {
             entries.push((Value::from(name.as_str()), to_template_value(value)));
-            places.insert(name.clone(), (names.names.get(name).copied().unwrap_or(usize::MAX), index));
+            indices.insert(name.clone(), (usage.names.get(name).copied().unwrap_or(usize::MAX), index));
         }
-        Value::from_object(Self { names: names.clone(), entries, places })
+        Value::from_object(Self { usage: usage.clone(), entries, indices })
     }
 
-    /// What the message holds, without a note that it was read.
+    /// The fields, without recording that they are read.
     pub(super) fn entries(&self) -> &[(Value, Value)] {
         &self.entries
     }
@@ -102,8 +104,8 @@ impl Object for TrackedMessage {
     }
 
     fn get_value_by_str(self: &Arc<Self>, key: &str) -> Option<Value> {
-        let &(name, entry) = self.places.get(key)?;
-        self.names.note(name);
+        let &(name, entry) = self.indices.get(key)?;
+        self.usage.mark_read(name);
         Some(self.entries[entry].1.clone())
     }
 

@@ -1,8 +1,8 @@
-//! What Python makes of texts, where Rust makes something else of them; and the harness's code that is Python by the letter.
+//! Python's string methods where Rust's differ, and the harness's detokenizer of WikiText.
 
 use regex::Regex;
 
-/// `str.isspace`: Unicode's white space, and the four separators of ASCII.
+/// `str.isspace` of one character: Unicode's white space and the four ASCII separators.
 pub(super) fn is_space(character: char) -> bool {
     character.is_whitespace() || ('\x1c'..='\x1f').contains(&character)
 }
@@ -17,34 +17,34 @@ pub(super) fn rstrip(text: &str) -> &str {
     text.trim_end_matches(is_space)
 }
 
-/// `str.capitalize`: the first character in title case, the others small as they are in the whole text (a sigma that ends a
-/// word is `ς`).
+/// `str.capitalize`: the first character in title case, the others in lower case as in the whole text (a sigma at the end of
+/// a word is `ς`).
 pub(super) fn capitalize(text: &str) -> String {
     let Some(first) = text.chars().next() else { return String::new() };
-    let small = text.to_lowercase();
-    // A first character becomes as many small ones wherever it stands.
-    let begins: usize = first.to_lowercase().map(char::len_utf8).sum();
-    title(first) + &small[begins..]
+    let lower = text.to_lowercase();
+    // The lower case of the first character has this length in the whole text, too.
+    let first_length: usize = first.to_lowercase().map(char::len_utf8).sum();
+    title(first) + &lower[first_length..]
 }
 
 /// `str.title` of one character, by Unicode's title-case mappings (SpecialCasing and UnicodeData).
 fn title(first: char) -> String {
     let one = match first {
-        // One character for two letters has a form with the first of them large.
+        // Digraphs have a title-case form of their own.
         'Ǆ' | 'ǅ' | 'ǆ' => 'ǅ',
         'Ǉ' | 'ǈ' | 'ǉ' => 'ǈ',
         'Ǌ' | 'ǋ' | 'ǌ' => 'ǋ',
         'Ǳ' | 'ǲ' | 'ǳ' => 'ǲ',
-        // Georgian has capitals for whole words alone.
+        // Georgian capitals are for whole words only.
         '\u{10d0}'..='\u{10fa}' | '\u{10fd}'..='\u{10ff}' => first,
-        // Greek with an iota below: one character has both.
+        // Greek letters with iota subscript.
         '\u{1f80}'..='\u{1faf}' => char::from_u32(u32::from(first) | 8).unwrap_or(first),
         'ᾳ' | 'ᾼ' => 'ᾼ',
         'ῃ' | 'ῌ' => 'ῌ',
         'ῳ' | 'ῼ' => 'ῼ',
         'ŉ' => return "ʼN".into(),
         _ => {
-            // Of `ß`, which becomes two letters, one is large; an iota below stays below.
+            // Only the first letter is upper case where one character becomes several (`ß`); an iota subscript stays one.
             let mut large = first.to_uppercase();
             let mut text: String = large.next().into_iter().collect();
             let greek = ('\u{1f00}'..='\u{1fff}').contains(&first);
@@ -60,10 +60,10 @@ fn title(first: char) -> String {
     one.into()
 }
 
-/// `wikitext_detokenizer` of lm-evaluation-harness (0.4.13, `tasks/wikitext/preprocess_wikitext.py`): WikiText's spaces
-/// around signs are taken out, in its steps.
+/// `wikitext_detokenizer` of lm-evaluation-harness (0.4.13, `tasks/wikitext/preprocess_wikitext.py`), step by step: removes the
+/// spaces around punctuation.
 pub(super) fn wikitext_detokenizer(page: &str) -> String {
-    // Python's `\s` has the four separators of ASCII, too.
+    // Python's `\s` also matches the four ASCII separators.
     const STEPS: [(Step, &str, &str); 24] = {
         use Step::{Pattern, Plain};
         [
@@ -98,7 +98,7 @@ pub(super) fn wikitext_detokenizer(page: &str) -> String {
         text = match step {
             Step::Plain => text.replace(from, to),
             Step::Pattern => {
-                let pattern = Regex::new(from).expect("the patterns above are sound");
+                let pattern = Regex::new(from).expect("the patterns are constants");
                 pattern.replace_all(&text, to).into_owned()
             }
         };
@@ -106,7 +106,7 @@ pub(super) fn wikitext_detokenizer(page: &str) -> String {
     text
 }
 
-/// How a step of [`wikitext_detokenizer`] looks for what it takes out.
+/// Whether a step of [`wikitext_detokenizer`] searches for a string or a regular expression.
 #[derive(Clone, Copy)]
 enum Step {
     Plain,
@@ -118,8 +118,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn white_space_and_capitals_are_pythons() {
-        // Of CPython 3.11.
+    fn strip_and_capitalize_are_those_of_python() {
+        // The expected values are those of CPython 3.11.
         assert_eq!(strip("\x1c\u{85} \u{3000}a\u{200b}\x1f"), "a\u{200b}");
         assert_eq!(rstrip(" a\u{a0}\n"), " a");
         for (text, expected) in
@@ -127,7 +127,7 @@ mod tests {
         {
             assert_eq!(capitalize(text), expected);
         }
-        // The small letters are those of the whole text: a sigma at the end of a word is another one.
+        // Lower case depends on the word: a final sigma is another letter.
         for (text, expected) in [
             ("ΑΣ ΣΑΣ", "Ας σας"),
             ("ΣΑΣ", "Σας"),
@@ -139,9 +139,10 @@ mod tests {
         }
     }
 
-    /// The characters whose title case is not their capital with small letters behind it, in CPython 3.11 (Unicode 14).
+    /// All characters whose title case is not the first letter of their upper case followed by lower case, in CPython 3.11
+    /// (Unicode 14).
     #[test]
-    fn title_case_is_unicodes() {
+    fn special_title_cases_are_those_of_unicode() {
         for (text, expected) in [
             ("აბ", "აბ"),
             ("ჿ", "ჿ"),
@@ -168,7 +169,7 @@ mod tests {
 
     #[test]
     fn wikitext_is_detokenized_as_by_the_harness() {
-        // Of lm_eval 0.4.13.
+        // The expected values are those of lm_eval 0.4.13.
         for (text, expected) in WIKITEXT {
             assert_eq!(wikitext_detokenizer(text), expected);
         }

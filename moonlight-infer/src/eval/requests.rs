@@ -1,10 +1,10 @@
-//! Texts as the tokens that a model scores: a context with its continuation, and a long text in windows.
+//! Texts as tokens to score: a context with its continuation, and a long text in windows.
 
 use super::python_str;
 use crate::error::InferError;
 use crate::tokenizer::{AddBos, Tokenizer, TokenizerError};
 
-/// Tokens of which those from `from` on are scored, given all before.
+/// A sequence whose tokens from `from` on are scored, each given all before it.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Request {
     pub(super) tokens: Vec<u32>,
@@ -12,12 +12,12 @@ pub(super) struct Request {
 }
 
 impl Request {
-    /// How many tokens are scored.
+    /// The number of scored tokens.
     pub(super) fn scored(&self) -> usize {
         self.tokens.len() - self.from
     }
 
-    /// Truncated from the left to what fits into a context; the last token is predicted and not read.
+    /// Truncates the sequence on the left to `context` tokens and the last one, which is predicted and not read.
     pub(super) fn within(mut self, context: usize) -> Self {
         let dropped = self.tokens.len().saturating_sub(context + 1);
         self.tokens.drain(..dropped);
@@ -29,18 +29,18 @@ impl Request {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct EncodedChoice {
     pub(super) request: Request,
-    /// Whether context and choice as one text do not begin with the tokens of the context.
+    /// Whether the tokens of context and choice as one text do not start with those of the context.
     pub(super) crosses_boundary: bool,
 }
 
 /// A tokenizer as lm-evaluation-harness uses one (`HFLM.tok_encode`, 0.4.13).
 pub(super) struct TextEncoder {
-    /// Begins and ends a text as it is told, and reads special tokens out of it.
+    /// Adds its prefix and suffix to a text. Both parse special tokens.
     with_affixes: Tokenizer,
     /// Adds nothing.
     bare: Tokenizer,
+    /// BOS, else EOS.
     first_token: Option<u32>,
-    /// How the beginning is spelt.
     first_token_text: Option<String>,
 }
 
@@ -58,22 +58,20 @@ impl TextEncoder {
         })
     }
 
-    /// The token that is put before a text without a context: the one that begins a text, else the one that ends it
-    /// (`prefix_token_id`).
+    /// The token that replaces an empty context: BOS, else EOS (`prefix_token_id` of the harness).
     pub(super) fn first_token(&self) -> Option<u32> {
         self.first_token
     }
 
-    /// The tokens of a text by itself; one that spells its beginning out has no second.
+    /// The tokens of a text. If it starts with the text of BOS, no second one is added.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let spelt =
-            self.first_token_text.as_ref().is_some_and(|first_token_text| text.starts_with(first_token_text.as_str()));
-        if spelt { self.bare.encode_text(text) } else { self.with_affixes.encode_text(text) }
+        let has_first = self.first_token_text.as_ref().is_some_and(|first| text.starts_with(first.as_str()));
+        if has_first { self.bare.encode_text(text) } else { self.with_affixes.encode_text(text) }
     }
 
-    /// A context and its choices by the harness's `loglikelihood` and `_encode_pair`: spaces that end the context belong to
-    /// what follows, and a choice has the tokens of the whole behind as many as the context has. Where these are none, it
-    /// has the log-likelihood 0.
+    /// A context and its choices by the harness's `loglikelihood` and `_encode_pair`: spaces at the end of the context are
+    /// moved to the choice, and the tokens of a choice are those of the whole text after the *number* of tokens of the
+    /// context. There may be none; then the log-likelihood is 0.
     pub(super) fn choices_as_harness(
         &self,
         context: &str,
@@ -97,8 +95,8 @@ impl TextEncoder {
         choices.iter().map(encode).collect()
     }
 
-    /// A context and its choices as whole texts, all scored from the first token that any of them has otherwise than the
-    /// context by itself, so that each is charged for the same characters.
+    /// A context and its choices, each tokenized as one text. All are scored from the first token in which any of them differs
+    /// from the context, so that every choice is scored on the same characters.
     pub(super) fn choices(&self, context: &str, choices: &[String]) -> Result<Vec<EncodedChoice>, InferError> {
         if context.is_empty() {
             return self.choices_as_harness(context, choices);
@@ -120,7 +118,7 @@ impl TextEncoder {
         wholes.into_iter().map(request).collect()
     }
 
-    /// A text after nothing: its own beginning, or one that is put before it.
+    /// A text with an empty context: after BOS, which it may have itself.
     fn without_context(&self, text: &str) -> Result<Request, InferError> {
         let first_token = self.first_token.ok_or(InferError::NoFirstToken)?;
         let mut tokens = self.bare.encode_text(text)?;
@@ -131,16 +129,17 @@ impl TextEncoder {
     }
 }
 
-/// A text in windows of the model's context, each token in one of them (the harness's `get_rolling_token_windows` with
-/// `context_len = 1`): the first begins with `first`, each other with the token before it, and the last is as long as the
-/// context, so that its tokens are predicted from as much as there is.
+/// Splits a text into windows of the model's context, so that each token is scored once (the harness's
+/// `get_rolling_token_windows` with `context_len = 1`). The first window starts with `first`, and each other one with the last
+/// token of the one before. The last window is extended to the left to a full context, so that its tokens are predicted from
+/// as much as possible.
 pub(super) fn windows(tokens: &[u32], first: Option<u32>, context: usize) -> Vec<Request> {
     let mut windows = Vec::new();
-    // Without a token to begin with, the text's own first token is given.
+    // Without `first`, the text's own first token is not scored.
     let mut at = tokens.len().min(context + usize::from(first.is_none()));
-    let begins: Vec<u32> = first.into_iter().chain(tokens[..at].iter().copied()).collect();
-    if begins.len() > 1 {
-        windows.push(Request { tokens: begins, from: 1 });
+    let head: Vec<u32> = first.into_iter().chain(tokens[..at].iter().copied()).collect();
+    if head.len() > 1 {
+        windows.push(Request { tokens: head, from: 1 });
     }
     while at < tokens.len() {
         let end = tokens.len().min(at + context);

@@ -1,24 +1,24 @@
-//! Means with their standard errors, as lm-evaluation-harness gives them.
+//! Means and ratios with their standard errors, as in lm-evaluation-harness.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Resamples of the bootstrap.
+/// The number of bootstrap resamples.
 const RESAMPLES: usize = 1000;
-/// The harness's own seed for its bootstrap.
+/// The seed of the bootstrap, as in the harness.
 const SEED: u64 = 1234;
 
-/// A figure and how far off it may be.
+/// The value of a metric, and its standard error.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Estimate {
-    /// The figure.
+    /// The value.
     pub value: f64,
-    /// Its standard error; absent where one row says nothing of the spread.
+    /// The standard error; `None` for a single row.
     pub stderr: Option<f64>,
 }
 
-/// The mean of a sample, and its standard error `s / sqrt(n)` with `s` over `n - 1` (`mean_stderr` of the harness; for a
-/// share, the binomial one).
+/// The mean of a sample and its standard error `s / sqrt(n)`, where `s` is the sample standard deviation with `n - 1`
+/// (`mean_stderr` of the harness). For an accuracy it is the binomial standard error.
 pub(super) fn mean(values: &[f64]) -> Estimate {
     let count = values.len() as f64;
     let mean = values.iter().sum::<f64>() / count;
@@ -27,8 +27,7 @@ pub(super) fn mean(values: &[f64]) -> Estimate {
     Estimate { value: mean, stderr }
 }
 
-/// A figure of sums over rows, `of(sum of a, sum of b)`, and the standard deviation that it has over resamples of the
-/// rows (the bootstrap).
+/// A function `of(sum of a, sum of b)` of sums over rows, and its standard deviation over bootstrap resamples of the rows.
 pub(super) fn ratio(rows: &[(f64, f64)], of: impl Fn(f64, f64) -> f64) -> Estimate {
     let sum = |rows: &mut dyn Iterator<Item = (f64, f64)>| rows.fold((0.0, 0.0), |(a, b), (c, d)| (a + c, b + d));
     let (a, b) = sum(&mut rows.iter().copied());
@@ -53,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_share_has_the_binomial_error() {
+    fn an_accuracy_has_the_binomial_standard_error() {
         let Estimate { value, stderr } = mean(&[1.0, 1.0, 1.0, 0.0]);
         assert_eq!(value, 0.75);
         assert!((stderr.unwrap() - (0.75f64 * 0.25 / 3.0).sqrt()).abs() < 1e-12);
@@ -61,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bootstrap_of_a_mean_is_near_its_standard_error() {
+    fn the_bootstrap_error_of_a_mean_is_close_to_the_analytic_one() {
         let rows: Vec<(f64, f64)> = (0..400).map(|n| (f64::from(n % 7), 1.0)).collect();
         let values: Vec<f64> = rows.iter().map(|(value, _)| *value).collect();
         let (bootstrap, plain) = (ratio(&rows, |a, b| a / b), mean(&values));

@@ -1,5 +1,5 @@
-//! Rows of a task file in the layouts that the data sets have on the Hub, and the prompts that lm-evaluation-harness
-//! makes of them (its tasks `mmlu`, `arc_easy`/`arc_challenge` and `hellaswag`, version 0.4).
+//! Rows of task files in the layouts of the data sets on the Hub, and the prompts that lm-evaluation-harness builds from them
+//! (its tasks `mmlu`, `arc_easy`/`arc_challenge` and `hellaswag`, version 0.4).
 
 use std::path::Path;
 use std::str::FromStr;
@@ -10,19 +10,19 @@ use super::python_str;
 use crate::error::InferError;
 use crate::records::{Record, RecordReader, parse};
 
-/// What the rows of a task file are.
+/// The format of the rows of a task file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TaskFormat {
-    /// `question`, `choices` (a list of four), `answer` (0 to 3, or A to D), perhaps `subject`.
+    /// `question`, `choices` (a list), `answer` (an index or a letter), optional `subject`.
     Mmlu,
     /// `question`, `choices` of `text` and `label`, `answerKey`.
     Arc,
-    /// `ctx` (or `ctx_a` and `ctx_b`), `endings`, `label`, perhaps `activity_label`.
+    /// `ctx` (or `ctx_a` and `ctx_b`), `endings`, `label`, optional `activity_label`.
     HellaSwag,
-    /// `text`, or a `page` of WikiText: how well it is predicted.
+    /// `text`, or a `page` of WikiText.
     Perplexity,
-    /// A conversation in any shape that `data.format = "chat"` reads.
+    /// A conversation in any [format](crate::chat::ConversationFormat).
     Chat,
 }
 
@@ -55,7 +55,7 @@ impl std::fmt::Display for TaskFormat {
 
 impl TaskFormat {
     /// The format of a row, by its keys.
-    pub(super) fn of(row: &Map<String, Value>) -> Option<Self> {
+    pub(super) fn detect(row: &Map<String, Value>) -> Option<Self> {
         let has = |key: &str| row.contains_key(key);
         if has("endings") {
             Some(Self::HellaSwag)
@@ -72,7 +72,7 @@ impl TaskFormat {
         }
     }
 
-    /// Whether rows have choices of which one is right.
+    /// Whether rows are multiple choice.
     pub(super) fn has_choices(self) -> bool {
         matches!(self, Self::Mmlu | Self::Arc | Self::HellaSwag)
     }
@@ -81,15 +81,15 @@ impl TaskFormat {
 /// A row of a file.
 #[derive(Debug, Clone)]
 pub(super) struct Row {
-    /// The line that it begins in, from 1; in a parquet file its row.
+    /// The line in which it starts, from 1; in a parquet file the row.
     pub(super) line: usize,
-    /// As the file has it; of a parquet file as JSON.
+    /// The JSON of the row.
     pub(super) text: String,
     pub(super) fields: Map<String, Value>,
 }
 
-/// The rows of a file, empty lines left out, at most `limit` (0 for all).
-pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, InferError> {
+/// Reads the first `limit` rows of a file (0 for all), without empty lines.
+pub(super) fn read_rows(path: &Path, limit: usize) -> Result<Vec<Row>, InferError> {
     let limit = if limit == 0 { usize::MAX } else { limit };
     let mut records = RecordReader::open(path, &[], None)?;
     let mut rows = Vec::new();
@@ -106,7 +106,7 @@ pub(super) fn rows(path: &Path, limit: usize) -> Result<Vec<Row>, InferError> {
 
 fn read(path: &Path, Record { json, place }: Record) -> Result<Row, InferError> {
     match parse(&json).map_err(|error| InferError::json(path, place, &error, None))?.value {
-        // What was parsed is UTF-8.
+        // Lossless: `parse` refuses what is not UTF-8.
         Value::Object(fields) => {
             Ok(Row { line: place.line, text: String::from_utf8_lossy(&json).into_owned(), fields })
         }
@@ -114,32 +114,32 @@ fn read(path: &Path, Record { json, place }: Record) -> Result<Row, InferError> 
     }
 }
 
-/// A question with choices.
+/// A multiple-choice question.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Question {
-    /// Text before all examples.
+    /// The text before the few-shot examples.
     pub(super) description: String,
     /// The prompt.
     pub(super) context: String,
     /// The continuations to choose from, without the space before each.
     pub(super) choices: Vec<String>,
-    /// Which of them is right.
+    /// The index of the right choice.
     pub(super) gold: usize,
-    /// Examples are of the same subject.
+    /// Few-shot examples must be of the same subject.
     pub(super) subject: Option<String>,
 }
 
 impl Question {
-    /// Reads a row; the error is the rest of a sentence about it.
-    pub(super) fn read(format: TaskFormat, row: &Map<String, Value>) -> Result<Self, String> {
+    /// Parses a row; the error is what is wrong with it.
+    pub(super) fn parse(format: TaskFormat, row: &Map<String, Value>) -> Result<Self, String> {
         let text =
-            |key: &str| row.get(key).and_then(Value::as_str).ok_or_else(|| format!("the row has no text `{key}`"));
+            |key: &str| row.get(key).and_then(Value::as_str).ok_or_else(|| format!("the row has no string `{key}`"));
         let question = match format {
             TaskFormat::Mmlu => {
-                let choices = strings(row.get("choices")).ok_or("`choices` is not a list of texts")?;
+                let choices = strings(row.get("choices")).ok_or("`choices` is not a list of strings")?;
                 let letters: Vec<String> = (b'A'..=b'Z').map(|letter| char::from(letter).to_string()).collect();
                 if choices.len() > letters.len() {
-                    return Err(format!("the row has {} choices", choices.len()));
+                    return Err(format!("the row has {} choices, more than 26", choices.len()));
                 }
                 let lines: Vec<String> =
                     letters.iter().zip(&choices).map(|(letter, choice)| format!("{letter}. {choice}\n")).collect();
@@ -158,8 +158,8 @@ impl Question {
             }
             TaskFormat::Arc => {
                 let choices = row.get("choices").ok_or("the row has no `choices`")?;
-                let labels = strings(choices.get("label")).ok_or("`choices.label` is not a list of texts")?;
-                let texts = strings(choices.get("text")).ok_or("`choices.text` is not a list of texts")?;
+                let labels = strings(choices.get("label")).ok_or("`choices.label` is not a list of strings")?;
+                let texts = strings(choices.get("text")).ok_or("`choices.text` is not a list of strings")?;
                 if labels.len() != texts.len() {
                     return Err(format!("{} labels for {} choices", labels.len(), texts.len()));
                 }
@@ -173,7 +173,7 @@ impl Question {
                 }
             }
             TaskFormat::HellaSwag => {
-                let endings = strings(row.get("endings")).ok_or("`endings` is not a list of texts")?;
+                let endings = strings(row.get("endings")).ok_or("`endings` is not a list of strings")?;
                 let context = match (row.get("ctx_a").and_then(Value::as_str), row.get("ctx_b").and_then(Value::as_str))
                 {
                     (Some(a), Some(b)) => format!("{a} {}", python_str::capitalize(b)),
@@ -200,7 +200,7 @@ impl Question {
         Ok(question)
     }
 
-    /// The question with its answer, as an example before another.
+    /// The question with its answer, as a few-shot example.
     pub(super) fn with_answer(&self) -> String {
         format!("{} {}", self.context, self.choices[self.gold])
     }
@@ -210,7 +210,7 @@ fn strings(value: Option<&Value>) -> Option<Vec<String>> {
     value?.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
 }
 
-/// A number from 0, as a number or in digits, or one of the labels.
+/// The index of the right choice: an index as a number or a string, or one of the labels.
 fn gold(value: Option<&Value>, labels: &[String]) -> Option<usize> {
     let index = match value? {
         Value::String(text) => {
@@ -221,7 +221,7 @@ fn gold(value: Option<&Value>, labels: &[String]) -> Option<usize> {
     (index < labels.len()).then_some(index)
 }
 
-/// HellaSwag's texts from WikiHow without the marks of their origin, as the harness cleans them.
+/// Removes the artifacts of HellaSwag's WikiHow texts (`[title]` and other brackets), as the harness does.
 fn clean_hellaswag(text: &str) -> String {
     let text = python_str::strip(text).replace(" [title]", ". ");
     let mut clean = String::with_capacity(text.len());
@@ -229,7 +229,7 @@ fn clean_hellaswag(text: &str) -> String {
     while let Some(open) = rest.find('[') {
         let (before, inside) = rest.split_at(open);
         clean.push_str(before);
-        // Python's `.` does not match a line break.
+        // The harness removes `\[.*?\]`, and Python's `.` does not match a line break.
         match inside.find([']', '\n']).filter(|&end| inside.as_bytes()[end] == b']') {
             Some(end) => rest = &inside[end + 1..],
             None => {
@@ -248,8 +248,8 @@ mod tests {
 
     fn read(row: Value) -> Result<(TaskFormat, Question), String> {
         let Value::Object(row) = row else { panic!("not an object") };
-        let format = TaskFormat::of(&row).unwrap();
-        Question::read(format, &row).map(|question| (format, question))
+        let format = TaskFormat::detect(&row).unwrap();
+        Question::parse(format, &row).map(|question| (format, question))
     }
 
     #[test]
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_are_wrong() {
+    fn invalid_rows_are_errors() {
         for (row, expected) in [
             (serde_json::json!({"question": "?", "choices": ["1"], "answer": 0}), "fewer than two choices"),
             (

@@ -2,7 +2,7 @@ use moonlight_model::ModelConfig;
 
 use super::*;
 
-/// A model of bytes without a thought: fresh weights, but a head that a test can compute by hand.
+/// A small model of bytes with random weights.
 fn model() -> CausalLm {
     let shape = serde_json::json!({
         "model_type": "llama", "vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -76,7 +76,7 @@ fn choices_are_scored_as_one_text_after_the_context() {
 }
 
 #[test]
-fn examples_stand_before_the_question() {
+fn few_shot_examples_precede_the_question() {
     let model = model();
     let row = |question: &str, answer: usize| json!({"question": question, "choices": ["y", "n"], "answer": answer});
     let lines = format!("{}\n{}\n", row("p", 0), row("q", 1));
@@ -89,7 +89,7 @@ fn examples_stand_before_the_question() {
     assert_eq!(evaluation.shots, 1);
     let error = run(&model, "x.jsonl", &lines, |task| task.shots = 2).unwrap_err().to_string();
     assert!(error.contains("there are 1 examples for 2 shots"), "{error}");
-    // A context beyond the model's 64 loses its beginning.
+    // A context of more than 64 tokens is truncated on the left.
     let long = format!("{}\n{}\n", row(&"w".repeat(100), 0), row("q", 1));
     let evaluation = run(&model, "x.jsonl", &long, |_| {}).unwrap();
     let whole: Vec<u32> = format!("{}\nA. y\nB. n\nAnswer: B", "w".repeat(100)).bytes().map(u32::from).collect();
@@ -101,15 +101,15 @@ fn examples_stand_before_the_question() {
 }
 
 #[test]
-fn texts_are_predicted_in_windows() {
+fn long_texts_are_scored_in_windows() {
     let model = model();
     let texts = ["hello world", &"abc def ".repeat(20), "x"];
     let lines: String = texts.iter().map(|text| format!("{}\n", json!({"text": text}))).collect();
     let evaluation = run(&model, "x.jsonl", &lines, |_| {}).unwrap();
     let (mut sum, mut bytes, mut words) = (0.0, 0.0, 0.0);
     for text in texts {
-        // The harness's windows of a model with 64 positions: `<|bos|>` and 64 tokens, then 64 more each, the last one
-        // after as much as fits.
+        // The harness's windows for a context of 64: `<|bos|>` and 64 tokens, then 64 new tokens each, the last one with a
+        // full context before.
         let tokens: Vec<u32> = text.bytes().map(u32::from).collect();
         let mut at = 0;
         while at < tokens.len() {
@@ -138,9 +138,9 @@ fn texts_are_predicted_in_windows() {
     }
 }
 
-/// The harness's task `wikitext`: what is scored is detokenized, and what is counted is not.
+/// As the harness's task `wikitext`: the detokenized text is scored, and the words and bytes of the original are counted.
 #[test]
-fn a_page_of_wikitext_is_scored_as_detokenized() {
+fn a_page_of_wikitext_is_scored_detokenized() {
     let model = model();
     let page = " = A = \n 1 @,@ 000 dogs ' tails . \n";
     let plain = " = A =\n1,000 dogs' tails.\n";
@@ -153,14 +153,14 @@ fn a_page_of_wikitext_is_scored_as_detokenized() {
 }
 
 #[test]
-fn words_are_pythons() {
+fn words_are_counted_as_by_pythons_split() {
     for (text, words) in [("", 1), (" ", 2), ("a", 1), ("a  b\nc", 3), (" a ", 3)] {
         assert_eq!(count_words(text), words, "{text:?}");
     }
 }
 
 #[test]
-fn answers_are_exact_where_greedy_decoding_gives_them() {
+fn an_answer_matches_exactly_if_greedy_decoding_gives_it() {
     let model = model();
     let tokenizer = Tokenizer::bytes_chat();
     let encoder = ChatEncoder::new(ChatTemplate::for_tokenizer(&tokenizer).unwrap(), tokenizer.clone());
@@ -168,7 +168,7 @@ fn answers_are_exact_where_greedy_decoding_gives_them() {
         json!({"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "?"},
             {"role": "assistant", "content": answer}]})
     };
-    // Each conversation's loss by hand.
+    // The loss of a conversation by hand.
     let line = turns("yes").to_string();
     let conversation = encoder.parse(line.as_bytes()).unwrap();
     let read = encoder.weighted_tokens(&conversation).unwrap();
@@ -183,26 +183,26 @@ fn answers_are_exact_where_greedy_decoding_gives_them() {
     let evaluation = run(&model, "x.jsonl", &format!("{line}\n"), |_| {}).unwrap();
     let nll = value(&evaluation, "nll").value;
     assert!((nll - learned.iter().sum::<f64>() / 4.0).abs() < 1e-4, "{nll}");
-    // A greedy byte is found for what the model would say first; with it alone the end marker decides.
+    // What greedy decoding generates is greedy in every token, and another first token is not.
     let prompt = encoder.tokens(&conversation.messages()[..2], true).unwrap();
     let sampling = crate::generate::Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
-    let said = crate::generate::generate(&model, &prompt, 3, sampling, &[], |_| {}).unwrap().tokens;
-    let scored = score_batch(&model, &[&[&prompt[..], &said[..]].concat()]).unwrap().remove(0);
+    let generated = crate::generate::generate(&model, &prompt, 3, sampling, &[], |_| {}).unwrap().tokens;
+    let scored = score_batch(&model, &[&[&prompt[..], &generated[..]].concat()]).unwrap().remove(0);
     assert!(scored[prompt.len() - 1..].iter().all(|scored| scored.greedy));
-    let wrong: Vec<u32> = said.iter().map(|token| (token + 1) % 259).collect();
+    let wrong: Vec<u32> = generated.iter().map(|token| (token + 1) % 259).collect();
     let scored = score_batch(&model, &[&[&prompt[..], &wrong[..1]].concat()]).unwrap().remove(0);
     assert!(!scored[prompt.len() - 1].greedy);
     assert_eq!(value(&evaluation, "exact_match").value, 0.0);
 }
 
 #[test]
-fn what_is_wrong_is_named_by_line() {
+fn invalid_rows_are_errors_with_their_line() {
     let model = model();
     let fault = |lines: &str, change: fn(&mut Task)| {
         let error = run(&model, "x.jsonl", lines, change).unwrap_err();
         error.to_string().split("x.jsonl").last().unwrap().to_owned()
     };
-    assert_eq!(fault("{}\n", |_| {}), ":1: the row has the keys of no format");
+    assert_eq!(fault("{}\n", |_| {}), ":1: the keys of the row are not those of any format");
     assert_eq!(fault("{\"text\": \"a\"}\n{\"text\": 3}\n", |_| {}), ":2: the row has no `text`");
     assert_eq!(fault("{\"text\": \"a\"}\n\n{\n", |_| {}), ":3:1: the record is not JSON: EOF while parsing an object");
     assert_eq!(fault("\n", |_| {}), "` has no rows");
@@ -211,10 +211,13 @@ fn what_is_wrong_is_named_by_line() {
     assert_eq!(fault("{\"text\": \"a\"}\n", as_arc), ":1: the row has no `choices`");
     let long = json!({"instruction": "x".repeat(100), "output": "y"}).to_string();
     assert!(fault(&long, |_| {}).contains("are more than the model's context of 64"));
-    assert!(fault("{\"text\": \"a\"}\n", |task| task.shots = 1).contains("examples do not go with rows of perplexity"));
+    assert!(
+        fault("{\"text\": \"a\"}\n", |task| task.shots = 1)
+            .contains("few-shot examples are not supported for rows of `perplexity`")
+    );
 }
 
-/// A tokenizer of the characters of ASCII, `<s>`, and what `merges` join; `<s>` begins each text where `bos` says so.
+/// A tokenizer of ASCII characters, `<s>`, and `merges`; with `bos` it adds `<s>` before each text.
 fn tokenizer_with(merges: &[[&str; 2]], bos: bool) -> (tempfile::TempDir, Tokenizer) {
     let mut vocab: Map<String, Value> = (b' '..=b'~')
         .map(char::from)
@@ -269,9 +272,9 @@ fn assert_likelihoods(evaluation: &Evaluation, expected: &[f64]) {
     assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-4), "{found:?} is not {expected:?}");
 }
 
-/// lm_eval 0.4.13 gives (0.0, True) for such a choice; see `scripts/check_eval.py`.
+/// lm_eval 0.4.13 returns (0.0, True) for a choice whose only token is merged with the context; see `scripts/check_eval.py`.
 #[test]
-fn a_choice_without_a_token_of_its_own() {
+fn a_choice_that_is_merged_with_the_context() {
     let model = model();
     let (_dir, tokenizer) = tokenizer_with(&[[":", " "], [": ", "C"]], false);
     let row = json!({"question": "Q?", "choices": ["a", "b", "c", "d"], "answer": 0}).to_string();
@@ -280,24 +283,24 @@ fn a_choice_without_a_token_of_its_own() {
     let whole = |letter: &str| tokenizer.encode(&format!("{context} {letter}")).unwrap();
     assert_eq!((whole("C").len(), whole("A").len()), (alone.len(), alone.len() + 1));
     let harness = run_with(&model, &tokenizer, &row, false).unwrap();
-    // The letter alone is left, behind a context without its space.
+    // Only the letter is left, after a context without its space.
     let letter = |text: &str| sum_from(&model, &[&alone[..], &tokenizer.encode(text).unwrap()].concat(), alone.len());
     assert_likelihoods(&harness, &[letter("A"), letter("B"), 0.0, letter("D")]);
     assert_eq!(harness.records[0]["choice"], 2);
     assert!(harness.notes[0].contains("in 1 rows (the first on line 1)"), "{:?}", harness.notes);
-    assert!(harness.notes[0].contains("`--fix-harness` counts them"));
+    assert!(harness.notes[0].contains("`--fix-harness` scores it"));
     let fixed = run_with(&model, &tokenizer, &row, true).unwrap();
     let from = alone.len() - 1;
     assert_likelihoods(&fixed, &["A", "B", "C", "D"].map(|letter| sum_from(&model, &whole(letter), from)));
-    assert!(fixed.notes[0].contains("counted with the choice"));
-    // Without such a token both are one, and nothing is to be said.
+    assert!(fixed.notes[0].contains("scored with the choice"));
+    // Without such a token both give the same, and no note.
     let (_dir, plain) = tokenizer_with(&[], false);
     let [a, b] = [false, true].map(|fix| run_with(&model, &plain, &row, fix).unwrap());
     assert_eq!((&a.records, a.notes.len(), b.notes.len()), (&b.records, 0, 0));
 }
 
 #[test]
-fn a_context_begins_as_the_tokenizer_begins_texts() {
+fn a_context_has_bos_if_the_tokenizer_adds_it_to_texts() {
     let model = model();
     let (_dir, tokenizer) = tokenizer_with(&[], true);
     let row = |question: &str| json!({"question": question, "choices": ["a", "b"], "answer": 0}).to_string();
@@ -311,14 +314,14 @@ fn a_context_begins_as_the_tokenizer_begins_texts() {
     assert_likelihoods(&run_with(&model, &tokenizer, &row("Q?"), false).unwrap(), &expected(true));
     let without = tokenizer.clone().with_bos(crate::tokenizer::AddBos::Never).unwrap();
     assert_likelihoods(&run_with(&model, &without, &row("Q?"), false).unwrap(), &expected(false));
-    // One that spells BOS has no second.
-    let spelt = ["A", "B"].map(|letter| by_hand(&format!("{} {letter}", text.replace("Q?", "Q")), true));
-    assert_likelihoods(&run_with(&model, &tokenizer, &row("<s>Q"), false).unwrap(), &spelt);
+    // A context that spells BOS gets no second one.
+    let spelled = ["A", "B"].map(|letter| by_hand(&format!("{} {letter}", text.replace("Q?", "Q")), true));
+    assert_likelihoods(&run_with(&model, &tokenizer, &row("<s>Q"), false).unwrap(), &spelled);
 }
 
-/// The harness puts BOS before a text that has it already, and counts how well BOS predicts itself.
+/// The harness adds BOS to a text that has it already, and scores the second one.
 #[test]
-fn a_text_with_bos_is_begun_twice_unless_that_is_fixed() {
+fn a_text_with_bos_has_it_twice_unless_that_is_fixed() {
     let model = model();
     let (_dir, tokenizer) = tokenizer_with(&[], true);
     let letters = tokenizer.encode("moon").unwrap();
@@ -343,5 +346,8 @@ fn a_choice_that_is_longer_than_the_context_is_refused() {
     let (_dir, tokenizer) = tokenizer_with(&[], false);
     let row = json!({"ctx": "x", "endings": ["a".repeat(80), "b".to_owned()], "label": 0}).to_string();
     let error = run_with(&model, &tokenizer, &row, false).unwrap_err();
-    assert!(error.to_string().ends_with("x.jsonl:1: a choice has 81 tokens, and the model's context 64"), "{error}");
+    assert!(
+        error.to_string().ends_with("x.jsonl:1: a choice has 81 tokens, more than the model's context of 64"),
+        "{error}"
+    );
 }

@@ -1,33 +1,32 @@
-//! Batched generation: many prompts, several at a time.
+//! Batched generation: many prompts, several at a time (continuous batching).
 
 use moonlight_model::CausalLm;
 
 use super::{
-    Generated, INITIAL_CACHE_TOKENS, Sampler, Sampling, StopReason, cache, check_prompt, grow_cache, logit_rows,
+    Generated, INITIAL_CACHE_TOKENS, Sampler, Sampling, StopReason, check_prompt, grow_cache, logit_rows, new_cache,
 };
 use crate::error::InferError;
 
 /// A sequence that is being generated.
 struct ActiveSequence {
-    /// Its prompt's place among the prompts.
-    place: usize,
+    /// The index of its prompt.
+    prompt: usize,
     sampler: Sampler,
-    /// What was written.
+    /// The new tokens.
     tokens: Vec<u32>,
-    /// What the model has not read yet: the prompt, then the last token.
-    unread: Vec<u32>,
+    /// The input of the next forward pass: the prompt, then the last token.
+    input: Vec<u32>,
 }
 
-/// Continues each of `prompts`, up to `batch` of them at a time; where a sequence ends, the next prompt takes its row of the
-/// batch. `each` gets every continuation as it ends, with the index of its prompt.
+/// Continues each of `prompts`, up to `batch` of them at a time. When a sequence ends, the next prompt takes its row of the
+/// batch. `each` is called with every continuation as it ends, and the index of its prompt.
 ///
-/// The continuation of prompt `i` is that of [`generate`](super::generate) with the seed `sampling.seed + i`, whatever the batch, as
-/// far as sums in another order allow.
+/// The continuation of prompt `i` is that of [`generate`](super::generate) with the seed `sampling.seed + i`, whatever the
+/// batch, except that sums in another order may round differently.
 ///
 /// # Errors
 ///
-/// Those of [`generate`](super::generate), for the first prompt that has one and before anything is written; and those of
-/// `each`.
+/// Those of [`check_prompt`] for any prompt, before anything is generated; [`InferError::NonFinite`]; and those of `each`.
 pub fn generate_many(
     model: &CausalLm,
     prompts: &[Vec<u32>],
@@ -43,48 +42,55 @@ pub fn generate_many(
     }
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let mut slots: Vec<Option<ActiveSequence>> = (0..batch.clamp(1, prompts.len().max(1))).map(|_| None).collect();
-    let room = longest.saturating_add(max_new_tokens).min(config.max_position_embeddings);
-    let mut cache = cache(model, slots.len(), room.min(longest + INITIAL_CACHE_TOKENS));
+    let max_tokens = longest.saturating_add(max_new_tokens).min(config.max_position_embeddings);
+    let mut cache = new_cache(model, slots.len(), max_tokens.min(longest + INITIAL_CACHE_TOKENS));
     let mut waiting = prompts.iter().enumerate();
     loop {
         for (sequence, slot) in slots.iter_mut().enumerate().filter(|(_, slot)| slot.is_none()) {
-            *slot = waiting.next().map(|(place, prompt)| {
+            *slot = waiting.next().map(|(index, prompt)| {
                 cache.truncate(sequence, 0);
-                let sampling = Sampling { seed: sampling.seed.wrapping_add(place as u64), ..sampling };
-                ActiveSequence { place, sampler: Sampler::new(sampling), tokens: Vec::new(), unread: prompt.clone() }
+                let sampling = Sampling { seed: sampling.seed.wrapping_add(index as u64), ..sampling };
+                ActiveSequence {
+                    prompt: index,
+                    sampler: Sampler::new(sampling),
+                    tokens: Vec::new(),
+                    input: prompt.clone(),
+                }
             });
         }
         for (sequence, slot) in slots.iter_mut().enumerate() {
-            let full = |writing: &ActiveSequence| {
-                writing.tokens.len() == max_new_tokens || cache.lengths()[sequence] + writing.unread.len() > room
+            let is_full = |active: &ActiveSequence| {
+                active.tokens.len() == max_new_tokens || cache.lengths()[sequence] + active.input.len() > max_tokens
             };
-            if let Some(ended) = slot.take_if(|writing| full(writing)) {
-                each(ended.place, Generated { tokens: ended.tokens, stop: StopReason::Length, stop_token: None })?;
+            if let Some(ended) = slot.take_if(|active| is_full(active)) {
+                each(ended.prompt, Generated { tokens: ended.tokens, stop: StopReason::Length, stop_token: None })?;
             }
         }
-        let unread: Vec<&[u32]> = slots.iter().map(|slot| slot.as_ref().map_or(&[][..], |slot| &slot.unread)).collect();
-        if unread.iter().all(|unread| unread.is_empty()) {
+        // An empty slot has an empty input, and no row in the logits.
+        let inputs: Vec<&[u32]> =
+            slots.iter().map(|slot| slot.as_ref().map_or(&[][..], |active| &active.input)).collect();
+        if inputs.iter().all(|input| input.is_empty()) {
             if waiting.len() == 0 {
                 return Ok(());
             }
             continue;
         }
-        let needed = cache.lengths().iter().zip(&unread).map(|(length, unread)| length + unread.len()).max();
-        grow_cache(&mut cache, needed.unwrap_or(0), room);
-        let mut logits = logit_rows(model.extend(&unread, &mut cache)).into_iter();
+        let needed = cache.lengths().iter().zip(&inputs).map(|(length, input)| length + input.len()).max();
+        grow_cache(&mut cache, needed.unwrap_or(0), max_tokens);
+        let mut logits = logit_rows(model.extend(&inputs, &mut cache)).into_iter();
         for slot in &mut slots {
-            let Some(writing) = slot else { continue };
-            let next = writing.sampler.choose(&logits.next().expect("each text that is read has logits"))?;
+            let Some(active) = slot else { continue };
+            let next = active.sampler.choose(&logits.next().expect("each sequence with an input has logits"))?;
             if eos.contains(&next) {
                 if let Some(ended) = slot.take() {
                     each(
-                        ended.place,
+                        ended.prompt,
                         Generated { tokens: ended.tokens, stop: StopReason::Eos, stop_token: Some(next) },
                     )?;
                 }
             } else {
-                writing.tokens.push(next);
-                writing.unread = vec![next];
+                active.tokens.push(next);
+                active.input = vec![next];
             }
         }
     }
@@ -110,9 +116,9 @@ mod tests {
     }
 
     #[test]
-    fn texts_side_by_side_are_those_that_are_written_alone() {
+    fn a_batch_generates_the_same_as_each_prompt_alone() {
         let model = model();
-        // One of them ends at the context, and more of them than seats.
+        // More prompts than slots, and one that ends at the context.
         let prompts: Vec<Vec<u32>> =
             [3, 1, 20, 7, 5].iter().map(|&length| (0..length).map(|index| index * 5 % 32).collect()).collect();
         for temperature in [0.0, 1.0] {
@@ -121,37 +127,37 @@ mod tests {
                 let texts = prompts.iter().zip(11..);
                 texts.map(|(prompt, seed)| generate(&model, prompt, 9, sampling(seed), eos, |_| {}).unwrap()).collect()
             };
-            // A token that some text has ends it there.
+            // The first sequence ends at its fifth token.
             let eos = [alone(&[])[0].tokens[4]];
             for batch in [1, 3, 99] {
                 let mut texts = vec![None; prompts.len()];
-                generate_many(&model, &prompts, batch, 9, sampling(11), &eos, |place, text| {
-                    assert!(texts[place].replace(text).is_none(), "each text ends once");
+                generate_many(&model, &prompts, batch, 9, sampling(11), &eos, |index, text| {
+                    assert!(texts[index].replace(text).is_none(), "each text ends once");
                     Ok(())
                 })
                 .unwrap();
                 let texts: Vec<Generated> = texts.into_iter().map(Option::unwrap).collect();
-                assert_eq!(texts, alone(&eos), "{batch} side by side, temperature {temperature}");
+                assert_eq!(texts, alone(&eos), "batch of {batch}, temperature {temperature}");
             }
         }
         assert!(generate_many(&model, &[vec![1], vec![]], 2, 3, Sampling::default(), &[], |_, _| Ok(())).is_err());
     }
 
     #[test]
-    fn nothing_to_write_is_written_at_once() {
+    fn zero_new_tokens_end_at_once() {
         let model = model();
         let mut ended = Vec::new();
         let prompts = [vec![1], vec![2, 3], vec![4]];
-        generate_many(&model, &prompts, 2, 0, Sampling::default(), &[], |place, text| {
-            ended.push((place, text.tokens.len(), text.stop));
+        generate_many(&model, &prompts, 2, 0, Sampling::default(), &[], |index, text| {
+            ended.push((index, text.tokens.len(), text.stop));
             Ok(())
         })
         .unwrap();
         assert_eq!(ended, [(0, 0, StopReason::Length), (1, 0, StopReason::Length), (2, 0, StopReason::Length)]);
     }
 
-    /// As large a context as a configuration can name takes no more memory than the tokens do, and a cache that grows holds
-    /// what it held.
+    /// The largest context that a config can have takes no more memory than the tokens, and a cache that grows keeps its
+    /// contents.
     #[test]
     fn a_cache_grows_with_its_tokens() {
         let shape = json!({
@@ -169,19 +175,19 @@ mod tests {
         let each = |_| std::ops::ControlFlow::Continue(());
         let grown = session.generate(&prompt, count, &mut sampler, &[], each).unwrap();
         let mut cache = moonlight_model::KvCache::new(model.config(), 1, 2 * count, &device, model.dtype());
-        let mut unread = prompt.clone();
+        let mut input = prompt.clone();
         for token in &grown.tokens {
-            let logits = logit_rows(model.extend(&[&unread], &mut cache)).remove(0);
+            let logits = logit_rows(model.extend(&[&input], &mut cache)).remove(0);
             assert_eq!(sampler.choose(&logits).unwrap(), *token);
-            unread = vec![*token];
+            input = vec![*token];
         }
         let many = [prompt.clone(), vec![4]];
-        generate_many(&model, &many, 2, count, Sampling::default(), &[], |place, text| {
-            assert!(place > 0 || text == grown);
+        generate_many(&model, &many, 2, count, Sampling::default(), &[], |index, text| {
+            assert!(index > 0 || text == grown);
             Ok(())
         })
         .unwrap();
-        // And what the model makes of weights that are damaged is an error.
+        // Damaged weights are an error.
         let mut model = model;
         model.norm.weight = model.norm.weight.map(|weight| weight * f32::NAN);
         let error = generate(&model, &prompt, 3, Sampling::default(), &[], |_| {}).unwrap_err();
@@ -189,6 +195,6 @@ mod tests {
         let error = generate_many(&model, &many, 2, 3, Sampling::default(), &[], |_, _| Ok(())).unwrap_err();
         assert!(matches!(error, InferError::NonFinite { .. }), "{error}");
         let error = crate::score::score(&model, &prompt).unwrap_err();
-        assert!(error.to_string().contains("token 2 is non-finite"), "{error}");
+        assert!(error.to_string().contains("token 2 of the sequence is non-finite"), "{error}");
     }
 }

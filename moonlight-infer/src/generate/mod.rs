@@ -1,4 +1,4 @@
-//! Text from a model.
+//! Generation: a [`Session`] with a KV cache for one conversation, or [`generate_many`] for a batch of prompts.
 
 mod batch;
 mod sampler;
@@ -14,55 +14,56 @@ use crate::error::InferError;
 pub use batch::generate_many;
 pub use sampler::{Sampler, Sampling};
 
-/// Why a generation ended.
+/// Why a generation ended; `finish_reason` in other programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StopReason {
-    /// The model wrote a token that ends a text.
+    /// The model wrote one of the `eos` tokens.
     Eos,
-    /// `max_new_tokens`, or the end of the model's context, was reached.
+    /// `max_new_tokens` or the end of the model's context was reached.
     Length,
-    /// The caller stopped it.
+    /// The callback broke off.
     Interrupted,
 }
 
-/// What a model wrote.
+/// The result of a generation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Generated {
     /// The new tokens, without the one that ended the text.
     pub tokens: Vec<u32>,
     /// Why it ended.
     pub stop: StopReason,
-    /// The token that ended the text, where one did ([`StopReason::Eos`]).
+    /// The token that ended the text, for [`StopReason::Eos`].
     pub stop_token: Option<u32>,
 }
 
-/// A model with a KV cache, and the tokens that are in it.
+/// A model with a KV cache that is kept from one prompt to the next.
 #[derive(Debug)]
 pub struct Session<'m> {
     model: &'m CausalLm,
     cache: KvCache,
-    /// Tokens that the cache may grow to.
-    room: usize,
-    read: Vec<u32>,
+    /// The limit of the cache in tokens.
+    max_tokens: usize,
+    /// The tokens whose keys and values are in the cache.
+    cached: Vec<u32>,
 }
 
 impl<'m> Session<'m> {
-    /// An empty session, with room for `capacity` tokens, the model's context at most. Memory is taken as tokens come.
+    /// An empty session for up to `capacity` tokens, or the model's context if that is shorter. The cache grows with the tokens.
     pub fn new(model: &'m CausalLm, capacity: usize) -> Self {
-        let room = capacity.min(model.config().max_position_embeddings);
-        Self { model, cache: cache(model, 1, room.min(INITIAL_CACHE_TOKENS)), room, read: Vec::new() }
+        let max_tokens = capacity.min(model.config().max_position_embeddings);
+        let cache = new_cache(model, 1, max_tokens.min(INITIAL_CACHE_TOKENS));
+        Self { model, cache, max_tokens, cached: Vec::new() }
     }
 
-    /// Continues `prompt` and hands each new token to `each` as it comes. The prefix that the prompt shares with what is in
-    /// the cache is not computed again.
+    /// Continues `prompt`, and calls `each` with every new token. Tokens that the prompt shares with the start of the cache are
+    /// not computed again.
     ///
     /// Stops after `max_new_tokens`, at a token of `eos`, when the cache is full, or when `each` breaks.
     ///
     /// # Errors
     ///
-    /// A prompt without a token, longer than the room, or with a token that the model does not have; logits that are
-    /// non-finite.
+    /// Those of [`check_prompt`], and [`InferError::NonFinite`].
     pub fn generate(
         &mut self,
         prompt: &[u32],
@@ -71,16 +72,16 @@ impl<'m> Session<'m> {
         eos: &[u32],
         mut each: impl FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generated, InferError> {
-        let capacity = self.room;
+        let capacity = self.max_tokens;
         check_prompt(prompt, self.model.config().vocab_size, capacity)?;
-        // The last token is always read: its logits are wanted.
-        let known = self.read.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
+        // The last token is computed even if it is in the cache, because its logits are needed.
+        let known = self.cached.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
         self.cache.truncate(0, known);
-        self.read.truncate(known);
+        self.cached.truncate(known);
         let mut tokens = Vec::new();
         let mut input: Vec<u32> = prompt[known..].to_vec();
-        while tokens.len() < max_new_tokens && self.read.len() + input.len() <= capacity {
-            let next = sampler.choose(&self.read(&input))?;
+        while tokens.len() < max_new_tokens && self.cached.len() + input.len() <= capacity {
+            let next = sampler.choose(&self.next_logits(&input))?;
             if eos.contains(&next) {
                 return Ok(Generated { tokens, stop: StopReason::Eos, stop_token: Some(next) });
             }
@@ -93,15 +94,15 @@ impl<'m> Session<'m> {
         Ok(Generated { tokens, stop: StopReason::Length, stop_token: None })
     }
 
-    /// Runs the model over tokens and returns the logits of the next one.
-    fn read(&mut self, tokens: &[u32]) -> Vec<f32> {
-        self.read.extend(tokens);
-        grow_cache(&mut self.cache, self.read.len(), self.room);
+    /// Appends tokens to the cache, and returns the logits of the next one: `[vocab]`.
+    fn next_logits(&mut self, tokens: &[u32]) -> Vec<f32> {
+        self.cached.extend(tokens);
+        grow_cache(&mut self.cache, self.cached.len(), self.max_tokens);
         logit_rows(self.model.extend(&[tokens], &mut self.cache)).remove(0)
     }
 }
 
-/// Continues `prompt` and hands each new token to `each` as it comes; see [`Session::generate`].
+/// Continues `prompt`, and calls `each` with every new token; see [`Session::generate`].
 ///
 /// # Errors
 ///
@@ -115,7 +116,7 @@ pub fn generate(
     mut each: impl FnMut(u32),
 ) -> Result<Generated, InferError> {
     let context = model.config().max_position_embeddings;
-    // The session's cache must not be larger than the context; it refuses a longer prompt.
+    // Limited to the context, so that the session refuses a longer prompt.
     let mut session = Session::new(model, prompt.len().saturating_add(max_new_tokens).min(context));
     session.generate(prompt, max_new_tokens, &mut Sampler::new(sampling), eos, |token| {
         each(token);
@@ -123,32 +124,31 @@ pub fn generate(
     })
 }
 
-/// Tokens that a cache has room for at first.
+/// The tokens for which a cache is allocated at first: a context may be far longer than what is generated.
 const INITIAL_CACHE_TOKENS: usize = 512;
 
-/// Lets a cache grow to what is needed, twice what it had if that is more, but never past `most`.
-fn grow_cache(cache: &mut KvCache, needed: usize, most: usize) {
+/// Grows a cache to `needed` tokens, at least doubling it, and never beyond `max_tokens`.
+fn grow_cache(cache: &mut KvCache, needed: usize, max_tokens: usize) {
     if needed > cache.capacity() {
-        cache.grow(needed.max(2 * cache.capacity()).min(most));
+        cache.grow(needed.max(2 * cache.capacity()).min(max_tokens));
     }
 }
 
-/// Room for `capacity` tokens of each of `batch` texts, the model's context at most.
-fn cache(model: &CausalLm, batch: usize, capacity: usize) -> KvCache {
+/// An empty cache for `capacity` tokens of each of `batch` sequences, the model's context at most.
+fn new_cache(model: &CausalLm, batch: usize, capacity: usize) -> KvCache {
     let config = model.config();
     let device = model.embed_tokens.weight.val().device();
     KvCache::new(config, batch, capacity.min(config.max_position_embeddings), &device, model.dtype())
 }
 
-/// Logits on the host, row by row.
+/// The rows of logits `[batch, vocab]`, on the host in f32.
 fn logit_rows(logits: Tensor<2>) -> Vec<Vec<f32>> {
     let width = logits.dims()[1];
     let values: Vec<f32> = logits.cast(DType::F32).into_data().try_into_vec().expect("the logits were cast to f32");
     values.chunks(width).map(<[f32]>::to_vec).collect()
 }
 
-/// Checks a prompt before a model reads it: it must have tokens, all of them in the vocabulary, and no more than there is
-/// room for.
+/// Checks that a prompt has tokens, all of them in the vocabulary, and no more than `capacity`.
 ///
 /// # Errors
 ///
@@ -162,7 +162,7 @@ pub fn check_prompt(prompt: &[u32], vocab_size: usize, capacity: usize) -> Resul
     }
 }
 
-/// Every token must have a row in the embedding.
+/// Checks that every token has a row in the embedding.
 pub(crate) fn check_tokens(tokens: &[u32], vocab_size: usize) -> Result<(), InferError> {
     match tokens.iter().find(|&&token| token as usize >= vocab_size) {
         None => Ok(()),

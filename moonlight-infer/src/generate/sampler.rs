@@ -5,16 +5,16 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::error::InferError;
 
-/// How tokens are chosen.
+/// How the next token is sampled. The default is greedy.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
-    /// Divides the logits; 0 always takes the likeliest token.
+    /// Divides the logits; 0 for greedy decoding.
     pub temperature: f64,
-    /// Only the likeliest tokens that together hold this much probability.
+    /// Nucleus sampling: only the most likely tokens that together have this probability; 1 for all.
     pub top_p: f64,
-    /// Only so many of the likeliest tokens; 0 for all.
+    /// Only this many of the most likely tokens; 0 for all.
     pub top_k: usize,
-    /// Of the draws.
+    /// The seed of the random numbers.
     pub seed: u64,
 }
 
@@ -24,7 +24,7 @@ impl Default for Sampling {
     }
 }
 
-/// Draws tokens.
+/// Samples one token after the other.
 #[derive(Debug)]
 pub struct Sampler {
     sampling: Sampling,
@@ -32,28 +32,29 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler at the beginning of its draws.
+    /// A sampler, with its random numbers from the start.
     pub fn new(sampling: Sampling) -> Self {
         Self { sampling, random: ChaCha8Rng::seed_from_u64(sampling.seed) }
     }
 
-    /// Chooses a token: first the temperature, then the `top_k` likeliest, then of those the fewest that hold `top_p`
-    /// of the probability, as transformers does. Of equals the lower number is the likelier.
+    /// Chooses a token from logits `[vocab]`: temperature, then `top_k`, then `top_p`, in the order of transformers. Of equal
+    /// logits the lower token comes first.
     ///
     /// # Errors
     ///
-    /// [`InferError::NonFinite`] where a logit is NaN or infinite: no token is the likeliest of such.
+    /// [`InferError::NonFinite`] for a logit that is NaN or infinite.
     pub fn choose(&mut self, logits: &[f32]) -> Result<u32, InferError> {
         if let Some(token) = logits.iter().position(|logit| !logit.is_finite()) {
             return Err(InferError::NonFinite { token, value: logits[token] });
         }
         let Sampling { temperature, top_p, top_k, .. } = self.sampling;
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-        let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        // Equal logits by token: an unstable sort has no order of its own for them.
+        let by_probability = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
         if temperature == 0.0 {
-            return Ok(order.into_iter().min_by(likelier).unwrap_or(0));
+            return Ok(order.into_iter().min_by(by_probability).unwrap_or(0));
         }
-        order.sort_unstable_by(likelier);
+        order.sort_unstable_by(by_probability);
         if top_k > 0 {
             order.truncate(top_k);
         }
@@ -61,12 +62,12 @@ impl Sampler {
         let weights: Vec<f64> =
             order.iter().map(|&token| ((f64::from(logits[token as usize]) - largest) / temperature).exp()).collect();
         let total: f64 = weights.iter().sum();
-        let mut held = 0.0;
+        let mut cumulative = 0.0;
         let kept = weights
             .iter()
             .position(|weight| {
-                held += weight / total;
-                held >= top_p
+                cumulative += weight / total;
+                cumulative >= top_p
             })
             .map_or(weights.len(), |last| last + 1);
         let mut draw = self.random.random::<f64>() * weights[..kept].iter().sum::<f64>();
@@ -76,6 +77,7 @@ impl Sampler {
                 return Ok(token);
             }
         }
+        // Reached only where rounding leaves a rest of the draw.
         Ok(order[kept - 1])
     }
 }
@@ -94,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn zero_temperature_takes_the_likeliest_and_of_equals_the_first() {
+    fn zero_temperature_takes_the_largest_logit_and_of_equal_ones_the_first() {
         let mut sampler = Sampler::new(Sampling::default());
         assert_eq!(sampler.choose(&[0.1, 3.0, 2.0, 3.0]).unwrap(), 1);
     }
@@ -103,9 +105,12 @@ mod tests {
     fn non_finite_logits_are_an_error() {
         for temperature in [0.0, 1.0] {
             let mut sampler = Sampler::new(Sampling { temperature, ..Sampling::default() });
-            for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                let error = sampler.choose(&[0.5, wrong, 1.0]).unwrap_err();
-                assert!(error.to_string().starts_with("the model's logits are non-finite (1: "), "{error}");
+            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let error = sampler.choose(&[0.5, value, 1.0]).unwrap_err();
+                assert!(
+                    error.to_string().starts_with("the model's logits are non-finite: that of token 1 is "),
+                    "{error}"
+                );
                 assert!(error.hint().is_some());
             }
             assert!(sampler.choose(&[0.5, 1.0]).is_ok());
@@ -113,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn draws_follow_the_softmax() {
+    fn samples_follow_the_softmax() {
         let logits = [1.0f32.ln(), 2.0f32.ln(), 5.0f32.ln()];
         let found = frequencies(Sampling { temperature: 1.0, ..Sampling::default() }, &logits);
         for (found, expected) in found.iter().zip([0.125, 0.25, 0.625]) {
@@ -122,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn top_k_and_top_p_leave_the_likeliest() {
+    fn top_k_and_top_p_keep_the_most_likely_tokens() {
         let logits = [1.0f32.ln(), 2.0f32.ln(), 5.0f32.ln()];
         let sampling = Sampling { temperature: 1.0, ..Sampling::default() };
         for one in [Sampling { top_k: 1, ..sampling }, Sampling { top_p: 0.5, ..sampling }] {
@@ -133,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_seed_draws_the_same() {
+    fn the_same_seed_gives_the_same_tokens() {
         let sampling = Sampling { temperature: 1.0, seed: 7, ..Sampling::default() };
         let (mut a, mut b) = (Sampler::new(sampling), Sampler::new(sampling));
         let logits: Vec<f32> = (0..50).map(|index| (index as f32).sin()).collect();

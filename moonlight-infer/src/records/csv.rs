@@ -1,4 +1,4 @@
-//! CSV and TSV: a row of names, then a record in each row.
+//! CSV and TSV: a header with the names of the columns, then a record in each row.
 
 use std::io;
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::MAX_RECORD_BYTES;
 use super::json_values::Truncated;
 
-/// Columns that hold JSON where their values look like it.
+/// Columns whose values are JSON if they start with `[` or `{`.
 const JSON_COLUMNS: &[&str] = &[
     "messages",
     "conversations",
@@ -24,21 +24,21 @@ const JSON_COLUMNS: &[&str] = &[
     "endings",
     "chat_template_kwargs",
 ];
-/// Columns that hold a number or `true` and `false`.
+/// Columns with numbers or booleans.
 const NUMBER_COLUMNS: &[&str] = &["weight", "loss_mask", "train", "training", "loss"];
-/// Columns in which `true` and `false` mark an answer as good or bad; all else is text.
+/// Columns in which `true` and `false` label an answer as good or bad; other values are text.
 const LABEL_COLUMNS: &[&str] = &["label", "kto_tag"];
-/// Columns of a file, at most.
+/// The limit of columns.
 const MAX_COLUMNS: usize = 1 << 14;
 
-/// Why the rest of a file cannot be cut into rows.
+/// Why the rest of a file cannot be split into rows.
 #[derive(Debug)]
 pub(super) enum CsvError {
     Io(io::Error),
-    /// The row that begins in this line is longer than a record may be.
+    /// The row that starts in this line exceeds the limit of a record.
     TooLong(usize),
-    /// What is wrong with the row that begins in this line, and what to do.
-    At(usize, String, Option<&'static str>),
+    /// What is wrong with the row that starts in this line, and a hint.
+    Row(usize, String, Option<&'static str>),
 }
 
 impl From<io::Error> for CsvError {
@@ -52,23 +52,23 @@ pub(super) struct CsvRows<R> {
     reader: R,
     core: csv_core::Reader,
     names: Vec<String>,
-    /// The line that is read next, from 1.
+    /// The number of the next line, from 1.
     line: usize,
-    /// Rows that were left out, as all their fields are empty.
+    /// Rows that were skipped because all their fields are empty.
     blank: u64,
-    /// The texts of a row, one behind the other, and where each ends.
+    /// The concatenated fields of a row, and where each ends.
     texts: Vec<u8>,
     ends: Vec<usize>,
 }
 
 impl<R: Truncated> CsvRows<R> {
-    /// Reads the row of names.
+    /// Reads the header.
     pub(super) fn new(reader: R, delimiter: u8) -> Result<Self, CsvError> {
         let core = csv_core::ReaderBuilder::new().delimiter(delimiter).build();
         let (texts, ends) = (vec![0; 1 << 12], vec![0; 64]);
         let mut file = Self { reader, core, names: Vec::new(), line: 1, blank: 0, texts, ends };
         let Some((mut line, mut columns)) = file.row(MAX_RECORD_BYTES)? else { return Ok(file) };
-        // What Excel writes above the names to say what separates them.
+        // A line that Excel writes above the header to name the separator.
         if columns == 2 && file.text(line, 0)?.eq_ignore_ascii_case("sep=") && file.text(line, 1)?.is_empty() {
             let Some(row) = file.row(MAX_RECORD_BYTES)? else { return Ok(file) };
             (line, columns) = row;
@@ -76,7 +76,7 @@ impl<R: Truncated> CsvRows<R> {
         for column in 0..columns {
             let name = file.text(line, column)?.to_owned();
             if file.names.contains(&name) {
-                return Err(CsvError::At(
+                return Err(CsvError::Row(
                     line,
                     match name.as_str() {
                         "" => "two columns have no name".to_owned(),
@@ -90,35 +90,35 @@ impl<R: Truncated> CsvRows<R> {
         Ok(file)
     }
 
-    /// Rows so far that were left out, as all their fields are empty.
+    /// Rows that were skipped because all their fields are empty.
     pub(super) fn blank(&self) -> u64 {
         self.blank
     }
 
-    /// The next row as JSON, and the line that it begins in. Rows whose fields are all empty, as spreadsheets write below
-    /// their tables, are blank lines.
-    pub(super) fn next(&mut self, record: &mut Vec<u8>, longest: usize) -> Result<Option<usize>, CsvError> {
+    /// Writes the next row as JSON into `record`, and returns the line in which it starts. Rows whose fields are all empty are
+    /// skipped like blank lines: spreadsheets write them below a table.
+    pub(super) fn next(&mut self, record: &mut Vec<u8>, max_bytes: usize) -> Result<Option<usize>, CsvError> {
         let (line, columns) = loop {
-            let Some((line, columns)) = self.row(longest)? else { return Ok(None) };
+            let Some((line, columns)) = self.row(max_bytes)? else { return Ok(None) };
             if columns > 0 && self.ends[columns - 1] > 0 {
                 break (line, columns);
             }
             self.blank += 1;
         };
         if columns != self.names.len() {
-            let problem = format!("the row has {columns} columns, the first row names {}", self.names.len());
-            let hint = "a text with a separator, a quotation mark or a line break in it stands in quotation marks";
-            return Err(CsvError::At(line, problem, Some(hint)));
+            let problem = format!("the row has {columns} columns, and the header has {}", self.names.len());
+            let hint = "put fields with a separator, a quotation mark or a line break into quotation marks";
+            return Err(CsvError::Row(line, problem, Some(hint)));
         }
         record.clear();
         for column in 0..columns {
             let text = self.text(line, column)?;
             let name = &self.names[column];
-            let value = value(name, text).map_err(|(problem, hint)| CsvError::At(line, problem, hint))?;
+            let value = value(name, text).map_err(|(problem, hint)| CsvError::Row(line, problem, hint))?;
             let (separator, name) = (if column == 0 { '{' } else { ',' }, Value::from(name.as_str()));
             record.extend_from_slice(format!("{separator}{name}:").as_bytes());
             record.extend_from_slice(value.as_bytes());
-            if record.len() > longest {
+            if record.len() > max_bytes {
                 return Err(CsvError::TooLong(line));
             }
         }
@@ -131,18 +131,18 @@ impl<R: Truncated> CsvRows<R> {
         let text = &self.texts[start..self.ends[column]];
         std::str::from_utf8(text).map_err(|_| {
             let name = match self.names.get(column).map(String::as_str) {
-                None => "the row of names".into(),
+                None => "the header".into(),
                 Some("") => format!("column {}", column + 1),
                 Some(name) => format!("column `{name}`"),
             };
             let problem = format!("{name} is not UTF-8");
-            CsvError::At(line, problem, Some("write it anew as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)"))
+            CsvError::Row(line, problem, Some("convert it to UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)"))
         })
     }
 
-    /// Reads a row: the line that it begins in, and its columns.
-    fn row(&mut self, longest: usize) -> Result<Option<(usize, usize)>, CsvError> {
-        // Blank lines are no rows.
+    /// Reads a row into `texts` and `ends`; returns the line in which it starts, and the number of its columns.
+    fn row(&mut self, max_bytes: usize) -> Result<Option<(usize, usize)>, CsvError> {
+        // Skips blank lines.
         while let Some(byte @ (b'\n' | b'\r')) = self.peek()? {
             self.line += usize::from(byte == b'\n');
             self.reader.consume(1);
@@ -157,7 +157,8 @@ impl<R: Truncated> CsvRows<R> {
                     Err(error) => return Err(error.into()),
                 };
                 let end = bytes.is_empty();
-                // A line break behind the end ends the last row, unless that is within quotation marks: there it is text.
+                // A line break after the end of the file ends the last row, unless a quotation mark is open: then it is text,
+                // and the row stays incomplete.
                 let bytes = if end { &b"\n"[..] } else { bytes };
                 let (result, taken, written, ended) =
                     self.core.read_record(bytes, &mut self.texts[length..], &mut self.ends[columns..]);
@@ -166,7 +167,7 @@ impl<R: Truncated> CsvRows<R> {
                         return Ok(None);
                     }
                     let problem = "a quotation mark in this row is not closed before the end of the file";
-                    return Err(CsvError::At(start, problem.into(), None));
+                    return Err(CsvError::Row(start, problem.into(), None));
                 }
                 match end {
                     false => self.line += memchr::memchr_iter(b'\n', &bytes[..taken]).count(),
@@ -180,10 +181,10 @@ impl<R: Truncated> CsvRows<R> {
             columns += ended;
             match result {
                 ReadRecordResult::InputEmpty => {}
-                ReadRecordResult::OutputFull if self.texts.len() >= longest => return Err(CsvError::TooLong(start)),
-                ReadRecordResult::OutputFull => self.texts.resize((2 * self.texts.len()).min(longest), 0),
+                ReadRecordResult::OutputFull if self.texts.len() >= max_bytes => return Err(CsvError::TooLong(start)),
+                ReadRecordResult::OutputFull => self.texts.resize((2 * self.texts.len()).min(max_bytes), 0),
                 ReadRecordResult::OutputEndsFull if columns >= MAX_COLUMNS => {
-                    return Err(CsvError::At(start, format!("the row has more than {MAX_COLUMNS} columns"), None));
+                    return Err(CsvError::Row(start, format!("the row has more than {MAX_COLUMNS} columns"), None));
                 }
                 ReadRecordResult::OutputEndsFull => self.ends.resize(2 * self.ends.len(), 0),
                 ReadRecordResult::Record => return Ok(Some((start, columns))),
@@ -203,7 +204,7 @@ impl<R: Truncated> CsvRows<R> {
     }
 }
 
-/// What a text in a column is as JSON.
+/// The JSON of a field in the column `name`.
 fn value(name: &str, text: &str) -> Result<String, (String, Option<&'static str>)> {
     let bare = text.trim();
     if LABEL_COLUMNS.contains(&name) && ["true", "false"].contains(&bare.to_ascii_lowercase().as_str()) {
@@ -212,7 +213,7 @@ fn value(name: &str, text: &str) -> Result<String, (String, Option<&'static str>
     if NUMBER_COLUMNS.contains(&name) {
         return Ok(match bare {
             "" => "null".into(),
-            // Python's spelling as well as JSON's.
+            // Python's spelling as well as JSON's: pandas writes `True`.
             "True" | "true" => "true".into(),
             "False" | "false" => "false".into(),
             _ => bare.parse::<f64>().map_or_else(|_| json!(text).to_string(), |number| json!(number).to_string()),
@@ -226,8 +227,8 @@ fn value(name: &str, text: &str) -> Result<String, (String, Option<&'static str>
             return match super::json::parse(bare.as_bytes()) {
                 Ok(_) => Ok(bare.into()),
                 Err(error) => {
-                    let hint = "lists that Python or pandas wrote by `str()` are not JSON: write them by `json.dumps`, or keep \
-                                the data as JSON Lines or parquet";
+                    let hint = "write lists with `json.dumps`, not with Python's `str()`; or save the data as JSON Lines or \
+                                parquet";
                     Err((format!("column `{name}` is not JSON: {}", error.problem()), Some(hint)))
                 }
             };
@@ -246,7 +247,7 @@ mod tests {
 
     fn rows_of(bytes: &[u8], delimiter: u8, buffer: usize) -> Result<Vec<(usize, Value)>, String> {
         let fault = |fault| match fault {
-            CsvError::At(line, problem, _) => format!("{line}: {problem}"),
+            CsvError::Row(line, problem, _) => format!("{line}: {problem}"),
             CsvError::TooLong(line) => format!("{line}: too long"),
             CsvError::Io(error) => error.to_string(),
         };
@@ -285,9 +286,9 @@ mod tests {
         );
     }
 
-    /// As Excel writes them: rows below the table, and a line above it that says what separates the fields.
+    /// As Excel writes them: empty rows below the table, and a line above it that names the separator.
     #[test]
-    fn rows_without_anything_are_blank_lines() {
+    fn rows_of_empty_fields_are_skipped() {
         for text in [
             "sep=;\r\na;b\r\n1;2\r\n;\r\n;;;\r\n\"\";\"\"\r\n3;\r\n;\r\n",
             "\nSEP=;\na;b\n1;2\n;\n;;;\n\"\";\"\"\n3;\n;",
@@ -306,10 +307,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_has_its_line() {
+    fn errors_have_the_line_of_their_row() {
         for (text, expected) in [
-            ("a,b\n1,2\n\n3\n", "4: the row has 1 columns, the first row names 2"),
-            ("a,b\n1,2,3\n", "2: the row has 3 columns, the first row names 2"),
+            ("a,b\n1,2\n\n3\n", "4: the row has 1 columns, and the header has 2"),
+            ("a,b\n1,2,3\n", "2: the row has 3 columns, and the header has 2"),
             ("a,b\n1,\"2\n3,4\n5,6\n", "2: a quotation mark in this row is not closed before the end of the file"),
             ("a\n\"", "2: a quotation mark in this row is not closed before the end of the file"),
             ("a,a\n", "1: two columns have the name `a`"),
@@ -327,9 +328,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is in a file, it is cut or refused, and the size of the buffer makes no difference.
+        /// Any bytes are split or refused, whatever the size of the buffer.
         #[test]
-        fn bytes_of_any_kind_are_cut_or_refused(text in r#"[",;\r\nab\[{é]{0,60}"#, buffer in 1usize..9) {
+        fn any_bytes_are_split_or_refused(text in r#"[",;\r\nab\[{é]{0,60}"#, buffer in 1usize..9) {
             prop_assert_eq!(rows_of(text.as_bytes(), b',', buffer), rows_of(text.as_bytes(), b',', 1000));
         }
     }

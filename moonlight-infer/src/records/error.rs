@@ -1,4 +1,4 @@
-//! What can be wrong with files of records.
+//! Errors of files of records.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,22 +7,22 @@ use moonlight_convert::Printable;
 
 use crate::parquet::ParquetError;
 
-/// Where in a file something is.
+/// A line and column of a file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct FilePosition {
     /// The line, from 1; in a parquet file the row.
     pub line: usize,
-    /// The character in the line, from 1; 0 where the line says enough.
+    /// The column in characters, from 1; 0 for the whole line.
     pub column: usize,
 }
 
 impl FilePosition {
-    /// A whole line.
+    /// A line without a column.
     pub fn line(line: usize) -> Self {
         Self { line, column: 0 }
     }
 
-    /// The place in the file of what is at `(line, column)` of a record that begins here, both from 1.
+    /// The position in the file of `(line, column)` of a record that starts here, both from 1.
     pub fn within(self, (line, column): (usize, usize)) -> Self {
         match line {
             0 | 1 => Self { line: self.line, column: self.column.max(1) + column.max(1) - 1 },
@@ -41,39 +41,40 @@ impl fmt::Display for FilePosition {
     }
 }
 
-/// A file of records that cannot be read, whatever is done about single broken records.
+/// A file whose records cannot be read. Single broken records are [`JsonError`](super::JsonError)s of their parser instead, and
+/// may be skipped.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecordError {
-    /// The file.
+    /// A file that cannot be opened or read, or is not a file of records.
     #[error("cannot read `{}`: {}", Printable(path.display()), Printable(problem))]
     File {
-        /// Its path.
+        /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The rest of the sentence.
         problem: String,
-        /// What to do, where we know.
+        /// What to do, where it is known.
         hint: Option<String>,
     },
-    /// A place in the file, behind which the records cannot be told apart.
+    /// A position after which the file cannot be split into records.
     #[error("{}:{place}: {}", Printable(path.display()), Printable(problem))]
     Record {
         /// The file.
         path: PathBuf,
-        /// The place.
+        /// The position.
         place: FilePosition,
-        /// What is wrong there.
+        /// The sentence.
         problem: String,
-        /// What to do, where we know.
+        /// What to do, where it is known.
         hint: Option<String>,
     },
-    /// A parquet file.
+    /// A parquet file or row.
     #[error(transparent)]
     Parquet(#[from] ParquetError),
 }
 
 impl RecordError {
-    /// What to do about it, where we know.
+    /// What to do, where it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::File { hint, .. } | Self::Record { hint, .. } => hint.clone(),
@@ -91,5 +92,64 @@ impl RecordError {
 
     pub(super) fn at(path: &Path, place: FilePosition, problem: impl Into<String>, hint: Option<&str>) -> Self {
         Self::Record { path: path.to_owned(), place, problem: problem.into(), hint: hint.map(Into::into) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::tests::render;
+    use crate::records::JsonError;
+
+    #[test]
+    fn messages_of_record_errors() {
+        let errors = [
+            RecordError::File {
+                path: "data.jsonl".into(),
+                problem: "it is a zip archive (like xlsx, npz and torch files)".into(),
+                hint: Some("extract it, and name the files in it".into()),
+            },
+            RecordError::Record {
+                path: "data.json".into(),
+                place: FilePosition { line: 3, column: 1 },
+                problem: "the array is not closed: the file ends too early".into(),
+                hint: None,
+            },
+            RecordError::Parquet(ParquetError::file(
+                Path::new("data.parquet"),
+                "it has none of the columns `text`, `content`; it has `id`",
+                None,
+            )),
+            RecordError::Parquet(ParquetError::Row {
+                path: "data.parquet".into(),
+                row: 2,
+                problem: "its text is not UTF-8: byte 4 is invalid".into(),
+            }),
+        ];
+        // A new variant does not compile here: add an example of it above.
+        let is_covered = |error: &RecordError| match error {
+            RecordError::File { .. } | RecordError::Record { .. } => true,
+            RecordError::Parquet(ParquetError::File { .. } | ParquetError::Row { .. }) => true,
+        };
+        assert!(errors.iter().all(is_covered));
+        insta::assert_snapshot!(render(errors.iter().map(|error| (error.to_string(), error.hint()))));
+    }
+
+    #[test]
+    fn messages_of_json_errors() {
+        let errors = [
+            JsonError::NotUtf8 { byte: 15, at: (1, 15) },
+            JsonError::NotJson { problem: "expected `,` or `}`".into(), at: (1, 42) },
+            JsonError::Shape { problem: "missing field `tokens`".into(), at: None },
+            JsonError::TooManyValues,
+        ];
+        let is_covered = |error: &JsonError| match error {
+            JsonError::NotUtf8 { .. }
+            | JsonError::NotJson { .. }
+            | JsonError::Shape { .. }
+            | JsonError::TooManyValues => true,
+        };
+        assert!(errors.iter().all(is_covered));
+        insta::assert_snapshot!(render(errors.iter().map(|error| (error.to_string(), error.hint()))));
     }
 }

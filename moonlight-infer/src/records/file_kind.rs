@@ -1,4 +1,4 @@
-//! What a file is, by its first bytes and then by its name.
+//! Detects the kind of a file: by its first bytes, then by its name.
 
 use std::path::Path;
 
@@ -7,23 +7,23 @@ use moonlight_convert::printable;
 use super::RecordError;
 use super::json_nesting::JsonNesting;
 
-/// How the records of a file are kept.
+/// How a file stores its records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileKind {
     /// A record in each line.
     JsonLines,
     /// The elements of one array.
     JsonArray,
-    /// Objects one after the other, over several lines.
+    /// Objects one after the other, each over several lines.
     JsonObjects,
-    /// A row for each record below a row of names, separated by this byte.
+    /// A header and a row for each record, with fields separated by this byte.
     Delimited(u8),
     /// Apache parquet.
     Parquet,
 }
 
 impl FileKind {
-    /// Whether the file can be read on behind a record that is not JSON: of an array it is not known where such a record ends.
+    /// Whether reading can continue after a record that is not JSON. In an array it is not known where such a record ends.
     pub fn has_record_boundaries(self) -> bool {
         !matches!(self, Self::JsonArray | Self::JsonObjects)
     }
@@ -44,33 +44,34 @@ impl std::fmt::Display for FileKind {
     }
 }
 
-/// A file of another kind.
+/// A file that is not text.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct NonText {
-    /// What it is, behind "it is".
+    /// The end of the sentence "it is ...".
     pub(super) what: &'static str,
     pub(super) hint: &'static str,
 }
 
 const UNPACK: &str = "unpack it, and name the files in it";
-const NO_TEXT: &str = "leave it out by a narrower glob";
-const ARROW: &str = "write it as parquet or JSON Lines (datasets: `load_from_disk(..).to_parquet(\"data.parquet\")`)";
+const NO_TEXT: &str = "exclude it with a narrower glob";
+const ARROW: &str = "save it as parquet or JSON Lines (datasets: `load_from_disk(..).to_parquet(\"data.parquet\")`)";
 const EXPORT: &str = "export its rows as JSON Lines, CSV or parquet";
-const UTF_8: &str = "write it anew as UTF-8 (`iconv -f UTF-16 -t UTF-8`)";
+const UTF_8: &str = "convert it to UTF-8 (`iconv -f UTF-16 -t UTF-8`)";
 
-/// Bytes, where they are, what they say, and the way out. Each has one that no text has, or is longer than chance would have it.
+/// Offset, magic bytes, what the file is, and a hint. Each magic contains a byte that text does not have, or is too long to be
+/// in a text by chance.
 const MAGIC: &[(usize, &[u8], &str, &str)] = &[
     (
         0,
         b"version https://git-lfs.github.com/spec/",
         "a git-lfs pointer in place of the data",
-        "fetch the data: `git lfs pull` in its repository, or `hf download`",
+        "fetch the data with `git lfs pull` in its repository, or with `hf download`",
     ),
-    (0, b"PK\x03\x04", "a zip archive (as xlsx, npz and torch's files are, too)", UNPACK),
+    (0, b"PK\x03\x04", "a zip archive (like xlsx, npz and torch files)", UNPACK),
     (0, b"PK\x05\x06", "an empty zip archive", NO_TEXT),
-    (4, b"1AY&SY", "packed by bzip2", "unpack it, or pack it by gzip or zstd"),
-    (0, b"\xfd7zXZ\0", "packed by xz", "unpack it, or pack it by gzip or zstd"),
-    (0, b"\x04\x22\x4d\x18", "packed by lz4", "unpack it, or pack it by gzip or zstd"),
+    (4, b"1AY&SY", "compressed with bzip2", "decompress it, or compress it with gzip or zstd"),
+    (0, b"\xfd7zXZ\0", "compressed with xz", "decompress it, or compress it with gzip or zstd"),
+    (0, b"\x04\x22\x4d\x18", "compressed with lz4", "decompress it, or compress it with gzip or zstd"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
     (0, b"Rar!\x1a\x07", "a rar archive", UNPACK),
     (257, b"ustar\0", "a tar archive", UNPACK),
@@ -92,13 +93,13 @@ const MAGIC: &[(usize, &[u8], &str, &str)] = &[
     (0, b"\x7fELF", "a program", NO_TEXT),
 ];
 
-/// What a file is that is no text and no file of records.
+/// What a file is that is neither text nor parquet.
 pub(super) fn detect_binary(head: &[u8]) -> Option<NonText> {
     let known = MAGIC.iter().find(|(at, magic, ..)| head.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
     if let Some(&(_, _, what, hint)) = known {
         return Some(NonText { what, hint });
     }
-    // Pickles of protocol 2 and later, which end with a full stop, begin so; no text does.
+    // Pickles of protocol 2 and later start with this byte, which no UTF-8 text does.
     if matches!(head, [0x80, 2..=5, ..]) {
         return Some(NonText { what: "a Python pickle", hint: EXPORT });
     }
@@ -106,7 +107,7 @@ pub(super) fn detect_binary(head: &[u8]) -> Option<NonText> {
         [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => Some("UTF-32 text"),
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => Some("UTF-16 text"),
         _ => {
-            // Without a mark: every other byte of what Latin letters begin is 0.
+            // Without a byte order mark: every other byte is 0 where the text starts with ASCII.
             let pairs = || head[..head.len().min(16)].chunks_exact(2);
             let every = |zero: usize| {
                 pairs().len() >= 4 && pairs().all(|pair| pair[zero] == 0 && matches!(pair[1 - zero], b'\t'..=b'~'))
@@ -117,7 +118,7 @@ pub(super) fn detect_binary(head: &[u8]) -> Option<NonText> {
     wide.map(|what| NonText { what, hint: UTF_8 })
 }
 
-/// The ending of a file's name without that of its compression, in small letters: `jsonl` of `A.JSONL.gz`.
+/// The extension of a file's name without that of its compression, in lower case: `jsonl` for `A.JSONL.gz`.
 pub fn extension(path: &Path) -> String {
     let small = |path: &Path| path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
     match small(path) {
@@ -128,7 +129,7 @@ pub fn extension(path: &Path) -> String {
     }
 }
 
-/// How a file's records are kept.
+/// Detects the kind of a file from the first bytes of its contents, after decompression.
 pub(super) fn detect_kind(path: &Path, head: &[u8]) -> Result<FileKind, RecordError> {
     let extension = extension(path);
     if head.starts_with(b"PAR1") || extension == "parquet" && detect_binary(head).is_none() {
@@ -140,15 +141,15 @@ pub(super) fn detect_kind(path: &Path, head: &[u8]) -> Result<FileKind, RecordEr
     let text = head.trim_ascii_start();
     match text.first() {
         Some(b'[') if has_lists_in_lines(text) => {
-            let hint = "a record is an object: {\"messages\": [...]} for a list of messages";
-            Err(RecordError::file(path, "each of its lines is a list, not a record", hint))
+            let hint = "write each record as an object: {\"messages\": [...]} for a list of messages";
+            Err(RecordError::file(path, "each of its lines is a list, not an object", hint))
         }
         Some(b'[') => Ok(FileKind::JsonArray),
         Some(b'{') if is_over_lines(text) => Ok(FileKind::JsonObjects),
         Some(b'{') => Ok(FileKind::JsonLines),
         None => Ok(FileKind::JsonLines),
         Some(b'<') if is_markup(text) => {
-            let hint = "a page that asks to log in, or says that there is no such file, was saved in place of the data";
+            let hint = "download it again: a page to log in, or an error page, was saved instead of the data";
             Err(RecordError::file(path, "it is a page of HTML or XML", hint))
         }
         Some(_) => match extension.as_str() {
@@ -159,7 +160,7 @@ pub(super) fn detect_kind(path: &Path, head: &[u8]) -> Result<FileKind, RecordEr
                 let line: String = String::from_utf8_lossy(line).chars().take(40).collect();
                 let problem =
                     format!("it is neither JSON nor parquet: it begins with `{}`", printable(line.trim_end()));
-                let hint = "records are JSON Lines, a JSON array, parquet, or CSV and TSV whose names end so";
+                let hint = "use JSON Lines, a JSON array, parquet, or CSV and TSV with the extension `.csv` or `.tsv`";
                 Err(RecordError::file(path, problem, hint))
             }
         },
@@ -171,15 +172,15 @@ fn is_markup(text: &[u8]) -> bool {
     ["<!doctype", "<html", "<head", "<body", "<?xml", "<!--"].iter().any(|tag| start.starts_with(tag))
 }
 
-/// What separates the names in the first line; Excel may say it in a line of its own above them.
+/// The separator of the header, which Excel may name in a line above it (`sep=;`).
 fn delimiter(text: &[u8], extension: &str) -> u8 {
     let line = text.split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
-    if let [b's' | b'S', b'e' | b'E', b'p' | b'P', b'=', said] = *line
-        && said.is_ascii()
-        && !said.is_ascii_alphanumeric()
-        && said != b'"'
+    if let [b's' | b'S', b'e' | b'E', b'p' | b'P', b'=', separator] = *line
+        && separator.is_ascii()
+        && !separator.is_ascii_alphanumeric()
+        && separator != b'"'
     {
-        return said;
+        return separator;
     }
     if extension == "tsv" {
         return b'\t';
@@ -187,28 +188,29 @@ fn delimiter(text: &[u8], extension: &str) -> u8 {
     [b',', b'\t', b';'].into_iter().find(|byte| line.contains(byte)).unwrap_or(b',')
 }
 
-/// The first line, without white space at its end, and what follows it.
+/// The first line without white space at its end, and the rest.
 fn first_line(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let end = memchr::memchr(b'\n', text)?;
     Some((text[..end].trim_ascii_end(), text[end..].trim_ascii_start()))
 }
 
-/// How deep in brackets a line ends; `None` within a text.
+/// The nesting at the end of a line; `None` within a string.
 fn depth_at_end(line: &[u8]) -> Option<isize> {
     let mut nesting = JsonNesting::default();
     line.iter().for_each(|&byte| nesting.take(byte));
     (!nesting.quoted).then_some(nesting.depth)
 }
 
-/// Whether the first object goes on in the second line. A line that is only broken does not.
+/// Whether the first object continues in the second line. A line that is only broken JSON does not: it would make all records
+/// after it part of one object.
 fn is_over_lines(text: &[u8]) -> bool {
     let Some((line, rest)) = first_line(text) else { return false };
-    let goes_on =
+    let continues =
         matches!(line.last(), Some(b'{' | b'[' | b',' | b':')) || matches!(rest.first(), Some(b',' | b'}' | b']'));
-    goes_on && depth_at_end(line).is_some_and(|depth| depth > 0)
+    continues && depth_at_end(line).is_some_and(|depth| depth > 0)
 }
 
-/// Whether the first line is a whole list, and the second begins one.
+/// Whether the first line is a complete list, and the second line starts another.
 fn has_lists_in_lines(text: &[u8]) -> bool {
     let Some((line, rest)) = first_line(text) else { return false };
     line.ends_with(b"]") && rest.first() == Some(&b'[') && depth_at_end(line) == Some(0)
@@ -226,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_what_their_bytes_say() {
+    fn the_kind_is_detected_by_the_bytes_then_by_the_name() {
         use FileKind::*;
         for (name, head, expected) in [
             ("a.jsonl", "{\"a\": 1}\n{\"a\": 2}\n", JsonLines),
@@ -237,7 +239,7 @@ mod tests {
             ("a.json", "{\n  \"a\": 1\n}", JsonObjects),
             ("a.json", "{\"a\": [\n1]}", JsonObjects),
             ("a.json", "{\"a\": 1\n}\n{\"a\": 2\n}", JsonObjects),
-            // Broken, not over lines: within a text, and at its end.
+            // Broken lines, within a string and at the end; not objects over several lines.
             ("a.jsonl", "{\"a\": \"x\n{\"a\": 2}\n", JsonLines),
             ("a.jsonl", "{\"a\": 1\n{\"a\": 2}\n", JsonLines),
             ("a.jsonl", "words\n{\"a\": 2}\n", JsonLines),
@@ -258,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_other_kinds_are_named() {
+    fn files_that_are_not_records_are_errors_that_say_what_they_are() {
         let utf_16 = |text: &str, big| -> Vec<u8> {
             text.encode_utf16().flat_map(|unit| if big { unit.to_be_bytes() } else { unit.to_le_bytes() }).collect()
         };

@@ -1,9 +1,11 @@
-//! A record to JSON, as Python writes and reads it.
+//! Parses a record as Python's `json` does, which accepts more than standard JSON:
 //!
-//! Beyond the standard, as Python's `json` does: `NaN`, `Infinity` and `-Infinity` are values (see [`non_finite_to_json`]), and `1e400`
-//! is `Infinity`; integers have any number of digits (see [`large_integer_digits`]), and `-0` is 0; half of a
-//! surrogate pair, which is no character, is read as U+FFFD and counted; of a key that comes twice the last value counts. Records
-//! are nested 127 deep at most.
+//! * `NaN`, `Infinity` and `-Infinity` are values (see [`non_finite_to_json`]), and `1e400` is `Infinity`;
+//! * integers have any number of digits (see [`large_integer_digits`]), and `-0` is 0;
+//! * a lone surrogate, which is not a character, is read as U+FFFD and counted;
+//! * of a repeated key the last value counts.
+//!
+//! Records are nested 127 levels deep at most, the limit of serde_json.
 
 use std::ops::Range;
 
@@ -13,22 +15,22 @@ use serde_json::{Map, Value};
 
 use moonlight_convert::Printable;
 
-/// Values in a record, at most: each takes many times its length when it is read.
+/// The limit of values in a record: in memory each takes many times the bytes that it has in the file.
 pub const MAX_VALUES: usize = 4 << 20;
 
-/// The keys of what stands for a number that JSON does not have, or for an integer of more than 64 bits. No text of people's
-/// begins with this character, which is none.
+/// The keys of the objects that stand for a non-finite number, and for an integer of more than 64 bits. U+FFFF is a
+/// noncharacter, so that no record has such a key.
 const NON_FINITE_KEY: &str = "\u{FFFF}float";
 const LARGE_INTEGER_KEY: &str = "\u{FFFF}integer";
 
-/// Why a record is not JSON. Places are within the record, from 1; columns count characters.
+/// Why a record cannot be parsed. Positions are lines and columns within the record, from 1; columns count characters.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum JsonError {
     /// Bytes that are not UTF-8.
-    #[error("the record is not UTF-8: its byte {byte} is wrong")]
+    #[error("the record is not UTF-8: byte {byte} is invalid")]
     NotUtf8 {
-        /// The first that is wrong, from 1.
+        /// The first invalid byte, from 1.
         byte: usize,
         /// Its line and column.
         at: (usize, usize),
@@ -36,20 +38,20 @@ pub enum JsonError {
     /// Text that is not JSON.
     #[error("the record is not JSON: {}", Printable(problem))]
     NotJson {
-        /// What the parser said.
+        /// The message of the parser.
         problem: String,
-        /// The line and column.
+        /// Its line and column.
         at: (usize, usize),
     },
-    /// JSON of another shape than is wanted.
+    /// JSON without the expected fields.
     #[error("{}", Printable(problem))]
     Shape {
-        /// What is wrong.
+        /// The sentence.
         problem: String,
         /// The line and column, where there is one.
         at: Option<(usize, usize)>,
     },
-    /// More than a record can hold.
+    /// More values than [`MAX_VALUES`].
     #[error("the record has more than {MAX_VALUES} values")]
     TooManyValues,
 }
@@ -64,12 +66,12 @@ impl JsonError {
         }
     }
 
-    /// Whether it is not even known where the record ends.
+    /// Whether the bytes are not JSON, so that the end of the record is not known either.
     pub fn is_no_json(&self) -> bool {
         matches!(self, Self::NotJson { .. } | Self::NotUtf8 { .. })
     }
 
-    /// What is wrong, without what it is wrong with.
+    /// The message without its subject.
     pub fn problem(&self) -> String {
         match self {
             Self::NotJson { problem, .. } | Self::Shape { problem, .. } => problem.clone(),
@@ -77,33 +79,34 @@ impl JsonError {
         }
     }
 
-    /// What to do about it, where we know.
+    /// What to do, where it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NotUtf8 { .. } => {
-                Some("write the file anew as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)".into())
+                Some("convert the file to UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)".into())
             }
             _ => None,
         }
     }
 }
 
-/// A record as JSON.
+/// A parsed record.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ParsedJson {
-    /// Its value.
+    /// The value, with objects in place of non-finite numbers ([`non_finite_to_json`]) and large integers
+    /// ([`large_integer_digits`]).
     pub value: Value,
-    /// Halves of surrogate pairs that were read as U+FFFD.
+    /// Lone surrogates that were read as U+FFFD.
     pub replaced: usize,
 }
 
-/// Reads a record.
+/// Parses a record.
 ///
 /// # Errors
 ///
 /// [`JsonError`].
 pub fn parse(json: &[u8]) -> Result<ParsedJson, JsonError> {
-    let standard = StandardJson::of(json)?;
+    let standard = StandardJson::rewrite(json)?;
     if standard.values > MAX_VALUES {
         return Err(JsonError::TooManyValues);
     }
@@ -121,17 +124,17 @@ pub fn parse(json: &[u8]) -> Result<ParsedJson, JsonError> {
     }
 }
 
-/// Halves of surrogate pairs in a record, each of which is read as U+FFFD.
+/// The number of lone surrogates (`\ud83d` without its other half) in a record, each of which is read as U+FFFD.
 pub fn lone_surrogates(json: &[u8]) -> usize {
-    // Nearly all records have none.
+    // Nearly all records have no escape at all.
     match memchr::memmem::find(json, b"\\u") {
         None => 0,
-        Some(_) => StandardJson::of(json).map_or(0, |standard| standard.replaced),
+        Some(_) => StandardJson::rewrite(json).map_or(0, |standard| standard.replaced),
     }
 }
 
-/// What stands for `NaN`, `Infinity` and `-Infinity` in the JSON of a record: an object, so that nothing that wants a text, a
-/// number or a list takes it for one.
+/// The JSON that stands for `NaN`, `Infinity` or `-Infinity`, which JSON does not have: an object with a reserved key, so that
+/// it is not mistaken for a string, a number or a list.
 pub fn non_finite_to_json(number: f64) -> Value {
     let name = if number.is_nan() {
         "NaN"
@@ -143,7 +146,7 @@ pub fn non_finite_to_json(number: f64) -> Value {
     Value::Object(Map::from_iter([(NON_FINITE_KEY.to_owned(), name.into())]))
 }
 
-/// The number that [`non_finite_to_json`] stands for.
+/// The number for which [`non_finite_to_json`] made this value; `None` for any other value.
 pub fn non_finite_from_json(value: &Value) -> Option<f64> {
     let object = value.as_object().filter(|object| object.len() == 1)?;
     match object.get(NON_FINITE_KEY)?.as_str()? {
@@ -154,34 +157,35 @@ pub fn non_finite_from_json(value: &Value) -> Option<f64> {
     }
 }
 
-/// The digits of an integer that does not fit into 64 bits, perhaps behind a `-`: an object stands for it, too.
+/// The digits of an integer that does not fit into 64 bits, with its `-` if there is one; `None` for any other value. Like a
+/// non-finite number, it is an object with a reserved key.
 pub fn large_integer_digits(value: &Value) -> Option<&str> {
     let object = value.as_object().filter(|object| object.len() == 1)?;
     object.get(LARGE_INTEGER_KEY)?.as_str()
 }
 
-/// A record of tokens.
+/// A record of `format = "tokens"`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokensRecord {
     /// `tokens`, or `input_ids` where there are no `tokens`.
     pub tokens: Vec<u32>,
-    /// Other fields, each once, a few.
+    /// The names of other fields, up to 16.
     pub unread: Vec<String>,
 }
 
-/// Other fields of a record of tokens that are named, at most.
+/// Other fields of a record of tokens that are listed.
 const MAX_UNREAD: usize = 16;
-/// Fields that say which tokens are learned.
+/// Fields that select which tokens are learned.
 const LOSS_MASK_FIELDS: [&str; 6] =
     ["labels", "loss_mask", "weights", "completion_mask", "assistant_masks", "assistant_mask"];
 
-/// Reads `{"tokens": [...]}`, with at most one value in memory for each token.
+/// Parses `{"tokens": [...]}` without building a JSON value, which would take many bytes for each token.
 ///
 /// # Errors
 ///
-/// [`JsonError`]; a field that says which tokens are learned is one, as all are.
+/// [`JsonError`]. A field that selects which tokens are learned is an error, because all of them are.
 pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
-    let standard = StandardJson::of(json)?;
+    let standard = StandardJson::rewrite(json)?;
     let fields: TokensFields = serde_json::from_str(standard.text()).map_err(|error| match error.classify() {
         serde_json::error::Category::Data => {
             JsonError::Shape { problem: without_place(&error), at: Some(standard.place(&error)) }
@@ -191,7 +195,7 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
     let shape = |problem: String| JsonError::Shape { problem, at: None };
     if fields.masks_tokens {
         return Err(shape(
-            "the record has an `attention_mask` with a 0; with `format = \"tokens\"` every token is seen and learned"
+            "the record has an `attention_mask` with a 0; with `format = \"tokens\"` every token is attended to and learned"
                 .into(),
         ));
     }
@@ -202,7 +206,7 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
     }
     if let Some(mask) = fields.others.iter().find(|name| LOSS_MASK_FIELDS.contains(&name.as_str())) {
         return Err(shape(format!(
-            "the record has `{mask}`, which says what is learned; with `format = \"tokens\"` every token is"
+            "the record has `{mask}`, which says what is learned; with `format = \"tokens\"` every token is learned"
         )));
     }
     match fields.tokens.or(fields.input_ids) {
@@ -211,12 +215,13 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
     }
 }
 
-/// The fields of a record of tokens. Not derived: of a field that comes twice the last counts.
+/// The fields of a record of tokens. `Deserialize` is not derived, because a repeated key is not an error here: as in Python
+/// the last value counts.
 #[derive(Default)]
 struct TokensFields {
     tokens: Option<Vec<u32>>,
     input_ids: Option<Vec<u32>>,
-    /// Whether an attention mask masks_tokens a token.
+    /// Whether an attention mask has a 0.
     masks_tokens: bool,
     others: Vec<String>,
 }
@@ -239,7 +244,7 @@ impl<'de> Deserialize<'de> for TokensFields {
                         "input_ids" => fields.input_ids = map.next_value()?,
                         _ => {
                             let counts = LOSS_MASK_FIELDS.contains(&key.as_str()) || fields.others.len() < MAX_UNREAD;
-                            // A mask that is null in every record is none.
+                            // A null counts as an absent field.
                             let absent = if key == "attention_mask" {
                                 let mask = map.next_value::<Option<HasZero>>()?;
                                 fields.masks_tokens = mask.as_ref().is_some_and(|mask| mask.0);
@@ -293,7 +298,7 @@ impl<'de> Deserialize<'de> for HasZero {
                 Ok(HasZero(false))
             }
 
-            /// A text stands for a number that JSON does not have, and for `-0`.
+            /// Of a number that `StandardJson` replaced by a string of its length: `-0` is the empty string.
             fn visit_str<E>(self, text: &str) -> Result<HasZero, E> {
                 Ok(HasZero(text.is_empty()))
             }
@@ -315,24 +320,26 @@ impl<'de> Deserialize<'de> for HasZero {
     }
 }
 
-/// What a parser says, without the place that it adds: it counts the lines of the record, not of the file.
+/// The message of the parser without its position, which is reported separately and relative to the file.
 fn without_place(error: &serde_json::Error) -> String {
     let problem = error.to_string();
     problem.split(" at line ").next().unwrap_or_default().to_owned()
 }
 
-/// A record in the JSON of the standard, every byte in its place.
+/// A record rewritten to standard JSON of the same length, so that positions stay valid.
 struct StandardJson<'a> {
     text: std::borrow::Cow<'a, str>,
-    /// Where `NaN` and other numbers were that the parser does not read as Python does, for which texts of the same length stand.
+    /// The ranges of `NaN` and other numbers that serde_json does not read as Python does, with their values. In `text` they
+    /// are strings of the same length.
     numbers: Vec<(Range<usize>, Value)>,
+    /// Lone surrogates that were replaced.
     replaced: usize,
-    /// Values, at least.
+    /// A lower bound of the number of values.
     values: usize,
 }
 
 impl<'a> StandardJson<'a> {
-    fn of(json: &'a [u8]) -> Result<Self, JsonError> {
+    fn rewrite(json: &'a [u8]) -> Result<Self, JsonError> {
         let text = std::str::from_utf8(json).map_err(|error| JsonError::NotUtf8 {
             byte: error.valid_up_to() + 1,
             at: place_of(json, error.valid_up_to()),
@@ -380,9 +387,9 @@ impl<'a> StandardJson<'a> {
         &self.text
     }
 
-    /// The number for which a text of the parser's stands.
+    /// The number that a string stands for which the parser borrowed from `text`.
     fn number(&self, text: &str) -> Option<Value> {
-        // Behind the quotation mark; elsewhere in memory it is another text.
+        // By address, because the record may have an equal string. The range starts at the quotation mark before it.
         let at = (text.as_ptr() as usize).checked_sub(self.text.as_ptr() as usize)?.checked_sub(1)?;
         let index = self.numbers.binary_search_by_key(&at, |(range, _)| range.start).ok()?;
         Some(self.numbers[index].1.clone())
@@ -390,7 +397,7 @@ impl<'a> StandardJson<'a> {
 
     fn place(&self, error: &serde_json::Error) -> (usize, usize) {
         let line = self.text.split('\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
-        // The parser counts bytes.
+        // The parser's columns count bytes.
         let bytes = error.column().saturating_sub(1).min(line.len());
         (error.line().max(1), 1 + characters(&line.as_bytes()[..bytes]))
     }
@@ -404,22 +411,22 @@ fn characters(bytes: &[u8]) -> usize {
     bytes.iter().filter(|byte| **byte & 0xC0 != 0x80).count()
 }
 
-/// The line and the column of a byte.
+/// The line and column of a byte offset.
 fn place_of(bytes: &[u8], at: usize) -> (usize, usize) {
     let before = &bytes[..at];
     let start = memchr::memrchr(b'\n', before).map_or(0, |line_break| line_break + 1);
     (1 + memchr::memchr_iter(b'\n', before).count(), 1 + characters(&before[start..]))
 }
 
-/// The code unit that `\uXXXX` stands for.
+/// The UTF-16 code unit of an escape `\uXXXX` at the start of `bytes`.
 fn surrogate(bytes: &[u8]) -> Option<u16> {
     let digits = bytes.strip_prefix(b"\\u")?.get(..4)?;
     let digits = std::str::from_utf8(digits).ok().filter(|digits| !digits.starts_with('+'))?;
     u16::from_str_radix(digits, 16).ok()
 }
 
-/// The length of what stands where a value is and is a number, or begins like one, and its value where the parser would not
-/// read it as Python does.
+/// The length of a number, or of what starts like one, at the start of `bytes`; and its value, where serde_json would read it
+/// differently from Python.
 fn number(bytes: &[u8]) -> (usize, Option<Value>) {
     let known = [(&b"NaN"[..], f64::NAN), (b"Infinity", f64::INFINITY), (b"-Infinity", f64::NEG_INFINITY)];
     let ends = |length: usize| matches!(bytes[length..].trim_ascii_start().first(), None | Some(b',' | b'}' | b']'));
@@ -432,7 +439,7 @@ fn number(bytes: &[u8]) -> (usize, Option<Value>) {
     let digits = text.strip_prefix('-').unwrap_or(text);
     let is_integer =
         digits.bytes().all(|digit| digit.is_ascii_digit()) && (digits.len() == 1 || !digits.starts_with('0'));
-    // The parser refuses what is not a number.
+    // What is not a number is left for the parser to refuse.
     let value = if text == "-0" {
         Some(0.into())
     } else if is_integer && digits.len() >= 19 && text.parse::<i64>().is_err() && text.parse::<u64>().is_err() {
@@ -445,7 +452,7 @@ fn number(bytes: &[u8]) -> (usize, Option<Value>) {
     (length, value.filter(|_| ends(length)))
 }
 
-/// Whether a number without its sign has a point or an exponent, in the grammar of JSON.
+/// Whether a text without sign is a number in the grammar of JSON, with or without point and exponent.
 fn is_fraction(text: &str) -> bool {
     let all = |digits: &str| !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_digit());
     let (number, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
@@ -456,7 +463,7 @@ fn is_fraction(text: &str) -> bool {
         && all(exponent.strip_prefix(['+', '-']).unwrap_or(exponent))
 }
 
-/// Reads a value in which texts stand for numbers that JSON does not have.
+/// Deserializes a value of [`StandardJson`], with the numbers that strings stand for.
 #[derive(Clone, Copy)]
 struct ValueSeed<'a>(&'a StandardJson<'a>);
 
@@ -536,7 +543,7 @@ mod tests {
         (error.to_string(), error.at())
     }
 
-    /// What Python 3's `json.loads` gives, but for half a pair, which it keeps.
+    /// The expected values are those of Python 3's `json.loads`, except that it keeps lone surrogates.
     #[test]
     fn json_is_read_as_python_reads_it() {
         assert_eq!(read(r#"{"a": 1, "b": 2, "a": 3}"#).to_string(), r#"{"a":3,"b":2}"#);
@@ -548,7 +555,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_json_does_not_have_are_no_text_and_no_number() {
+    fn non_finite_numbers_are_objects_with_a_reserved_key() {
         let value = read(r#"{"a": NaN, "b": [-Infinity, Infinity ], "c": "NaN", "d": "?", "e\n": "\"?\"", "f": 2}"#);
         assert!(non_finite_from_json(&value["a"]).unwrap().is_nan());
         assert_eq!(non_finite_from_json(&value["b"][0]), Some(f64::NEG_INFINITY));
@@ -560,7 +567,7 @@ mod tests {
         }
     }
 
-    /// As Python 3.11's `json.loads`.
+    /// The expected values are those of Python 3.11's `json.loads`.
     #[test]
     fn integers_have_any_number_of_digits() {
         for digits in ["12345678901234567890123", "-9223372036854775809", "18446744073709551616", &"7".repeat(400)] {
@@ -592,13 +599,13 @@ mod tests {
         ] {
             assert!(parse(wrong.as_bytes()).is_err(), "{wrong}");
         }
-        // Nobody's own object is taken for a number.
-        let own = json!({"$float": "NaN"});
-        assert_eq!((read(&own.to_string()), non_finite_from_json(&own)), (own.clone(), None));
+        // An object of a record is not taken for a number.
+        let object = json!({"$float": "NaN"});
+        assert_eq!((read(&object.to_string()), non_finite_from_json(&object)), (object.clone(), None));
     }
 
     #[test]
-    fn halves_of_pairs_are_replaced_and_counted() {
+    fn lone_surrogates_are_replaced_and_counted() {
         for (json, expected, count) in [
             (r#""cut \ud83d here""#, "cut \u{fffd} here", 1),
             (r#""\udc00\ud83d\ud83d\ude00\ud83d""#, "\u{fffd}\u{fffd}😀\u{fffd}", 3),
@@ -613,7 +620,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_has_its_line_and_column() {
+    fn errors_have_their_line_and_column() {
         assert_eq!(fault(b"{"), ("the record is not JSON: EOF while parsing an object".into(), Some((1, 1))));
         assert_eq!(
             fault("{\"ü\": \"é\" x".as_bytes()),
@@ -621,7 +628,7 @@ mod tests {
         );
         assert_eq!(fault(b"{\n  \"a\": x}"), ("the record is not JSON: expected value".into(), Some((2, 8))));
         assert_eq!(fault(b"{} {}"), ("the record is not JSON: trailing characters".into(), Some((1, 4))));
-        assert_eq!(fault(b"{\n\"\xff"), ("the record is not UTF-8: its byte 4 is wrong".into(), Some((2, 2))));
+        assert_eq!(fault(b"{\n\"\xff"), ("the record is not UTF-8: byte 4 is invalid".into(), Some((2, 2))));
         let deep = "[".repeat(1000) + &"]".repeat(1000);
         assert_eq!(fault(deep.as_bytes()).0, "the record is not JSON: recursion limit exceeded");
         let deep = format!("[NaN,{deep}]");
@@ -633,7 +640,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_read_by_their_names() {
+    fn tokens_are_read_from_either_field() {
         let read = |json: &str| parse_tokens(json.as_bytes()).map_err(|error| (error.to_string(), error.at()));
         let tokens = |tokens: &[u32], unread: &[&str]| {
             let unread = unread.iter().map(ToString::to_string).collect();
@@ -663,21 +670,21 @@ mod tests {
     }
 
     proptest! {
-        /// What the standard knows is read as serde_json reads it.
+        /// Standard JSON is parsed as serde_json parses it.
         #[test]
-        fn json_of_the_standard_is_read_alike(text in r#"[\[\]{}",:\\ \na1.\-eu0Nü]{0,40}"#) {
-            // But for what Python reads otherwise.
+        fn standard_json_is_parsed_like_serde_json(text in r#"[\[\]{}",:\\ \na1.\-eu0Nü]{0,40}"#) {
+            // Python reads `-0` differently.
             prop_assume!(!text.contains("-0"));
             let expected: Result<Value, _> = serde_json::from_str(&text);
             match (parse(text.as_bytes()), expected) {
                 (Ok(parsed), Ok(expected)) => prop_assert_eq!(parsed.value, expected),
-                // More is read than the standard has, never less.
+                // More than the standard is accepted, never less.
                 (read, expected) => prop_assert!(expected.is_err(), "{:?}", read),
             }
         }
 
         #[test]
-        fn bytes_of_any_kind_are_read_or_refused(bytes: Vec<u8>, text in r#"[\\ud8Dc0"N aIfinty,\[\]-]{0,40}"#) {
+        fn any_bytes_are_parsed_or_refused(bytes: Vec<u8>, text in r#"[\\ud8Dc0"N aIfinty,\[\]-]{0,40}"#) {
             drop((parse(&bytes), parse_tokens(&bytes)));
             drop((parse(text.as_bytes()), parse_tokens(text.as_bytes())));
         }

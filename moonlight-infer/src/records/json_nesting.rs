@@ -1,11 +1,11 @@
-//! How deep in brackets a place of JSON is.
+//! How deeply nested in brackets a position in JSON is.
 
-/// The state of a reader of JSON that counts brackets, those within texts aside. Bytes that are no JSON do it no harm: the
-/// depth of more closing than opening ones is negative.
+/// Counts brackets byte by byte, except those in strings. Bytes that are not JSON do no harm: with more closing than opening
+/// brackets the depth is negative.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct JsonNesting {
     pub(super) depth: isize,
-    /// Within a text.
+    /// Whether the position is within a string.
     pub(super) quoted: bool,
     escaped: bool,
 }

@@ -1,4 +1,4 @@
-//! A JSON array, or objects over several lines, cut into values: one value is in memory, never the file.
+//! Splits a JSON array, or objects over several lines, into values; one value is in memory at a time.
 
 use std::io::{self, BufRead};
 
@@ -7,14 +7,14 @@ use super::json_nesting::JsonNesting;
 use super::lines::append;
 use super::source::Limited;
 
-/// Why the rest of a file cannot be cut into values.
+/// Why the rest of a file cannot be split into values.
 #[derive(Debug)]
 pub(super) enum JsonSplitError {
     Io(io::Error),
-    /// The value that begins there is longer than a record may be.
+    /// The value that starts here exceeds the limit of a record.
     TooLong(FilePosition),
-    /// What is wrong, and where.
-    At(FilePosition, String),
+    /// What is wrong here.
+    Syntax(FilePosition, String),
 }
 
 impl From<io::Error> for JsonSplitError {
@@ -26,24 +26,24 @@ impl From<io::Error> for JsonSplitError {
 /// The values of a file.
 pub(super) struct JsonValues<R> {
     reader: R,
-    array: bool,
+    is_array: bool,
     state: State,
     line: usize,
-    /// Characters of the line that were read.
+    /// Characters of the line before the current position.
     column: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Before the bracket of an array.
+    /// `[` is next.
     Start,
-    /// AfterValue the bracket: a value or the other bracket.
+    /// A value or `]` is next.
     AfterOpenBracket,
-    /// AfterValue a value: a comma or the other bracket.
+    /// `,` or `]` is next.
     AfterValue,
-    /// Outside of an array: a value or the end.
+    /// Not in an array: a value or the end of the file is next.
     BetweenValues,
-    /// AfterValue everything.
+    /// The array is closed: the end of the file is next.
     End,
 }
 
@@ -59,17 +59,18 @@ impl Truncated for Limited {
 }
 
 impl<R: Truncated> JsonValues<R> {
-    /// The elements of an array, or else the values one after the other.
-    pub(super) fn new(reader: R, array: bool) -> Self {
-        let state = if array { State::Start } else { State::BetweenValues };
-        Self { reader, array, state, line: 1, column: 0 }
+    /// The elements of an array, or values one after the other.
+    pub(super) fn new(reader: R, is_array: bool) -> Self {
+        let state = if is_array { State::Start } else { State::BetweenValues };
+        Self { reader, is_array, state, line: 1, column: 0 }
     }
 
-    /// The next value, and where it begins; none that the limit cuts.
+    /// Reads the next value, and returns where it starts; `None` at the end. A value that the limit of the file cuts is
+    /// dropped.
     pub(super) fn next(
         &mut self,
         record: &mut Vec<u8>,
-        longest: usize,
+        max_bytes: usize,
     ) -> Result<Option<FilePosition>, JsonSplitError> {
         record.clear();
         loop {
@@ -84,22 +85,22 @@ impl<R: Truncated> JsonValues<R> {
                     self.reader.consume(1);
                     let next = self.skip_white_space()?;
                     return match next {
-                        Some(b']' | b',') => Err(self.fault("a comma without a value behind it")),
+                        Some(b']' | b',') => Err(self.fault("expected a value after `,`")),
                         None if self.reader.reached_limit() => Ok(None),
                         None => Err(self.unclosed()),
-                        Some(byte) => self.value(byte, record, longest),
+                        Some(byte) => self.value(byte, record, max_bytes),
                     };
                 }
                 (State::AfterOpenBracket | State::BetweenValues, Some(byte)) => {
-                    return self.value(byte, record, longest);
+                    return self.value(byte, record, max_bytes);
                 }
                 (State::AfterValue, Some(_)) => {
-                    return Err(self.fault("expected `,` or `]` behind an element of the array"));
+                    return Err(self.fault("expected `,` or `]` after an element of the array"));
                 }
                 (State::Start, _) => return Err(self.fault("expected `[`")),
                 (State::End, Some(_)) => {
                     return Err(self.fault(
-                        "there is more behind the end of the array: a file is one array, or has a record in each line",
+                        "the file continues after the end of the array: a file is one array, or has a record in each line",
                     ));
                 }
                 (State::AfterOpenBracket | State::AfterValue, None) => return Err(self.unclosed()),
@@ -113,9 +114,9 @@ impl<R: Truncated> JsonValues<R> {
         self.state = state;
     }
 
-    /// What is wrong with the next character.
+    /// An error at the next character.
     fn fault(&self, problem: &str) -> JsonSplitError {
-        JsonSplitError::At(FilePosition { line: self.line, column: self.column + 1 }, problem.into())
+        JsonSplitError::Syntax(FilePosition { line: self.line, column: self.column + 1 }, problem.into())
     }
 
     fn unclosed(&self) -> JsonSplitError {
@@ -129,7 +130,7 @@ impl<R: Truncated> JsonValues<R> {
         }
     }
 
-    /// The next byte that is no white space; it is not taken.
+    /// The next byte that is not white space; it is not consumed.
     fn skip_white_space(&mut self) -> io::Result<Option<u8>> {
         loop {
             let bytes = match self.reader.fill_buf() {
@@ -158,19 +159,19 @@ impl<R: Truncated> JsonValues<R> {
         }
     }
 
-    /// Takes the value that begins with `first`, which is next.
+    /// Reads the value that starts with `first`, the next byte.
     fn value(
         &mut self,
         first: u8,
         record: &mut Vec<u8>,
-        longest: usize,
+        max_bytes: usize,
     ) -> Result<Option<FilePosition>, JsonSplitError> {
         let place = FilePosition { line: self.line, column: self.column + 1 };
         if matches!(first, b']' | b'}' | b',' | b':') {
             return Err(self.fault("expected a value"));
         }
         let mut nesting = JsonNesting::default();
-        // A number or a word ends before what follows it, everything else with its last byte.
+        // A number or a word ends before the next delimiter, everything else with its own last byte.
         let bare = !matches!(first, b'{' | b'[' | b'"');
         loop {
             let bytes = match self.reader.fill_buf() {
@@ -186,10 +187,10 @@ impl<R: Truncated> JsonValues<R> {
                     break;
                 }
                 let problem = match nesting.quoted {
-                    true => "a text that begins in this record is not closed: the file ends too early",
+                    true => "a string in this record is not closed: the file ends too early",
                     false => "the record is not closed: the file ends too early",
                 };
-                return Err(JsonSplitError::At(place, problem.into()));
+                return Err(JsonSplitError::Syntax(place, problem.into()));
             }
             let (mut line, mut column) = (self.line, self.column);
             let mut end = None;
@@ -200,7 +201,7 @@ impl<R: Truncated> JsonValues<R> {
                 }
                 match byte {
                     b'\n' => (line, column) = (line + 1, 0),
-                    // Characters, not the bytes that they go on in.
+                    // Counts characters: continuation bytes of UTF-8 are left out.
                     _ => column += usize::from(byte & 0xC0 != 0x80),
                 }
                 nesting.take(byte);
@@ -210,7 +211,7 @@ impl<R: Truncated> JsonValues<R> {
                 }
             }
             let length = end.unwrap_or(bytes.len());
-            if !append(record, &bytes[..length], longest) {
+            if !append(record, &bytes[..length], max_bytes) {
                 return Err(JsonSplitError::TooLong(place));
             }
             (self.line, self.column) = (line, column);
@@ -219,7 +220,7 @@ impl<R: Truncated> JsonValues<R> {
                 break;
             }
         }
-        self.state = if self.array { State::AfterValue } else { State::BetweenValues };
+        self.state = if self.is_array { State::AfterValue } else { State::BetweenValues };
         Ok(Some(place))
     }
 }
@@ -245,7 +246,7 @@ mod tests {
             match values.next(&mut record, 100) {
                 Ok(Some(place)) => found.push((place.to_string(), String::from_utf8_lossy(&record).into_owned())),
                 Ok(None) => return Ok(found),
-                Err(JsonSplitError::At(place, problem)) => return Err(format!("{place}: {problem}")),
+                Err(JsonSplitError::Syntax(place, problem)) => return Err(format!("{place}: {problem}")),
                 Err(JsonSplitError::TooLong(place)) => return Err(format!("{place}: too long")),
                 Err(JsonSplitError::Io(error)) => return Err(error.to_string()),
             }
@@ -253,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn elements_have_their_place() {
+    fn values_have_the_position_where_they_start() {
         for buffer in [1, 2, 3, 5, 1000] {
             let found =
                 values("[{\"ü\": \"]\\\"\"}, [1, {}],\r\n 3 ,\"x\"\n,null]\n\n".as_bytes(), true, buffer).unwrap();
@@ -268,18 +269,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_has_its_place() {
+    fn errors_have_their_position() {
         for (text, expected) in [
-            ("[{} {}]", "1:5: expected `,` or `]` behind an element of the array"),
-            ("[{},]", "1:5: a comma without a value behind it"),
+            ("[{} {}]", "1:5: expected `,` or `]` after an element of the array"),
+            ("[{},]", "1:5: expected a value after `,`"),
             ("[,{}]", "1:2: expected a value"),
             ("[{}", "1:4: the array is not closed: the file ends too early"),
             ("[{},\n", "2:1: the array is not closed: the file ends too early"),
             ("[\n {\"a\": 1", "2:2: the record is not closed: the file ends too early"),
-            ("[\n {\"a\": \"1}]", "2:2: a text that begins in this record is not closed: the file ends too early"),
+            ("[\n {\"a\": \"1}]", "2:2: a string in this record is not closed: the file ends too early"),
             (
                 "[]\n[]",
-                "2:1: there is more behind the end of the array: a file is one array, or has a record in each line",
+                "2:1: the file continues after the end of the array: a file is one array, or has a record in each line",
             ),
             ("[}", "1:2: expected a value"),
         ] {
@@ -289,13 +290,13 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is in a file, it is cut or refused, and the size of the buffer makes no difference.
+        /// Any bytes are split or refused, whatever the size of the buffer.
         #[test]
-        fn bytes_of_any_kind_are_cut_or_refused(text in r#"[\[\]{}",:\\ \nax1ü]{0,60}"#, array: bool, buffer in 1usize..9) {
+        fn any_bytes_are_split_or_refused(text in r#"[\[\]{}",:\\ \nax1ü]{0,60}"#, array: bool, buffer in 1usize..9) {
             prop_assert_eq!(values(text.as_bytes(), array, buffer), values(text.as_bytes(), array, 1000));
         }
 
-        /// The elements are those that serde_json reads.
+        /// The elements are those that serde_json parses.
         #[test]
         fn elements_are_those_of_the_whole_array(texts in prop::collection::vec(".{0,10}", 0..9), indent: bool, buffer in 1usize..40) {
             let array: Vec<_> = texts.iter().map(|text| serde_json::json!({"text": text, "n": [1, {"b": null}]})).collect();

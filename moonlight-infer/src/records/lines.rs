@@ -1,24 +1,24 @@
-//! A record in each line.
+//! JSON Lines: a record in each line.
 
 use std::io::{self, BufRead};
 
 use super::source::Limited;
 
-/// What a line came to.
+/// The result of [`read_line`].
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Line {
-    /// There is none.
+    /// The file has no more lines.
     End,
-    /// With its line break.
-    Whole,
-    /// The last one, without a line break.
-    Unended,
-    /// More bytes than a record may have.
+    /// A line with a line break.
+    Complete,
+    /// The last line, without a line break.
+    Last,
+    /// A line that exceeds the limit.
     TooLong,
 }
 
-/// Reads the next line without its line break into `line`, which never holds more than `longest` bytes.
-pub(super) fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>, longest: usize) -> io::Result<Line> {
+/// Reads the next line into `line`, without its line break. `line` never has more than `max_bytes`, however long the line.
+pub(super) fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>, max_bytes: usize) -> io::Result<Line> {
     line.clear();
     let mut any = false;
     loop {
@@ -28,31 +28,31 @@ pub(super) fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>, longest: 
             Err(error) => return Err(error),
         };
         if bytes.is_empty() {
-            return Ok(if any { Line::Unended } else { Line::End });
+            return Ok(if any { Line::Last } else { Line::End });
         }
         any = true;
         let end = memchr::memchr(b'\n', bytes);
         let part = &bytes[..end.unwrap_or(bytes.len())];
-        if !append(line, part, longest) {
+        if !append(line, part, max_bytes) {
             return Ok(Line::TooLong);
         }
         let read = part.len() + usize::from(end.is_some());
         reader.consume(read);
         if end.is_some() {
-            return Ok(Line::Whole);
+            return Ok(Line::Complete);
         }
     }
 }
 
-/// Appends to a record, unless it would be longer than `longest`.
-pub(super) fn append(record: &mut Vec<u8>, part: &[u8], longest: usize) -> bool {
-    if record.len() + part.len() > longest {
+/// Appends to a record; false, with nothing appended, where it would exceed `max_bytes`.
+pub(super) fn append(record: &mut Vec<u8>, part: &[u8], max_bytes: usize) -> bool {
+    if record.len() + part.len() > max_bytes {
         return false;
     }
     if record.capacity() - record.len() < part.len() {
-        // Doubled as usual, but not past the limit.
-        let wanted = (2 * record.capacity()).max(record.len() + part.len()).min(longest);
-        record.reserve_exact(wanted - record.len());
+        // Doubles like `Vec` does, but not past the limit.
+        let capacity = (2 * record.capacity()).max(record.len() + part.len()).min(max_bytes);
+        record.reserve_exact(capacity - record.len());
     }
     record.extend_from_slice(part);
     true
@@ -61,11 +61,11 @@ pub(super) fn append(record: &mut Vec<u8>, part: &[u8], longest: usize) -> bool 
 /// The lines of a file.
 pub(super) struct Lines {
     reader: Limited,
-    /// The line that was read last, from 1.
+    /// The number of the last line, from 1.
     line: usize,
 }
 
-/// A line that is longer than a record may be.
+/// A line that exceeds the limit of a record.
 pub(super) struct TooLong;
 
 impl Lines {
@@ -73,23 +73,23 @@ impl Lines {
         Self { reader, line: 0 }
     }
 
-    /// The line that was read last.
+    /// The number of the last line.
     pub(super) fn line(&self) -> usize {
         self.line
     }
 
-    /// The next line that is not blank; a line that the limit cuts is none.
-    pub(super) fn next(&mut self, record: &mut Vec<u8>, longest: usize) -> io::Result<Result<bool, TooLong>> {
+    /// Reads the next line that is not blank; false at the end. A line that the limit of the file cuts is dropped.
+    pub(super) fn next(&mut self, record: &mut Vec<u8>, max_bytes: usize) -> io::Result<Result<bool, TooLong>> {
         loop {
             self.line += 1;
-            match read_line(&mut self.reader, record, longest)? {
+            match read_line(&mut self.reader, record, max_bytes)? {
                 Line::End => return Ok(Ok(false)),
-                // Whether there is more of it nobody has looked.
-                Line::Unended if self.reader.reached_limit() => return Ok(Ok(false)),
+                // The line may have more bytes after the limit.
+                Line::Last if self.reader.reached_limit() => return Ok(Ok(false)),
                 Line::TooLong => return Ok(Err(TooLong)),
-                Line::Whole | Line::Unended => {}
+                Line::Complete | Line::Last => {}
             }
-            // Where files were put together, the mark of the next is in the middle.
+            // A file that is concatenated from several has byte order marks in the middle.
             if record.starts_with(b"\xef\xbb\xbf") {
                 record.drain(..3);
             }
@@ -107,14 +107,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_without_end_takes_no_more_than_its_limit() {
+    fn an_endless_line_takes_no_more_memory_than_the_limit() {
         let mut line = Vec::new();
         let mut endless = BufReader::new(io::repeat(b' '));
         assert_eq!(read_line(&mut endless, &mut line, 1_000_000).unwrap(), Line::TooLong);
         assert!(line.capacity() <= 1_000_000, "{}", line.capacity());
         let mut file = &b"abc\n\nabcd\nabc"[..];
         let mut lines = Vec::new();
-        while let Line::Whole | Line::Unended = read_line(&mut file, &mut line, 4).unwrap() {
+        while let Line::Complete | Line::Last = read_line(&mut file, &mut line, 4).unwrap() {
             lines.push(String::from_utf8(line.clone()).unwrap());
         }
         assert_eq!(lines, ["abc", "", "abcd", "abc"]);

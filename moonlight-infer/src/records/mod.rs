@@ -1,14 +1,14 @@
-//! Records of files as people have them: JSON Lines, JSON arrays, CSV, parquet, compressed or not.
+//! Records of files in the formats that data sets have: JSON Lines, JSON arrays, CSV and parquet, compressed or not.
 //!
-//! Training, `score` and `eval` read through here, so that a file means the same everywhere. What a file is its first
-//! bytes say, then the ending of its name; what cannot be read is refused by what it is.
+//! Training, `score` and `eval` all read through this module, so that a file means the same everywhere. The kind of a file is
+//! detected by its first bytes, then by the extension of its name; a file that is not a data set is refused with what it is.
 //!
-//! * `source.rs`: the bytes of a file, decompressed, without a byte order mark.
-//! * `sniff.rs`: which kind of file the bytes are.
-//! * `lines.rs`, `values.rs`, `delimited.rs`: a file cut into records, in memory for one record.
-//! * `nesting.rs`: brackets, counted.
-//! * `reader.rs`: one reader of them all.
-//! * `parse.rs`: a record to JSON.
+//! * `source.rs`: the bytes of a file, decompressed and without a byte order mark.
+//! * `file_kind.rs`: detects the kind.
+//! * `lines.rs`, `json_values.rs`, `csv.rs`: split a file into records, one in memory at a time.
+//! * `json_nesting.rs`: counts brackets.
+//! * `reader.rs`: one reader for all kinds.
+//! * `json.rs`: parses a record as Python's `json` does.
 
 mod csv;
 mod error;
@@ -29,7 +29,7 @@ pub use json::{
 pub use reader::{Record, RecordReader};
 pub use source::Source;
 
-/// The longest record in bytes: a line, an element of an array, a row.
+/// The limit of a record in bytes: of a line, an element of an array, or a row as JSON.
 pub const MAX_RECORD_BYTES: usize = 256 << 20;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! One reader of all kinds of files.
+//! One reader for files of all kinds.
 
 use std::path::{Path, PathBuf};
 
@@ -15,20 +15,20 @@ use crate::parquet::{self, ParquetError, RequiredColumns};
 /// A record of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// Its JSON: of a line or an element as the file has it, of a row made from it.
+    /// The JSON of the record: that of a line or an element unchanged, that of a row built from its fields.
     pub json: Vec<u8>,
-    /// Where it begins.
+    /// Where the record starts.
     pub place: FilePosition,
 }
 
-/// The records of a file, one after the other.
+/// Reads the records of a file one by one.
 pub struct RecordReader {
     path: PathBuf,
     kind: FileKind,
     rows: Rows,
-    /// What was read to look at it.
+    /// The first record, until it is returned.
     peeked: Option<Record>,
-    /// Blank rows of a file that is read.
+    /// Blank rows, once the end is reached.
     blank: u64,
 }
 
@@ -41,23 +41,23 @@ enum Rows {
 }
 
 impl RecordReader {
-    /// Opens a file of any kind and reads its first record. Of a parquet file, one of the columns `wanted` must be there.
-    /// Records behind the first `limit` bytes are not read, where there is a limit (of a compressed file, unpacked bytes; of a
-    /// parquet file, those of the records as JSON).
+    /// Opens a file of any kind and reads its first record. A parquet file must have one of the columns `required`. Only
+    /// records within the first `limit` bytes are read, if there is a limit: bytes after decompression, and for parquet those
+    /// of the records as JSON.
     ///
     /// # Errors
     ///
-    /// [`RecordError`]: a file that cannot be read or is of another kind, which is named.
-    pub fn open(path: &Path, wanted: RequiredColumns, limit: Option<u64>) -> Result<Self, RecordError> {
-        Self::from_source(Source::open(path)?, wanted, limit)
+    /// [`RecordError`]: a file that cannot be read, or is not one of records.
+    pub fn open(path: &Path, required: RequiredColumns, limit: Option<u64>) -> Result<Self, RecordError> {
+        Self::from_source(Source::open(path)?, required, limit)
     }
 
-    /// Like [`open`](Self::open), of a file that was opened already.
+    /// Like [`open`](Self::open), from an opened file.
     ///
     /// # Errors
     ///
     /// As [`open`](Self::open).
-    pub fn from_source(source: Source, wanted: RequiredColumns, limit: Option<u64>) -> Result<Self, RecordError> {
+    pub fn from_source(source: Source, required: RequiredColumns, limit: Option<u64>) -> Result<Self, RecordError> {
         let kind = source.kind()?;
         let path = source.path().to_owned();
         let rows = match kind {
@@ -69,7 +69,7 @@ impl RecordReader {
                 Rows::Delimited(Box::new(file.map_err(|fault| csv_error(&path, kind, fault))?))
             }
             FileKind::Parquet => {
-                let rows = Box::new(parquet::rows(&path, wanted)?);
+                let rows = Box::new(parquet::rows(&path, required)?);
                 Rows::Parquet { rows, row: 0, left: limit.unwrap_or(u64::MAX) }
             }
         };
@@ -82,7 +82,7 @@ impl RecordReader {
         }
     }
 
-    /// How the records are kept.
+    /// How the file stores its records.
     pub fn kind(&self) -> FileKind {
         self.kind
     }
@@ -92,22 +92,21 @@ impl RecordReader {
         &self.path
     }
 
-    /// Rows of CSV so far that were left out, as all their fields are empty.
+    /// Rows of a CSV file that were skipped so far because all their fields are empty.
     pub fn blank_rows(&self) -> u64 {
         self.blank + if let Rows::Delimited(file) = &self.rows { file.blank() } else { 0 }
     }
 
-    /// The first record, before any is taken.
+    /// The first record, before [`next_record`](Self::next_record) returns it.
     pub fn first(&self) -> Option<&Record> {
         self.peeked.as_ref()
     }
 
-    /// The next record; `None` behind the last, and behind an error.
+    /// The next record; `None` after the last one and after an error.
     ///
     /// # Errors
     ///
-    /// [`RecordError`]: what is wrong with the file, so that there is no next record. What is wrong with a record is found when
-    /// it is parsed.
+    /// [`RecordError`]: the next record cannot be read. Errors within a record are found when it is parsed.
     pub fn next_record(&mut self) -> Result<Option<Record>, RecordError> {
         match self.peeked.take() {
             Some(record) => Ok(Some(record)),
@@ -137,7 +136,7 @@ impl RecordReader {
             Rows::JsonValues(values) => values.next(&mut json, MAX_RECORD_BYTES).map_err(|fault| match fault {
                 json_values::JsonSplitError::Io(error) => RecordError::io(path, &error),
                 json_values::JsonSplitError::TooLong(place) => too_long(path, kind, place),
-                json_values::JsonSplitError::At(place, problem) => RecordError::at(path, place, problem, None),
+                json_values::JsonSplitError::Syntax(place, problem) => RecordError::at(path, place, problem, None),
             })?,
             Rows::Delimited(file) => {
                 let row = file.next(&mut json, MAX_RECORD_BYTES).map_err(|fault| csv_error(path, kind, fault))?;
@@ -146,7 +145,7 @@ impl RecordReader {
             Rows::Parquet { rows, row, left } => {
                 *row += 1;
                 match rows.next().transpose()? {
-                    // Whole records only.
+                    // Within the limit.
                     Some(text) if text.len() as u64 <= *left => {
                         *left -= text.len() as u64;
                         if text.len() > MAX_RECORD_BYTES {
@@ -166,11 +165,11 @@ impl RecordReader {
 fn too_long(path: &Path, kind: FileKind, place: FilePosition) -> RecordError {
     let problem = format!("the record is longer than {} MiB", MAX_RECORD_BYTES >> 20);
     let hint = match kind {
-        FileKind::JsonLines => Some("a record is a line of JSONL"),
+        FileKind::JsonLines => Some("write each record on a line of its own (JSONL)"),
         FileKind::JsonArray | FileKind::JsonObjects => {
-            Some("records are the elements of an array, or stand one in each line of JSONL, not within another object")
+            Some("write records as elements of an array or as lines of JSONL, not within another object")
         }
-        FileKind::Delimited(_) => Some("perhaps a quotation mark is not closed"),
+        FileKind::Delimited(_) => Some("check that every quotation mark is closed"),
         FileKind::Parquet => None,
     };
     RecordError::at(path, place, problem, hint)
@@ -180,11 +179,11 @@ fn csv_error(path: &Path, kind: FileKind, fault: csv::CsvError) -> RecordError {
     match fault {
         csv::CsvError::Io(error) => RecordError::io(path, &error),
         csv::CsvError::TooLong(line) => too_long(path, kind, FilePosition::line(line)),
-        csv::CsvError::At(line, problem, hint) => RecordError::at(path, FilePosition::line(line), problem, hint),
+        csv::CsvError::Row(line, problem, hint) => RecordError::at(path, FilePosition::line(line), problem, hint),
     }
 }
 
-/// Fields that records of all kinds are read by.
+/// Fields of records: a first object with one of them is a record, whatever else it has.
 const RECORD_FIELDS: &[&str] = &[
     "messages",
     "conversations",
@@ -199,7 +198,7 @@ const RECORD_FIELDS: &[&str] = &[
     "choices",
     "endings",
 ];
-/// Names under which files keep the list of their records.
+/// Names under which some files have the list of their records.
 const LIST_FIELDS: &[&str] = &[
     "data",
     "rows",
@@ -216,11 +215,11 @@ const LIST_FIELDS: &[&str] = &[
     "entries",
 ];
 
-/// What is wrong with a file whose first record holds all the others, and what to do.
+/// The problem and the hint for a file whose first object contains all records.
 fn detect_wrapped_records(json: &[u8]) -> Option<(String, String)> {
     let Value::Object(record) = parse(json).ok()?.value else { return None };
     if let Some(problem) = detect_columns(&record) {
-        return Some((problem, "write it by `to_json(path, orient=\"records\", lines=True)`".into()));
+        return Some((problem, "write it with `to_json(path, orient=\"records\", lines=True)`".into()));
     }
     if record.keys().any(|key| RECORD_FIELDS.contains(&key.as_str())) {
         return None;
@@ -229,17 +228,17 @@ fn detect_wrapped_records(json: &[u8]) -> Option<(String, String)> {
         Value::Array(list) if LIST_FIELDS.contains(&name.as_str()) => Some((name, list.first()?.as_object()?)),
         _ => None,
     })?;
-    // The Hub's viewer answers with rows that are wrapped once more.
+    // The API of the Hub's data set viewer wraps each row once more.
     let within = if first.contains_key("row") && first.contains_key("row_idx") { ".row" } else { "" };
     let problem = format!("its records are a list within an object, under `{}`", Printable(name));
-    Some((problem, format!("write the list alone: `jq -c '.{name}[]{within}' FILE > records.jsonl`")))
+    Some((problem, format!("extract the list: `jq -c '.{name}[]{within}' FILE > records.jsonl`")))
 }
 
-/// Whether the file is one object of columns, as pandas' `to_json` writes a table: `{"text": {"0": "...", "1": "..."}}`.
+/// The problem if the file is one object of columns, as pandas' `to_json` writes: `{"text": {"0": "...", "1": "..."}}`.
 fn detect_columns(record: &Map<String, Value>) -> Option<String> {
     let of_rows = |value: &Value| {
         value.as_object().is_some_and(|rows| !rows.is_empty() && rows.keys().all(|key| key.parse::<u64>().is_ok()))
     };
     let all = !record.is_empty() && record.values().all(of_rows);
-    all.then(|| "it holds columns, not records: each value is an object with the numbers of rows".into())
+    all.then(|| "it has columns, not records: each value is an object keyed by row numbers".into())
 }

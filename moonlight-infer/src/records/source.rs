@@ -1,4 +1,4 @@
-//! The bytes of a file: decompressed where it is compressed, without a byte order mark.
+//! The contents of a file: decompressed, and without a byte order mark.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Chain, Cursor, Read, Take};
@@ -10,13 +10,13 @@ use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use super::RecordError;
 use super::file_kind::{self, FileKind};
 
-/// Bytes by which a file is recognised.
+/// The first bytes, by which the kind of a file is detected.
 const HEAD_BYTES: usize = 64 << 10;
 /// The UTF-8 byte order mark.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// The first [`HEAD_BYTES`] bytes. Of a pipe no more than up to its first line: who writes the records one by one may wait for the
-/// answer to each.
+/// Reads the first [`HEAD_BYTES`] bytes. From a pipe it reads no further than the first line: its writer may wait for the
+/// answer to each record before it writes the next.
 fn read_head(reader: &mut impl Read, is_pipe: bool) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
     if !is_pipe {
@@ -35,18 +35,20 @@ fn read_head(reader: &mut impl Read, is_pipe: bool) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-/// An opened file. Reading it gives the unpacked bytes behind the byte order mark.
+/// An opened file of records, compressed or not.
 pub struct Source {
     path: PathBuf,
     head: Vec<u8>,
-    /// Behind the head.
+    /// The contents after `head`.
     rest: Box<dyn Read + Send>,
+    /// The bytes of the byte order mark that was removed.
     mark: usize,
-    packed: bool,
+    is_compressed: bool,
 }
 
 impl Source {
-    /// Opens a file. Its first bytes say whether gzip or zstd packed it; a name that ends so on other bytes is an error.
+    /// Opens a file. Compression with gzip or zstd is detected by the first bytes; a name that ends in `.gz` or `.zst` on
+    /// other bytes is an error.
     ///
     /// # Errors
     ///
@@ -57,15 +59,15 @@ impl Source {
         let is_pipe = !file.metadata().map_err(io)?.is_file();
         let mut start = Vec::new();
         file.by_ref().take(4).read_to_end(&mut start).map_err(io)?;
-        let packed = compression(&start);
+        let compression = detect_compression(&start);
         let named = path.extension().and_then(|ending| ending.to_str()).and_then(Compression::of_ending);
-        if let (None, Some(named), false) = (packed, named, start.is_empty()) {
-            let hint = "take the ending off its name if it is unpacked already; else fetch it again";
+        if let (None, Some(named), false) = (compression, named, start.is_empty()) {
+            let hint = "remove the ending of its name if it is decompressed already, or download it again";
             return Err(RecordError::file(path, format!("its name says {named}, its bytes do not"), hint));
         }
-        // Not by seeking: it may be a pipe.
+        // Chained rather than seeking back: it may be a pipe.
         let file = Cursor::new(start).chain(file);
-        let mut rest: Box<dyn Read + Send> = match packed {
+        let mut rest: Box<dyn Read + Send> = match compression {
             None => Box::new(file),
             Some(Compression::Gzip) => Box::new(MultiGzDecoder::new(file)),
             Some(Compression::Zstandard) => Box::new(ZstdFrames::new(file)),
@@ -73,25 +75,25 @@ impl Source {
         let mut head = read_head(&mut rest, is_pipe).map_err(io)?;
         let mark = if head.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
         head.drain(..mark);
-        Ok(Self { path: path.to_owned(), head, rest, mark, packed: packed.is_some() })
+        Ok(Self { path: path.to_owned(), head, rest, mark, is_compressed: compression.is_some() })
     }
 
-    /// Whether its size is not that of its contents: it is compressed.
+    /// Whether the file is compressed, so that its size is not that of its contents.
     pub fn is_compressed(&self) -> bool {
-        self.packed
+        self.is_compressed
     }
 
-    /// The path that it was opened by.
+    /// The path that was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The first bytes, as far as the file has them.
+    /// The first bytes of the contents; of a regular file 64 KiB or all of it.
     pub fn head(&self) -> &[u8] {
         &self.head
     }
 
-    /// Refuses what is no text at all: archives, images, pointers to data, UTF-16.
+    /// Refuses a file that is not UTF-8 text: archives, images, git-lfs pointers, UTF-16.
     ///
     /// # Errors
     ///
@@ -103,28 +105,28 @@ impl Source {
         }
     }
 
-    /// How its records are kept.
+    /// How the file stores its records.
     ///
     /// # Errors
     ///
-    /// [`RecordError::File`] for a file of another kind, which it names.
+    /// [`RecordError::File`] for a file that is not one of records, which says what it is.
     pub fn kind(&self) -> Result<FileKind, RecordError> {
         file_kind::detect_kind(&self.path, &self.head)
     }
 
-    /// The bytes, at most `limit` of the file's where there is one, its mark counted.
+    /// The contents, up to `limit` bytes with the byte order mark if there is one.
     pub fn into_reader(self, limit: Option<u64>) -> Limited {
         let bytes = limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.mark as u64));
-        let whole: Box<dyn Read + Send> = Box::new(Cursor::new(self.head).chain(self.rest));
-        Limited(BufReader::with_capacity(1 << 18, whole.take(bytes)))
+        let contents: Box<dyn Read + Send> = Box::new(Cursor::new(self.head).chain(self.rest));
+        Limited(BufReader::with_capacity(1 << 18, contents.take(bytes)))
     }
 }
 
-/// Bytes up to a limit.
+/// The contents of a [`Source`] up to a limit.
 pub struct Limited(BufReader<Take<Box<dyn Read + Send>>>);
 
 impl Limited {
-    /// Whether all bytes up to the limit were taken from the file: it may have more.
+    /// Whether the limit was reached, so that the file may have more bytes.
     pub fn reached_limit(&self) -> bool {
         self.0.get_ref().limit() == 0
     }
@@ -171,7 +173,7 @@ impl std::fmt::Display for Compression {
     }
 }
 
-fn compression(start: &[u8]) -> Option<Compression> {
+fn detect_compression(start: &[u8]) -> Option<Compression> {
     match start {
         [0x1f, 0x8b, ..] => Some(Compression::Gzip),
         [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Some(Compression::Zstandard),
@@ -179,13 +181,13 @@ fn compression(start: &[u8]) -> Option<Compression> {
     }
 }
 
-/// A frame behind its first four bytes, which were read to know it.
+/// A zstd frame whose magic number was read already.
 type Frame<R> = StreamingDecoder<Chain<Cursor<[u8; 4]>, BufReader<R>>, FrameDecoder>;
 
-/// One zstd frame after the other, as the programs that compress in parallel write them; frames of other data, as `pzstd` puts
-/// between them, are passed over.
+/// Decompresses several zstd frames one after the other, as programs that compress in parallel write them. Skippable frames,
+/// which `pzstd` puts between them, are ignored.
 struct ZstdFrames<R: Read> {
-    /// The file, while no frame is open.
+    /// The file, between frames; `frame` owns it while it is read.
     file: Option<BufReader<R>>,
     frame: Option<Frame<R>>,
 }
@@ -220,9 +222,9 @@ impl<R: Read> Read for ZstdFrames<R> {
                 self.file = Some(file);
                 continue;
             }
-            let broken = |problem: String| io::Error::new(io::ErrorKind::InvalidData, problem);
+            let invalid = |problem: String| io::Error::new(io::ErrorKind::InvalidData, problem);
             let file = Cursor::new(magic).chain(file);
-            self.frame = Some(StreamingDecoder::new(file).map_err(|error| broken(error.to_string()))?);
+            self.frame = Some(StreamingDecoder::new(file).map_err(|error| invalid(error.to_string()))?);
         }
     }
 }
@@ -241,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn compressed_files_read_as_their_contents_whatever_their_name() {
+    fn compressed_files_are_decompressed_whatever_their_name() {
         let dir = tempfile::tempdir().unwrap();
         let words: String = (0..50_000).map(|n| format!("line {n}\n")).collect();
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
@@ -267,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_order_mark_is_passed_over_and_a_limit_is_kept() {
+    fn a_byte_order_mark_is_removed_and_counts_towards_the_limit() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.txt");
         std::fs::write(&path, b"\xef\xbb\xbfwords").unwrap();

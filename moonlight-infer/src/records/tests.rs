@@ -1,4 +1,4 @@
-//! Files of every kind, read by one reader.
+//! Files of every kind through one reader.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// Where each record is, and what it says.
+/// The position and the JSON of each record.
 type Found = Vec<(String, Value)>;
 
 fn read(path: &Path, limit: Option<u64>) -> Result<Found, RecordError> {
@@ -31,7 +31,7 @@ fn records_of(name: &str, bytes: &[u8]) -> Result<Found, (String, Option<String>
 }
 
 #[test]
-fn the_same_records_in_every_kind_of_file() {
+fn every_kind_of_file_has_the_same_records() {
     let a = json!({"text": "one, \"two\"\nthree", "n": "1"});
     let b = json!({"text": "ü", "n": "2"});
     let pretty = |value: &Value| serde_json::to_string_pretty(value).unwrap();
@@ -59,7 +59,7 @@ fn the_same_records_in_every_kind_of_file() {
 }
 
 #[test]
-fn a_limit_takes_whole_records() {
+fn a_limit_drops_the_record_that_it_cuts() {
     let dir = tempfile::tempdir().unwrap();
     let count = |name: &str, text: &str, limit| {
         let path = dir.path().join(name);
@@ -83,7 +83,7 @@ fn a_limit_takes_whole_records() {
 }
 
 #[test]
-fn lists_within_objects_are_named() {
+fn files_that_wrap_their_records_are_errors_with_a_hint() {
     for (text, problem, hint) in [
         (
             json!({"version": "1.0", "data": [{"text": "x"}]}),
@@ -97,7 +97,7 @@ fn lists_within_objects_are_named() {
         ),
         (
             json!({"text": {"0": "a", "1": "b"}, "n": {"0": 1, "1": 2}}),
-            "it holds columns, not records: each value is an object with the numbers of rows",
+            "it has columns, not records: each value is an object keyed by row numbers",
             "orient=\"records\"",
         ),
     ] {
@@ -107,7 +107,7 @@ fn lists_within_objects_are_named() {
             assert!(help.unwrap().contains(hint));
         }
     }
-    // What a record says of data is its own.
+    // A record may itself have a field named `data`.
     for text in
         [json!({"messages": [], "data": [{"a": 1}]}), json!({"data": [1]}), json!({"data": []}), json!({"x": {}})]
     {
@@ -125,14 +125,14 @@ fn files_that_end_early_are_errors() {
     ] {
         assert_eq!(records_of(name, text.as_bytes()).unwrap_err().0, expected);
     }
-    // The last line of a file that was cut is a record that is broken.
+    // The last line of a truncated file is a broken record.
     assert_eq!(records_of("a.jsonl", b"{\"a\": 1}\n{\"a\":").unwrap()[1], ("2".into(), Value::Null));
 }
 
-/// As sparse as the disk allows: nothing is written but its length.
+/// The files are sparse: only their length is set.
 #[cfg(unix)]
 #[test]
-fn a_record_has_a_longest_size() {
+fn records_beyond_the_limit_are_errors() {
     for (name, start, place, hint) in [
         ("a.jsonl", "{\"a\": 1}\n", "2", "JSONL"),
         ("a.json", "[1, {\"a\": \"", "1:5", "elements of an array"),
@@ -150,9 +150,9 @@ fn a_record_has_a_longest_size() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
-    /// Whatever is in a file, and whatever it is called, it is read or refused.
+    /// A file with any bytes and any name is read or refused.
     #[test]
-    fn bytes_of_any_kind_are_read_or_refused(
+    fn any_file_is_read_or_refused(
         start in prop::sample::select(vec!["", "[", "{", "{\n", "a,b\n", "\u{feff}", "PAR1", "[{\"a\":1},"]),
         rest: Vec<u8>,
         name in prop::sample::select(vec!["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.parquet", "a.jsonl.gz"]),

@@ -1,14 +1,14 @@
-//! What the benchmarks measure by.
+//! Measurements for the benchmarks.
 
 use std::time::Instant;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
 
-/// What a benchmark that fails says.
+/// The error of a benchmark.
 pub(crate) type Failure = Box<dyn std::error::Error>;
 
-/// The seconds of each of `repeats` steps, in ascending order, after one that is not counted: it draws the parameters.
+/// The seconds of `repeats` steps, in ascending order, after a warm-up step, which also draws the parameters.
 pub(crate) fn seconds(repeats: usize, mut step: impl FnMut() -> Result<(), Failure>) -> Result<Vec<f64>, Failure> {
     step()?;
     let mut seconds = Vec::with_capacity(repeats);
@@ -21,21 +21,21 @@ pub(crate) fn seconds(repeats: usize, mut step: impl FnMut() -> Result<(), Failu
     Ok(seconds)
 }
 
-/// The middle of numbers in ascending order.
+/// The median of values in ascending order.
 pub(crate) fn median(sorted: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
-/// The dtype of a name.
+/// Parses a dtype.
 pub(crate) fn dtype(name: &str) -> Result<DType, String> {
     match name {
         "f32" => Ok(DType::F32),
         "bf16" => Ok(DType::BF16),
-        other => Err(format!("there is no dtype `{other}` here: f32 or bf16")),
+        other => Err(format!("unknown dtype `{other}`: use f32 or bf16")),
     }
 }
 
-/// A module with its trained parameters in `dtype`.
+/// Casts the parameters that require a gradient to `dtype`.
 pub(crate) fn cast<M: Module>(module: M, dtype: DType) -> M {
     struct Cast(DType);
     impl ModuleMapper for Cast {
@@ -50,7 +50,7 @@ pub(crate) fn cast<M: Module>(module: M, dtype: DType) -> M {
     if dtype == DType::F32 { module } else { module.map(&mut Cast(dtype)) }
 }
 
-/// The most memory that the process ever held, in MiB; `None` where `/proc` does not say.
+/// The peak memory of the process in MiB; `None` without `/proc`.
 pub(crate) fn peak_rss_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

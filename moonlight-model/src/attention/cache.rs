@@ -1,15 +1,16 @@
-//! What one attention layer remembers of the tokens so far.
+//! [`LayerCache`]: the KV cache of one attention layer.
 
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::kernels::{CacheSpan, uniform_span};
 
-/// `[batch, key heads, capacity, row]`: for MLA one key head, and in a row the latent and the shared key; for grouped-query
-/// attention in a row the key and the value.
+/// A tensor `[batch, key heads, capacity, row]`. For latent attention there is one key head, and a row is the latent followed by
+/// the shared key; for grouped-query attention a row is the key followed by the value.
 #[derive(Debug)]
 pub(crate) struct LayerCache {
+    /// `None` only inside [`write`](Self::write) and [`grow`](Self::grow).
     store: Option<Tensor<4>>,
-    /// Weights laid out for decoding, made at the first use; each kind of attention decides which.
+    /// Weights in the layout that decoding needs, made at the first use by the kinds of attention that want them.
     pub(crate) prepared: Option<Vec<Tensor<3>>>,
 }
 
@@ -25,7 +26,7 @@ impl LayerCache {
         Self { store: Some(store), prepared: None }
     }
 
-    /// Makes room for `capacity` tokens of each sequence, and keeps what is there.
+    /// Copies the rows into a larger tensor.
     pub(crate) fn grow(&mut self, capacity: usize) {
         let store = self.store.take().expect("the store is always put back");
         let [batch, heads, old, row] = store.dims();
@@ -33,18 +34,20 @@ impl LayerCache {
         self.store = Some(larger.slice_assign([0..batch, 0..heads, 0..old, 0..row], store));
     }
 
-    /// Writes `[tokens, key heads, row]` where `spans` says.
+    /// Writes the rows of new tokens, `[tokens, key heads, row]`, to the places in `spans`.
     pub(crate) fn write(&mut self, new: Tensor<3>, spans: &[CacheSpan]) {
-        // The store is taken out while it is written, so that the backend sees its only owner and writes in place.
+        // The tensor is moved out while it is written: as its only owner the backend writes in place. A clone left in `self` would
+        // make every write copy the whole cache.
         let mut store = self.store.take().expect("the store is always put back");
         let [batch, heads, _, row] = store.dims();
         if let Some(span) = uniform_span(spans, batch) {
-            let new = new.reshape([batch, span.count, heads, row]).swap_dims(1, 2);
+            // All sequences are at the same position, so one assignment writes them all.
+            let new = new.reshape([batch, span.count, heads, row]).swap_dims(1, 2); // [batch, heads, count, row]
             store = store.slice_assign([0..batch, 0..heads, span.start..span.end(), 0..row], new);
         } else {
             let mut token = 0;
             for &CacheSpan { sequence, start, count } in spans {
-                let new = new.clone().slice_dim(0, token..token + count).unsqueeze::<4>().swap_dims(1, 2);
+                let new = new.clone().slice_dim(0, token..token + count).unsqueeze::<4>().swap_dims(1, 2); // [1, heads, count, row]
                 let place = [sequence..sequence + 1, 0..heads, start..start + count, 0..row];
                 store = store.slice_assign(place, new);
                 token += count;
@@ -53,7 +56,7 @@ impl LayerCache {
         self.store = Some(store);
     }
 
-    /// `[batch, key heads, capacity, row]`.
+    /// All rows, `[batch, key heads, capacity, row]`. Those beyond a sequence's length are unspecified.
     pub(crate) fn rows(&self) -> Tensor<4> {
         self.store.clone().expect("the store is always put back")
     }

@@ -1,4 +1,5 @@
-//! What a kind of attention has to say and do. Everything else in the workspace that depends on the kind asks here.
+//! The traits that a kind of attention implements: [`AttentionKind`] for its part of `config.json`, [`AttentionModule`] for the
+//! computation. All code in the workspace that depends on the kind uses these.
 
 use burn::tensor::Tensor;
 use serde_json::{Map, Value};
@@ -11,35 +12,35 @@ use crate::config::rope::RopeConfig;
 use crate::forward::{DecodeContext, ForwardContext};
 use crate::projection::{Projection, Projections};
 
-/// What one token takes in an attention layer, in values.
+/// The number of values that one token needs in an attention layer, for FLOP counts, memory plans and the KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttentionWidths {
     /// Queries of all heads.
     pub query: usize,
-    /// Keys and values of all heads as the attention's product reads them.
+    /// Keys and values of all heads, as the attention kernel reads them.
     pub key_value: usize,
-    /// Weighted values of all heads.
+    /// The attention output of all heads, before the output projection.
     pub output: usize,
-    /// What a training step keeps beside these: latents before and after their norms.
+    /// Other activations that a training step keeps: latents before and after their norms.
     pub latent: usize,
-    /// What the cache keeps, `[key heads, values of each]`.
+    /// The cache row: `[key heads, values of each head]`.
     pub cache: [usize; 2],
-    /// Width of one head's query and key.
+    /// Width of the query and the key of one head.
     pub head: usize,
-    /// Dimensions of a head that the rotary embedding turns.
+    /// Dimensions of a head that the rotary embedding rotates.
     pub rotated: usize,
 }
 
 impl AttentionWidths {
-    /// Multiplications of a query with one key, and of its probability with the value, in all heads.
+    /// Multiplications for one query and one key in all heads: the score, and the probability times the value.
     pub fn products_per_pair(&self) -> usize {
         self.query + self.output
     }
 }
 
-/// The widths of a model that its attention depends on.
+/// The parts of a [`ModelConfig`](crate::ModelConfig) that the attention of a layer depends on.
 pub(crate) struct ModelWidths<'a> {
-    /// The layer that the attention is for.
+    /// Index of the layer: sliding windows may differ by layer.
     pub(crate) layer: usize,
     pub(crate) hidden_size: usize,
     pub(crate) num_attention_heads: usize,
@@ -47,53 +48,53 @@ pub(crate) struct ModelWidths<'a> {
     pub(crate) initializer_range: f64,
 }
 
-/// The part of `config.json` that describes a kind of attention. Its reading is `AttentionShape::read`.
+/// The part of `config.json` that describes a kind of attention. `AttentionShape::read` reads it.
 pub(crate) trait AttentionKind {
-    /// Writes the published spelling.
+    /// Writes the keys as published files spell them.
     fn write(&self, model_type: ModelType, heads: usize, map: &mut Map<String, Value>);
 
-    /// Refuses impossible numbers, beside `heads` query heads.
+    /// Refuses impossible values; `heads` is the number of query heads.
     fn validate(&self, heads: usize) -> Result<(), ConfigError>;
 
-    /// What a token takes, with `heads` query heads.
+    /// The widths with `heads` query heads.
     fn widths(&self, heads: usize) -> AttentionWidths;
 
-    /// Whether the kind's rotary embedding turns neighbouring dimensions where the file does not say.
+    /// The default of `rope_interleave`: whether rotary pairs are adjacent dimensions.
     fn interleaves(&self) -> bool;
 
-    /// The factor on the scores.
+    /// The factor on the attention scores.
     fn softmax_scale(&self, rope: &RopeConfig) -> f64;
 }
 
-/// What a kind of attention computes.
+/// The computation of a kind of attention.
 pub(crate) trait AttentionModule: Projections {
-    /// `[tokens, hidden]` to `[tokens, hidden]`, over whole sequences.
+    /// Attends over whole sequences, `[tokens, hidden]` to `[tokens, hidden]`; with statistics if the context probes logits.
     fn forward_rows(&self, x: Tensor<2>, context: &ForwardContext) -> (Tensor<2>, Option<LogitStats>);
 
-    /// The same for tokens that follow those in the cache, to which they are added.
+    /// Appends new tokens to the cache and attends to it, `[tokens, hidden]` to `[tokens, hidden]`.
     fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2>;
 
-    /// What QK-clip rewrites.
+    /// The projections that QK-clip rescales.
     fn qk_clip_projections_mut(&mut self) -> QkClipProjections<'_>;
 }
 
-/// What QK-clip rewrites in an attention (MuonClip, arXiv 2507.20534), and how a head's columns are laid out in it.
+/// The projections of an attention that QK-clip rescales (MuonClip, arXiv 2507.20534), and the columns of a head in them.
 #[derive(Debug)]
 pub struct QkClipProjections<'a> {
-    /// Makes the queries of all heads; a head has `nope + rope` columns.
+    /// The projection that outputs the queries of all heads, `nope + rope` columns each.
     pub query: &'a mut Projection,
-    /// Makes keys and values of all heads, `nope + value` columns each; `None` where heads share whole keys, and the query
-    /// takes all of the factor.
+    /// The projection that outputs keys and values of all heads, `nope + value` columns each; `None` if heads share whole keys
+    /// (grouped-query attention), where the query takes the whole factor.
     pub key_value: Option<&'a mut Projection>,
-    /// Columns of a head's key that are its own.
+    /// Columns of a key that are a head's own (without position).
     pub nope: usize,
-    /// Columns of a head's key that all heads share.
+    /// Columns of a key that all heads share (with position).
     pub rope: usize,
-    /// Columns of a head's value.
+    /// Columns of a value.
     pub value: usize,
 }
 
-/// A forward pass of `[batch, sequence, hidden]`.
+/// [`AttentionModule::forward_rows`] over `[batch, sequence, hidden]`.
 pub(super) fn forward(module: &impl AttentionModule, x: Tensor<3>, context: &ForwardContext) -> Tensor<3> {
     let [batch, sequence, hidden] = x.dims();
     context.check([batch, sequence]);

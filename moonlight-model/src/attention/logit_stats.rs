@@ -1,24 +1,24 @@
-//! Statistics of attention logits, which the report watches for growth under Muon (its section 3.3).
+//! Statistics of attention logits, which the Muon report monitors for growth (arXiv 2502.16982, section 3.3).
 
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 
 use crate::forward::ForwardContext;
 
-/// Above this a logit counts as large.
+/// A logit above this counts as large.
 const THRESHOLD: f64 = 100.0;
-/// Queries whose logits are held at once.
+/// Queries whose logits are in memory at once: `[batch, heads, QUERY_BLOCK, sequence]`.
 const QUERY_BLOCK: usize = 128;
 
-/// Statistics of one layer's scaled attention logits over all visible pairs.
+/// Statistics of the scaled attention logits of one layer, over all pairs of a query and a key that it sees.
 #[derive(Debug, Clone)]
 pub(crate) struct LogitStats {
-    /// The largest of each head, f32 `[heads]`.
+    /// The largest logit of each head, f32 `[heads]`.
     pub(crate) max_logit: Tensor<1>,
-    /// The share above 100, f32 `[1]`.
+    /// The share of logits above [`THRESHOLD`], f32 `[1]`.
     pub(crate) share_above_100: Tensor<1>,
 }
 
-/// Measures `scale * query key^T`; both are `[batch, sequence, heads, width]` and are not differentiated.
+/// Statistics of `scale * query key^T`; both are `[batch, sequence, heads, width]`. There is no gradient.
 pub(crate) fn logit_stats(
     query: Tensor<4>,
     key: Tensor<4>,
@@ -30,7 +30,7 @@ pub(crate) fn logit_stats(
     let starts = starts.as_ref().map(|starts| starts.as_slice());
     let device = query.device();
     let query = query.detach().swap_dims(1, 2); // [batch, heads, sequence, width]
-    let key = key.detach().swap_dims(1, 2).swap_dims(2, 3);
+    let key = key.detach().swap_dims(1, 2).swap_dims(2, 3); // [batch, heads, width, sequence]
     let heads = query.dims()[1];
     let mut max_logit: Option<Tensor<1>> = None;
     let mut large: Option<Tensor<1>> = None;
@@ -53,7 +53,7 @@ pub(crate) fn logit_stats(
     }
 }
 
-/// True where query `rows[i]` may not see a key, `[batch, 1, rows, sequence]`, and the number of pairs that are seen.
+/// A mask `[batch, 1, rows, sequence]` that is true where query `rows[i]` does not see a key, and the number of visible pairs.
 fn masked(
     context: &ForwardContext,
     starts: Option<&[u32]>,

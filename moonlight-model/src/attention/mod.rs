@@ -1,5 +1,5 @@
-//! Attention layers. Each kind has a folder with its module and configuration (`mod.rs`) and its part of `config.json`
-//! (`shape.rs`); this file lists the kinds, and `kind.rs` says what one has to do.
+//! Attention layers. Each kind has a folder with its module and config (`mod.rs`) and its part of `config.json` (`shape.rs`). This
+//! file lists the kinds; `kind.rs` has the traits that a kind implements.
 
 mod cache;
 pub(crate) mod gqa;
@@ -30,7 +30,7 @@ pub use kind::{AttentionWidths, QkClipProjections};
 pub(crate) use logit_stats::LogitStats;
 pub use mla::{MultiHeadLatentAttention, MultiHeadLatentAttentionConfig};
 
-/// How a model's layers attend, by the keys of `config.json`.
+/// The attention of a model's layers, by the keys of `config.json`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AttentionShape {
     /// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
@@ -40,12 +40,12 @@ pub enum AttentionShape {
 }
 
 impl AttentionShape {
-    /// The keys of all kinds.
+    /// The keys of `config.json` of all kinds.
     pub(crate) fn keys() -> impl Iterator<Item = &'static str> {
         [MlaShape::KEYS, GqaShape::KEYS].into_iter().flatten().copied()
     }
 
-    /// Reads the keys of the kind that a class of models has.
+    /// Reads the keys of the kind of attention that the model class has.
     pub(crate) fn read(
         keys: &mut Keys,
         model_type: ModelType,
@@ -58,7 +58,7 @@ impl AttentionShape {
         }
     }
 
-    /// The attention of a model's layers.
+    /// The config of the attention of one layer.
     pub(crate) fn config(&self, model: &ModelWidths<'_>) -> AttentionConfig {
         match self {
             Self::Mla(shape) => AttentionConfig::Mla(shape.config(model)),
@@ -94,7 +94,7 @@ impl AttentionShape {
     }
 }
 
-/// The keys of all kinds in one object, as a file has them.
+/// One object with the keys of all kinds, because `config.json` does not nest them.
 #[cfg(feature = "schema")]
 impl schemars::JsonSchema for AttentionShape {
     fn schema_name() -> std::borrow::Cow<'static, str> {
@@ -122,11 +122,11 @@ pub enum AttentionConfig {
 }
 
 impl AttentionConfig {
-    /// An attention with fresh parameters, drawn when they are first used.
+    /// Initializes an attention layer. A parameter is drawn when it is first read.
     ///
     /// # Panics
     ///
-    /// Where the kind's own `init` does.
+    /// If the `init` of the kind panics.
     pub fn init(&self, device: &Device) -> Attention {
         self.build(Init::new(device))
     }
@@ -147,7 +147,7 @@ impl AttentionConfig {
     }
 }
 
-/// A layer's attention.
+/// The attention of a decoder layer.
 ///
 /// Should be created with [`AttentionConfig`].
 #[derive(Debug, Clone)]
@@ -177,15 +177,15 @@ impl Attention {
         }
     }
 
-    /// Attends causally over whole sequences.
+    /// Causal attention over whole sequences.
     ///
     /// # Shapes
     ///
-    /// `[batch, sequence, hidden]` to the same.
+    /// - x, output: `[batch, sequence, hidden]`
     ///
     /// # Panics
     ///
-    /// When the context is of another batch or sequence length, or has no positions.
+    /// If the context has another batch size or sequence length, or no positions.
     pub fn forward(&self, x: Tensor<3>, context: &ForwardContext) -> Tensor<3> {
         match self {
             Self::Mla(attention) => attention.forward(x, context),
@@ -193,7 +193,7 @@ impl Attention {
         }
     }
 
-    /// What QK-clip rewrites.
+    /// The projections that QK-clip rescales.
     pub fn qk_clip_projections_mut(&mut self) -> QkClipProjections<'_> {
         self.module_mut().qk_clip_projections_mut()
     }

@@ -1,17 +1,17 @@
-//! What a `config.json` means where it lacks a key: the defaults of the published class that its `model_type` names.
+//! The defaults of keys that a `config.json` lacks: those of the model class that its `model_type` names.
 
 use serde_json::{Map, Value, json};
 
 use super::model_type::ModelType;
 
-/// Fills in the keys that a `config.json` lacks, where transformers' class (5.24) has another default than
-/// [`ModelConfig::from_value`](super::ModelConfig::from_value). A key that is null stays null. Keys about experts are filled
-/// in only beside `n_routed_experts`, and those of a wrapper in its `text_config`.
+/// Adds the keys that a `config.json` lacks if the class in transformers (5.24) has another default than
+/// [`ModelConfig::from_value`](super::ModelConfig::from_value). A null is kept. Keys about experts are added only if the file
+/// has `n_routed_experts`; in a wrapper, keys are added to its `text_config`.
 ///
-/// [`ModelConfig::from_json`](super::ModelConfig::from_json) does it by itself.
+/// [`ModelConfig::from_json`](super::ModelConfig::from_json) calls it.
 pub fn fill_class_defaults(config: &mut Map<String, Value>) {
     if let Some(Value::Object(text)) = config.get_mut("text_config") {
-        // transformers reads a text model without a type as a DeepSeek-V3.
+        // In transformers a text model without `model_type` is a DeepSeek-V3.
         text.entry("model_type").or_insert_with(|| json!("deepseek_v3"));
         return fill(text);
     }
@@ -29,7 +29,7 @@ fn fill(config: &mut Map<String, Value>) {
     }
 }
 
-/// The defaults that differ from ours: of every model, and of one with experts.
+/// The defaults of the class that differ from this crate's: for every model, and for models with experts.
 fn defaults(class: ModelType) -> [&'static [(&'static str, f64)]; 2] {
     match class {
         ModelType::DeepseekV3 | ModelType::KimiK2 => [

@@ -1,4 +1,4 @@
-//! `config.json`, in the spelling that was published and in the one that transformers 5 writes.
+//! Reads and writes `config.json`, as it was published and as transformers 5 writes it.
 
 use serde_json::{Map, Value, json};
 
@@ -13,15 +13,15 @@ use super::{AttentionShape, ModelConfig, MoeShape};
 impl ModelConfig {
     /// Reads a `config.json` and checks it.
     ///
-    /// Both spellings are understood: `rope_theta` and `rope_scaling`, or `rope_parameters`; `torch_dtype` or `dtype`;
-    /// one `eos_token_id` or a list. A `kimi_vl` or `kimi_k25` file gives its `text_config`; the keys beside it are about
-    /// images, but for those that transformers lets stand on either side. Keys that do not shape the model are kept in
-    /// [`extra`](ModelConfig::extra) and written back by [`to_json`](ModelConfig::to_json).
+    /// Both spellings are read: `rope_theta` and `rope_scaling`, or `rope_parameters`; `torch_dtype` or `dtype`; one
+    /// `eos_token_id` or a list. Of a `kimi_vl` or `kimi_k25` file the `text_config` is read; the keys outside it are about
+    /// images, except a few that transformers accepts on both levels. Keys that do not change the computation are kept in
+    /// [`extra`](ModelConfig::extra) and written by [`to_json`](ModelConfig::to_json).
     ///
-    /// A key that the file lacks has the default of the class in transformers ([`fill_class_defaults`]).
+    /// A key that the file lacks has the default of the model class in transformers ([`fill_class_defaults`]).
     ///
-    /// Every other key is an error: one that shapes the computation and is not followed ([`ConfigError::Unsupported`], where
-    /// its value does not leave it off), and one that is not known ([`ConfigError::Unknown`]).
+    /// All other keys are refused: a key that changes the computation in a way that is not supported, unless its value turns it
+    /// off ([`ConfigError::Unsupported`]), and an unknown key ([`ConfigError::Unknown`]).
     ///
     /// # Errors
     ///
@@ -34,26 +34,27 @@ impl ModelConfig {
         Self::from_value(value)
     }
 
-    /// Like [`from_json`](ModelConfig::from_json), from a JSON value of ours, as a recipe has it: an absent key has the default
-    /// of the fields here, which is one group of experts, no shared expert, no dense layer before them and a factor of 1.
+    /// [`from_json`](ModelConfig::from_json) for a JSON value that is not a published file, such as the `[model]` section of a
+    /// recipe. Absent keys have this crate's defaults instead of the model class's: one group of experts, no shared expert,
+    /// no dense layer at the start, `routed_scaling_factor` 1.
     ///
     /// # Errors
     ///
     /// [`ConfigError`], which names the key.
     pub fn from_value(value: Value) -> Result<Self, ConfigError> {
         let Value::Object(mut map) = value else {
-            return Err(ConfigError::Json("it is not a JSON object".into()));
+            return Err(ConfigError::Json("not a JSON object".into()));
         };
         if let Some(text) = map.remove("text_config") {
-            // Kimi-VL and Kimi-K2.5 wrap the language model's configuration beside the vision tower's. How the weights are
-            // kept may be said on the outside, and transformers reads a text model without a type as a DeepSeek-V3.
+            // Kimi-VL and Kimi-K2.5 nest the language model's config next to the vision tower's. The quantization of the weights
+            // may be stated outside it. As in transformers, a text model without `model_type` is a DeepSeek-V3.
             let Value::Object(mut text) = text else {
-                return Err(ConfigError::Json("its `text_config` is not an object".into()));
+                return Err(ConfigError::Json("`text_config` is not an object".into()));
             };
             check_wrapper(&map, &text)?;
             for key in WRAPPER_KEYS {
                 let Some(value) = map.remove(*key).filter(|value| !value.is_null()) else { continue };
-                // The head is the wrapper's.
+                // The wrapper's `tie_word_embeddings` wins, because the head belongs to the wrapper in transformers.
                 if *key == "tie_word_embeddings" || text.get(*key).is_none_or(Value::is_null) {
                     text.insert((*key).into(), value);
                 }
@@ -67,14 +68,14 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Writes the published spelling, pretty-printed, with a final newline.
+    /// The text of a `config.json` as published files spell it, indented, with a final newline.
     pub fn to_json(&self) -> String {
         let mut text = serde_json::to_string_pretty(&self.to_value()).expect("a map of plain values is always JSON");
         text.push('\n');
         text
     }
 
-    /// The published spelling as a JSON object with sorted keys.
+    /// [`to_json`](ModelConfig::to_json) as a JSON object with sorted keys.
     pub fn to_value(&self) -> Value {
         let mut map = self.extra.clone();
         write(self, &mut map);
@@ -83,7 +84,7 @@ impl ModelConfig {
     }
 }
 
-/// The keys that may stand beside `text_config` and are about the text model.
+/// Keys about the text model that a wrapper may have outside `text_config`.
 const WRAPPER_KEYS: &[&str] = &[
     "bos_token_id",
     "compression_config",
@@ -95,15 +96,17 @@ const WRAPPER_KEYS: &[&str] = &[
     "torch_dtype",
 ];
 
-/// Refuses what is no wrapper that is known, and keys outside that shape a model otherwise than the text model's own: nobody
-/// can say which of the two is meant.
+/// Refuses unknown wrappers, and keys outside `text_config` that contradict those inside: either could be meant.
 fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Result<(), ConfigError> {
     let name = outside.get("model_type").and_then(Value::as_str).unwrap_or_default();
     if !WRAPPER_TYPES.contains(&name) {
         return Err(ConfigError::Unsupported {
             key: "text_config".into(),
-            problem: format!("stands in a model of the type `{}`; kimi_vl and kimi_k25 have one", truncate(name)),
-            hint: Some("where the files hold a language model alone, put the keys of `text_config` in its place"),
+            problem: format!(
+                "is in a model of the type `{}`, but only `kimi_vl` and `kimi_k25` have one",
+                truncate(name)
+            ),
+            hint: Some("if the checkpoint is a language model only, replace `text_config` by its keys"),
         });
     }
     let shapes = shape_keys();
@@ -123,16 +126,16 @@ fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Res
         None => Ok(()),
         Some((key, _)) => Err(ConfigError::Unsupported {
             key: key.clone(),
-            problem: "stands beside `text_config`, and is another there or absent".into(),
-            hint: Some("the text model has its keys inside `text_config`: take it there, or out of the file"),
+            problem: "is outside `text_config` with a value that is not the one inside".into(),
+            hint: Some("move the key into `text_config`, or remove it"),
         }),
     }
 }
 
-/// The `model_type`s that have a `text_config`.
+/// The values of `model_type` that have a `text_config`.
 const WRAPPER_TYPES: [&str; 2] = ["kimi_k25", "kimi_vl"];
 
-/// The keys of `config.json` that belong to no part of the model.
+/// The keys of `config.json` that belong to the model as a whole. The keys of its parts are listed with the parts.
 const KEYS: &[&str] = &[
     "bos_token_id",
     "eos_token_id",
@@ -150,7 +153,7 @@ const KEYS: &[&str] = &[
     "vocab_size",
 ];
 
-/// Every key of `config.json` that shapes a model of the family, sorted.
+/// All keys of `config.json` that shape a model, sorted. Recipes accept these keys in `[model]`.
 pub fn shape_keys() -> Vec<&'static str> {
     let mut keys = [KEYS, RopeConfig::KEYS, MoeShape::KEYS].concat();
     keys.extend(AttentionShape::keys());
@@ -167,7 +170,7 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     {
         return Err(ConfigError::Unsupported {
             key: "hidden_act".into(),
-            problem: format!("is `{activation}`; the family has `silu`"),
+            problem: format!("is `{activation}`, but only `silu` is supported"),
             hint: None,
         });
     }
@@ -180,7 +183,7 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     let llama = model_type == ModelType::Llama;
     let mlp_bias = keys.boolean("mlp_bias")?;
     if let Some(other) = mlp_bias.filter(|bias| !(*bias && llama)) {
-        // False stays as it was; in a class that has none, true is refused with the other keys.
+        // Outside Llama the key is put back: `other_keys` ignores false and refuses true.
         keys.map.insert("mlp_bias".into(), json!(other));
     }
     let mlp_bias = llama && mlp_bias == Some(true);
@@ -191,7 +194,7 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
         }
         None => keys.string("torch_dtype")?,
     };
-    // What `write` derives from other keys is not kept twice.
+    // Keys that `write` derives from others are not kept in `extra`, where they could contradict a changed config.
     for (key, derived) in
         [("architectures", json!([model_type.architecture()])), ("num_key_value_heads", json!(num_attention_heads))]
     {
@@ -291,25 +294,25 @@ mod tests {
     }
 
     #[test]
-    fn a_text_model_is_taken_out_of_its_wrapping() {
+    fn a_text_model_is_read_from_its_wrapper() {
         let mut text = moonlight();
         let plain = ModelConfig::from_value(text.clone()).unwrap();
         text.as_object_mut().unwrap().remove("model_type");
         let dtype = text.as_object_mut().unwrap().remove("torch_dtype").unwrap();
         let wrapped = json!({"model_type": "kimi_k25", "torch_dtype": dtype, "text_config": text, "vision_config": {}});
         assert_eq!(ModelConfig::from_value(wrapped.clone()).unwrap(), plain);
-        let mut quantised = wrapped;
-        quantised["quantization_config"] = json!({"quant_method": "fp8"});
+        let mut quantized = wrapped;
+        quantized["quantization_config"] = json!({"quant_method": "fp8"});
         assert_eq!(
-            ModelConfig::from_value(quantised.clone()).unwrap().extra["quantization_config"]["quant_method"],
+            ModelConfig::from_value(quantized.clone()).unwrap().extra["quantization_config"]["quant_method"],
             "fp8"
         );
-        quantised["text_config"] = json!(7);
-        assert!(ModelConfig::from_value(quantised).unwrap_err().to_string().contains("`text_config` is not an object"));
+        quantized["text_config"] = json!(7);
+        assert!(ModelConfig::from_value(quantized).unwrap_err().to_string().contains("`text_config` is not an object"));
     }
 
     #[test]
-    fn unknown_keys_survive() {
+    fn ignored_keys_are_written_back() {
         let mut value = moonlight();
         value["aux_loss_alpha"] = json!(0.001);
         let config = ModelConfig::from_value(value).unwrap();
@@ -332,11 +335,11 @@ mod tests {
         assert!((published.softmax_scale() - expected).abs() < 1e-12);
     }
 
-    /// Recipes know the keys of a shape by this list.
+    /// Recipes read the keys of `[model]` from this list.
     #[test]
     fn every_key_that_is_written_is_in_the_list() {
         let known = shape_keys();
-        // These say which file it was, and nothing of the shape; `num_nextn_predict_layers` is kept as it came.
+        // These do not shape the model.
         let others = ["architectures", "torch_dtype", "num_nextn_predict_layers"];
         for preset in super::super::PRESETS {
             let Value::Object(map) = ModelConfig::preset(preset).unwrap().to_value() else { unreachable!() };
@@ -348,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_saved_is_loaded_and_one_that_is_not_there_is_named() {
+    fn a_saved_file_is_loaded_and_a_missing_file_is_named() {
         let path = std::env::temp_dir().join(format!("moonlight-config-{}.json", std::process::id()));
         let config = ModelConfig::preset("deepseek-v3").unwrap();
         config.save(&path).unwrap();

@@ -1,16 +1,16 @@
-//! Reading keys of `config.json`, each error with the name of its key.
+//! [`Keys`]: typed reading of the keys of `config.json`, with errors that name the key.
 
 use serde_json::{Map, Value};
 
 use super::error::ConfigError;
 
-/// The keys of the file that have not been read yet.
+/// The keys of a file. Reading a key removes it, so what is left at the end was not read.
 pub(crate) struct Keys {
     pub(crate) map: Map<String, Value>,
 }
 
 impl Keys {
-    /// The value of a key, `None` where it is absent or null.
+    /// Removes a key and returns its value; `None` if it is absent or null.
     pub(crate) fn take(&mut self, field: &'static str) -> Option<Value> {
         self.map.remove(field).filter(|value| !value.is_null())
     }
@@ -58,7 +58,7 @@ impl Keys {
     }
 
     pub(crate) fn token_ids(&mut self, field: &'static str) -> Result<Vec<u32>, ConfigError> {
-        // -1 stands for none, as some programs write it.
+        // Some programs write -1 for "none".
         let none = |value: &&Value| value.as_i64() == Some(-1);
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         let ids = self.optional(field, "a token id or a list of them", |value| match value {

@@ -1,22 +1,23 @@
-//! Bounds of what a configuration may ask for, and the checks that name the field.
+//! Upper bounds of the values in a config, and checks whose errors name the field. A file is untrusted: without bounds a few bytes
+//! could ask for terabytes, or overflow a product.
 
 use super::error::ConfigError;
 
-/// More layers than any decoder has. Lists by layer are no longer than this, whatever a file says.
+/// More layers than any decoder has. It bounds the length of lists with an entry for each layer.
 pub(crate) const MAX_LAYERS: usize = 10_000;
 /// More heads, or dimensions of a head, or shared experts, than any decoder has.
 pub(crate) const MAX_HEADS: usize = 1 << 14;
-/// Wider than any matrix is. The products of an expert's two sides, or of heads, their dimensions and a width, and the
-/// number of routed experts fit 64 bits.
+/// Wider than any matrix. Chosen so that parameter counts fit in 64 bits: `MAX_WIDTH^2 * MAX_EXPERTS` for experts, and heads times
+/// head width times `MAX_WIDTH` for attention.
 pub(crate) const MAX_WIDTH: usize = 1 << 21;
-/// The most routed experts that a router takes: it keeps a bit for each while it chooses.
+/// The largest number of routed experts: the router has a bitmap of this size on the stack.
 pub(crate) const MAX_EXPERTS: usize = 1 << 10;
 /// Token ids have 32 bits.
 pub(crate) const MAX_VOCABULARY: usize = u32::MAX as usize;
-/// Longer than any text.
+/// Positions have 32 bits.
 pub(crate) const MAX_LENGTH: usize = u32::MAX as usize;
 
-/// Fails with [`ConfigError::Invalid`] for `field` where `condition` does not hold.
+/// Returns [`ConfigError::Invalid`] for `field` unless `condition` holds.
 pub(crate) fn require(
     condition: bool,
     field: &'static str,
@@ -36,7 +37,7 @@ pub(crate) fn check_size(value: usize, field: &'static str, most: usize) -> Resu
 }
 
 pub(crate) fn check_at_most(value: usize, field: &'static str, most: usize) -> Result<(), ConfigError> {
-    require(value <= most, field, || format!("is {value}, more than any model of the family has ({most} at most)"))
+    require(value <= most, field, || format!("is {value}, more than the limit of {most}"))
 }
 
 pub(crate) fn check_positive_number(value: f64, field: &'static str) -> Result<(), ConfigError> {

@@ -1,12 +1,11 @@
-//! The shape of a model: what the published `config.json` says, checked.
+//! [`ModelConfig`]: the published `config.json`, checked.
 //!
-//! * [`ModelConfig`] holds the numbers, grouped by the part of the model that they shape; each part's keys are read,
-//!   written and checked beside the part: attention in `attention/*/shape.rs`, experts in `moe/shape.rs`, the rotary
-//!   embedding in `rope.rs`.
-//! * `json.rs` reads and writes the published spelling(s); `other_keys.rs` lists the keys that change nothing and refuses the
-//!   rest; `validate.rs` refuses impossible combinations.
-//! * `class_defaults.rs` has what a `config.json` means where it lacks a key.
-//! * `presets.rs` has the published shapes by name.
+//! * [`ModelConfig`] groups the keys by the part of the model that they shape. Each part reads, writes and checks its own keys:
+//!   attention in `attention/*/shape.rs`, experts in `moe/shape.rs`, the rotary embedding in `rope.rs`.
+//! * `json.rs` reads and writes the file. `other_keys.rs` lists the keys that are ignored and refuses all others.
+//!   `validate.rs` refuses impossible values.
+//! * `class_defaults.rs` has the defaults of keys that a `config.json` lacks.
+//! * `presets.rs` has published configs by name.
 
 mod class_defaults;
 pub(crate) mod error;
@@ -31,60 +30,70 @@ pub use model_type::ModelType;
 pub use other_keys::ignore_reason;
 pub use rope::{Llama3Config, RopeConfig, RopeScaling, YarnConfig};
 
-/// The shape of a decoder-only language model of the Moonlight family.
+/// The config of a decoder-only language model, as in the published `config.json`.
 ///
-/// Field names are those of the published `config.json`, grouped: [`AttentionShape`], [`RopeConfig`],
-/// [`MoeShape`]. Build one with [`ModelConfig::from_json`], [`ModelConfig::preset`] or [`ModelConfig::new`].
+/// Field names are those of `config.json`, grouped in [`AttentionShape`], [`RopeConfig`] and [`MoeShape`]. Make one by
+/// [`ModelConfig::load`], [`ModelConfig::preset`] or [`ModelConfig::new`], and a model by [`ModelConfig::init`].
+///
+/// ```
+/// use moonlight_model::ModelConfig;
+///
+/// let config = ModelConfig::preset("moonlight-16b-a3b")?;
+/// assert_eq!((config.hidden_size, config.num_hidden_layers), (2048, 27));
+/// assert_eq!(config.cache_values_per_token(), 576);
+/// assert_eq!(ModelConfig::from_json(&config.to_json())?, config);
+/// # Ok::<(), moonlight_model::ConfigError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ModelConfig {
-    /// The model class.
+    /// The published model class; decides the kind of attention and the defaults.
     pub model_type: ModelType,
-    /// Rows of the embedding and columns of the head.
+    /// Number of token ids: rows of the embedding, columns of the head.
     pub vocab_size: usize,
-    /// Width of the residual stream.
+    /// Width of the hidden states.
     pub hidden_size: usize,
-    /// Width of a dense layer's MLP.
+    /// Width of the MLP of a dense layer.
     pub intermediate_size: usize,
-    /// Number of decoder layers (multi-token-prediction layers do not count).
+    /// Number of decoder layers, without multi-token-prediction layers.
     pub num_hidden_layers: usize,
     /// Number of query heads.
     pub num_attention_heads: usize,
-    /// The longest sequence that the model was made for, in tokens.
+    /// The longest sequence that the model supports, in tokens.
     pub max_position_embeddings: usize,
     /// Epsilon of the layer norms and the final norm.
     pub rms_norm_eps: f64,
-    /// Standard deviation of freshly initialised matrices and embeddings.
+    /// Standard deviation of initialized matrices and embeddings.
     pub initializer_range: f64,
-    /// Whether the head is the embedding, transposed.
+    /// Whether the head is the transposed embedding.
     pub tie_word_embeddings: bool,
-    /// Biases on the three projections of dense MLPs (Llama).
+    /// Whether the three projections of dense MLPs have biases (Llama).
     pub mlp_bias: bool,
-    /// Multi-head latent attention, or grouped-query attention.
+    /// Latent or grouped-query attention, with its sizes.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub attention: AttentionShape,
-    /// Rotary position embedding.
+    /// Frequencies of the rotary embedding and their scaling.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub rope: RopeConfig,
-    /// Experts; `None` for a dense model.
+    /// The mixture of experts; `None` for a dense model.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub moe: Option<MoeShape>,
-    /// First token of a text, where the tokenizer adds one.
+    /// The token that begins a text, if the tokenizer adds one.
     pub bos_token_id: Option<u32>,
     /// Tokens that end a generation.
     #[cfg_attr(feature = "schema", schemars(with = "serde_json::Value"))]
     pub eos_token_id: Vec<u32>,
-    /// The dtype that the weights were published in (`torch_dtype` or `dtype`), as spelled there.
+    /// The dtype of the published weights (`torch_dtype` or `dtype`), as written in the file.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub dtype: Option<String>,
-    /// Every other key of the file, kept so that saving loses nothing. Reading refuses keys that may shape the computation.
+    /// All other keys of the file, so that saving loses nothing. Reading refuses keys that may change the computation.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub extra: serde_json::Map<String, serde_json::Value>,
 }
 
 impl ModelConfig {
-    /// A dense or sparse decoder of the class `model_type`; everything else has the defaults of `config.json` (no experts, a
-    /// context of 4096 tokens, a head of its own) and is changed by the `with_*` methods or the fields.
+    /// A config with these sizes. All else has a default (no experts, 4096 tokens, a head that is not tied to the embedding) and
+    /// can be changed by the `with_*` methods or the fields. Nothing is checked before [`validate`](ModelConfig::validate).
     ///
     /// ```
     /// use moonlight_model::ModelConfig;
@@ -128,61 +137,61 @@ impl ModelConfig {
         }
     }
 
-    /// Reads a `config.json` file, as [`from_json`](ModelConfig::from_json) reads its text.
+    /// Reads a `config.json` file; see [`from_json`](ModelConfig::from_json).
     ///
     /// # Errors
     ///
-    /// [`ConfigError::File`] for a file that cannot be read, and those of [`from_json`](ModelConfig::from_json).
+    /// [`ConfigError::File`] if the file cannot be read, and the errors of [`from_json`](ModelConfig::from_json).
     pub fn load(path: impl AsRef<std::path::Path>) -> Result<Self, ConfigError> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path).map_err(|error| ConfigError::file(path, "read", &error))?;
         Self::from_json(&text)
     }
 
-    /// Writes a `config.json` file, the text of [`to_json`](ModelConfig::to_json).
+    /// Writes a `config.json` file; see [`to_json`](ModelConfig::to_json).
     ///
     /// # Errors
     ///
-    /// [`ConfigError::File`] for a file that cannot be written.
+    /// [`ConfigError::File`] if the file cannot be written.
     pub fn save(&self, path: impl AsRef<std::path::Path>) -> Result<(), ConfigError> {
         let path = path.as_ref();
         std::fs::write(path, self.to_json()).map_err(|error| ConfigError::file(path, "written", &error))
     }
 
-    /// The experts' configuration of layer `layer`, or `None` where the layer is dense.
+    /// The mixture of experts of layer `layer`, from 0; `None` if the layer is dense.
     pub fn moe_of_layer(&self, layer: usize) -> Option<&MoeShape> {
         self.moe.as_ref().filter(|moe| moe.is_in_layer(layer))
     }
 
-    /// What one token takes in an attention layer.
+    /// The number of values that one token needs in an attention layer.
     pub fn attention_widths(&self) -> AttentionWidths {
         self.attention.widths(self.num_attention_heads)
     }
 
-    /// Width of one head's query and key.
+    /// Width of the query and the key of one head.
     pub fn qk_head_dim(&self) -> usize {
         self.attention_widths().head
     }
 
-    /// Dimensions of a head that the rotary embedding turns.
+    /// Dimensions of a head that the rotary embedding rotates.
     pub fn rope_dim(&self) -> usize {
         self.attention_widths().rotated
     }
 
-    /// Values that the cache keeps for each token and layer: 576 for Moonlight.
+    /// Values in the KV cache for each token and layer: 576 for Moonlight.
     pub fn cache_values_per_token(&self) -> usize {
         let [key_heads, row] = self.attention_widths().cache;
         key_heads * row
     }
 
-    /// The factor on the attention scores: `head_dim^-1/2`, times YaRN's `mscale(factor, mscale_all_dim)^2` in the
-    /// DeepSeek family.
+    /// The factor on the attention scores: `qk_head_dim^-1/2`, in the DeepSeek family times YaRN's
+    /// `mscale(factor, mscale_all_dim)^2`.
     pub fn softmax_scale(&self) -> f64 {
         self.attention.softmax_scale(&self.rope)
     }
 }
 
-/// One `with_*` method for each field that `new` does not ask for.
+/// A `with_*` method for each field that is not an argument of `new`.
 macro_rules! setters {
     ($($(#[$doc:meta])* $setter:ident: $field:ident, $type:ty;)+) => {
         impl ModelConfig {
@@ -205,7 +214,7 @@ setters! {
     with_tie_word_embeddings: tie_word_embeddings, bool;
     /// Sets [`mlp_bias`](Self::mlp_bias); false by default.
     with_mlp_bias: mlp_bias, bool;
-    /// Sets [`rope`](Self::rope); by default `theta` is 10,000, without scaling, in the layout of the model class.
+    /// Sets [`rope`](Self::rope); by default `theta` is 10,000, without scaling, with the pairs of the model class.
     with_rope: rope, RopeConfig;
     /// Sets [`moe`](Self::moe); none by default.
     with_moe: moe, Option<MoeShape>;

@@ -1,6 +1,6 @@
 //! The published model classes.
 
-/// Which published model class a configuration belongs to (`model_type` in `config.json`).
+/// The published model class of a config (`model_type` in `config.json`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "schema", schemars(rename_all = "snake_case"))]
@@ -11,16 +11,16 @@ pub enum ModelType {
     DeepseekV2,
     /// Kimi-K2: DeepSeek-V3 under its own name.
     KimiK2,
-    /// Llama: grouped-query attention, no biases.
+    /// Llama: grouped-query attention, by default without biases.
     Llama,
     /// Qwen2: grouped-query attention, biases on query, key and value.
     Qwen2,
 }
 
-/// The names that are read, those of wrappers included.
+/// The names that are supported, wrappers included.
 pub(super) const KNOWN_MODEL_TYPES: &str = "deepseek_v3, deepseek_v2, kimi_k2, kimi_k25, kimi_vl, llama, qwen2";
 
-/// Each class with its `model_type` and the class name that transformers and vLLM look up.
+/// Each class with its `model_type` and the class name by which transformers and vLLM find the implementation.
 const CLASSES: [(ModelType, &str, &str); 5] = [
     (ModelType::DeepseekV3, "deepseek_v3", "DeepseekV3ForCausalLM"),
     (ModelType::DeepseekV2, "deepseek_v2", "DeepseekV2ForCausalLM"),
@@ -30,17 +30,17 @@ const CLASSES: [(ModelType, &str, &str); 5] = [
 ];
 
 impl ModelType {
-    /// The class that a `model_type` names; `None` where no class of the family is called so.
+    /// The class with this `model_type`; `None` if it is not supported.
     pub fn from_name(name: &str) -> Option<Self> {
         CLASSES.iter().find(|(_, known, _)| *known == name).map(|(class, ..)| *class)
     }
 
-    /// The spelling in `config.json`.
+    /// The name in `config.json`.
     pub fn as_str(self) -> &'static str {
         self.names().0
     }
 
-    /// The class name that transformers and vLLM look up.
+    /// The class name in transformers and vLLM (`architectures` in `config.json`).
     pub fn architecture(self) -> &'static str {
         self.names().1
     }

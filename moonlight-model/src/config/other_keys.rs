@@ -1,5 +1,6 @@
-//! The keys of `config.json` that [`ModelConfig`] has no field for. Each is known not to matter, or may have a value that
-//! changes nothing, or is refused by name: a key that nobody here knows may shape the computation.
+//! The keys of `config.json` that are not fields of [`ModelConfig`]. A key is ignored if it is known to change nothing, accepted if its
+//! value turns it off, and otherwise refused by name: an unknown key may change the computation, and a model that computes something
+//! else is worse than an error.
 
 use serde_json::Value;
 
@@ -7,10 +8,10 @@ use super::error::ConfigError;
 use super::json::shape_keys;
 use super::{AttentionShape, ModelConfig, ModelType};
 
-/// Keys that change nothing of what the model computes from tokens, with the reason.
+/// Keys that do not change what the model computes from tokens, grouped by reason.
 const IGNORED_KEYS: &[(&str, &[&str])] = &[
     (
-        "how transformers generates",
+        "generation settings of transformers",
         &[
             "assistant_confidence_threshold",
             "assistant_lookbehind",
@@ -53,7 +54,7 @@ const IGNORED_KEYS: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "training in other programs",
+        "training settings of other programs",
         &[
             "attention_dropout",
             "attention_probs_dropout_prob",
@@ -79,7 +80,7 @@ const IGNORED_KEYS: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "bookkeeping of transformers and of who saved the file",
+        "metadata of the file and of the program that saved it",
         &[
             "_attn_implementation",
             "_attn_implementation_autoset",
@@ -125,7 +126,7 @@ const IGNORED_KEYS: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "how a program computes the same thing",
+        "how other programs run the same computation",
         &[
             "attn_implementation",
             "base_model_ep_plan",
@@ -144,11 +145,11 @@ const IGNORED_KEYS: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "heads and tasks other than language modelling",
+        "heads and tasks other than language modeling",
         &["finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params"],
     ),
     (
-        "ids of tokens that the model computes like any other",
+        "ids of tokens that the model treats like any other",
         &[
             "audio_token_id",
             "boi_token_id",
@@ -169,13 +170,13 @@ const IGNORED_KEYS: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "multi-token-prediction layers, which follow the last layer and are not computed",
+        "multi-token-prediction layers, which are not supported and not needed for the other layers",
         &["mtp_layer_types", "mtp_loss_factor", "num_mtp_layers", "num_nextn_predict_layers"],
     ),
-    ("how the files keep weights: read with them", &["compression_config", "quantization_config"]),
+    ("storage of the weights, which is read with them", &["compression_config", "quantization_config"]),
 ];
 
-/// A value of a key that changes nothing.
+/// The values of a key that turn it off.
 #[derive(Debug, Clone, Copy)]
 enum Neutral {
     /// Null, false, zero, or empty.
@@ -184,9 +185,9 @@ enum Neutral {
     On,
     /// Null or one.
     One,
-    /// Null or the name of what is computed here.
+    /// Null or one of these names of what is supported.
     Named(&'static [&'static str]),
-    /// A list of ones or trues: every layer has what the key may take away.
+    /// A list of only 1 or true, with an entry for each layer.
     AllOnes,
 }
 
@@ -211,15 +212,15 @@ impl Neutral {
     }
 }
 
-/// Keys that shape the computation of other models, by what they switch on, and the values that leave it off.
+/// Keys that change the computation of other models, grouped by what they turn on, with the values that leave it off.
 const UNSUPPORTED_KEYS: &[(&str, Neutral, &[&str])] = &[
     (
-        "norms of queries and keys are not computed",
+        "norms of queries and keys are not supported",
         Neutral::Off,
         &["attention_qk_norm", "qk_layernorm", "qk_norm", "use_qk_norm", "use_query_key_norm"],
     ),
     (
-        "limits of scores or logits are not computed",
+        "soft caps and clipping of scores or logits are not supported",
         Neutral::Off,
         &[
             "attn_logit_softcap",
@@ -232,7 +233,7 @@ const UNSUPPORTED_KEYS: &[(&str, Neutral, &[&str])] = &[
         ],
     ),
     (
-        "factors on embeddings, residuals, scores or logits are not computed",
+        "factors on embeddings, residuals, scores or logits are not supported",
         Neutral::One,
         &[
             "embedding_multiplier",
@@ -247,7 +248,7 @@ const UNSUPPORTED_KEYS: &[(&str, Neutral, &[&str])] = &[
         ],
     ),
     (
-        "other factors on scores and residuals are not computed",
+        "factors on scores and residuals are not supported",
         Neutral::Off,
         &[
             "attention_multiplier",
@@ -259,7 +260,7 @@ const UNSUPPORTED_KEYS: &[(&str, Neutral, &[&str])] = &[
         ],
     ),
     (
-        "attention to a part of the context is not computed",
+        "attention to a part of the context is not supported",
         Neutral::Off,
         &[
             "attention_chunk_size",
@@ -277,10 +278,10 @@ const UNSUPPORTED_KEYS: &[(&str, Neutral, &[&str])] = &[
             "use_attention_sinks",
         ],
     ),
-    ("attention to later tokens is not computed", Neutral::On, &["causal", "is_causal", "use_causal_mask"]),
-    ("models that are no Llama are not computed in its class", Neutral::On, &["is_llama_config"]),
+    ("attention to later tokens is not supported", Neutral::On, &["causal", "is_causal", "use_causal_mask"]),
+    ("a model that is not a Llama is not supported in its class", Neutral::On, &["is_llama_config"]),
     (
-        "encoders and cross attention are not computed",
+        "encoders and cross-attention are not supported",
         Neutral::Off,
         &[
             "add_cross_attention",
@@ -291,61 +292,61 @@ const UNSUPPORTED_KEYS: &[(&str, Neutral, &[&str])] = &[
             "use_bidirectional_attention",
         ],
     ),
-    ("layers without positions are not computed", Neutral::AllOnes, &["no_rope_layers"]),
+    ("layers without positions are not supported", Neutral::AllOnes, &["no_rope_layers"]),
     (
-        "layers without positions are not computed",
+        "layers without positions are not supported",
         Neutral::Off,
         &["mla_use_nope", "no_rope_layer_interval", "nope_layer_interval"],
     ),
-    ("positions in a part of a head are not computed", Neutral::One, &["partial_rotary_factor", "rotary_pct"]),
+    ("rotary embedding of a part of a head is not supported", Neutral::One, &["partial_rotary_factor", "rotary_pct"]),
     (
-        "positions other than the rotary embedding's are not computed",
+        "positions other than the rotary embedding are not supported",
         Neutral::Named(&["rope", "rotary"]),
         &["position_embedding_type"],
     ),
     (
-        "other positions are not computed",
+        "positions other than the rotary embedding are not supported",
         Neutral::Off,
         &["alibi", "mrope_section", "rope_local_base_freq", "use_alibi", "use_mrope"],
     ),
     (
-        "activations other than silu are not computed",
+        "activations other than `silu` are not supported",
         Neutral::Named(&["silu", "swish", "swiglu"]),
         &["activation", "activation_function", "hidden_activation"],
     ),
     (
-        "biases there are not computed",
+        "these biases are not supported",
         Neutral::Off,
         &["add_bias_linear", "bias", "ffn_bias", "lm_head_bias", "use_bias", "use_mlp_bias"],
     ),
     (
-        "layers of different shapes are not computed",
+        "layers of different shapes are not supported",
         Neutral::Off,
         &["block_configs", "mlp_only_layers", "per_layer_config"],
     ),
     (
-        "such experts are not computed in this class",
+        "these experts are not supported in this class",
         Neutral::Off,
         &["moe_num_experts", "num_experts", "num_local_experts", "zero_expert_num"],
     ),
-    ("weights quantised by MLX are not read", Neutral::Off, &["quantization"]),
-    ("draft models are not computed", Neutral::Off, &["draft_vocab_size", "eagle_config"]),
+    ("weights quantized by MLX are not supported", Neutral::Off, &["quantization"]),
+    ("draft models are not supported", Neutral::Off, &["draft_vocab_size", "eagle_config"]),
 ];
 
-/// How to go on where a key is not known.
-const REMOVE_HINT: &str = "if it changes nothing that the model computes, remove it from config.json";
+/// The hint for a key that may turn out not to matter.
+pub(super) const REMOVE_HINT: &str = "if the key does not change what the model computes, remove it from config.json";
 
-/// Why a key of `config.json` changes nothing that a model computes, whatever its value; `None` for every other key.
+/// Why a key of `config.json` is ignored whatever its value; `None` for keys that are not ignored.
 pub fn ignore_reason(key: &str) -> Option<&'static str> {
     IGNORED_KEYS.iter().find(|(_, keys)| keys.contains(&key)).map(|(reason, _)| *reason)
 }
 
-/// Whether a key with this value switches on what is not computed here.
+/// Whether a key with this value turns on something that is not supported.
 pub(super) fn is_unsupported(key: &str, value: &Value) -> bool {
     UNSUPPORTED_KEYS.iter().any(|(_, neutral, keys)| keys.contains(&key) && !neutral.matches(value))
 }
 
-/// Refuses the keys that [`ModelConfig`] did not read and that may shape what the model computes.
+/// Refuses the keys that [`ModelConfig`] did not read and that may change the computation.
 pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
     let mut unknown = Vec::new();
     let shapes = shape_keys();
@@ -373,7 +374,7 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
     if unknown.is_empty() { Ok(()) } else { Err(ConfigError::Unknown { keys: unknown }) }
 }
 
-/// A key whose meaning depends on the others; `None` for any other key.
+/// Checks a key whose meaning depends on other keys; `None` for any other key.
 fn check_class_key(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value) -> Option<Result<(), ConfigError>> {
     let refuse = |supported: bool, problem: &str, hint: Option<&'static str>| {
         let problem = format!("is {}: {problem}", quote(value));
@@ -381,51 +382,49 @@ fn check_class_key(config: &ModelConfig, shapes: &[&str], key: &str, value: &Val
     };
     let is = |number: usize| value.as_u64() == Some(number as u64);
     Some(match (key, &config.attention) {
-        // The size of heads in transformers' own terms; what the DeepSeek family computes follows from its own keys.
+        // transformers writes one of these as `head_dim`, depending on its version. The widths that are used have their own keys.
         ("head_dim", AttentionShape::Mla(mla)) => refuse(
             [mla.qk_rope_head_dim, mla.qk_nope_head_dim, mla.qk_nope_head_dim + mla.qk_rope_head_dim]
                 .into_iter()
                 .chain(config.hidden_size.checked_div(config.num_attention_heads))
                 .any(is),
-            "the heads of this class have the widths `qk_rope_head_dim`, `qk_nope_head_dim` and `v_head_dim`",
+            "the widths of heads in this class are `qk_rope_head_dim`, `qk_nope_head_dim` and `v_head_dim`",
             Some(REMOVE_HINT),
         ),
         ("qk_head_dim", AttentionShape::Mla(mla)) => refuse(
             is(mla.qk_nope_head_dim + mla.qk_rope_head_dim),
-            "it is not the sum of `qk_nope_head_dim` and `qk_rope_head_dim`",
+            "it must be the sum of `qk_nope_head_dim` and `qk_rope_head_dim`",
             Some(REMOVE_HINT),
         ),
-        ("num_key_value_heads", AttentionShape::Mla(_)) => refuse(
-            is(config.num_attention_heads),
-            "latent attention has as many of them as `num_attention_heads`",
-            None,
-        ),
-        // The class has biases on query, key and value whatever its file says.
+        ("num_key_value_heads", AttentionShape::Mla(_)) => {
+            refuse(is(config.num_attention_heads), "in latent attention it must equal `num_attention_heads`", None)
+        }
+        // Qwen2 always has biases on query, key and value.
         ("attention_bias", AttentionShape::Gqa(_)) if config.model_type == ModelType::Qwen2 => Ok(()),
-        // `num_experts` and `num_local_experts` are transformers' other names for it.
+        // `num_experts` and `num_local_experts` are other names of `n_routed_experts` in transformers.
         ("num_experts" | "num_local_experts", _) if config.moe.is_some() => refuse(
             config.moe.as_ref().is_some_and(|moe| is(moe.n_routed_experts)),
-            "it is not `n_routed_experts`",
+            "it must equal `n_routed_experts`",
             None,
         ),
         ("query_pre_attn_scalar", _) => refuse(
             is(config.qk_head_dim()),
-            "a scale of the scores other than the width of a head is not computed",
+            "a scale of the scores by another value than the width of a head is not supported",
             None,
         ),
         ("rope_interleaved" | "rope_traditional", _) => refuse(
             value.as_bool() == Some(config.rope.interleave),
             "the rotary embedding of this class pairs dimensions the other way",
-            Some("`rope_interleave` is the key that is read"),
+            Some("set `rope_interleave` instead, which is the key that is read"),
         ),
-        // Read with the attention, which leaves them for the file to have again.
+        // Read with the attention, which leaves them to be written back.
         ("layer_types" | "sliding_window", AttentionShape::Gqa(_)) if config.model_type == ModelType::Qwen2 => Ok(()),
         ("use_sliding_window" | "max_window_layers", _) => Ok(()),
         ("sliding_window" | "layer_types", _) => check_sliding_window(config),
         ("original_max_position_embeddings", _) => Ok(()),
         ("architectures", _) => check_architectures(value),
         _ if shapes.contains(&key) => {
-            // A key of another class. The ones about experts mean nothing without experts.
+            // A key of another class. In a dense model of a class that may have experts, keys about experts have no effect.
             let dense = config.moe.is_none() && config.model_type.may_have_experts();
             if dense && super::MoeShape::KEYS.contains(&key) {
                 return Some(Ok(()));
@@ -433,16 +432,15 @@ fn check_class_key(config: &ModelConfig, shapes: &[&str], key: &str, value: &Val
             let class = config.model_type.as_str();
             refuse(
                 Neutral::Off.matches(value),
-                &format!("it is not computed in models of the type `{class}`"),
-                Some("the model is of another class than `model_type` says, or the key does not belong there"),
+                &format!("it is not supported in models of the type `{class}`"),
+                Some("correct `model_type`, or remove the key if it does not belong to this model"),
             )
         }
         _ => return None,
     })
 }
 
-/// Sliding windows are computed in Qwen2 alone: in the other classes, refuses those that are shorter than the longest
-/// sequence.
+/// Sliding windows are supported in Qwen2 only. In other classes, refuses a window that is shorter than the longest sequence.
 fn check_sliding_window(config: &ModelConfig) -> Result<(), ConfigError> {
     let refuse = |key: &str, problem: String, hint| Err(ConfigError::Unsupported { key: key.into(), problem, hint });
     let used = config.extra.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(true);
@@ -453,14 +451,14 @@ fn check_sliding_window(config: &ModelConfig) -> Result<(), ConfigError> {
         let is = |kind: &str| types.as_array().is_some_and(|types| types.iter().any(|layer| layer == kind));
         let known = |kind: &Value| matches!(kind.as_str(), Some("full_attention" | "sliding_attention"));
         if !types.as_array().is_some_and(|types| types.iter().all(known)) {
-            let problem = format!("is {}: layers other than `full_attention` are not computed", quote(types));
+            let problem = format!("is {}: layers other than `full_attention` are not supported", quote(types));
             return refuse("layer_types", problem, None);
         }
         if !is("sliding_attention") {
             return Ok(());
         }
         if window.is_none() {
-            let problem = "has layers of `sliding_attention`, and no `sliding_window` is in use".into();
+            let problem = "has `sliding_attention` layers, but no `sliding_window` is in use".into();
             return refuse("layer_types", problem, None);
         }
     }
@@ -468,19 +466,16 @@ fn check_sliding_window(config: &ModelConfig) -> Result<(), ConfigError> {
         Some(window) if window < context as f64 => refuse(
             "sliding_window",
             format!(
-                "is {window}, shorter than the {context} tokens of `max_position_embeddings`: sliding windows are computed \
-                 in Qwen2 alone"
+                "is {window}, shorter than the {context} tokens of `max_position_embeddings`: sliding windows are supported in \
+                 Qwen2 only"
             ),
-            Some(
-                "a window changes nothing in sequences that are no longer: with `max_position_embeddings` set to the window \
-                 the model opens",
-            ),
+            Some("set `max_position_embeddings` to the window: it has no effect in sequences up to that length"),
         ),
         _ => Ok(()),
     }
 }
 
-/// A class with another head computes something else.
+/// A class with another head, such as a classifier, computes something else.
 fn check_architectures(value: &Value) -> Result<(), ConfigError> {
     let named = |class: &Value| class.as_str().is_some_and(|class| class.ends_with("ForCausalLM"));
     let is_language_model = value.as_array().is_some_and(|classes| classes.is_empty() || classes.iter().any(named));
@@ -489,12 +484,12 @@ fn check_architectures(value: &Value) -> Result<(), ConfigError> {
     }
     Err(ConfigError::Unsupported {
         key: "architectures".into(),
-        problem: format!("is {}: only language models (`…ForCausalLM`) are computed", quote(value)),
-        hint: Some("if the files hold a language model all the same, correct the name in config.json"),
+        problem: format!("is {}: only language models (`…ForCausalLM`) are supported", quote(value)),
+        hint: Some("if the checkpoint is a language model, correct the name in config.json"),
     })
 }
 
-/// A value for a message.
+/// A value as shown in a message.
 pub(super) fn quote(value: &Value) -> String {
     match value {
         Value::Object(_) => "an object".to_owned(),
@@ -503,7 +498,7 @@ pub(super) fn quote(value: &Value) -> String {
     }
 }
 
-/// A text for a message, cut short: a file's keys and values may be of any length.
+/// A text as shown in a message, cut after 80 characters: keys and values in a file may have any length.
 pub(super) fn truncate(text: &str) -> String {
     const MAX_CHARS: usize = 80;
     match text.char_indices().nth(MAX_CHARS) {
@@ -513,14 +508,14 @@ pub(super) fn truncate(text: &str) -> String {
 }
 
 impl ModelConfig {
-    /// The keys of the file that were passed over, each with the reason why it does not matter, in the order of their names.
+    /// The keys of the file that are ignored, each with the reason, sorted by name.
     pub fn ignored_keys(&self) -> Vec<(&str, &'static str)> {
         let mut keys: Vec<_> = self.extra.keys().filter_map(|key| Some((key.as_str(), ignore_reason(key)?))).collect();
         keys.sort_unstable();
         keys
     }
 
-    /// What the file asks for in training that training here does not do, as sentences.
+    /// Training settings of the file that training here does not have, as sentences for a log.
     pub fn training_notes(&self) -> Vec<String> {
         const DROPOUTS: [&str; 9] = [
             "attention_dropout",
@@ -536,7 +531,7 @@ impl ModelConfig {
         DROPOUTS
             .iter()
             .filter_map(|key| Some((key, self.extra.get(*key).filter(|value| !Neutral::Off.matches(value))?)))
-            .map(|(key, value)| format!("`{key}` is {} in config.json; training here has no dropout", quote(value)))
+            .map(|(key, value)| format!("`{key}` is {} in config.json, but training has no such dropout", quote(value)))
             .collect()
     }
 }

@@ -1,4 +1,4 @@
-//! Shapes by name.
+//! Published configs by name, each with its source.
 
 use serde_json::{Value, json};
 
@@ -6,11 +6,11 @@ use super::ModelConfig;
 use super::error::ConfigError;
 
 impl ModelConfig {
-    /// A published or otherwise named shape.
+    /// The config with this name; [`PRESETS`](super::PRESETS) lists the names.
     ///
     /// # Errors
     ///
-    /// [`ConfigError::UnknownPreset`], which lists the known names.
+    /// [`ConfigError::UnknownPreset`] if there is no such preset.
     pub fn preset(name: &str) -> Result<Self, ConfigError> {
         let value = match name {
             "moonlight-16b-a3b" => moonlight(163_585),
@@ -76,7 +76,8 @@ fn deepseek_v2_lite() -> Value {
     })
 }
 
-/// The smallest model of the report's scaling law (its table 2): Llama, MLP `[H, 2.6 H]`, 8K context.
+/// The smallest model of the Muon report's scaling law (arXiv 2502.16982, table 2): Llama, MLP width 2.6 times the hidden size,
+/// 8K context.
 fn muon_report_400m() -> Value {
     json!({
         "model_type": "llama", "vocab_size": 163_840, "hidden_size": 1536, "intermediate_size": 3994,
@@ -87,7 +88,7 @@ fn muon_report_400m() -> Value {
     })
 }
 
-/// The shape that this project's speed is measured at: 32 experts top-4, small enough for a laptop's CPU.
+/// The model that this project's benchmarks use: 4 of 32 experts, small enough for the CPU of a laptop.
 fn bench_small() -> Value {
     json!({
         "model_type": "deepseek_v3", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408,

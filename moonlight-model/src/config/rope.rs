@@ -1,4 +1,4 @@
-//! The rotary position embedding's part of the configuration.
+//! [`RopeConfig`]: the keys of `config.json` for the rotary embedding and its scaling.
 
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
@@ -7,12 +7,12 @@ use serde_json::{Map, Value, json};
 use super::error::ConfigError;
 use super::keys::Keys;
 use super::limits::{MAX_LENGTH, check_positive_number, check_size, require};
-use super::other_keys::{quote, truncate};
+use super::other_keys::{REMOVE_HINT, quote, truncate};
 
-/// transformers' default of `rope_theta` for every class of the family.
+/// The default of `rope_theta` in transformers for every supported class.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 
-/// Rotary position embedding (arXiv 2104.09864).
+/// The config of a rotary embedding (arXiv 2104.09864).
 #[derive(Config, Debug, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct RopeConfig {
@@ -20,12 +20,12 @@ pub struct RopeConfig {
     #[config(default = 10_000.0)]
     #[cfg_attr(feature = "schema", schemars(rename = "rope_theta"))]
     pub theta: f64,
-    /// Whether a pair are neighbouring dimensions, `(x0, x1), (x2, x3)`, as in the DeepSeek family, or half a head apart,
-    /// `(x0, x_{d/2})`, as in Llama.
+    /// Whether a rotated pair is two adjacent dimensions, `(x0, x1), (x2, x3)`, as in the DeepSeek family. If not, the pair is half
+    /// a head apart, `(x0, x_{d/2})`, as in Llama.
     #[config(default = true)]
     #[cfg_attr(feature = "schema", schemars(rename = "rope_interleave"))]
     pub interleave: bool,
-    /// How the frequencies are changed for longer contexts.
+    /// How the frequencies are scaled for longer contexts.
     #[cfg_attr(
         feature = "schema",
         schemars(rename = "rope_scaling", with = "Option<serde_json::Map<String, serde_json::Value>>")
@@ -33,35 +33,35 @@ pub struct RopeConfig {
     pub scaling: Option<RopeScaling>,
 }
 
-/// How the frequencies of the rotary embedding are changed for contexts longer than the model was first trained on
-/// (`rope_scaling` and its `rope_type`).
+/// How the frequencies of the rotary embedding are scaled for contexts longer than those of pre-training (`rope_scaling` and its
+/// `rope_type`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RopeScaling {
-    /// Every frequency is divided by a factor: positions are interpolated (arXiv 2306.15595).
+    /// Position interpolation (arXiv 2306.15595): every frequency is divided by a factor.
     Linear {
-        /// The divisor.
+        /// The divisor of all frequencies.
         factor: f64,
     },
-    /// A base that grows with sequences longer than `max_position_embeddings`. No sequence is longer than that here, and up
-    /// to there it changes nothing.
+    /// Dynamic NTK scaling: `theta` grows with sequences longer than `max_position_embeddings`. It has no effect here, because no
+    /// sequence is longer.
     Dynamic {
-        /// How fast it grows.
+        /// The growth of `theta`; kept for writing the file.
         factor: f64,
     },
-    /// Llama 3.1's: slow frequencies are divided, fast ones kept, and those between interpolated.
+    /// Llama 3.1: low frequencies are divided by a factor, high frequencies kept, those between interpolated.
     Llama3(Llama3Config),
     /// YaRN (arXiv 2309.00071).
     Yarn(YarnConfig),
 }
 
-/// The scaling of Llama 3.1 and later: a frequency is kept where its wavelength is below `original / high_freq_factor`
-/// tokens, divided by `factor` where it is above `original / low_freq_factor`, and mixed between.
+/// The scaling of Llama 3.1 and later. A frequency whose wavelength is below `original / high_freq_factor` tokens is kept, one
+/// whose wavelength is above `original / low_freq_factor` is divided by `factor`, and those between are interpolated.
 #[derive(Config, Debug, PartialEq)]
 pub struct Llama3Config {
-    /// The divisor of slow frequencies.
+    /// The divisor of low frequencies.
     pub factor: f64,
-    /// The original context divided by the shortest wavelength that takes the whole divisor.
+    /// The original context divided by the shortest wavelength that is divided by all of `factor`.
     pub low_freq_factor: f64,
     /// The original context divided by the longest wavelength that is kept.
     pub high_freq_factor: f64,
@@ -69,26 +69,26 @@ pub struct Llama3Config {
     pub original_max_position_embeddings: usize,
 }
 
-/// YaRN: interpolate slow frequencies, keep fast ones, sharpen attention.
+/// YaRN (arXiv 2309.00071): low frequencies are interpolated, high frequencies kept, and attention logits scaled.
 #[derive(Config, Debug, PartialEq)]
 pub struct YarnConfig {
-    /// How many times longer the context is than the original.
+    /// The context length divided by the original one.
     pub factor: f64,
     /// Context length before the extension.
     pub original_max_position_embeddings: usize,
-    /// Rotations over the original context above which a frequency is kept.
+    /// A frequency with at least this many rotations over the original context is kept.
     #[config(default = 32.0)]
     pub beta_fast: f64,
-    /// Rotations below which a frequency is interpolated.
+    /// A frequency with at most this many rotations over the original context is divided by all of `factor`.
     #[config(default = 1.0)]
     pub beta_slow: f64,
-    /// Numerator of the scale of cos and sin.
+    /// Numerator of the factor on cos and sin.
     pub mscale: Option<f64>,
-    /// Denominator of the scale of cos and sin, and the scale (squared) of the attention scores.
+    /// Denominator of the factor on cos and sin; its square is a factor on the attention scores.
     pub mscale_all_dim: Option<f64>,
-    /// Given scale of cos and sin, in place of the one derived from the factor.
+    /// The factor on cos and sin; `None` to derive it from the other keys.
     pub attention_factor: Option<f64>,
-    /// Whether the ramp's ends are rounded to whole dimensions.
+    /// Whether the ends of the ramp between kept and interpolated frequencies are rounded to whole dimensions.
     #[config(default = true)]
     pub truncate: bool,
 }
@@ -99,10 +99,10 @@ pub(crate) fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
 }
 
 impl RopeConfig {
-    /// The keys of `config.json` that it is read from.
+    /// The keys that are read.
     pub(crate) const KEYS: &[&str] = &["rope_interleave", "rope_parameters", "rope_scaling", "rope_theta"];
 
-    /// Scaling by YaRN, where that is what the configuration has.
+    /// The YaRN scaling; `None` with another scaling or none.
     pub fn yarn(&self) -> Option<&YarnConfig> {
         match &self.scaling {
             Some(RopeScaling::Yarn(yarn)) => Some(yarn),
@@ -110,8 +110,8 @@ impl RopeConfig {
         }
     }
 
-    /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (as published); `interleaves` is the model
-    /// class's own layout. Of the two spellings a file may have one, or both with the same content.
+    /// Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (as published). A file may have both if they
+    /// agree. `interleaves` is the default of the model class.
     pub(crate) fn read(
         keys: &mut Keys,
         interleaves: bool,
@@ -131,7 +131,7 @@ impl RopeConfig {
             (Some(parameters), Some(scaling)) => {
                 let differs =
                     scaling.iter().any(|(key, value)| parameters.get(key).is_some_and(|other| other != value));
-                require(!differs, SCALING, || "and `rope_parameters` say different things".into())?;
+                require(!differs, SCALING, || "contradicts `rope_parameters`".into())?;
                 let both = scaling.into_iter().chain(parameters).collect();
                 (SCALING, both)
             }
@@ -162,34 +162,34 @@ impl RopeConfig {
                 return Err(ConfigError::Unsupported {
                     key: field.into(),
                     problem: format!(
-                        "has the type `{}`; known are default, linear, dynamic, llama3 and yarn",
+                        "has the type `{}`; supported are `default`, `linear`, `dynamic`, `llama3` and `yarn`",
                         truncate(other)
                     ),
                     hint: None,
                 });
             }
         };
-        // What is left must change nothing.
+        // Keys that were not read must have a value that changes nothing.
         for (key, value) in inner.map.into_iter().filter(|(_, value)| !value.is_null()) {
             let harmless = match key.as_str() {
                 "partial_rotary_factor" | "attn_factor" | "extrapolation_factor" => value.as_f64() == Some(1.0),
                 "factor" => kind == "default" && value.as_f64() == Some(1.0),
-                // How a model came to its scaling; Yarn-Llama-2 has it.
+                // States how the model was trained; Yarn-Llama-2 has it.
                 "finetuned" => value.is_boolean(),
                 _ => false,
             };
             if !harmless {
                 return Err(ConfigError::Unsupported {
                     key: format!("{field}.{}", truncate(&key)),
-                    problem: format!("is {}, and the scaling `{kind}` knows no such key here", quote(&value)),
-                    hint: Some("if it changes nothing that the model computes, remove it from config.json"),
+                    problem: format!("is {}, which is not supported with the scaling `{kind}`", quote(&value)),
+                    hint: Some(REMOVE_HINT),
                 });
             }
         }
         Ok(Self { theta, interleave, scaling })
     }
 
-    /// Writes the published spelling; `interleaves` is the model class's own layout.
+    /// Writes the keys as published files spell them; `interleaves` is the default of the model class.
     pub(crate) fn write(&self, map: &mut Map<String, Value>, interleaves: bool) {
         map.insert("rope_theta".into(), json!(self.theta));
         if self.interleave != interleaves {
@@ -212,13 +212,13 @@ impl RopeConfig {
     }
 }
 
-/// `factor`, which every scaling but YaRN's must have.
+/// Reads `factor`, which is required except with YaRN.
 fn factor(inner: &mut Keys) -> Result<f64, ConfigError> {
     inner.number("factor")?.ok_or(ConfigError::Missing { field: "rope_scaling.factor" })
 }
 
-/// `original_max_position_embeddings`, which transformers looks for outside of the scaling first, and reads as
-/// `max_position_embeddings` where it is absent.
+/// Reads `original_max_position_embeddings` as transformers does: first outside the scaling, then in it, then as
+/// `max_position_embeddings`.
 fn original(keys: &mut Keys, inner: &mut Keys, max_position_embeddings: usize) -> Result<usize, ConfigError> {
     const FIELD: &str = "original_max_position_embeddings";
     let (outer, inner) = (keys.optional_length(FIELD)?, inner.optional_length(FIELD)?);
@@ -227,7 +227,7 @@ fn original(keys: &mut Keys, inner: &mut Keys, max_position_embeddings: usize) -
 
 impl RopeScaling {
     fn to_value(&self) -> Value {
-        // `type` for the remote code and older releases, `rope_type` for newer ones.
+        // Remote code and older transformers read `type`, newer transformers `rope_type`.
         match self {
             Self::Linear { factor } => json!({"type": "linear", "rope_type": "linear", "factor": factor}),
             Self::Dynamic { factor } => json!({"type": "dynamic", "rope_type": "dynamic", "factor": factor}),

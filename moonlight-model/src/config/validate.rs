@@ -1,4 +1,4 @@
-//! Impossible combinations, each refused by the name of its field.
+//! Refuses impossible values, naming the field.
 
 use super::error::ConfigError;
 use super::limits::{
@@ -7,11 +7,11 @@ use super::limits::{
 use super::{ModelConfig, MoeShape};
 
 impl ModelConfig {
-    /// Checks that the numbers can be a model.
+    /// Checks every value by itself and against the others.
     ///
     /// # Errors
     ///
-    /// [`ConfigError::Invalid`] for the first field that cannot.
+    /// [`ConfigError::Invalid`] for the first field that is impossible.
     pub fn validate(&self) -> Result<(), ConfigError> {
         check_size(self.vocab_size, "vocab_size", MAX_VOCABULARY)?;
         check_size(self.hidden_size, "hidden_size", MAX_WIDTH)?;
@@ -41,7 +41,7 @@ mod tests {
     use super::super::{AttentionShape, MlaShape};
     use super::*;
 
-    /// Moonlight with one thing changed, and the field that the error must name.
+    /// The field that is refused after a change to Moonlight's config.
     fn refused(change: impl FnOnce(&mut ModelConfig)) -> &'static str {
         let mut config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
         change(&mut config);
@@ -91,7 +91,7 @@ mod tests {
         assert_eq!(refused(|c| mla(c, |mla| mla.qk_nope_head_dim = usize::MAX)), "qk_nope_head_dim");
         assert_eq!(refused(|c| mla(c, |mla| mla.kv_lora_rank = usize::MAX)), "kv_lora_rank");
         assert_eq!(refused(|c| moe(c).n_routed_experts = MAX_EXPERTS + 64), "n_routed_experts");
-        // The largest of everything is still counted without overflow.
+        // A model at all limits is counted without overflow.
         let mut largest = ModelConfig::preset("moonlight-16b-a3b").unwrap();
         (largest.hidden_size, largest.intermediate_size, largest.vocab_size) = (MAX_WIDTH, MAX_WIDTH, MAX_VOCABULARY);
         (largest.num_attention_heads, largest.num_hidden_layers) = (MAX_HEADS, MAX_LAYERS);

@@ -1,4 +1,4 @@
-//! Which elements were claimed: one bit each, set by any thread.
+//! [`ClaimBitmap`]: which elements of a buffer were claimed, one bit for each, set by any thread.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,15 +13,18 @@ impl ClaimBitmap {
         Self((0..length.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect())
     }
 
+    /// Sets the bits of a range.
+    ///
     /// # Panics
     ///
-    /// If an element of the range was claimed before.
+    /// If one was set before.
     pub(crate) fn claim(&self, range: Range<usize>) {
         let mut first = range.start;
         while first < range.end {
             let (word, bit) = (first / BITS, first % BITS);
             let count = (BITS - bit).min(range.end - first);
             let mask = (u64::MAX >> (BITS - count)) << bit;
+            // Relaxed is enough: a read-modify-write sees every earlier one of the same word.
             let twice = self.0[word].fetch_or(mask, Ordering::Relaxed) & mask;
             assert!(
                 twice == 0,
@@ -32,7 +35,7 @@ impl ClaimBitmap {
         }
     }
 
-    /// The first of `length` elements that was not claimed.
+    /// The first of `length` elements whose bit is not set.
     pub(crate) fn first_gap(&self, length: usize) -> Option<usize> {
         (0..length).find(|element| self.0[element / BITS].load(Ordering::Relaxed) >> (element % BITS) & 1 == 0)
     }

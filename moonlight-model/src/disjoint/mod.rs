@@ -1,24 +1,23 @@
-//! Several tasks write one buffer, each its own rows or blocks: bounds are always checked, and under debug assertions
-//! every overlap and every gap as well.
+//! Parallel writes to one buffer, by tasks with disjoint rows or blocks. Bounds are checked in every build, overlaps and gaps with debug
+//! assertions.
 //!
-//! `chunks_mut` divides a slice into runs. What several tasks write of a row-major matrix is often a *block* instead, some
-//! columns of some rows, whose elements interleave with those of other blocks. [`DisjointMut`] hands out rows and blocks of
-//! a slice through a shared reference, [`DisjointVec`] those of new memory that need not be cleared first.
+//! `chunks_mut` divides a slice into consecutive chunks. Tasks that write a row-major matrix often have a *block* instead, some columns
+//! of some rows, whose elements alternate in memory with those of other blocks. [`DisjointMut`] hands out rows and blocks of a
+//! slice through a shared reference, [`DisjointVec`] those of new memory, which need not be initialized first.
 //!
-//! Two rules make this sound, and claiming a part is `unsafe` because the second is the caller's:
+//! Two rules make this sound. Claiming a part is `unsafe` because the caller must ensure the second:
 //!
-//! 1. A part lies inside the buffer. Asserted at every claim, in every build.
-//! 2. No element is claimed twice, ever. Recorded under `debug_assertions`, one bit an element, where a second claim
-//!    panics; trusted otherwise.
+//! 1. A part is within the buffer. Every claim asserts it, in every build.
+//! 2. No element is claimed twice, ever. With debug assertions claims are recorded, one bit for each element, and a second claim
+//!    panics; without them the caller is trusted.
 //!
-//! How many elements were claimed is counted in every build, so [`DisjointMut::finish`] and [`DisjointVec::finish`] fail on
-//! a gap in every build where rule 2 holds. The cost is one check and one atomic addition a claim, so claim tiles and not
-//! elements.
+//! The number of claimed elements is counted in every build. If rule 2 holds, [`DisjointMut::finish`] and [`DisjointVec::finish`]
+//! therefore panic on a gap in every build. A claim costs one check and one atomic addition, so claim tiles, not elements.
 //!
 //! ```
 //! use moonlight_model::disjoint::DisjointVec;
 //!
-//! // A [4, 6] matrix by four tasks, each a block of [2, 3].
+//! // Four tasks write a [4, 6] matrix, each a block of [2, 3].
 //! let matrix = DisjointVec::<u32>::new(24);
 //! std::thread::scope(|scope| {
 //!     for (task, (top, left)) in [(0, 0), (0, 3), (2, 0), (2, 3)].into_iter().enumerate() {
@@ -47,7 +46,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[cfg(debug_assertions)]
 mod claim_bitmap;
 
-/// A slice of which several tasks write, each its own rows or blocks.
+/// A slice that several tasks write, each its own rows or blocks.
 pub struct DisjointMut<'a, T> {
     start: NonNull<T>,
     length: usize,
@@ -57,13 +56,13 @@ pub struct DisjointMut<'a, T> {
     lifetime: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it stands for a `&mut [T]`, which may be sent where `T` may.
+// SAFETY: it owns the rights of a `&mut [T]`, which can be sent if `T` can.
 unsafe impl<T: Send> Send for DisjointMut<'_, T> {}
-// SAFETY: a shared reference only gives out `&mut` to elements that nobody else has, by rule 2; that is sending them.
+// SAFETY: a shared reference only hands out `&mut` to elements that no one else has, by rule 2; that is the same as sending them.
 unsafe impl<T: Send> Sync for DisjointMut<'_, T> {}
 
 impl<'a, T> DisjointMut<'a, T> {
-    /// All of `values`, of which nothing is claimed yet.
+    /// All of `values`, with no element claimed.
     pub fn new(values: &'a mut [T]) -> Self {
         // SAFETY: the slice is borrowed for `'a`.
         unsafe { Self::from_raw(NonNull::from(&mut *values).cast(), values.len()) }
@@ -71,7 +70,7 @@ impl<'a, T> DisjointMut<'a, T> {
 
     /// # Safety
     ///
-    /// `length` elements at `start` may be read and written by nobody else during `'a`.
+    /// During `'a`, the `length` elements at `start` must be valid and not accessed by other means.
     unsafe fn from_raw(start: NonNull<T>, length: usize) -> Self {
         Self {
             start,
@@ -83,7 +82,7 @@ impl<'a, T> DisjointMut<'a, T> {
         }
     }
 
-    /// Number of elements.
+    /// The number of elements.
     pub fn len(&self) -> usize {
         self.length
     }
@@ -93,24 +92,24 @@ impl<'a, T> DisjointMut<'a, T> {
         self.length == 0
     }
 
-    /// Claims the elements of `range`, which lie beside each other.
+    /// Claims the elements in `range`.
     ///
     /// # Safety
     ///
-    /// No other claim on this buffer, earlier or later, has any of these elements.
+    /// No other claim on this buffer, earlier or later, may contain any of these elements.
     ///
     /// # Panics
     ///
-    /// If the range leaves the buffer; under debug assertions, if an element was claimed before.
+    /// If the range exceeds the buffer; with debug assertions, if an element was claimed before.
     #[expect(clippy::mut_from_ref, reason = "the buffer is exclusive, and no element is claimed twice")]
     pub unsafe fn row(&self, range: Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.length, "{range:?} leaves a buffer of {}", self.length);
+        assert!(range.start <= range.end && range.end <= self.length, "{range:?} exceeds a buffer of {}", self.length);
         self.claim(&range, 1, 0);
-        // SAFETY: the range lies inside, as was just asserted, and nobody else has any of it, as the caller promises.
+        // SAFETY: the range is within the buffer, as asserted, and no one else has any of its elements, as the caller ensures.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(range.start), range.len()) }
     }
 
-    /// Claims `columns` of `rows` of the buffer seen as a row-major matrix with rows of `width` elements.
+    /// Claims the columns `columns` of the rows `rows` of the buffer, as a row-major matrix with rows of `width` elements.
     ///
     /// # Safety
     ///
@@ -118,7 +117,7 @@ impl<'a, T> DisjointMut<'a, T> {
     ///
     /// # Panics
     ///
-    /// If the block leaves the matrix or the matrix the buffer; under debug assertions, if an element was claimed before.
+    /// If the block exceeds the matrix or the buffer; with debug assertions, if an element was claimed before.
     pub unsafe fn block(&self, width: usize, rows: Range<usize>, columns: Range<usize>) -> BlockMut<'_, T> {
         let reach = rows.end.checked_mul(width);
         assert!(
@@ -126,14 +125,14 @@ impl<'a, T> DisjointMut<'a, T> {
                 && columns.start <= columns.end
                 && columns.end <= width
                 && reach.is_some_and(|reach| reach <= self.length),
-            "rows {rows:?} and columns {columns:?} leave a buffer of {} in rows of {width}",
+            "rows {rows:?} and columns {columns:?} exceed a buffer of {} with rows of {width}",
             self.length
         );
         let first = rows.start * width + columns.start;
         self.claim(&(first..first + columns.len()), rows.len(), width);
         let offset = if rows.is_empty() || columns.is_empty() { 0 } else { first };
         BlockMut {
-            // SAFETY: an element of the block lies at `offset`, by the assertion above, or it is the start.
+            // SAFETY: `offset` is an element of the block, within the buffer by the assertion above, or 0 for an empty block.
             start: unsafe { self.start.add(offset) },
             rows: rows.len(),
             columns: columns.len(),
@@ -142,7 +141,7 @@ impl<'a, T> DisjointMut<'a, T> {
         }
     }
 
-    /// Ends the writing.
+    /// Ends the parallel writes.
     ///
     /// # Panics
     ///
@@ -151,7 +150,7 @@ impl<'a, T> DisjointMut<'a, T> {
         self.assert_complete();
     }
 
-    /// Counts `rows` runs of a length, of which `first` is the first and each begins `stride` elements after the last.
+    /// Counts and records `rows` ranges with the length of `first`; each begins `stride` elements after the one before.
     fn claim(&self, first: &Range<usize>, rows: usize, stride: usize) {
         #[cfg(debug_assertions)]
         for row in 0..rows {
@@ -180,39 +179,38 @@ impl<'a, T> DisjointMut<'a, T> {
     }
 }
 
-/// New memory of which several tasks write the first values, each its own rows or blocks; see [`DisjointMut`] for how they
-/// are claimed.
+/// New memory that several tasks initialize, each its own rows or blocks, which are claimed as from a [`DisjointMut`].
 pub struct DisjointVec<T: 'static> {
-    /// Owns what it points to.
+    /// Owns the memory that it points to.
     claims: DisjointMut<'static, MaybeUninit<T>>,
 }
 
 impl<T> DisjointVec<T> {
-    /// Memory for `length` values, none of which is there yet.
+    /// Uninitialized memory for `length` values.
     pub fn new(length: usize) -> Self {
         let memory = Box::into_raw(Box::<[T]>::new_uninit_slice(length));
-        // SAFETY: a box is not null, and this one is given up to be owned by the result alone.
+        // SAFETY: a box is not null, and `into_raw` gives its ownership to the result.
         Self { claims: unsafe { DisjointMut::from_raw(NonNull::new_unchecked(memory).cast(), length) } }
     }
 
-    /// Ends the writing and gives the values.
+    /// Ends the parallel writes and returns the values.
     ///
     /// # Safety
     ///
-    /// Whoever claimed an element has written a value to it.
+    /// Every claimed element must have been initialized.
     ///
     /// # Panics
     ///
     /// If an element was never claimed.
     pub unsafe fn finish(self) -> Vec<T> {
         self.claims.assert_complete();
-        #[cfg_attr(not(debug_assertions), allow(unused_mut, reason = "there is no record"))]
+        #[cfg_attr(not(debug_assertions), allow(unused_mut, reason = "only the bitmap is mutated"))]
         let mut this = ManuallyDrop::new(self);
         #[cfg(debug_assertions)]
-        drop(std::mem::take(&mut this.claims.bitmap)); // which would leak with the rest of `this`
+        drop(std::mem::take(&mut this.claims.bitmap)); // `ManuallyDrop` would leak it
         let memory = this.memory();
-        // SAFETY: the memory is that of `new`, which `self` no longer frees. As many elements were claimed as there are, none
-        // of them twice (rule 2), so all were; and what was claimed was written, as the caller promises.
+        // SAFETY: the memory is that of `new`, which `self` no longer frees. As many elements were claimed as there are, none of
+        // them twice (rule 2), so all were; and claimed elements were initialized, as the caller ensures.
         unsafe { Box::from_raw(memory).assume_init() }.into_vec()
     }
 
@@ -231,12 +229,13 @@ impl<T> Deref for DisjointVec<T> {
 
 impl<T> Drop for DisjointVec<T> {
     fn drop(&mut self) {
-        // SAFETY: the memory is that of `new`, and nothing else frees it. Values in it are forgotten, which is safe.
+        // SAFETY: the memory is that of `new`, and nothing else frees it. Its values are not dropped, because which of them are
+        // initialized is not known; leaking them is safe.
         drop(unsafe { Box::from_raw(self.memory()) });
     }
 }
 
-/// Some columns of some rows of a row-major matrix, for one task to write.
+/// A block of a row-major matrix, some columns of some rows, that one task writes.
 pub struct BlockMut<'a, T> {
     start: NonNull<T>,
     rows: usize,
@@ -245,55 +244,55 @@ pub struct BlockMut<'a, T> {
     lifetime: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it stands for a `&mut [T]`, of which it reaches a part.
+// SAFETY: it has the rights of a `&mut [T]` to a part of its elements.
 unsafe impl<T: Send> Send for BlockMut<'_, T> {}
-// SAFETY: as above; a shared reference gives out sizes alone.
+// SAFETY: as above; a shared reference returns sizes only.
 unsafe impl<T: Sync> Sync for BlockMut<'_, T> {}
 
 impl<'a, T> BlockMut<'a, T> {
-    /// `[rows, columns]` from the start of `values` on, whose rows begin `row_stride` elements apart.
+    /// A block `[rows, columns]` from the start of `values`, whose rows begin `row_stride` elements apart.
     ///
     /// # Panics
     ///
-    /// If rows overlap, or the last leaves the slice.
+    /// If rows overlap, or the last exceeds the slice.
     pub fn new(values: &'a mut [T], rows: usize, columns: usize, row_stride: usize) -> Self {
         let reach = rows.saturating_sub(1).checked_mul(row_stride).and_then(|reach| reach.checked_add(columns));
         assert!(
             (rows <= 1 || columns <= row_stride) && (rows == 0 || reach.is_some_and(|reach| reach <= values.len())),
-            "[{rows}, {columns}] with rows {row_stride} apart leaves a slice of {}",
+            "[{rows}, {columns}] with rows {row_stride} apart exceeds a slice of {}",
             values.len()
         );
         Self { start: NonNull::from(values).cast(), rows, columns, row_stride, lifetime: PhantomData }
     }
 
-    /// Number of rows.
+    /// The number of rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Number of columns.
+    /// The number of columns.
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// How many elements after a row's first the next row's first lies.
+    /// The distance from the first element of a row to that of the next row.
     pub fn row_stride(&self) -> usize {
         self.row_stride
     }
 
-    /// A row's elements.
+    /// The elements of a row.
     ///
     /// # Panics
     ///
     /// If there is no such row.
     pub fn row(&mut self, row: usize) -> &mut [T] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: the row is one of the block's, as was just asserted; whoever made the block asserted that its rows lie in
-        // the buffer, and the block is borrowed for writing.
+        // SAFETY: the block has the row, as asserted; both ways to make a block assert that its rows are within the buffer, and the
+        // block is borrowed for writing.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(row * self.row_stride), self.columns) }
     }
 
-    /// The first element. Element `(row, column)` of the block lies `row * row_stride + column` further.
+    /// A pointer to the first element. Element `(row, column)` is `row * row_stride + column` elements after it.
     pub fn as_mut_ptr(&mut self) -> *mut T {
         self.start.as_ptr()
     }

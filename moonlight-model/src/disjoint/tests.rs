@@ -2,17 +2,17 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::*;
 
-/// What `run` panics with.
+/// The message that `run` panics with.
 fn panic_of(run: impl FnOnce()) -> String {
     let payload = catch_unwind(AssertUnwindSafe(run)).expect_err("this must panic");
     *payload.downcast::<String>().expect("assertions panic with text")
 }
 
 #[test]
-fn rows_and_blocks_reach_their_own_elements_alone() {
+fn rows_and_blocks_have_their_own_elements_only() {
     let mut values = vec![0; 20];
     let shared = DisjointMut::new(&mut values);
-    // SAFETY: the first row of [4, 5], and two blocks below it that divide the columns.
+    // SAFETY: the first row of [4, 5], and below it two blocks with different columns.
     unsafe {
         shared.row(0..5).fill(1);
         let (mut left, mut right) = (shared.block(5, 1..4, 0..2), shared.block(5, 1..4, 2..5));
@@ -32,11 +32,11 @@ fn rows_and_blocks_reach_their_own_elements_alone() {
 #[test]
 #[cfg(debug_assertions)]
 fn an_overlap_is_found() {
-    // Beyond a word of the record, inside one, and between a row and a block.
+    // Across words of the bitmap, and within a word.
     for (first, second) in [(0..70, 69..71), (3..5, 4..5), (64..66, 65..130)] {
         let mut values = vec![0_u8; 130];
         let shared = DisjointMut::new(&mut values);
-        // SAFETY: the second claim panics before it gives anything out.
+        // SAFETY: the second claim panics before it returns.
         let message = panic_of(|| unsafe {
             shared.row(first);
             shared.row(second.clone());
@@ -64,35 +64,35 @@ fn a_gap_is_found() {
     unsafe { (shared.row(0..4), shared.row(4..7), shared.row(8..12)) };
     gap(panic_of(|| shared.finish()));
     let memory = DisjointVec::<String>::new(12);
-    // SAFETY: as above; the rest of the block is never reached, for the end of the writing panics.
+    // SAFETY: as above; `finish` panics before it could return what is not initialized.
     unsafe { (memory.row(0..4), memory.block(4, 1..2, 0..3), memory.row(8..12)) };
     // SAFETY: as above.
     gap(panic_of(|| drop(unsafe { memory.finish() })));
 }
 
 #[test]
-fn what_leaves_the_buffer_is_found() {
+fn claims_that_exceed_the_buffer_are_refused() {
     let mut values = [0; 12];
     let shared = DisjointMut::new(&mut values);
-    let leaves = |claim: &dyn Fn()| {
+    let exceeds = |claim: &dyn Fn()| {
         let message = panic_of(claim);
         assert!(message.contains(" a buffer of 12"), "{message}");
     };
-    // SAFETY: all of these panic before they give anything out.
+    // SAFETY: all of these panic before they return.
     unsafe {
-        leaves(&|| _ = shared.row(11..13));
-        leaves(&|| _ = shared.row(usize::MAX - 1..usize::MAX));
-        #[expect(clippy::reversed_empty_ranges, reason = "it is what must be refused")]
-        leaves(&|| _ = shared.row(5..4));
-        leaves(&|| _ = shared.block(4, 2..4, 0..1));
-        leaves(&|| _ = shared.block(4, 0..1, 3..5));
-        leaves(&|| _ = shared.block(usize::MAX / 2, 0..3, 0..1));
+        exceeds(&|| _ = shared.row(11..13));
+        exceeds(&|| _ = shared.row(usize::MAX - 1..usize::MAX));
+        #[expect(clippy::reversed_empty_ranges, reason = "such a range must be refused")]
+        exceeds(&|| _ = shared.row(5..4));
+        exceeds(&|| _ = shared.block(4, 2..4, 0..1));
+        exceeds(&|| _ = shared.block(4, 0..1, 3..5));
+        exceeds(&|| _ = shared.block(usize::MAX / 2, 0..3, 0..1));
     }
     for (rows, columns, stride) in [(4, 4, 4), (2, 5, 4), (3, 4, 5), (2, 1, usize::MAX), (1, 13, 0)] {
         let message = panic_of(|| _ = BlockMut::new(&mut values, rows, columns, stride));
-        assert!(message.ends_with("leaves a slice of 12"), "{message}");
+        assert!(message.ends_with("exceeds a slice of 12"), "{message}");
     }
-    // Nothing was claimed, and nothing is left of the failures.
+    // The refused claims claimed nothing.
     let shared = DisjointMut::new(&mut values);
     // SAFETY: it is the only claim.
     unsafe { shared.block(4, 0..3, 0..4) };
@@ -100,12 +100,12 @@ fn what_leaves_the_buffer_is_found() {
 }
 
 #[test]
-fn nothing_is_complete() {
+fn an_empty_buffer_is_complete() {
     let memory = DisjointVec::<u64>::new(0);
     assert!(memory.is_empty());
-    // SAFETY: there is nothing to share.
+    // SAFETY: there are no elements.
     unsafe { (memory.row(0..0), memory.block(0, 0..7, 0..0), memory.block(3, 0..0, 1..2)) };
-    // SAFETY: there is nothing to write.
+    // SAFETY: there are no elements.
     assert!(unsafe { memory.finish() }.is_empty());
 }
 
@@ -120,8 +120,8 @@ fn a_block_of_a_slice_has_its_rows() {
 }
 
 #[test]
-fn threads_that_write_apart_are_clean() {
-    // Columns that are no whole words of the record, so that threads meet in them.
+fn threads_write_disjoint_blocks() {
+    // Columns that are not whole words of the bitmap, so that threads set bits in the same word.
     let (rows, width, tasks) = (60, 7 * 13, 7);
     let memory = DisjointVec::<usize>::new(rows * width);
     std::thread::scope(|scope| {
@@ -129,7 +129,7 @@ fn threads_that_write_apart_are_clean() {
             let memory = &memory;
             scope.spawn(move || {
                 for top in (0..rows).step_by(10) {
-                    // SAFETY: each task has columns of its own, and takes each of its rows once.
+                    // SAFETY: each task has columns of its own, and claims each of its rows once.
                     let mut block = unsafe { memory.block(width, top..top + 10, 13 * task..13 * task + 13) };
                     for row in 0..10 {
                         block.row(row).write_copy_of_slice(&[task; 13]);
@@ -144,7 +144,7 @@ fn threads_that_write_apart_are_clean() {
 }
 
 #[test]
-fn values_of_abandoned_memory_are_forgotten_and_those_of_finished_memory_dropped() {
+fn values_of_finished_memory_are_dropped_and_those_of_abandoned_memory_leak() {
     let counter = std::sync::Arc::new(());
     let fill = || {
         let memory = DisjointVec::new(3);

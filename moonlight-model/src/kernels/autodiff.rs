@@ -1,4 +1,4 @@
-//! Gradients of the operations, written by hand: each keeps its inputs and calls the backend's `*_grad` kernel.
+//! Gradients of the operations, written by hand: each saves its inputs and calls a `*_grad` kernel of the backend.
 
 use std::sync::Arc;
 
@@ -13,8 +13,8 @@ use burn::backend::{Autodiff, AutodiffBackend, Backend};
 use super::reference::AttentionSaved;
 use super::{AttentionSpec, CachedAttentionSpec, GroupLayout, Kernels, ModelOps, QuantizedSpec, RotationSpec};
 
-/// The result of `forward`, as a node of the graph where a parent is tracked; its gradient is given `state`, which may
-/// checkpoint parents by `prep`.
+/// Evaluates `forward`. If a parent is tracked, the result becomes a node of the graph, whose backward step receives `state`; `state`
+/// may save parents by `prep.checkpoint`.
 macro_rules! node {
     ($backward:ident, [$($parent:expr),+], |$prep:ident| $state:expr, $forward:expr) => {
         match $backward.prepare::<C>([$($parent),+]).compute_bound().stateful() {
@@ -34,7 +34,8 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         node!(
             Project,
             [rows.node(), weight.node()],
-            // Each is kept for the other's gradient alone: beside a frozen weight the rows are not.
+            // Each operand is needed for the gradient of the other only. With a frozen weight, as in LoRA, no rows
+            // are saved.
             |prep| (weight_tracked.then(|| prep.checkpoint(&rows)), rows_tracked.then(|| prep.checkpoint(&weight))),
             B::project_forward(rows.into_primitive(), weight.into_primitive())
         )
@@ -139,6 +140,8 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         let (query, key_value, shared_key) =
             (query.into_primitive(), key_value.into_primitive(), Some(shared_key.into_primitive()));
         let (output, log_sum) = B::attention_forward(query.clone(), key_value.clone(), shared_key.clone(), &spec);
+        // Computed before the node is made: the state also holds `output` and `log_sum`, which are not nodes that could be
+        // checkpointed.
         node!(
             Attention,
             [query_node, key_node, shared_node],
@@ -163,7 +166,7 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         )
     }
 
-    // Decoding has no gradient.
+    // Decoding has no gradient: the result is a constant of the graph.
     fn cached_attention(
         query: FloatTensor<Self>,
         cache: FloatTensor<Self>,
@@ -182,7 +185,7 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     }
 }
 
-const SAVED: &str = "what a tracked operand's gradient needs was kept";
+const SAVED: &str = "the operand was saved for the gradient of the other, tracked one";
 
 #[derive(Debug)]
 struct Project;
@@ -356,7 +359,7 @@ impl<B: Kernels> Backward<B, 1> for CrossEntropy {
     }
 }
 
-/// Adds each gradient to its parent's, where the parent takes part in the graph.
+/// Adds each gradient to that of its parent, if the parent is in the graph.
 fn register<B: Backend, const N: usize>(
     grads: &mut Gradients,
     parents: [Option<NodeId>; N],

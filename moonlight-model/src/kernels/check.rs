@@ -1,18 +1,18 @@
-//! Assertions on the arguments of the public functions, made once, before an operation is dispatched.
+//! Assertions on the arguments of the public functions, made once before an operation is dispatched.
 //!
-//! Each costs some nanoseconds beside operations of microseconds at least, but for the two that read an entry a token:
-//! [`document_starts`], and where targets are read, on the CPU, `flex::cross_entropy`.
+//! They cost nanoseconds, and the operations at least microseconds. Only two depend on the number of tokens:
+//! [`Check::document_starts`], and the targets of cross-entropy, which are checked in `flex::cross_entropy` on the CPU.
 
 use burn::tensor::{DType, Tensor};
 
 use super::{AttentionSpec, CachedAttentionSpec, QUANT_BLOCK, QuantizedSpec};
 
-/// Names the operation in the messages.
+/// The checks of one operation, whose name begins every message.
 #[derive(Clone, Copy)]
 pub(super) struct Check(pub(super) &'static str);
 
 impl Check {
-    /// The shape of a tensor of floats without an empty dimension.
+    /// Asserts that a tensor has a float dtype and no empty dimension, and returns its shape.
     #[track_caller]
     pub(super) fn float<const D: usize>(self, name: &str, tensor: &Tensor<D>) -> [usize; D] {
         let dtype = tensor.dtype();
@@ -20,7 +20,7 @@ impl Check {
         self.not_empty(name, tensor.dims())
     }
 
-    /// `shape`, if no dimension of it is empty.
+    /// Asserts that no dimension is empty, and returns the shape.
     #[track_caller]
     pub(super) fn not_empty<const D: usize>(self, name: &str, shape: [usize; D]) -> [usize; D] {
         assert!(!shape.contains(&0), "{}: `{name}` has an empty dimension: {shape:?}", self.0);
@@ -37,17 +37,18 @@ impl Check {
         assert!(found == expected, "{}: `{name}` is {found:?}, not {expected:?}", self.0);
     }
 
-    /// A rule that a name and a shape do not say.
+    /// Asserts a condition that is not about one shape or dtype.
     #[track_caller]
     pub(super) fn rule(self, holds: bool, rule: &str) {
         assert!(holds, "{}: {rule}", self.0);
     }
 
-    /// Every start lies in its sequence at its query or before, and none before the one of the query before it.
+    /// Asserts the rules of [`AttentionSpec::starts`].
     #[track_caller]
     pub(super) fn document_starts(self, spec: &AttentionSpec, batch: usize, sequence: usize) {
         let Some(starts) = &spec.starts else { return };
-        self.rule(starts.len() == batch * sequence, "there is not one document start for each query");
+        self.rule(starts.len() == batch * sequence, "there must be one document start for each query");
+        // One flag that is asserted once, instead of a branch for each token.
         let mut valid = true;
         for starts in starts.chunks_exact(sequence) {
             let mut last = 0;
@@ -56,31 +57,34 @@ impl Check {
                 last = start;
             }
         }
-        self.rule(valid, "document starts decrease along a sequence or lie after their query");
+        self.rule(valid, "a document start is after its query, or decreases along the sequence");
     }
 
-    /// Spans hold all `tokens`, and lie in a cache of `batch` sequences of `capacity` tokens with rows of `row` values.
+    /// Asserts the rules of [`CachedAttentionSpec`]; the cache is `[batch, key heads, capacity, row]`.
     #[track_caller]
     pub(super) fn cache_spans(self, spec: &CachedAttentionSpec, tokens: usize, [batch, _, capacity, row]: [usize; 4]) {
-        self.rule(spec.window != Some(0), "a window has no key");
+        self.rule(spec.window != Some(0), "the window is 0");
         let inside = |range: &std::ops::Range<usize>| range.start < range.end && range.end <= row;
-        self.rule(inside(&spec.keys), "the key is no part of a row of the cache");
-        self.rule(inside(&spec.values), "the value is no part of a row of the cache");
+        self.rule(inside(&spec.keys), "the key is not a part of a cache row");
+        self.rule(inside(&spec.values), "the value is not a part of a cache row");
         let mut rest = tokens;
         let mut next = 0;
         for span in spec.spans.iter() {
             self.rule(span.sequence < batch, "a span's sequence is not in the cache");
-            self.rule(span.sequence >= next, "spans are not in the order of their sequences, at most one of each");
+            self.rule(span.sequence >= next, "spans must be in the order of their sequences, at most one for each");
             let end = span.start.checked_add(span.count);
-            self.rule(end.is_some_and(|end| end <= capacity), "a span ends after the cache's capacity");
-            self.rule(span.count > 0 && span.count <= rest, "spans have no token, or more than there are queries");
+            self.rule(end.is_some_and(|end| end <= capacity), "a span exceeds the capacity of the cache");
+            self.rule(
+                span.count > 0 && span.count <= rest,
+                "a span has no token, or spans have more tokens than there are queries",
+            );
             rest -= span.count;
             next = span.sequence + 1;
         }
         self.rule(rest == 0, "spans have fewer tokens than there are queries");
     }
 
-    /// The bytes and the blocks of one quantized matrix.
+    /// Asserts that a matrix can exist, and returns its numbers of bytes and blocks.
     #[track_caller]
     pub(super) fn quantized(self, spec: QuantizedSpec) -> [usize; 2] {
         self.not_empty("spec", [spec.input, spec.output]);

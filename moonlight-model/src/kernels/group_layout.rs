@@ -1,13 +1,23 @@
-//! Which rows of a matrix belong to which group: for a mixture of experts, which expert each row was sent to.
+//! [`GroupLayout`]: which rows of a matrix belong to which group, for a mixture of experts which expert each row is routed to.
 
 use std::ops::Range;
 
-/// Rows sorted by group, and how they map to the tokens that they were copied from.
+/// Rows sorted by group, and the tokens that they are copies of.
 ///
-/// A *group* shares one matrix of a stack: an expert, or a head. Each token has `k` rows, one for each of its choices. A
-/// *slot* is one (token, choice) pair, numbered `token * k + choice`; a *row* is the place of a slot after sorting by group.
+/// The rows of a *group* are multiplied by one matrix of a stack: that of an expert, or of a head. Each token has `k` rows, one
+/// for each of its choices. A *slot* is a (token, choice) pair with the index `token * k + choice`; a *row* is the position of a
+/// slot after sorting by group.
 ///
-/// Every layout is valid, whichever constructor made it, and the kernels rely on that:
+/// ```
+/// use moonlight_model::kernels::GroupLayout;
+///
+/// // Three tokens, k = 2, four groups: token 0 chooses groups 3 and 0, and so on.
+/// let layout = GroupLayout::from_choices(&[3, 0, 1, 3, 0, 1], 2, 4);
+/// assert_eq!(layout.offsets(), [0, 2, 4, 4, 6]); // group 2 has no rows
+/// assert_eq!(layout.token_of_row(), [0, 2, 1, 2, 0, 1]);
+/// ```
+///
+/// Every constructor ensures these invariants, on which the `unsafe` code of the kernels relies:
 ///
 /// - `offsets` begins with 0, never decreases, and ends with the number of rows;
 /// - `row_of_slot` is a permutation of the rows, and `token_of_row[row_of_slot[slot]] == slot / k`;
@@ -20,43 +30,43 @@ pub struct GroupLayout {
     k: usize,
 }
 
-/// Why parts are no [`GroupLayout`].
+/// Why parts do not make a [`GroupLayout`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum GroupLayoutError {
     /// Offsets have no group, do not begin with 0, decrease, or do not end with the number of rows.
-    #[error("offsets must begin with 0, never decrease and end with the number of rows, {rows}: entry {at} does not")]
+    #[error("offset {at} is wrong: offsets begin with 0, never decrease and end with the number of rows, {rows}")]
     Offsets {
-        /// The first entry that is wrong, or the number of entries where there is one too few.
+        /// The index of the first wrong offset, or the number of offsets if there are too few.
         at: usize,
         /// The number of rows.
         rows: usize,
     },
-    /// `k` is 0, or tokens do not have `k` rows each.
-    #[error("{rows} rows do not divide into {k} for each token")]
+    /// `k` is 0, or the number of rows is not a multiple of it.
+    #[error("{rows} rows are not a multiple of {k} rows a token")]
     RowsPerToken {
         /// The number of rows.
         rows: usize,
-        /// Rows a token.
+        /// Rows for each token.
         k: usize,
     },
     /// The two maps differ in length.
-    #[error("{rows} rows have a token, and {slots} slots have a row")]
+    #[error("`token_of_row` has {rows} entries, but `row_of_slot` has {slots}")]
     Lengths {
         /// Length of `token_of_row`.
         rows: usize,
         /// Length of `row_of_slot`.
         slots: usize,
     },
-    /// A slot's row is out of range, another slot's, or another token's.
-    #[error("slot {slot} maps to row {row}, which is out of range, taken, or of another token")]
+    /// The row of a slot is out of range, belongs to another slot, or to another token.
+    #[error("slot {slot} maps to row {row}, which is out of range, used twice, or of another token")]
     Slot {
-        /// The slot.
+        /// The index of the slot.
         slot: usize,
-        /// Its row.
+        /// The row that it maps to.
         row: u32,
     },
-    /// There are more rows than an `i32` counts.
-    #[error("{rows} rows are more than an i32 counts")]
+    /// There are more rows than an `i32` can count; index tensors are `i32`.
+    #[error("{rows} rows are more than an i32 can count")]
     TooManyRows {
         /// The number of rows.
         rows: usize,
@@ -64,19 +74,24 @@ pub enum GroupLayoutError {
 }
 
 impl GroupLayout {
-    /// Sorts rows by group and, within a group, by token (a counting sort): `choices[token * k + choice]` is a group.
+    /// Sorts rows by group and within a group by token. `choices[token * k + choice]` is a group.
     ///
     /// # Panics
     ///
-    /// If a choice is not below `groups`, `k` or `groups` is 0, `choices` is not a multiple of `k` long, or it is longer
-    /// than an `i32` counts.
+    /// If a choice is not below `groups`, if `k` or `groups` is 0, if the length of `choices` is not a multiple of `k`, or if it
+    /// exceeds `i32::MAX`.
     pub fn from_choices(choices: &[u32], k: usize, groups: usize) -> Self {
-        assert!(k > 0 && choices.len().is_multiple_of(k), "{} choices are not {k} for each token", choices.len());
+        assert!(
+            k > 0 && choices.len().is_multiple_of(k),
+            "{} choices are not a multiple of {k} a token",
+            choices.len()
+        );
         assert!(groups > 0, "a layout has at least one group");
-        assert!(i32::try_from(choices.len()).is_ok(), "{} rows are more than an i32 counts", choices.len());
+        assert!(i32::try_from(choices.len()).is_ok(), "{} rows are more than an i32 can count", choices.len());
+        // A counting sort, which keeps tokens in order within a group: sums over a group do not depend on how it was sorted.
         let mut offsets = vec![0; groups + 1];
         for &group in choices {
-            assert!((group as usize) < groups, "choice {group} is none of {groups} groups");
+            assert!((group as usize) < groups, "choice {group} is not one of {groups} groups");
             offsets[group as usize + 1] += 1;
         }
         for group in 0..groups {
@@ -94,27 +109,27 @@ impl GroupLayout {
         Self { offsets, token_of_row, row_of_slot, k }
     }
 
-    /// A layout of `groups` groups of `each` rows, one group after the other, with `k` = 1: products of a stack of matrices
-    /// with a matrix each.
+    /// A layout of `groups` groups with `each` rows, one group after the other, and `k` = 1. It makes a grouped product a batched
+    /// product.
     ///
     /// # Panics
     ///
-    /// If `groups` is 0, or there are more rows than an `i32` counts.
+    /// If `groups` is 0, or there are more than `i32::MAX` rows.
     pub fn uniform(groups: usize, each: usize) -> Self {
         assert!(groups > 0, "a layout has at least one group");
         let rows = groups.checked_mul(each).and_then(|rows| i32::try_from(rows).ok());
-        let rows = rows.unwrap_or_else(|| panic!("{groups} x {each} rows are more than an i32 counts"));
+        let rows = rows.unwrap_or_else(|| panic!("{groups} x {each} rows are more than an i32 can count"));
         let rows: Vec<u32> = (0..rows.unsigned_abs()).collect();
         let offsets = (0..=groups).map(|group| group * each).collect();
         Self { offsets, token_of_row: rows.clone(), row_of_slot: rows, k: 1 }
     }
 
-    /// A layout that was sorted elsewhere: `offsets` of `groups + 1` entries, and for each row its token and for each slot
-    /// its row, `tokens * k` entries each.
+    /// A layout that was sorted elsewhere, from `offsets` (`groups + 1` entries), the token of each row and the row of each slot
+    /// (`tokens * k` entries each).
     ///
     /// # Errors
     ///
-    /// If the parts break a rule of [`GroupLayout`].
+    /// [`GroupLayoutError`] if the parts break an invariant of [`GroupLayout`].
     pub fn from_parts(
         offsets: Vec<usize>,
         token_of_row: Vec<u32>,
@@ -153,27 +168,27 @@ impl GroupLayout {
         Ok(Self { offsets, token_of_row, row_of_slot, k })
     }
 
-    /// Number of groups.
+    /// The number of groups.
     pub fn groups(&self) -> usize {
         self.offsets.len() - 1
     }
 
-    /// Number of rows: tokens times rows a token.
+    /// The number of rows, `tokens * k`.
     pub fn rows(&self) -> usize {
         self.token_of_row.len()
     }
 
-    /// Number of tokens.
+    /// The number of tokens.
     pub fn tokens(&self) -> usize {
         self.rows() / self.k
     }
 
-    /// Rows a token.
+    /// The number of rows for each token.
     pub fn k(&self) -> usize {
         self.k
     }
 
-    /// Where each group's rows begin, and after the last group the number of rows: `groups + 1` entries.
+    /// The first row of each group, followed by the number of rows: `groups + 1` entries.
     pub fn offsets(&self) -> &[usize] {
         &self.offsets
     }
@@ -187,12 +202,12 @@ impl GroupLayout {
         self.offsets[group]..self.offsets[group + 1]
     }
 
-    /// The token that each row was copied from, below `tokens`; `tokens * k` entries.
+    /// The token that each row is a copy of: `tokens * k` entries below `tokens`.
     pub fn token_of_row(&self) -> &[u32] {
         &self.token_of_row
     }
 
-    /// The row that each slot was sorted to; a permutation of `tokens * k` entries.
+    /// The row of each slot: a permutation of `tokens * k` rows.
     pub fn row_of_slot(&self) -> &[u32] {
         &self.row_of_slot
     }
@@ -204,7 +219,7 @@ mod tests {
 
     #[test]
     fn rows_are_sorted_by_group_and_slots_find_them() {
-        // Three tokens, two choices each, four experts of which number 2 gets nothing.
+        // Three tokens with two choices each; group 2 gets no rows.
         let choices = [3, 0, 1, 3, 0, 1];
         let layout = GroupLayout::from_choices(&choices, 2, 4);
         assert_eq!(layout.offsets, [0, 2, 4, 4, 6]);
@@ -215,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn the_parts_of_a_layout_are_one_again() {
+    fn the_parts_of_a_layout_make_the_same_layout() {
         for layout in [GroupLayout::from_choices(&[3, 0, 1, 3, 0, 1], 2, 4), GroupLayout::uniform(3, 5)] {
             let GroupLayout { offsets, token_of_row, row_of_slot, k } = layout.clone();
             assert_eq!(GroupLayout::from_parts(offsets, token_of_row, row_of_slot, k), Ok(layout));
@@ -223,13 +238,14 @@ mod tests {
     }
 
     #[test]
-    fn parts_that_break_a_rule_are_refused() {
+    fn parts_that_break_an_invariant_are_refused() {
         let parts = |offsets: &[usize], tokens: &[u32], slots: &[u32], k| {
-            GroupLayout::from_parts(offsets.to_vec(), tokens.to_vec(), slots.to_vec(), k).expect_err("a rule is broken")
+            GroupLayout::from_parts(offsets.to_vec(), tokens.to_vec(), slots.to_vec(), k)
+                .expect_err("an invariant is broken")
         };
         let identity: Vec<u32> = (0..20).collect();
         let offsets = |offsets: &[usize]| parts(offsets, &identity, &identity, 1);
-        // Two groups would share rows, and rows would be nobody's.
+        // Decreasing offsets would let two groups share rows, and a first offset above 0 would leave rows without a group.
         assert_eq!(offsets(&[0, 12, 4, 20]), GroupLayoutError::Offsets { at: 2, rows: 20 });
         assert_eq!(offsets(&[4, 20]), GroupLayoutError::Offsets { at: 0, rows: 20 });
         assert_eq!(offsets(&[0, 21]), GroupLayoutError::Offsets { at: 1, rows: 20 });
@@ -240,7 +256,7 @@ mod tests {
         assert_eq!(parts(&[0, 4], &[0, 1, 0, 1], &[0, 2, 1, 3], 3), GroupLayoutError::RowsPerToken { rows: 4, k: 3 });
         assert_eq!(parts(&[0, 0], &[], &[], 0), GroupLayoutError::RowsPerToken { rows: 0, k: 0 });
         assert_eq!(parts(&[0, 2], &[0, 1], &[0], 1), GroupLayoutError::Lengths { rows: 2, slots: 1 });
-        // Out of range, twice, and of another token.
+        // Out of range, used twice, of another token, and with a token out of range.
         assert_eq!(parts(&[0, 2], &[0, 1], &[0, 2], 1), GroupLayoutError::Slot { slot: 1, row: 2 });
         assert_eq!(parts(&[0, 2], &[0, 0], &[0, 0], 2), GroupLayoutError::Slot { slot: 1, row: 0 });
         assert_eq!(parts(&[0, 2], &[0, 1], &[1, 0], 1), GroupLayoutError::Slot { slot: 0, row: 1 });
@@ -248,14 +264,37 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "choice 4 is none of 4 groups")]
+    #[should_panic(expected = "choice 4 is not one of 4 groups")]
     fn a_choice_beyond_the_groups_is_refused() {
         GroupLayout::from_choices(&[0, 4], 1, 4);
     }
 
     #[test]
-    #[should_panic(expected = "more than an i32 counts")]
+    #[should_panic(expected = "more than an i32 can count")]
     fn more_rows_than_can_be_counted_are_refused() {
         GroupLayout::uniform(usize::MAX / 2, 3);
+    }
+
+    #[test]
+    fn messages() {
+        let examples = [
+            GroupLayoutError::Offsets { at: 2, rows: 20 },
+            GroupLayoutError::RowsPerToken { rows: 4, k: 3 },
+            GroupLayoutError::Lengths { rows: 2, slots: 1 },
+            GroupLayoutError::Slot { slot: 1, row: 2 },
+            GroupLayoutError::TooManyRows { rows: 1 << 40 },
+        ];
+        let lines = examples.map(|error| {
+            // The compiler asks for an example of a new variant here.
+            match error {
+                GroupLayoutError::Offsets { .. }
+                | GroupLayoutError::RowsPerToken { .. }
+                | GroupLayoutError::Lengths { .. }
+                | GroupLayoutError::Slot { .. }
+                | GroupLayoutError::TooManyRows { .. } => {}
+            }
+            format!("error: {error}")
+        });
+        insta::assert_snapshot!(lines.join("\n"));
     }
 }

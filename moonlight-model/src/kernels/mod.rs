@@ -1,30 +1,32 @@
-//! The operations that a training step spends its time in, as backend extensions.
+//! Fused operations, in which a training step spends most of its time, as Burn backend extensions.
 //!
-//! The functions of this module take and give Burn tensors and name no backend. Each is written at least twice:
-//! `reference` composes Burn's own operations and runs everywhere; `flex` is the fast form for the CPU, in f32 and bf16,
-//! `cube` the one for GPUs, and tests hold both to the reference. Gradients are written by hand in `autodiff`.
+//! The public functions take and return Burn tensors and run on every backend. Each operation has up to three implementations:
+//! `reference` composes Burn's own operations and runs everywhere; `flex` is the fast one for CPUs, in f32 and bf16; `cube` is the
+//! one for GPUs. Tests compare both with the reference. Gradients are written by hand in `autodiff`.
 //!
-//! | operation | shapes | why not Burn's |
+//! | operation | shapes | why not Burn's operations |
 //! |---|---|---|
-//! | [`project`] | `[rows, in] x [in, out]` | Burn's product is slow for the gradients, and for a single row |
-//! | [`grouped_matmul`] | `[rows, in] x [groups, in, out]` | Burn has no grouped product; slicing a stack is ruinous in autodiff |
-//! | [`quantized_matmul`] | the same by weights of 8 or 4 bits | Burn keeps the whole dequantized weight for the backward pass |
-//! | [`dispatch_rows`], [`combine_rows`] | tokens to experts' rows and back | the gradient of a gather is a gather, not a scatter |
+//! | [`project`] | `[rows, in] x [in, out]` | slow in the backward pass and for a single row |
+//! | [`grouped_matmul`] | `[rows, in] x [groups, in, out]` | there is no grouped product, and the gradient of each slice of a stack has the size of the stack |
+//! | [`quantized_matmul`] | the same, with weights of 8 or 4 bits | the backward pass would keep the whole dequantized weight |
+//! | [`dispatch_rows`], [`combine_rows`] | tokens to rows of experts and back | the gradient of a gather is a scatter; here it is another gather |
 //! | [`latent_attention`], [`grouped_attention`] | causal, within documents | autodiff keeps several `[sequence, sequence]` tensors; these keep none |
-//! | [`cached_attention`] | new tokens to a KV cache | several sequences of different lengths at once, read in place |
-//! | [`swiglu`], [`rms_norm`], [`rotate`], [`cross_entropy`] | elementwise or row by row | one pass instead of five to ten |
+//! | [`cached_attention`] | new tokens to a KV cache | sequences of different lengths in one call, read in place |
+//! | [`swiglu`], [`rms_norm`], [`rotate`], [`cross_entropy`] | elementwise or by row | five to ten passes over memory instead of one |
 //!
 //! # What is checked
 //!
-//! Every function asserts shapes, dtypes and the ranges of what it indexes by before it dispatches, so that no arguments
-//! reach the `unsafe` code of a backend that were not looked at. No tensor may be empty. Tensors of an operation lie on one
-//! device. What lies in a tensor on a GPU is not read back to be checked: [`cross_entropy`] is bounded inside of its kernel.
+//! Every function asserts shapes, dtypes and the ranges of all indices before it dispatches, because the backends' code is
+//! `unsafe` and trusts them. No tensor may be empty, and all tensors of an operation must be on one device. Indices in a tensor
+//! on a GPU are not read back to be checked; the kernel of [`cross_entropy`] bounds its targets itself.
 //!
 //! # Adding an operation
 //!
-//! Five files: declare its kernels and the operation in `ops!` below, with its public function and the modules of its
-//! backends; compose it in `reference`; write `flex/NAME.rs` and `cube/NAME.rs` (or an empty `impl`, which runs the
-//! reference); write its gradient in `autodiff`. Its tests go to `tests.rs`, `cube/tests.rs` and `tests/hostile_kernels.rs`.
+//! 1. Declare its kernels and the operation in `ops!` below, and add the public function with its checks.
+//! 2. Compose it of Burn's operations in `reference`.
+//! 3. Write `flex/NAME.rs` and `cube/NAME.rs`, or an empty `impl`, which runs the reference.
+//! 4. Write its gradient in `autodiff`.
+//! 5. Test it in `tests.rs`, `cube/tests.rs` and `tests/hostile_kernels.rs`.
 
 mod autodiff;
 mod cached_attention;
@@ -38,10 +40,10 @@ mod tests;
 
 #[cfg(feature = "cpu")]
 mod flex {
-    //! The operations on the CPU: one pass over memory, vectorised, on all threads, for f32 and bf16.
+    //! CPU kernels for f32 and bf16: one pass over memory, vectorized, on all threads. Other dtypes run the reference.
     //!
-    //! Work is divided into parts that write disjoint memory, and every sum is taken in an order that does not depend on the
-    //! number of threads: the same input gives the same bits. Other dtypes run the reference.
+    //! Work is divided into tasks that write disjoint memory. The size of a task, and with it the order of every sum, does not
+    //! depend on the number of threads: the same input gives the same bits.
 
     mod attention;
     mod cached_attention;
@@ -61,22 +63,23 @@ mod flex {
 
 #[cfg(feature = "cube")]
 mod cube {
-    //! Kernels for the CubeCL runtimes: CUDA, WGPU (Vulkan, Metal, DirectX, WebGPU) and whatever else CubeCL compiles for.
+    //! GPU kernels in CubeCL, which compiles them at their first use: for CUDA, WGPU (Vulkan, Metal, DirectX, WebGPU) and any
+    //! other CubeCL runtime.
     //!
-    //! Written once in CubeCL, which compiles them for the device when they are first used. Nothing here depends on
-    //! the runtime: the sizes of cubes and of shared memory stay within what WebGPU promises everywhere. f32, and the half
-    //! types that a device stores; sums are in f32. What is not here runs as `reference` composes it of Burn's operations: the
-    //! projections, where Burn's product is the right one, and products of packed weights.
+    //! The kernels do not depend on the runtime: cube sizes and shared memory stay within the limits that WebGPU guarantees
+    //! everywhere. They take f32 and the half types that the device can store; sums are in f32. Projections run the reference, because
+    //! Burn's product is the right one there; products by quantized weights and cached attention have no kernel yet.
     //!
-    //! # Where the host is waited for
+    //! A *cube* is a workgroup (WebGPU) or thread block (CUDA), a *unit* one of its threads.
     //!
-    //! Everything is put in the device's queue without waiting, but for two things. The router reads its scores in every
-    //! layer of experts, `[tokens, experts]` numbers, because it chooses on the host: the plan of a layer must be known
-    //! there for the list of tiles, and the load of each expert for the bias rule and the balance loss. And a training step
-    //! reads its loss and the gradient's norm. To be rid of the first takes a kernel for the choice (the best `k` of each
-    //! token's scores, within groups), one that counts and sorts the choices, tiles for the worst case (`rows / TILE` and
-    //! one for each expert, of which the empty ones end at once), and loads that stay on the device until the step is over.
-    //! Decoding would gain most, where a layer is short beside the way to the host and back.
+    //! # Where the host waits for the device
+    //!
+    //! All work is queued without waiting, with two exceptions. In every layer of experts the router reads the scores
+    //! (`[tokens, experts]`), because it chooses on the host: the list of tiles needs the layout there, the bias update and the
+    //! balance loss need the loads. And a training step reads its loss and gradient norm. Removing the first exception would take
+    //! a kernel for the choice, one that counts and sorts the choices, tiles for the worst case (`rows / TILE` plus one for each
+    //! expert; empty ones end at once), and loads that stay on the device until the end of the step. Decoding would gain most,
+    //! because its layers are short compared with a round trip to the host.
     mod attention;
     mod cross_entropy;
     mod dispatch;
@@ -107,14 +110,14 @@ pub use spec::{AttentionSpec, QUANT_BLOCK, QuantBits, QuantizedSpec, RotationSpe
 
 ops! {
     kernels {
-        /// Of [`project`].
+        /// The kernels of [`project`].
         trait ProjectKernel {
             fn project_forward(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
             fn project_rows_grad(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
             fn project_weight_grad(rows: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self>;
         }
 
-        /// Of [`grouped_matmul`].
+        /// The kernels of [`grouped_matmul`].
         trait GroupedMatmulKernel {
             fn grouped_matmul_forward(
                 rows: FloatTensor<Self>,
@@ -133,7 +136,7 @@ ops! {
             ) -> FloatTensor<Self>;
         }
 
-        /// Of [`quantized_matmul`].
+        /// The kernels of [`quantized_matmul`]. There is no gradient for the weight.
         trait QuantizedMatmulKernel {
             fn quantized_matmul_forward(
                 rows: FloatTensor<Self>,
@@ -151,7 +154,7 @@ ops! {
             ) -> FloatTensor<Self>;
         }
 
-        /// Of [`dispatch_rows`] and [`combine_rows`].
+        /// The kernels of [`dispatch_rows`] and [`combine_rows`].
         trait DispatchKernel {
             fn dispatch_rows_forward(tokens: FloatTensor<Self>, layout: &GroupLayout) -> FloatTensor<Self>;
             fn dispatch_rows_grad(grad: FloatTensor<Self>, layout: &GroupLayout) -> FloatTensor<Self>;
@@ -168,7 +171,7 @@ ops! {
             ) -> (FloatTensor<Self>, FloatTensor<Self>);
         }
 
-        /// Of [`swiglu`].
+        /// The kernels of [`swiglu`].
         trait SwigluKernel {
             fn swiglu_forward(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
             fn swiglu_grad(
@@ -178,7 +181,7 @@ ops! {
             ) -> (FloatTensor<Self>, FloatTensor<Self>);
         }
 
-        /// Of [`rms_norm`].
+        /// The kernels of [`rms_norm`].
         trait RmsNormKernel {
             fn rms_norm_forward(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self>;
             fn rms_norm_grad(
@@ -189,7 +192,7 @@ ops! {
             ) -> (FloatTensor<Self>, FloatTensor<Self>);
         }
 
-        /// Of [`rotate`], whose gradient is the rotation by the negative angles.
+        /// The kernel of [`rotate`]. Its gradient is the rotation by the negative angles.
         trait RotaryKernel {
             fn rotate_forward(
                 x: FloatTensor<Self>,
@@ -199,7 +202,7 @@ ops! {
             ) -> FloatTensor<Self>;
         }
 
-        /// Of [`latent_attention`] and, without a shared key, [`grouped_attention`].
+        /// The kernels of [`latent_attention`] and, without a shared key, of [`grouped_attention`].
         trait AttentionKernel {
             fn attention_forward(
                 query: FloatTensor<Self>,
@@ -214,7 +217,7 @@ ops! {
             ) -> (FloatTensor<Self>, FloatTensor<Self>, Option<FloatTensor<Self>>);
         }
 
-        /// Of [`cached_attention`], which has no gradient.
+        /// The kernel of [`cached_attention`], which has no gradient.
         trait CachedAttentionKernel {
             fn cached_attention_forward(
                 query: FloatTensor<Self>,
@@ -223,7 +226,7 @@ ops! {
             ) -> FloatTensor<Self>;
         }
 
-        /// Of [`cross_entropy`].
+        /// The kernels of [`cross_entropy`].
         trait CrossEntropyKernel {
             fn cross_entropy_forward(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
             fn cross_entropy_grad(
@@ -269,11 +272,17 @@ ops! {
     }
 }
 
-/// Multiplies all rows by one matrix: `[rows, in]` and `[in, out]` to `[rows, out]`, of one dtype.
+/// The matrix product `rows x weight`.
+///
+/// # Shapes
+///
+/// - rows: `[rows, in]`
+/// - weight: `[in, out]`, of the same dtype
+/// - output: `[rows, out]`
 ///
 /// # Panics
 ///
-/// If shapes or dtypes are others.
+/// If shapes or dtypes do not fit each other.
 #[track_caller]
 pub fn project(rows: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     let check = Check("project");
@@ -283,14 +292,18 @@ pub fn project(rows: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as ModelOps>::project(rows.into_dispatch(), weight.into_dispatch()))
 }
 
-/// Multiplies each group's rows by the group's own matrix.
+/// The grouped product: multiplies the rows of each group by the matrix of the group. The matrix of a group without rows is not
+/// read.
 ///
-/// `rows` is `[rows, in]`, sorted as `layout` says; `weight` is `[groups, in, out]`, of the same dtype; the result is
-/// `[rows, out]`. The matrix of a group without rows is not read.
+/// # Shapes
+///
+/// - rows: `[rows, in]`, sorted by group as in `layout`
+/// - weight: `[groups, in, out]`, of the same dtype
+/// - output: `[rows, out]`
 ///
 /// # Panics
 ///
-/// If shapes or dtypes are others.
+/// If shapes or dtypes do not fit each other.
 #[track_caller]
 pub fn grouped_matmul(rows: Tensor<2>, weight: Tensor<3>, layout: &Arc<GroupLayout>) -> Tensor<2> {
     let check = Check("grouped_matmul");
@@ -305,15 +318,20 @@ pub fn grouped_matmul(rows: Tensor<2>, weight: Tensor<3>, layout: &Arc<GroupLayo
     ))
 }
 
-/// Like [`grouped_matmul`] by frozen quantized weights, of which one group's at a time is dequantized.
+/// [`grouped_matmul`] by frozen quantized weights, `w = (value - zero) * scale`. One group at a time is dequantized.
 ///
-/// `rows` is `[rows, in]`; `values` u8 `[groups, bytes]` and `scales` f32 `[groups, blocks]` hold each matrix in
-/// `blocks = ceil(in * out / 64)` blocks of [`QUANT_BLOCK`] values, `w = (value - zero) * scale`, the last one filled up.
-/// There is a gradient for the rows alone, and the weights are dequantized again for it.
+/// Only the rows have a gradient, for which the weights are dequantized again.
+///
+/// # Shapes
+///
+/// - rows: `[rows, in]`, sorted by group as in `layout`
+/// - values: u8 `[groups, bytes]`; each matrix is `blocks = ceil(in * out / 64)` blocks of [`QUANT_BLOCK`] values, the last padded
+/// - scales: f32 `[groups, blocks]`
+/// - output: `[rows, out]`
 ///
 /// # Panics
 ///
-/// If shapes or dtypes are others; on a GPU `values` may be integers of any type.
+/// If shapes or dtypes do not fit each other. On a GPU `values` may have any integer type.
 #[track_caller]
 pub fn quantized_matmul(
     rows: Tensor<2>,
@@ -337,11 +355,16 @@ pub fn quantized_matmul(
     ))
 }
 
-/// Copies each token to the rows of the experts that it chose: `[tokens, hidden]` to `[tokens * k, hidden]`.
+/// Copies each token to the rows of the experts that it is routed to.
+///
+/// # Shapes
+///
+/// - tokens: `[tokens, hidden]`
+/// - output: `[tokens * k, hidden]`, sorted by expert
 ///
 /// # Panics
 ///
-/// If there are not as many tokens as `layout` has.
+/// If the number of tokens is not that of `layout`.
 #[track_caller]
 pub fn dispatch_rows(tokens: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
     let check = Check("dispatch_rows");
@@ -350,14 +373,18 @@ pub fn dispatch_rows(tokens: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> 
     Tensor::from_dispatch(<Dispatch as ModelOps>::dispatch_rows(tokens.into_dispatch(), layout.clone()))
 }
 
-/// Adds up each token's rows, weighted: `out[t] = sum_k weights[t, k] * rows[row of (t, k)]`.
+/// The weighted sum of the rows of each token: `out[t] = sum_k weights[t, k] * rows[row of (t, k)]`. The sum is taken in f32 and
+/// rounded once to the dtype of `rows`.
 ///
-/// `rows` is `[tokens * k, hidden]`, `weights` `[tokens, k]` in f32; the sum is in f32 and rounded once to the dtype
-/// of `rows`; the result is `[tokens, hidden]`.
+/// # Shapes
+///
+/// - rows: `[tokens * k, hidden]`, sorted by expert
+/// - weights: f32 `[tokens, k]`
+/// - output: `[tokens, hidden]`
 ///
 /// # Panics
 ///
-/// If shapes or dtypes are others.
+/// If shapes or dtypes do not fit each other.
 #[track_caller]
 pub fn combine_rows(rows: Tensor<2>, weights: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
     let check = Check("combine_rows");
@@ -372,7 +399,11 @@ pub fn combine_rows(rows: Tensor<2>, weights: Tensor<2>, layout: &Arc<GroupLayou
     ))
 }
 
-/// `silu(gate) * up`, elementwise, for two tensors of one shape `[rows, width]` and one dtype.
+/// `silu(gate) * up`, elementwise (arXiv 2002.05202).
+///
+/// # Shapes
+///
+/// - gate, up, output: `[rows, width]`, of one dtype
 ///
 /// # Panics
 ///
@@ -385,11 +416,15 @@ pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as ModelOps>::swiglu(gate.into_dispatch(), up.into_dispatch()))
 }
 
-/// `gain * x / sqrt(mean(x^2) + epsilon)` (arXiv 1910.07467) over the last dimension of `[rows, width]`; `gain` is
-/// `[width]`.
+/// `gain * x / sqrt(mean(x^2) + epsilon)` over the last dimension (RMSNorm, arXiv 1910.07467).
 ///
-/// The statistics are in f32; the normalised value is rounded to the dtype of `x` *before* the product with the gain,
-/// as the published code does.
+/// Statistics are in f32. The normalized value is rounded to the dtype of `x` *before* it is multiplied by the gain, as in the
+/// published code.
+///
+/// # Shapes
+///
+/// - x, output: `[rows, width]`
+/// - gain: `[width]`
 ///
 /// # Panics
 ///
@@ -402,21 +437,25 @@ pub fn rms_norm(x: Tensor<2>, gain: Tensor<1>, epsilon: f64) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as ModelOps>::rms_norm(x.into_dispatch(), gain.into_dispatch(), epsilon as f32))
 }
 
-/// Rotates the tail of each head by its position's angles (RoPE, arXiv 2104.09864).
+/// Rotary embedding (RoPE, arXiv 2104.09864): rotates dimensions `start..` of each head by the angles of its position.
 ///
-/// `x` is `[batch, sequence, heads, width]`; `cos` and `sin` are `[batch * sequence, (width - start) / 2]` in f32. Each
-/// pair `(a, b)` becomes `(a cos - b sin, b cos + a sin)` in place, so queries and keys keep their order and so
-/// their products.
+/// A pair `(a, b)` becomes `(a cos - b sin, b cos + a sin)` in its place. Published code permutes the dimensions of queries and
+/// keys instead; their products are the same.
+///
+/// # Shapes
+///
+/// - x, output: `[batch, sequence, heads, width]`
+/// - cos, sin: f32 `[batch * sequence, (width - start) / 2]`
 ///
 /// # Panics
 ///
-/// If shapes or dtypes are others, or the tail has no dimension or an odd number of them.
+/// If shapes or dtypes do not fit each other, or `width - start` is not an even number above 0.
 #[track_caller]
 pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, spec: RotationSpec) -> Tensor<4> {
     let check = Check("rotate");
     let [batch, sequence, _, width] = check.float("x", &x);
     let whole = spec.start < width && (width - spec.start).is_multiple_of(2);
-    check.rule(whole, "what is rotated of a head is not a number of pairs");
+    check.rule(whole, "the rotated part of a head is not a number of pairs");
     for (name, angles) in [("cos", &cos), ("sin", &sin)] {
         check.shape(name, check.float(name, angles), [batch * sequence, (width - spec.start) / 2]);
         check.dtype(name, angles.dtype(), DType::F32);
@@ -429,14 +468,19 @@ pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, spec: RotationSpec) 
     ))
 }
 
-/// Causal attention of MLA (arXiv 2405.04434): a key is a part of each head's own and a part that all heads share.
+/// Causal multi-head latent attention (arXiv 2405.04434) with expanded keys and values. The key of a head is its own part
+/// followed by the part that all heads share.
 ///
-/// `query` is `[batch, sequence, heads, nope + rope]`, `key_value` `[batch, sequence, heads, nope + value]` (keys
-/// first), `shared_key` `[batch, sequence, rope]`, all of one dtype; the result is `[batch, sequence, heads, value]`.
+/// # Shapes
+///
+/// - query: `[batch, sequence, heads, nope + rope]`
+/// - key_value: `[batch, sequence, heads, nope + value]`, keys first
+/// - shared_key: `[batch, sequence, rope]`
+/// - output: `[batch, sequence, heads, value]`; all of one dtype
 ///
 /// # Panics
 ///
-/// If shapes or dtypes are others, or a document start is not where [`AttentionSpec`] wants it.
+/// If shapes or dtypes do not fit each other, or `spec.starts` breaks a rule of [`AttentionSpec`].
 #[track_caller]
 pub fn latent_attention(
     query: Tensor<4>,
@@ -451,7 +495,7 @@ pub fn latent_attention(
     check.shape("key_value", key_value.dims(), [batch, sequence, heads, pair]);
     check.shape("shared_key", shared_key.dims(), [batch, sequence, rope]);
     check.rule(rope < width, "the shared key is as wide as the query or wider");
-    check.rule(width - rope < pair, "`key_value` has no value beside the key");
+    check.rule(width - rope < pair, "`key_value` has no room for a value after the key");
     check.dtype("key_value", key_value.dtype(), query.dtype());
     check.dtype("shared_key", shared_key.dtype(), query.dtype());
     check.document_starts(&spec, batch, sequence);
@@ -465,12 +509,15 @@ pub fn latent_attention(
 
 /// Causal grouped-query attention (arXiv 2305.13245).
 ///
-/// `query` is `[batch, sequence, heads, width]`, `key_value` `[batch, sequence, key heads, width + value]` (keys
-/// first), of one dtype, with key heads dividing heads; the result is `[batch, sequence, heads, value]`.
+/// # Shapes
+///
+/// - query: `[batch, sequence, heads, width]`
+/// - key_value: `[batch, sequence, key heads, width + value]`, keys first; key heads divide heads
+/// - output: `[batch, sequence, heads, value]`; all of one dtype
 ///
 /// # Panics
 ///
-/// If shapes or dtypes are others, or a document start is not where [`AttentionSpec`] wants it.
+/// If shapes or dtypes do not fit each other, or `spec.starts` breaks a rule of [`AttentionSpec`].
 #[track_caller]
 pub fn grouped_attention(query: Tensor<4>, key_value: Tensor<4>, spec: AttentionSpec) -> Tensor<4> {
     let check = Check("grouped_attention");
@@ -478,7 +525,7 @@ pub fn grouped_attention(query: Tensor<4>, key_value: Tensor<4>, spec: Attention
     let [_, _, key_heads, pair] = check.float("key_value", &key_value);
     check.shape("key_value", key_value.dims(), [batch, sequence, key_heads, pair]);
     check.rule(heads.is_multiple_of(key_heads), "key heads do not divide heads");
-    check.rule(width < pair, "`key_value` has no value beside the key");
+    check.rule(width < pair, "`key_value` has no room for a value after the key");
     check.dtype("key_value", key_value.dtype(), query.dtype());
     check.document_starts(&spec, batch, sequence);
     Tensor::from_dispatch(<Dispatch as ModelOps>::grouped_attention(
@@ -488,17 +535,20 @@ pub fn grouped_attention(query: Tensor<4>, key_value: Tensor<4>, spec: Attention
     ))
 }
 
-/// Attention of new tokens to a KV cache that holds their own keys and values already: each sees what lies before it in its
-/// sequence, and itself. There is no gradient.
+/// Causal attention of new tokens to a KV cache that contains their own keys and values already. There is no gradient.
 ///
-/// `query` is `[tokens, heads, key width]`, `cache` `[batch, key heads, capacity, row]`, of one dtype, with key heads
-/// dividing heads; `spec` says which part of a row is the key and which the value, and whose the tokens are; the result is
-/// `[tokens, heads, value width]`.
+/// `spec` says which part of a cache row is the key and which the value, and to which sequence each token belongs.
+///
+/// # Shapes
+///
+/// - query: `[tokens, heads, key width]`
+/// - cache: `[batch, key heads, capacity, row]`, of the same dtype; key heads divide heads
+/// - output: `[tokens, heads, value width]`
 ///
 /// # Panics
 ///
-/// If shapes or dtypes are others, keys or values are no part of a row, or spans are not as [`CachedAttentionSpec`] wants
-/// them: inside the cache, in order, and of all tokens.
+/// If shapes or dtypes do not fit each other, or `spec` breaks a rule of [`CachedAttentionSpec`]: keys and values within a row;
+/// spans within the cache, in order, and for all tokens.
 #[track_caller]
 pub fn cached_attention(query: Tensor<3>, cache: Tensor<4>, spec: CachedAttentionSpec) -> Tensor<3> {
     let check = Check("cached_attention");
@@ -510,14 +560,20 @@ pub fn cached_attention(query: Tensor<3>, cache: Tensor<4>, spec: CachedAttentio
     Tensor::from_dispatch(<Dispatch as ModelOps>::cached_attention(query.into_dispatch(), cache.into_dispatch(), spec))
 }
 
-/// `-log softmax(logits)[target]` of each row, in f32: `[rows, vocab]` and `[rows]` to `[rows]`.
+/// `-log softmax(logits)[target]` of each row, computed in f32.
 ///
-/// A target outside `0..vocab` panics on the CPU. On a GPU, which is not waited for, the row's loss and its gradients are
-/// NaN.
+/// A target outside `0..vocab` panics on the CPU. On a GPU, where checking would wait for the device, the loss of the row and
+/// its gradients are NaN.
+///
+/// # Shapes
+///
+/// - logits: `[rows, vocab]`
+/// - targets: `[rows]`
+/// - output: f32 `[rows]`
 ///
 /// # Panics
 ///
-/// If shapes are others; on the CPU, if a target is none of the vocabulary.
+/// If shapes do not fit each other; on the CPU, if a target is outside the vocabulary.
 #[track_caller]
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let check = Check("cross_entropy");

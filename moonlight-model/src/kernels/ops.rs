@@ -1,13 +1,14 @@
-//! The macro by which an operation is declared once.
+//! The macro `ops!`, which declares the kernels and operations of [`super`].
 
-/// Declares kernels and the operations that are dispatched to them.
+/// Declares kernels, and the operations that are dispatched to them.
 ///
-/// `kernels` lists traits of forward and gradient functions, one trait a kernel. A function without an override runs the
-/// function of the same name in `reference`, so a backend implements what it can do faster, in a file of its own. All traits
-/// together are the trait `Kernels`, which a backend opts into with an empty `impl`.
+/// `kernels` lists traits with forward and gradient functions. The default of each function is the function of the same name in
+/// `reference`, so a backend overrides what it can do faster, each trait in a file of its own. `Kernels` is the sum of all traits; a
+/// backend opts in with an empty `impl`.
 ///
-/// `operations` lists what Burn dispatches: the trait `ModelOps`, implemented for every backend with kernels by the
-/// expression that follows a signature (`B` is the backend). Its gradients are `ModelOps` of `Autodiff`, in `autodiff`.
+/// `operations` lists the methods of the trait `ModelOps`, which Burn dispatches by the backend of the tensors. They are implemented
+/// for every backend with kernels by the expression after each signature (`B` is the backend). With gradients Burn dispatches
+/// to `ModelOps` of `Autodiff`, in `autodiff`.
 macro_rules! ops {
     (
         kernels {
@@ -37,10 +38,10 @@ macro_rules! ops {
             }
         )*
 
-        /// A backend that has all kernels: its own, or the reference.
+        /// A backend with all kernels, its own or the reference.
         pub(crate) trait Kernels: Backend $(+ $kernel)* {}
 
-        /// The operations as Burn dispatches them; see the public functions of the same names for shapes.
+        /// The operations that Burn dispatches. The public functions of the same names document their shapes.
         #[backend_extension(Flex: cfg(feature = "cpu"), Cube: cfg(feature = "cube"), Autodiff)]
         pub(crate) trait ModelOps: Backend {
             $( fn $operation($($argument)*) -> FloatTensor<Self>; )*

@@ -1,7 +1,7 @@
-//! Each operation and its gradient, composed of Burn's own tensor operations.
+//! The reference: each operation and its gradient, composed of Burn's tensor operations.
 //!
-//! This is the definition that the fast kernels are held against, and what every backend without kernels of its own
-//! runs. It may be slow; it may not be wrong.
+//! It defines what the fast kernels must compute, and runs on every backend and dtype without a kernel. It may be slow, but
+//! it must not be wrong.
 
 use std::ops::Range;
 
@@ -47,7 +47,7 @@ pub(super) fn grouped_matmul_rows_grad<B: Backend>(
     grouped_product::<B>(grad, weight, layout, true)
 }
 
-/// Gradient of [`super::grouped_matmul`] for the weight: `rows^T x grad` of each group, zero where it has none.
+/// Gradient of [`super::grouped_matmul`] for the weight: `rows^T x grad` of each group, zero for a group without rows.
 pub(super) fn grouped_matmul_weight_grad<B: Backend>(
     rows: FloatTensor<B>,
     grad: FloatTensor<B>,
@@ -96,7 +96,7 @@ pub(super) fn quantized_matmul_rows_grad<B: Backend>(
     })
 }
 
-/// One group's matrix, `[in, out]`.
+/// The matrix of one group, `[in, out]`.
 fn dequantized<B: Backend>(
     values: IntTensor<B>,
     scales: FloatTensor<B>,
@@ -109,17 +109,18 @@ fn dequantized<B: Backend>(
     let values = B::int_slice(values, &[(group..group + 1).into(), (0..bytes).into()]);
     let bytes =
         B::float_reshape(B::int_into_float(values, FloatDType::F32), Shape::new([blocks, bits.bytes(QUANT_BLOCK)]));
-    let numbers = match bits {
+    let integers = match bits {
         QuantBits::Eight => bytes,
+        // The high half of a byte by division: bit operations on integers are not available on every backend.
         QuantBits::Four => {
             let high = B::float_floor(B::float_div_scalar(bytes.clone(), 16_f32.into()));
             let low = B::float_sub(bytes, B::float_mul_scalar(high.clone(), 16_f32.into()));
             B::float_cat(vec![low, high], 1)
         }
     };
-    let numbers = B::float_sub_scalar(numbers, f32::from(bits.zero()).into());
+    let integers = B::float_sub_scalar(integers, f32::from(bits.zero()).into()); // [blocks, QUANT_BLOCK]
     let scales = B::float_reshape(slice::<B>(scales, 0, group, group + 1), Shape::new([blocks, 1]));
-    let weight = B::float_reshape(B::float_mul(numbers, scales), Shape::new([blocks * QUANT_BLOCK]));
+    let weight = B::float_reshape(B::float_mul(integers, scales), Shape::new([blocks * QUANT_BLOCK]));
     let weight = B::float_reshape(slice::<B>(weight, 0, 0, input * output), Shape::new([input, output]));
     B::float_cast(weight, dtype)
 }
@@ -133,7 +134,7 @@ pub(super) fn dispatch_rows_forward<B: Backend>(tokens: FloatTensor<B>, layout: 
 /// Gradient of [`super::dispatch_rows`]: the sum of each token's rows.
 pub(super) fn dispatch_rows_grad<B: Backend>(grad: FloatTensor<B>, layout: &GroupLayout) -> FloatTensor<B> {
     let dtype = FloatDType::from(grad.dtype());
-    let slots = rows_by_slot::<B>(grad, layout);
+    let slots = rows_by_slot::<B>(grad, layout); // [tokens, k, width]
     let [tokens, _, width] = slots.shape().dims();
     B::float_cast(B::float_reshape(B::float_sum_dim(slots, 1), Shape::new([tokens, width])), dtype)
 }
@@ -145,7 +146,7 @@ pub(super) fn combine_rows_forward<B: Backend>(
     layout: &GroupLayout,
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(rows.dtype());
-    let slots = rows_by_slot::<B>(rows, layout);
+    let slots = rows_by_slot::<B>(rows, layout); // [tokens, k, width]
     let [tokens, k, width] = slots.shape().dims();
     let weights = B::float_reshape(weights, Shape::new([tokens, k, 1]));
     let sum = B::float_sum_dim(B::float_mul(slots, weights), 1);
@@ -162,7 +163,7 @@ pub(super) fn combine_rows_grad<B: Backend>(
     let (device, dtype) = (rows.device(), FloatDType::from(rows.dtype()));
     let (count, k) = (layout.rows(), layout.k());
     let grad_of_row = B::float_select(to_f32::<B>(grad), 0, int_tensor::<B>(layout.token_of_row(), &device));
-    let dots = B::float_sum_dim(B::float_mul(to_f32::<B>(rows), grad_of_row.clone()), 1);
+    let dots = B::float_sum_dim(B::float_mul(to_f32::<B>(rows), grad_of_row.clone()), 1); // [rows, 1]
     let grad_weights = B::float_select(dots, 0, int_tensor::<B>(layout.row_of_slot(), &device));
     let mut slot_of_row = vec![0; count];
     for (slot, &row) in layout.row_of_slot().iter().enumerate() {
@@ -193,7 +194,7 @@ pub(super) fn swiglu_grad<B: Backend>(
     let sigmoid = B::sigmoid(gate.clone());
     let silu = B::float_mul(gate.clone(), sigmoid.clone());
     let grad_up = B::float_mul(grad.clone(), silu.clone());
-    // s (1 + gate (1 - s)) = s + silu - silu s
+    // s (1 + gate (1 - s)) = s + silu - silu s, which needs no constant tensor
     let slope = B::float_sub(B::float_add(sigmoid.clone(), silu.clone()), B::float_mul(silu, sigmoid));
     (B::float_mul(B::float_mul(grad, up), slope), grad_up)
 }
@@ -202,10 +203,11 @@ pub(super) fn swiglu_grad<B: Backend>(
 pub(super) fn rms_norm_forward<B: Backend>(x: FloatTensor<B>, gain: FloatTensor<B>, epsilon: f32) -> FloatTensor<B> {
     let dtype = FloatDType::from(x.dtype());
     let x = to_f32::<B>(x);
-    let normalised = B::float_mul(x.clone(), inverse_rms::<B>(x, epsilon));
+    let normalized = B::float_mul(x.clone(), inverse_rms::<B>(x, epsilon));
     let width = gain.shape()[0];
     let gain = B::float_reshape(gain, Shape::new([1, width]));
-    B::float_mul(B::float_cast(normalised, dtype), B::float_cast(gain, dtype))
+    // Rounded before the product with the gain, as in the published code.
+    B::float_mul(B::float_cast(normalized, dtype), B::float_cast(gain, dtype))
 }
 
 /// Gradients of [`super::rms_norm`] for `x` and for the gain.
@@ -222,12 +224,12 @@ pub(super) fn rms_norm_grad<B: Backend>(
     let (x, grad) = (to_f32::<B>(x), to_f32::<B>(grad));
     let gain = B::float_reshape(to_f32::<B>(gain), Shape::new([1, width]));
     let inverse = inverse_rms::<B>(x.clone(), epsilon);
-    let normalised = B::float_mul(x, inverse.clone());
-    let grad_gain = B::float_sum_dim(B::float_mul(grad.clone(), normalised.clone()), 0);
+    let normalized = B::float_mul(x, inverse.clone());
+    let grad_gain = B::float_sum_dim(B::float_mul(grad.clone(), normalized.clone()), 0);
     let grad_gain = B::float_reshape(grad_gain, Shape::new([width]));
     let scaled = B::float_mul(grad, gain);
-    let mean = B::float_mean_dim(B::float_mul(scaled.clone(), normalised.clone()), 1);
-    let grad_x = B::float_mul(B::float_sub(scaled, B::float_mul(normalised, mean)), inverse);
+    let mean = B::float_mean_dim(B::float_mul(scaled.clone(), normalized.clone()), 1);
+    let grad_x = B::float_mul(B::float_sub(scaled, B::float_mul(normalized, mean)), inverse);
     (B::float_cast(grad_x, x_dtype), B::float_cast(grad_gain, gain_dtype))
 }
 
@@ -241,7 +243,7 @@ pub(super) fn rotate_forward<B: Backend>(
     let dtype = FloatDType::from(x.dtype());
     let [batch, sequence, heads, width] = x.shape().dims();
     let pairs = (width - spec.start) / 2;
-    // The angles are rounded to the dtype of x before the products, as the published code does.
+    // Cos and sin are rounded to the dtype of x before the products, as in the published code.
     let angle = |t| B::float_cast(B::float_reshape(t, Shape::new([batch, sequence, 1, pairs, 1])), dtype);
     let (cos, sin) = (angle(cos), angle(sin));
     let tail = slice::<B>(x.clone(), 3, spec.start, width);
@@ -267,8 +269,7 @@ pub(super) fn rotate_forward<B: Backend>(
 
 /// See [`super::latent_attention`] and, without a shared key, [`super::grouped_attention`].
 ///
-/// Gives the output and what the gradient wants of the forward: the logarithm of each query's softmax denominator,
-/// `[batch, heads, sequence]`.
+/// Returns the output, and for the gradient the logarithm of the softmax denominator of each query, `[batch, heads, sequence]`.
 pub(super) fn attention_forward<B: Backend>(
     query: FloatTensor<B>,
     key_value: FloatTensor<B>,
@@ -278,7 +279,7 @@ pub(super) fn attention_forward<B: Backend>(
     let dtype = FloatDType::from(query.dtype());
     let heads = AttentionHeads::<B>::new(query, key_value, shared_key);
     let [batch, count, sequence, _] = heads.query.shape().dims();
-    let scores = heads.scores(spec);
+    let scores = heads.scores(spec); // [batch, heads, queries, keys]
     let largest = B::float_max_dim(scores.clone(), 3);
     let exponentials = B::float_exp(B::float_sub(scores, largest.clone()));
     let sum = B::float_sum_dim(exponentials.clone(), 3);
@@ -288,10 +289,10 @@ pub(super) fn attention_forward<B: Backend>(
     (B::float_swap_dims(output, 1, 2), B::float_reshape(log_sum, Shape::new([batch, count, sequence])))
 }
 
-/// Gradients of the attention for query, keys with values, and the shared key.
+/// Gradients of attention for the query, for keys and values, and for the shared key.
 ///
-/// With `P` the probabilities and `D = sum(dO o O)` of each query: `dV = P^T dO`, `dS = P o (dO V^T - D)`,
-/// `dQ = scale dS K`, `dK = scale dS^T Q`.
+/// With probabilities `P`, scores `S` and `D = sum(dO o O)` for each query: `dV = P^T dO`, `dS = P o (dO V^T - D)`,
+/// `dQ = scale dS K`, `dK = scale dS^T Q` (FlashAttention-2, arXiv 2307.08691, section 2.2).
 pub(super) fn attention_grad<B: Backend>(
     saved: AttentionSaved<B>,
     grad: FloatTensor<B>,
@@ -315,7 +316,7 @@ pub(super) fn attention_grad<B: Backend>(
     let grad_value = B::float_matmul(B::float_transpose(probabilities), grad);
     let grad_query = B::float_matmul(grad_scores.clone(), heads.key);
     let grad_key = B::float_matmul(B::float_transpose(grad_scores), heads.query);
-    // Heads that share a key add up their gradients, and all heads those of the shared part.
+    // The gradient of a key head is the sum over the heads of its group, that of the shared key the sum over all heads.
     let grad_key_value = B::float_cat(vec![slice::<B>(grad_key.clone(), 3, 0, own), grad_value], 3);
     let group = count / key_heads;
     let grad_key_value = B::float_reshape(grad_key_value, Shape::new([batch, key_heads, group, sequence, pair]));
@@ -348,7 +349,7 @@ pub(super) fn cached_attention_forward<B: Backend>(
     B::float_cat(parts, 0)
 }
 
-/// The same where every sequence of `cache` has the new tokens of `span`.
+/// [`cached_attention_forward`] if `span` holds for every sequence of `cache`.
 fn attend_span<B: Backend>(
     query: FloatTensor<B>,
     cache: FloatTensor<B>,
@@ -368,17 +369,17 @@ fn attend_span<B: Backend>(
     let scores = to_f32::<B>(B::float_matmul(query, B::float_transpose(key)));
     let mut scores = B::float_mul_scalar(scores, spec.scale.into());
     if count > 1 || spec.first_key(span.start) > 0 {
-        let hidden: Vec<f32> = (0..count * group)
+        let masked: Vec<f32> = (0..count * group)
             .flat_map(|row| {
                 let last = span.start + row / group;
                 let seen = spec.first_key(last)..=last;
                 (0..span.end()).map(move |key| if seen.contains(&key) { 0.0 } else { f32::NEG_INFINITY })
             })
             .collect();
-        let hidden = TensorData::new(hidden, [1, 1, count * group, span.end()]);
-        let hidden = B::float_from_data(hidden, &scores.device());
+        let masked = TensorData::new(masked, [1, 1, count * group, span.end()]);
+        let masked = B::float_from_data(masked, &scores.device());
         let shape = scores.shape();
-        scores = B::float_add(scores, B::float_expand(hidden, shape));
+        scores = B::float_add(scores, B::float_expand(masked, shape));
     }
     let probabilities = B::float_cast(B::softmax(scores, 3), dtype);
     let output = B::float_matmul(probabilities, value); // [batch, key heads, tokens * group, value]
@@ -411,11 +412,11 @@ pub(super) fn cross_entropy_grad<B: Backend>(
     B::float_cast(B::float_scatter(1, probabilities, targets, B::float_neg(grad), update), dtype)
 }
 
-/// Targets moved into `0..vocab`, which a gather must not leave, and f32 `[rows]`: 0 where that moved nothing, NaN where it
-/// did.
+/// Targets clamped to `0..vocab`, because a gather must stay in bounds, and a penalty, f32 `[rows]`: 0 for a target that was in
+/// range, NaN for one that was not.
 ///
-/// The NaN is the root of a negative number: a constant one is not allowed in every shading language, and truth values are
-/// stored differently from backend to backend.
+/// The NaN is computed as the root of a negative number, because not every shading language allows a NaN constant. Boolean masks
+/// are avoided, because backends store them differently.
 fn clamp_targets<B: Backend>(targets: IntTensor<B>, vocab: usize) -> (IntTensor<B>, FloatTensor<B>) {
     let wide = matches!(targets.dtype(), DType::I32 | DType::I64 | DType::U32 | DType::U64);
     let targets = if wide { targets } else { B::int_cast(targets, IntDType::I32) };
@@ -425,7 +426,7 @@ fn clamp_targets<B: Backend>(targets: IntTensor<B>, vocab: usize) -> (IntTensor<
     (inside, B::float_sqrt(B::float_neg(B::float_abs(distance))))
 }
 
-/// What an attention keeps of its forward for its gradient.
+/// What attention saves in the forward pass for its gradient.
 #[derive(Debug, Clone)]
 pub(crate) struct AttentionSaved<B: Backend> {
     pub(crate) query: FloatTensor<B>,
@@ -435,12 +436,12 @@ pub(crate) struct AttentionSaved<B: Backend> {
     pub(crate) log_sum: FloatTensor<B>,
 }
 
-/// Query, whole key and value of every head, `[batch, heads, sequence, width]`.
+/// Query, complete key and value of every head, `[batch, heads, sequence, width]`.
 struct AttentionHeads<B: Backend> {
     query: FloatTensor<B>,
     key: FloatTensor<B>,
     value: FloatTensor<B>,
-    /// How much of the key is the head's own; the rest is shared.
+    /// Width of the part of the key that is the head's own; the rest is shared.
     own_key_width: usize,
 }
 
@@ -450,7 +451,7 @@ impl<B: Backend> AttentionHeads<B> {
         let [_, _, key_heads, pair] = key_value.shape().dims();
         let shared_width = shared_key.as_ref().map_or(0, |shared| shared.shape()[2]);
         let own_key_width = width - shared_width;
-        // Give each query head its own copy of the key head that it uses.
+        // Each query head gets a copy of its key head, so that the rest is ordinary multi-head attention.
         let repeated = B::float_expand(
             B::float_reshape(key_value, Shape::new([batch, sequence, key_heads, 1, pair])),
             Shape::new([batch, sequence, key_heads, count / key_heads, pair]),
@@ -470,7 +471,7 @@ impl<B: Backend> AttentionHeads<B> {
         Self { query: B::float_swap_dims(query, 1, 2), key, value, own_key_width }
     }
 
-    /// Scaled scores in f32, `-inf` where a query may not see a key.
+    /// Scaled scores in f32, `-inf` where a query does not see a key.
     fn scores(&self, spec: &AttentionSpec) -> FloatTensor<B> {
         let product = B::float_matmul(self.query.clone(), B::float_transpose(self.key.clone()));
         let scores = B::float_mul_scalar(to_f32::<B>(product), spec.scale.into());
@@ -480,9 +481,8 @@ impl<B: Backend> AttentionHeads<B> {
     }
 }
 
-/// `-inf` where query `i` may not see key `j`: after it, or before its document; else 0. `[batch, 1, sequence, sequence]`.
-///
-/// Numbers and not truth values, whose storage differs from backend to backend.
+/// `[batch, 1, sequence, sequence]`: `-inf` where query `i` does not see key `j`, because the key is after it or before its document;
+/// 0 elsewhere. It is added to the scores and not a boolean mask, because backends store booleans differently.
 fn causal_mask<B: Backend>(batch: usize, sequence: usize, spec: &AttentionSpec, device: &Device<B>) -> FloatTensor<B> {
     let mut causal_mask = vec![0.0f32; batch * sequence * sequence];
     for (query, row) in causal_mask.chunks_mut(sequence).enumerate() {
@@ -510,7 +510,7 @@ fn grouped_product<B: Backend>(
     })
 }
 
-/// Each group's rows by the matrix that `weight` gives for it; it is asked for those that have rows.
+/// Multiplies the rows of each group by the matrix `weight(group)`, which is not called for groups without rows.
 fn matmul_by_group<B: Backend>(
     rows: FloatTensor<B>,
     layout: &GroupLayout,
@@ -526,7 +526,7 @@ fn matmul_by_group<B: Backend>(
     B::float_cat(parts, 0)
 }
 
-/// Rows in the order of slots, in f32: `[tokens, k, width]`.
+/// Rows reordered by slot, in f32: `[tokens, k, width]`.
 fn rows_by_slot<B: Backend>(rows: FloatTensor<B>, layout: &GroupLayout) -> FloatTensor<B> {
     let (device, width) = (rows.device(), rows.shape()[1]);
     let slots = B::float_select(rows, 0, int_tensor::<B>(layout.row_of_slot(), &device));

@@ -1,41 +1,42 @@
-//! What operations need to know beside their tensors.
+//! Parameters of operations that are not tensors.
 
 use std::sync::Arc;
 
-/// What an attention over whole sequences needs to know. It is always causal.
+/// Parameters of attention over whole sequences, which is always causal.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AttentionSpec {
-    /// Factor on the scores.
+    /// Factor on the products of queries and keys.
     pub scale: f32,
-    /// For each query, `batch * sequence` entries, the first key that it may see: where its document starts in its
-    /// sequence, or a sliding window. Never after the query, and never decreasing along a sequence. `None` where each sequence is one document without a
-    /// window.
+    /// `[batch * sequence]`: for each query the index in its sequence of the first key that it sees, which is the start of its
+    /// document or of a sliding window. It must not be after the query and must not decrease along a sequence. `None` if every
+    /// query sees its sequence from the start.
     pub starts: Option<Arc<Vec<u32>>>,
 }
 
-/// What a rotary embedding needs to know.
+/// Parameters of the rotary embedding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RotationSpec {
-    /// The first dimension of a head that is rotated: all before it pass unchanged, all from it on are rotated.
+    /// The first dimension of a head that is rotated; those before it are copied.
     pub start: usize,
-    /// Whether pairs lie beside each other (DeepSeek) or half the rotated part apart (Llama).
+    /// Whether the dimensions of a pair are adjacent (DeepSeek), or half the rotated part apart (Llama).
     pub interleave: bool,
 }
 
-/// Values that share a scale: the block of QLoRA (arXiv 2305.14314).
+/// The number of consecutive values that share a scale, as in QLoRA (arXiv 2305.14314).
 pub const QUANT_BLOCK: usize = 64;
 
-/// How many bits a quantized value has.
+/// The number of bits of a quantized value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QuantBits {
-    /// Integers from -127 to 127, stored with 128 added.
+    /// Integers from -127 to 127, stored with a zero point of 128.
     Eight,
-    /// Integers from -7 to 7, stored with 8 added; the first half of a block in the low half of its bytes.
+    /// Integers from -7 to 7, stored with a zero point of 8. The first 32 values of a block are in the low halves of its bytes, the
+    /// others in the high halves.
     Four,
 }
 
 impl QuantBits {
-    /// The largest integer.
+    /// The largest integer; the range is symmetric, so that 0 is exact.
     pub fn largest(self) -> u8 {
         match self {
             Self::Eight => 127,
@@ -43,12 +44,12 @@ impl QuantBits {
         }
     }
 
-    /// What 0 is stored as.
+    /// The zero point: the stored value of 0.
     pub fn zero(self) -> u8 {
         self.largest() + 1
     }
 
-    /// Bytes of an even number of values.
+    /// The bytes of an even number of values.
     pub fn bytes(self, values: usize) -> usize {
         match self {
             Self::Eight => values,
@@ -57,13 +58,13 @@ impl QuantBits {
     }
 }
 
-/// The shape of a quantized matrix, or of each of a stack.
+/// The shape of a quantized matrix, or of each matrix in a stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuantizedSpec {
-    /// Bits of a value.
+    /// The number of bits of a value.
     pub bits: QuantBits,
-    /// Rows: the width of what is multiplied by it.
+    /// Rows of the matrix: the width of the input.
     pub input: usize,
-    /// Columns: the width of the product.
+    /// Columns of the matrix: the width of the output.
     pub output: usize,
 }

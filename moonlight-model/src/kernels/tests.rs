@@ -1,4 +1,4 @@
-//! Holds the fast kernels against the reference, and the hand-written gradients against Burn's autodiff.
+//! Compares the fast kernels with the reference, and the hand-written gradients with Burn's autodiff.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use super::{
     grouped_matmul, latent_attention, project, rms_norm, rotate, swiglu,
 };
 
-/// These functions as tests, each at every level of vector instructions that the CPU's kernels have here.
+/// Makes a test of each function that runs it at every level of vector instructions that this processor has.
 macro_rules! at_each_level {
     ($($name:ident),* $(,)?) => {
         mod at_each_level {
@@ -39,7 +39,7 @@ at_each_level! {
     cross_entropy_is_minus_the_log_probability_of_the_target,
 }
 
-/// A layout of `tokens` tokens with `k` different experts each; the last expert gets none, expert 0 more than its share.
+/// A layout of `tokens` tokens with `k` different experts each. Every token goes to expert 0 and none to the last expert.
 fn layout(tokens: usize, k: usize, experts: usize) -> Arc<GroupLayout> {
     let others = experts - 2;
     let choices: Vec<u32> = (0..tokens)
@@ -53,7 +53,7 @@ fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
 }
 
-/// Documents of several lengths in each of `batch` sequences, or none.
+/// Attention without documents, with a sliding window, and with documents of another length in each sequence.
 fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 3] {
     let starts: Vec<u32> = (0..batch)
         .flat_map(|row| {
@@ -68,10 +68,10 @@ fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 3] {
     [spec(None), spec(windows), spec(Some(Arc::new(starts)))]
 }
 
-/// Picks one input's gradient.
+/// Returns the gradient of one input.
 type GradientOf<'a> = dyn Fn(&burn::tensor::Gradients) -> Option<TensorData> + 'a;
 
-/// An output and the gradients of its product with fixed numbers.
+/// An output, and the gradients of the sum of its products with fixed weights.
 fn gradients<const D: usize, const N: usize>(
     output: Tensor<D>,
     inputs: [&GradientOf<'_>; N],
@@ -81,10 +81,10 @@ fn gradients<const D: usize, const N: usize>(
     let weights = Tensor::<D>::from_data(TensorData::new(weights, output.shape()), &output.device());
     let value = output.clone().into_data();
     let grads = (output * weights).sum().backward();
-    (value, inputs.map(|input| input(&grads).expect("every input takes part")))
+    (value, inputs.map(|input| input(&grads).expect("every input has a gradient")))
 }
 
-/// Runs the operation and the same thing composed of Burn's own tensor operations, and compares values and gradients.
+/// Compares values and gradients of the operation with those of the same computation by Burn's tensor operations.
 macro_rules! agree {
     ($tolerance:expr, [$($input:ident),+], $fused:expr, $composed:expr) => {{
         $(let $input = $input.require_grad();)+
@@ -99,31 +99,31 @@ macro_rules! agree {
     }};
 }
 
-/// Attention composed of tensor operations that materialise everything.
+/// Attention composed of tensor operations, with all scores in memory.
 fn plain_attention(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, spec: &AttentionSpec) -> Tensor<4> {
     let [batch, sequence, heads, _] = query.dims();
     let scores = query.swap_dims(1, 2).matmul(key.swap_dims(1, 2).transpose()) * spec.scale;
-    let hidden: Vec<bool> = (0..batch * sequence)
+    let masked: Vec<bool> = (0..batch * sequence)
         .flat_map(|token| {
             let start = spec.starts.as_ref().map_or(0, |starts| starts[token] as usize);
             let query = token % sequence;
             (0..sequence).map(move |key| key < start || key > query)
         })
         .collect();
-    let hidden = TensorData::new(hidden, [batch, 1, sequence, sequence]);
-    let hidden = Tensor::<4, Bool>::from_data(hidden, &scores.device());
-    let scores = scores.mask_fill(hidden.expand([batch, heads, sequence, sequence]), f32::NEG_INFINITY);
+    let masked = TensorData::new(masked, [batch, 1, sequence, sequence]);
+    let masked = Tensor::<4, Bool>::from_data(masked, &scores.device());
+    let scores = scores.mask_fill(masked.expand([batch, heads, sequence, sequence]), f32::NEG_INFINITY);
     burn::tensor::activation::softmax(scores, 3).matmul(value.swap_dims(1, 2)).swap_dims(1, 2)
 }
 
-/// The device with gradients.
+/// The default device with autodiff.
 fn device() -> Device {
     Device::default().autodiff()
 }
 
 fn a_projection_is_a_matrix_product() {
     let device = device();
-    // One row and a few, which are not packed; several tasks of columns; more rows than one task has.
+    // One row and a few (GEMV); several tasks of columns; more rows than a task has.
     for (rows, input, output) in [(1, 5, 1030), (3, 66, 7), (8, 33, 2050), (9, 33, 300), (2100, 12, 9)] {
         let x = random([rows, input], &device);
         let weight = random([input, output], &device);
@@ -147,12 +147,12 @@ fn products_in_bf16_are_those_in_f32_rounded_once() {
             let wide = |data: TensorData| data.convert::<f32>();
             (
                 wide(product.into_data()),
-                wide(rows.grad(&grads).expect("rows take part").into_data()),
-                wide(weight.grad(&grads).expect("weights take part").into_data()),
+                wide(rows.grad(&grads).expect("rows have a gradient").into_data()),
+                wide(weight.grad(&grads).expect("weights have a gradient").into_data()),
             )
         };
         let (exact, half) = (run(DType::F32), run(DType::BF16));
-        // Half a unit in the last of 8 bits.
+        // Half a unit in the last place of the 8 bits of a bf16.
         let tolerance = Tolerance::<f32>::rel_abs(1.0 / 256.0, 1e-5);
         half.0.assert_approx_eq(&exact.0, tolerance);
         half.1.assert_approx_eq(&exact.1, tolerance);
@@ -162,7 +162,7 @@ fn products_in_bf16_are_those_in_f32_rounded_once() {
 
 fn grouped_matmul_multiplies_each_row_by_its_experts_matrix() {
     let device = device();
-    // Rows beyond one task, an expert with none, odd sizes, and more experts than tokens.
+    // More rows than a task has, an expert without rows, odd sizes, and more experts than tokens.
     for (tokens, k, experts, input, output) in
         [(301, 2, 5, 17, 33), (3, 2, 9, 5, 4), (1, 1, 3, 1, 1), (40, 3, 6, 64, 31)]
     {
@@ -253,7 +253,7 @@ fn rotate_turns_pairs_by_their_angles() {
 
 fn latent_attention_is_attention_with_a_shared_key_part() {
     let device = device();
-    // Sequences of one token, within a block, at a block's end, and beyond it.
+    // Sequences of one token, shorter than a block, exactly a block, and longer.
     for (batch, sequence, heads, nope, rope, value) in
         [(2, 1, 3, 5, 2, 4), (2, 21, 3, 6, 4, 5), (1, 64, 1, 8, 2, 8), (2, 150, 2, 7, 4, 9)]
     {
@@ -309,7 +309,7 @@ fn cross_entropy_is_minus_the_log_probability_of_the_target() {
     }
 }
 
-/// The fast kernels against the reference directly: the tests above run whichever the device has.
+/// Compares the CPU kernels with the reference directly: the tests above run the kernels of the default device.
 #[cfg(feature = "cpu")]
 mod flex_against_reference {
     use std::sync::Arc;
@@ -335,7 +335,7 @@ mod flex_against_reference {
         attention_in_bf16_is_widened_and_rounded_once,
     }
 
-    /// Numbers that differ from place to place and from tensor to tensor.
+    /// Values in -1..1 that depend on index and seed.
     fn numbers<const D: usize>(shape: [usize; D], seed: usize) -> FlexTensor {
         let count: usize = shape.iter().product();
         let values: Vec<f32> = (0..count)
@@ -358,17 +358,17 @@ mod flex_against_reference {
     fn attention_to_a_cache() {
         let span = |sequence, start, count| CacheSpan { sequence, start, count };
         let cases = [
-            // One sequence: a token, then few and many queries, and more keys than are scored at a time.
+            // One sequence: few and many queries, and more keys than a block.
             (1, vec![span(0, 0, 1)]),
             (1, vec![span(0, 600, 1)]),
             (1, vec![span(0, 300, 40)]),
-            // In step, which the reference takes at once; and each at a place of its own, one resting.
+            // All sequences at one position, which the reference computes at once; and each at its own, one without new tokens.
             (3, vec![span(0, 9, 2), span(1, 9, 2), span(2, 9, 2)]),
             (4, vec![span(0, 9, 1), span(1, 0, 5), span(3, 290, 30)]),
         ];
         for (batch, spans) in cases {
             let tokens = spans.iter().map(|span| span.count).sum();
-            // MLA, whose value is a part of the only head's key, and grouped queries.
+            // Latent attention, whose value is a part of the only key head's key, and grouped-query attention.
             for (heads, key_heads, keys, values) in [(4, 1, 0..19, 0..15), (6, 2, 0..7, 7..14)] {
                 let query = numbers([tokens, heads, keys.len()], 1);
                 let cache = numbers([batch, key_heads, 640, keys.end.max(values.end)], 2);
@@ -379,7 +379,7 @@ mod flex_against_reference {
                     window,
                     spans: Arc::new(spans.clone()),
                 };
-                // Windows of one key, of less than one stretch of keys, of more than one, and wider than all.
+                // Windows of one key, of less than a block of keys, of more than one, and longer than the sequence.
                 for window in [Some(1), Some(3), Some(20), Some(290), Some(1000)] {
                     close(
                         Flex::cached_attention_forward(query.clone(), cache.clone(), &spec(window)),
@@ -555,7 +555,7 @@ mod flex_against_reference {
         Flex::float_cast(tensor, FloatDType::F32)
     }
 
-    /// What a kernel gives for bf16 is what it gives in f32 for the same values, rounded once.
+    /// Asserts that results in bf16 are those in f32 for the same inputs, rounded once.
     fn rounded_once<const N: usize>(half: [FlexTensor; N], full: [FlexTensor; N]) {
         for (half, full) in half.into_iter().zip(full) {
             assert_eq!(half.dtype(), DType::BF16);
@@ -602,14 +602,14 @@ mod flex_against_reference {
         let (grad_x, grad_gain) = Flex::rms_norm_grad(gate.clone(), gain.clone(), grad.clone(), 1e-5);
         let (full_x, full_gain) = Flex::rms_norm_grad(full(&gate), full(&gain), full(&grad), 1e-5);
         rounded_once([grad_x, grad_gain], [full_x, full_gain]);
-        // The published code rounds before the gain as well.
-        let normalised = half(&Flex::rms_norm_forward(
+        // As in the published code, there is a second rounding, before the gain.
+        let normalized = half(&Flex::rms_norm_forward(
             full(&gate),
             full(&Flex::float_ones(Shape::new([33]), &Default::default(), FloatDType::F32)),
             1e-5,
         ));
         let spread = Flex::float_expand(Flex::float_reshape(full(&gain), Shape::new([1, 33])), Shape::new([70, 33]));
-        rounded_once([Flex::rms_norm_forward(gate.clone(), gain, 1e-5)], [Flex::float_mul(wide(normalised), spread)]);
+        rounded_once([Flex::rms_norm_forward(gate.clone(), gain, 1e-5)], [Flex::float_mul(wide(normalized), spread)]);
 
         let spec = RotationSpec { start: 3, interleave: true };
         let (x, cos, sin) = (numbers(&[2, 5, 3, 9], 8), wide(numbers(&[10, 3], 9)), wide(numbers(&[10, 3], 10)));
@@ -656,18 +656,18 @@ mod flex_against_reference {
         }
     }
 
-    /// What each of some kernels gives, of values that need more digits than f32 has.
+    /// The names and values of results, which need more digits than f32 has, so that another order of sums changes bits.
     type Outputs = Vec<(&'static str, Vec<f32>)>;
 
     fn output(outputs: &mut Outputs, name: &'static str, tensors: impl IntoIterator<Item = FlexTensor>) {
         for tensor in tensors {
             let values: Vec<f32> = tensor.into_data().iter::<f32>().collect();
-            assert!(values.iter().any(|value| *value != 0.0), "{name} gives nothing to compare");
+            assert!(values.iter().any(|value| *value != 0.0), "{name} is all zeros");
             outputs.push((name, values));
         }
     }
 
-    /// The kernels that are vectorised by the compiler alone.
+    /// Results of the kernels that the compiler vectorizes.
     fn elementwise_outputs(half_precision: bool) -> Outputs {
         let numbers2 =
             |shape, seed| if half_precision { half(&numbers::<2>(shape, seed)) } else { numbers(shape, seed) };
@@ -691,14 +691,14 @@ mod flex_against_reference {
         let logits = numbers2([21, 50], 5);
         output(&mut outputs, "loss", [Flex::cross_entropy_forward(logits.clone(), targets.clone())]);
         output(&mut outputs, "loss, gradients", [Flex::cross_entropy_grad(logits, targets, numbers([21], 6))]);
-        // Few rows, which are not packed for a matrix product.
+        // Few rows, which run as GEMV and not as a matrix product.
         for width in [70, 2100] {
             output(&mut outputs, "few rows", [Flex::project_forward(numbers2([5, 300], 7), numbers2([300, width], 8))]);
         }
         outputs
     }
 
-    /// Those that multiply matrices.
+    /// Results of the kernels with matrix products.
     fn product_outputs() -> Outputs {
         let mut outputs = Outputs::new();
         let (rows, weight) = (numbers([60, 150], 1), numbers([150, 70], 2));
@@ -713,7 +713,7 @@ mod flex_against_reference {
     }
 
     #[test]
-    fn levels_give_the_same_bits_where_nothing_is_fused_and_the_same_values_everywhere() {
+    fn levels_give_the_same_bits_without_products_and_the_same_values_with_them() {
         use moonlight_simd::{Level, testing};
         let run = || [elementwise_outputs(false), elementwise_outputs(true), product_outputs()];
         let plain = testing::at_level(Level::Scalar, run);

@@ -1,4 +1,4 @@
-//! The two narrow matrices of an adapter, and dropout whose masks can be drawn again.
+//! [`LowRank`], the two matrices of an adapter, with dropout whose masks can be drawn again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,15 +9,15 @@ use burn::tensor::{DType, Distribution, Tensor};
 
 use crate::kernels::{GroupLayout, grouped_matmul};
 
-/// A low-rank change of a frozen weight: `s A B` (LoRA, arXiv 2106.09685).
+/// A low-rank update of a frozen weight: `s A B` (LoRA, arXiv 2106.09685).
 ///
-/// For a matrix (`D` = 2) `a` is `[in, rank]` and `b` `[rank, out]`; for a stack of experts (`D` = 3) `[experts, in, rank]`
-/// and `[experts, rank, out]`. Both are f32 whatever the weight's dtype, and are multiplied in the dtype of the input.
+/// `D` = 2 for a matrix, 3 for a stack of experts. Both factors are kept in f32, as an optimizer needs them, and cast to the
+/// dtype of the input for the product.
 #[derive(Module, Debug)]
 pub struct LowRank<const D: usize> {
-    /// `[.., in, rank]`.
+    /// `A`: `[in, rank]`, or `[experts, in, rank]`.
     pub a: Param<Tensor<D>>,
-    /// `[.., rank, out]`.
+    /// `B`: `[rank, out]`, or `[experts, rank, out]`.
     pub b: Param<Tensor<D>>,
     #[module(skip)]
     settings: LowRankSettings,
@@ -25,28 +25,28 @@ pub struct LowRank<const D: usize> {
     dropout: Dropout,
 }
 
-/// The numbers of an adapter beside its matrices.
+/// Scale and dropout of an adapter.
 #[derive(Config, Debug, Copy, PartialEq)]
 pub struct LowRankSettings {
-    /// `alpha`: the change is scaled by `alpha / rank`.
+    /// The update is scaled by `alpha / rank`, or by `alpha / sqrt(rank)` with `rslora`.
     pub alpha: f64,
-    /// Whether the scale is `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
+    /// Whether the scale is `alpha / sqrt(rank)` (rsLoRA, arXiv 2312.03732).
     #[config(default = false)]
     pub rslora: bool,
-    /// The share of the adapter's inputs that is dropped in training.
+    /// Probability that an input value of the adapter is dropped in training, in `0..1`.
     #[config(default = 0.0)]
     pub dropout: f64,
 }
 
 impl LowRankSettings {
-    /// The factor on the product of the two matrices.
+    /// The factor `s` on the product of the two matrices.
     pub fn scale(&self, rank: usize) -> f64 {
         let rank = rank as f64;
         self.alpha / if self.rslora { rank.sqrt() } else { rank }
     }
 }
 
-/// The seed of the masks, shared by all adapters of a model and its clones; 0 while nothing is dropped.
+/// The seed of the dropout masks, shared by all adapters of a model and its clones; 0 turns dropout off.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct DropoutSeed(Arc<AtomicU64>);
 
@@ -57,29 +57,30 @@ impl DropoutSeed {
     }
 }
 
-/// Dropout of one adapter's input.
+/// Dropout on the input of one adapter.
 #[derive(Debug, Clone)]
 struct Dropout {
     seed: DropoutSeed,
-    /// The number of the adapter in its model: each draws masks of its own.
+    /// Index of the adapter in its model, mixed into the seed so that each adapter draws other masks.
     adapter: u64,
 }
 
 impl Dropout {
-    /// Drops a share of the values and scales the others up. The mask depends on the seed and the adapter only, so that
-    /// recomputing a pass, for its gradients or after a resume, drops the same values.
+    /// Drops values with probability `rate` and scales the others by `1 / (1 - rate)`. The mask depends on the seed and the
+    /// adapter only, so a layer that is run again for its gradients, and a resumed run, drop the same values.
     fn apply(&self, x: Tensor<2>, rate: f64) -> Tensor<2> {
         let seed = self.seed.0.load(Ordering::Relaxed);
         if rate == 0.0 || seed == 0 {
             return x;
         }
+        // The device's generator is seeded for every mask: the number of draws before this one must not matter.
         x.device().seed(split_mix64(seed ^ split_mix64(self.adapter + 1)));
         let kept = x.random_like(Distribution::Bernoulli(1.0 - rate));
         x * kept.mul_scalar(1.0 / (1.0 - rate))
     }
 }
 
-/// A step of SplitMix64 (Steele, Lea and Flood 2014): close seeds become far ones.
+/// A step of SplitMix64 (Steele, Lea and Flood 2014), which maps nearby seeds to unrelated ones.
 pub(crate) fn split_mix64(seed: u64) -> u64 {
     let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -98,12 +99,12 @@ impl<const D: usize> LowRank<D> {
         Self { a, b, settings, dropout: Dropout { seed, adapter: adapter as u64 } }
     }
 
-    /// The rank.
+    /// Columns of `A` and rows of `B`.
     pub fn rank(&self) -> usize {
         self.a.lazy_shape()[D - 1]
     }
 
-    /// `alpha`, how it becomes a factor, and the dropout.
+    /// Scale and dropout.
     pub fn settings(&self) -> LowRankSettings {
         self.settings
     }
@@ -116,7 +117,7 @@ impl<const D: usize> LowRank<D> {
         self.settings.scale(self.rank())
     }
 
-    /// `W + s A B` in the dtype of `W`, added in f32.
+    /// `W + s A B` in the dtype of `W`. The sum is taken in f32, so that a half-precision weight is rounded once.
     pub(crate) fn merged_into(&self, weight: Tensor<D>) -> Tensor<D> {
         let dtype = weight.dtype();
         let change = self.a.val().matmul(self.b.val()).mul_scalar(self.scale());
@@ -129,17 +130,18 @@ impl LowRank<2> {
     pub(crate) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         let dtype = x.dtype();
         let x = self.dropout.apply(x, self.settings.dropout);
-        let narrow = x.matmul(self.a.val().cast(dtype)).mul_scalar(self.scale());
+        // Scaling here costs the fewest products: this is the narrowest tensor.
+        let narrow = x.matmul(self.a.val().cast(dtype)).mul_scalar(self.scale()); // [rows, rank]
         narrow.matmul(self.b.val().cast(dtype))
     }
 }
 
 impl LowRank<3> {
-    /// The same for rows that are sorted by expert as `layout` says, each by its expert's matrices.
+    /// `s x A B` for rows sorted by expert as in `layout`, each with the matrices of its expert.
     pub(crate) fn forward(&self, rows: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
         let dtype = rows.dtype();
         let rows = self.dropout.apply(rows, self.settings.dropout);
-        let narrow = grouped_matmul(rows, self.a.val().cast(dtype), layout).mul_scalar(self.scale());
+        let narrow = grouped_matmul(rows, self.a.val().cast(dtype), layout).mul_scalar(self.scale()); // [rows, rank]
         grouped_matmul(narrow, self.b.val().cast(dtype), layout)
     }
 }

@@ -1,11 +1,11 @@
-//! Low-rank adaptation (LoRA, arXiv 2106.09685): a frozen model learns by two narrow matrices beside each of its weights.
+//! Low-rank adaptation (LoRA, arXiv 2106.09685): the model is frozen, and two narrow matrices are trained for each adapted weight.
 //!
-//! `y = x W + s x A B`, with `A` `[in, rank]` drawn as peft draws it and `B` `[rank, out]` zero, so that the adapted model
-//! begins as the base; only `A` and `B` get gradients. Experts have one pair each, stacked as their weights are, multiplied
-//! by the same grouped product.
+//! `y = x W + s x A B`, with `A` `[in, rank]` initialized as in peft and `B` `[rank, out]` zero, so that training starts from
+//! the base model. Only `A` and `B` have gradients. Each expert has its own pair, stacked like the experts' weights and
+//! multiplied by the same grouped product.
 //!
-//! Burn's own `Module::apply_lora` materialises `W + s A B` at every pass: that is a copy of the weight and a gradient of
-//! its whole size, it has no dropout, and it flattens a stack of experts to one matrix with one pair.
+//! Burn's own `Module::apply_lora` is not used: it computes `W + s A B` in every forward pass, which copies the weight and
+//! needs a gradient of its full size, it has no dropout, and it treats a stack of experts as one matrix with one pair.
 
 pub(crate) mod low_rank;
 mod target;
@@ -28,9 +28,10 @@ use crate::projections::ModelProjection;
 use low_rank::{DropoutSeed, split_mix64};
 use target::Target;
 
-/// What adapters a model gets. The defaults are those of "LoRA Without Regret" (Schulman, Thinking Machines 2025), on attention.
+/// Which adapters a model gets, and their rank, scale and dropout. The defaults are those of "LoRA Without Regret" (Schulman,
+/// Thinking Machines 2025), on attention only.
 ///
-/// It is read from a file with every key optional; unknown keys are errors.
+/// In a file every key is optional, and an unknown key is an error.
 ///
 /// ```
 /// use burn::tensor::Device;
@@ -50,12 +51,12 @@ use target::Target;
 pub struct LoraConfig {
     /// The rank of each adapter: columns of `A` and rows of `B`.
     pub rank: usize,
-    /// The change is scaled by `alpha / rank`.
+    /// The update `A B` is scaled by `alpha / rank`.
     pub alpha: f64,
-    /// The share of an adapter's inputs that is dropped in training.
+    /// Probability that an input value of an adapter is dropped in training.
     pub dropout: f64,
-    /// What is adapted: `attention`, `mlp` (of dense layers), `shared_experts`, `experts`, `all` of these, `router`, or ends
-    /// of paths as globs (`q_proj`, `shared_experts.*`, `layers.[0-9].**`).
+    /// Which projections get an adapter: `attention`, `mlp` (of dense layers), `shared_experts`, `experts`, `all` of these,
+    /// `router`, or the end of a path as a glob (`q_proj`, `shared_experts.*`, `layers.[0-9].**`).
     pub targets: Vec<String>,
     /// Whether the scale is `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
     pub rslora: bool,
@@ -100,7 +101,7 @@ impl LoraConfig {
         Self { rslora, ..self }
     }
 
-    /// The numbers of each adapter.
+    /// Scale and dropout, which are the same for all adapters.
     pub fn settings(&self) -> LowRankSettings {
         LowRankSettings { alpha: self.alpha, rslora: self.rslora, dropout: self.dropout }
     }
@@ -110,29 +111,29 @@ impl LoraConfig {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoraError {
-    /// A target that is a malformed glob.
+    /// A target is a malformed glob.
     #[error("the target `{target}` is malformed: {problem}")]
     Target {
-        /// The target as given.
+        /// The target as written.
         target: String,
-        /// What is wrong with it.
+        /// What is wrong with the glob.
         problem: String,
     },
-    /// A target that no projection of the model matches.
+    /// A target matches no projection of the model.
     #[error("the target `{target}` matches no projection of the model")]
     NoSuchTarget {
-        /// The target as given.
+        /// The target as written.
         target: String,
-        /// The names that the model's projections end in.
+        /// The last names of the model's projections, e.g. `q_proj`.
         known: Vec<String>,
     },
-    /// An adapter for what the model does not have.
-    #[error("the adapter changes `{path}`, which is no projection of the model")]
+    /// An adapter belongs to a projection that the model does not have.
+    #[error("the adapter is for `{path}`, which is not a projection of the model")]
     NoSuchProjection {
-        /// The path.
+        /// The path in the adapter.
         path: String,
     },
-    /// Matrices of another shape than the projection and its rank ask for.
+    /// The shapes of `A` and `B` do not fit each other or the weight.
     #[error("the adapter of `{path}` has A {a:?} and B {b:?}, which do not fit a weight of {weight:?}")]
     Shape {
         /// The projection's path.
@@ -147,43 +148,43 @@ pub enum LoraError {
 }
 
 impl LoraError {
-    /// What to do about it, where we know.
+    /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Target { .. } => {
-                Some("`*` stands for any characters of one name, `**` for any number of names".into())
+                Some("correct the glob: `*` matches within one name, `**` matches any number of names".into())
             }
             Self::NoSuchTarget { known, .. } => {
-                Some(format!("targets are {}, or names: {}", TARGET_GROUPS.join(", "), known.join(", ")))
+                Some(format!("use one of {}, or a name: {}", TARGET_GROUPS.join(", "), known.join(", ")))
             }
             Self::NoSuchProjection { .. } | Self::Shape { .. } => {
-                Some("the adapter was made for another model, or damaged".into())
+                Some("use the base model that the adapter was trained on; otherwise the adapter is damaged".into())
             }
         }
     }
 }
 
-/// The values of one adapter, on the host.
+/// The values of one adapter in host memory, for saving and loading.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Adapter {
-    /// The projection that it changes, e.g. `layers.3.self_attn.q_proj`, `layers.3.mlp.experts.gate_proj`.
+    /// The path of the projection, e.g. `layers.3.self_attn.q_proj`, `layers.3.mlp.experts.gate_proj`.
     pub path: String,
     /// f32 `[.., in, rank]`.
     pub a: TensorData,
     /// f32 `[.., rank, out]`.
     pub b: TensorData,
-    /// Scaling and dropout.
+    /// Scale and dropout.
     pub settings: LowRankSettings,
 }
 
-/// The shapes of one adapter, known without a model.
+/// The shapes of one adapter, computed without a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterShape {
     /// The path of the projection.
     pub path: String,
-    /// What the projection does.
+    /// Which projection of its layer it is.
     pub role: ProjectionRole,
-    /// Its decoder layer, from 0.
+    /// The decoder layer of the projection, from 0.
     pub layer: usize,
     /// `[.., in, rank]`.
     pub a: Vec<usize>,
@@ -192,7 +193,8 @@ pub struct AdapterShape {
 }
 
 impl LoraConfig {
-    /// The adapters that a model of this shape would get, in its order; a target that is malformed matches nothing.
+    /// The adapters that a model with this config would get, in the order of its parameters. Malformed targets are ignored here;
+    /// [`CausalLm::with_lora`] refuses them.
     pub fn adapter_shapes(&self, config: &ModelConfig) -> Vec<AdapterShape> {
         let targets: Vec<Target> = self.targets.iter().filter_map(|text| Target::new(text).ok()).collect();
         let shapes = config.parameter_shapes().into_iter().filter_map(|parameter| {
@@ -214,14 +216,14 @@ impl LoraConfig {
 }
 
 impl CausalLm {
-    /// Freezes the model and puts a fresh adapter beside each projection that a target matches.
+    /// Freezes the model and adds an adapter to each projection that a target matches. Existing adapters are merged first.
     ///
-    /// `A` is uniform within `1 / sqrt(in)`, which is what peft's `kaiming_uniform_(a=sqrt(5))` comes to, and depends on
-    /// `seed` only; `B` is zero. Existing adapters are merged first.
+    /// `A` is uniform in `[-1 / sqrt(in), 1 / sqrt(in)]`, which is what peft's `kaiming_uniform_(a=sqrt(5))` amounts to, and
+    /// depends on `seed` only; `B` is zero.
     ///
     /// # Errors
     ///
-    /// [`LoraError`] for a target that is malformed or matches nothing.
+    /// [`LoraError`] if a target is malformed or matches nothing.
     pub fn with_lora(self, config: &LoraConfig, seed: u64) -> Result<Self, LoraError> {
         let targets = config
             .targets
@@ -257,11 +259,11 @@ impl CausalLm {
         Ok(model)
     }
 
-    /// Freezes the model and gives it these adapters; existing ones are merged first.
+    /// Freezes the model and attaches these adapters. Existing adapters are merged first.
     ///
     /// # Errors
     ///
-    /// [`LoraError`] for a path that is no projection and for shapes that do not fit.
+    /// [`LoraError`] if a path is not a projection of the model, or shapes do not fit.
     pub fn with_adapters(self, adapters: Vec<Adapter>) -> Result<Self, LoraError> {
         let mut model = self.merge().frozen();
         let device = model.embed_tokens.weight.val().device();
@@ -275,7 +277,7 @@ impl CausalLm {
             }
             by_path.insert(adapter.path.clone(), adapter);
         }
-        // Numbered as fresh ones are, so that a model that is read again has the dropout masks of the one that was written.
+        // Indexed as in `with_lora`, so that a model that is saved and loaded draws the same dropout masks.
         projections.retain(|each| by_path.contains_key(&each.path()));
         for (index, each) in projections.into_iter().enumerate() {
             let Some(adapter) = by_path.remove(&each.path()) else { continue };
@@ -296,7 +298,7 @@ impl CausalLm {
         self.dropout_seed().is_some()
     }
 
-    /// The values of all adapters, in the order of the model.
+    /// The values of all adapters, in the order of the model's parameters.
     pub fn adapters(&self) -> Vec<Adapter> {
         let of_projection = |each: ModelProjection<ProjectionRef<'_>>| match &each.projection {
             ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| to_adapter(each.path(), lora)),
@@ -306,16 +308,17 @@ impl CausalLm {
     }
 
     /// Turns dropout on in the adapters of this model and its clones, with masks that depend on `seed`; `None` turns it off.
-    /// Does nothing without adapters. To be called once before each micro-batch.
+    /// Call it before each micro-batch with a new seed. It has no effect without adapters.
     ///
-    /// The masks are drawn from the device's generator, which each pass seeds again.
+    /// The masks are drawn from the device's random generator, which every adapter seeds: other random tensors drawn from the
+    /// device then depend on this seed as well.
     pub fn set_dropout_seed(&self, seed: Option<u64>) {
         if let Some(shared) = self.dropout_seed() {
             shared.set(seed);
         }
     }
 
-    /// Every parameter without gradients.
+    /// The model with no parameter requiring a gradient.
     fn frozen(self) -> Self {
         struct Freeze;
         impl ModuleMapper for Freeze {
@@ -326,7 +329,7 @@ impl CausalLm {
         self.map(&mut Freeze)
     }
 
-    /// The seed that all adapters share; `None` without adapters.
+    /// The seed shared by all adapters; `None` without adapters.
     fn dropout_seed(&self) -> Option<DropoutSeed> {
         self.projections().into_iter().find_map(|each| match each.projection {
             ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
@@ -335,6 +338,7 @@ impl CausalLm {
     }
 }
 
+/// An adapter for a weight of this shape, with random `A` and zero `B`.
 fn init_adapter<const D: usize>(
     weight: [usize; D],
     config: &LoraConfig,
@@ -346,7 +350,7 @@ fn init_adapter<const D: usize>(
     shape_a[D - 1] = config.rank;
     shape_b[D - 2] = config.rank;
     let bound = (weight[D - 2] as f64).sqrt().recip();
-    // Drawn on the host, the same on every device.
+    // Drawn on the host by a counter-based generator: the same values on every device, whatever was drawn before.
     let seed = split_mix64(seed ^ split_mix64(index as u64));
     let uniform = |number: usize| (split_mix64(seed ^ split_mix64(number as u64)) >> 11) as f64 / (1_u64 << 53) as f64;
     let count: usize = shape_a.iter().product();
@@ -356,6 +360,7 @@ fn init_adapter<const D: usize>(
     LowRank::new(Param::from_tensor(a), Param::from_tensor(b), config.settings(), index, dropout.clone())
 }
 
+/// Uploads an adapter after checking its shapes against the weight's.
 fn from_adapter<const D: usize>(
     weight: [usize; D],
     adapter: Adapter,
@@ -380,7 +385,36 @@ fn from_adapter<const D: usize>(
     Ok(LowRank::new(tensor(a), tensor(b), settings, index, seed.clone()))
 }
 
+/// Reads an adapter back to the host, in f32.
 fn to_adapter<const D: usize>(path: String, lora: &LowRank<D>) -> Adapter {
     let data = |param: &Param<Tensor<D>>| param.val().into_data().convert::<f32>();
     Adapter { path, a: data(&lora.a), b: data(&lora.b), settings: lora.settings() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages() {
+        let path = || "layers.1.mlp.experts.gate_proj".to_owned();
+        let examples = [
+            LoraError::Target { target: "q[0".into(), problem: "invalid range pattern".into() },
+            LoraError::NoSuchTarget { target: "qproj".into(), known: vec!["o_proj".into(), "q_proj".into()] },
+            LoraError::NoSuchProjection { path: path() },
+            LoraError::Shape { path: path(), a: vec![9, 40, 3], b: vec![9, 2, 12], weight: vec![9, 40, 12] },
+        ];
+        let lines = examples.map(|error| {
+            // The compiler asks for an example of a new variant here.
+            match error {
+                LoraError::Target { .. }
+                | LoraError::NoSuchTarget { .. }
+                | LoraError::NoSuchProjection { .. }
+                | LoraError::Shape { .. } => {}
+            }
+            let hint = error.hint().map_or(String::new(), |hint| format!("hint: {hint}\n"));
+            format!("error: {error}\n{hint}")
+        });
+        insta::assert_snapshot!(lines.join("\n"));
+    }
 }

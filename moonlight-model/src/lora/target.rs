@@ -1,12 +1,12 @@
-//! Which projections get an adapter.
+//! [`Target`]: which projections get an adapter.
 
 use crate::parameter::ProjectionRole;
 use crate::pattern::{NamePattern, PatternError};
 
-/// The words that stand for a kind of projection.
+/// The targets that name a kind of projection. `all` excludes the router.
 pub const TARGET_GROUPS: [&str; 6] = ["attention", "mlp", "shared_experts", "experts", "all", "router"];
 
-/// One target: a word of [`TARGET_GROUPS`], or the end of a projection's path as a glob.
+/// One target: a name in [`TARGET_GROUPS`], or the end of a projection's path as a glob.
 #[derive(Debug, Clone)]
 pub(super) enum Target {
     Group(&'static str),
@@ -20,9 +20,9 @@ impl Target {
         if let Some(group) = TARGET_GROUPS.iter().find(|group| **group == text) {
             return Ok(Self::Group(group));
         }
-        // `q_proj` is every layer's, as peft reads it; a checkpoint's names begin with `model.`.
+        // As in peft, `q_proj` means that of every layer. Names in a checkpoint begin with `model.`, paths of the module do not.
         let end = text.strip_prefix("model.").unwrap_or(text);
-        // A checkpoint calls the router `gate`.
+        // The router is `gate` in a checkpoint and `router` in the module.
         let router = match end.strip_suffix("gate") {
             Some(front) if front.is_empty() || front.ends_with('.') => Some(format!("{front}router")),
             _ => (end == "router" || end.ends_with(".router")).then(|| end.to_owned()),
@@ -31,13 +31,13 @@ impl Target {
         Ok(if router.is_some() { Self::Router(pattern) } else { Self::Path(pattern) })
     }
 
-    /// Whether a projection is meant, at `path`, say `layers.3.mlp.shared_experts.up_proj`.
+    /// Whether the projection at `path`, e.g. `layers.3.mlp.shared_experts.up_proj`, is targeted.
     pub(super) fn matches(&self, path: &str, role: ProjectionRole) -> bool {
         match self {
             Self::Group("all") => role != ProjectionRole::Router,
             Self::Group(group) => group_of(role) == *group,
-            // A router learns where its name is written and not because a glob like `layers.1.**` happens to fit: adapters
-            // of routers unbalance the experts.
+            // A router is adapted only if it is named, not because a glob like `layers.1.**` matches it: training routers by
+            // adapters unbalances the experts' loads.
             Self::Path(pattern) => role != ProjectionRole::Router && pattern.matches(path),
             Self::Router(pattern) => role == ProjectionRole::Router && pattern.matches(path),
         }
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn words_stand_for_kinds_and_names_for_ends_of_paths() {
+    fn groups_match_kinds_and_globs_match_ends_of_paths() {
         let all = [
             ("layers.0.self_attn.q_proj", ProjectionRole::Attention(AttentionRole::Query)),
             ("layers.0.mlp.gate_proj", ProjectionRole::Mlp(MlpRole::Gate)),

@@ -1,4 +1,4 @@
-//! Keeping the experts' load in balance: the bias rule and the sequence-wise loss.
+//! Load balancing: the update of the correction bias, and the sequence-wise balance loss.
 
 use burn::tensor::{Tensor, TensorData};
 
@@ -6,7 +6,7 @@ use super::router::{RouterOutput, top_k_by_score};
 use super::shape::ScoringFunc;
 use crate::forward::ForwardContext;
 
-/// How many tokens chose each expert; padding does not count.
+/// The number of tokens routed to each expert, without padding.
 pub(super) fn expert_load(choices: &[u32], k: usize, experts: usize, padding: Option<&[bool]>) -> Vec<u64> {
     let mut load = vec![0; experts];
     for (token, choices) in choices.chunks_exact(k).enumerate() {
@@ -17,10 +17,11 @@ pub(super) fn expert_load(choices: &[u32], k: usize, experts: usize, padding: Op
     load
 }
 
-/// The step of the correction bias (the Muon report, appendix C): `u (sign(e_i) - mean_j sign(e_j))`, with `e_i` the
-/// mean load less the load of expert `i`, so that an overloaded expert becomes less likely. The sum of the biases stays.
+/// The update of the correction bias (Muon report, arXiv 2502.16982, appendix C): `u (sign(e_i) - mean_j sign(e_j))`, with `e_i`
+/// the mean load less the load of expert `i`, so that an overloaded expert becomes less likely. Subtracting the mean keeps the
+/// sum of the biases constant.
 pub(crate) fn bias_step(load: &[u64], rate: f64) -> Vec<f32> {
-    // mean > load_i without dividing: the total against experts times load_i.
+    // sign(mean - load_i) in integers: the total is compared with `experts * load_i`, without a rounded division.
     let total: u64 = load.iter().sum();
     let signs: Vec<f64> =
         load.iter().map(|&load_i| f64::from(total.cmp(&(load_i * load.len() as u64)) as i8)).collect();
@@ -30,16 +31,18 @@ pub(crate) fn bias_step(load: &[u64], rate: f64) -> Vec<f32> {
 
 /// The sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20), averaged over sequences.
 ///
-/// `L = a sum_i f_i P_i` with `f_i = N / (k T) sum_t [i among the k best of s_t]` (by score, without the bias) and
-/// `P_i` the mean over the sequence of `s_i / sum_j s_j`. The gradient flows through `P` alone. Padding takes no part.
+/// `L = a sum_i f_i P_i` with `f_i = N / (k T) sum_t [i among the k best of s_t]` (by score, without the bias) and `P_i` the mean
+/// over the sequence of `s_i / sum_j s_j`. The gradient flows through `P` only. Padding does not count.
 pub(super) fn sequence_loss(routed: &RouterOutput, experts: usize, context: &ForwardContext) -> Tensor<1> {
     let (batch, sequence, k) = (context.batch(), context.sequence(), routed.k);
     let top_k = top_k_by_score(&routed.host_scores, experts, k);
     let counts = |token: usize| !context.padding().is_some_and(|padding| padding[token]);
-    // coefficients[t, i] = a f_i / (T sequences): the loss is their product with the normalised scores.
+    // coefficients[t, i] = a f_i / (T sequences). `f` has no gradient, so the loss is one product of these constants with the
+    // normalized scores.
     let mut coefficients = vec![0.0f32; batch * sequence * experts];
     for row in 0..batch {
         let tokens = row * sequence..(row + 1) * sequence;
+        // T, without padding. A sequence of padding only has no terms below, so its infinite factor is never used.
         let length = tokens.clone().filter(|&token| counts(token)).count();
         let mut chosen = vec![0u64; experts];
         for token in tokens.clone().filter(|&token| counts(token)) {
@@ -54,11 +57,12 @@ pub(super) fn sequence_loss(routed: &RouterOutput, experts: usize, context: &For
     }
     let shape = [batch * sequence, experts];
     let coefficients = Tensor::<2>::from_data(TensorData::new(coefficients, shape), &routed.scores.device());
-    let normalised = match routed.scoring {
+    // Scores by softmax sum to 1 already.
+    let normalized = match routed.scoring {
         ScoringFunc::Softmax => routed.scores.clone(),
         ScoringFunc::Sigmoid => routed.scores.clone() / routed.scores.clone().sum_dim(1),
     };
-    (normalised * coefficients).sum()
+    (normalized * coefficients).sum()
 }
 
 #[cfg(test)]
@@ -66,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bias_moves_against_the_load_and_its_sum_stays() {
+    fn the_bias_moves_against_the_load_and_keeps_its_sum() {
         // Mean 4: experts 0 and 1 are overloaded, 2 is even, 3 is empty.
         let step = bias_step(&[7, 5, 4, 0], 1e-3);
         let mean_sign = -0.25;

@@ -1,4 +1,4 @@
-//! The routed experts, stacked.
+//! [`Experts`]: the routed experts, with their weights stacked.
 
 use std::sync::Arc;
 
@@ -16,19 +16,19 @@ use crate::quantization::QuantizedWeight;
 /// The configuration of [`Experts`].
 #[derive(Config, Debug, PartialEq)]
 pub struct ExpertsConfig {
-    /// Width of the hidden states.
+    /// Width of input and output.
     pub hidden_size: usize,
-    /// Number of experts.
+    /// Number of routed experts.
     pub n_routed_experts: usize,
-    /// Width of one expert's MLP.
+    /// Width of the MLP of one expert.
     pub moe_intermediate_size: usize,
-    /// Standard deviation of fresh weights.
+    /// Standard deviation of initialized weights.
     #[config(default = 0.02)]
     pub initializer_range: f64,
 }
 
 impl ExpertsConfig {
-    /// Experts with fresh parameters, drawn when they are first used.
+    /// Initializes the experts. A parameter is drawn when it is first read.
     pub fn init(&self, device: &Device) -> Experts {
         self.build(Init::new(device))
     }
@@ -50,35 +50,58 @@ impl ExpertsConfig {
     }
 }
 
-/// One `[experts, in, out]` parameter for each projection; each expert multiplies only its own rows.
+/// A stack of gated MLPs. Each projection is one parameter `[experts, in, out]`, so that all experts are one grouped product,
+/// and an optimizer has one parameter instead of one for each expert.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use moonlight_model::ExpertsConfig;
+/// use moonlight_model::kernels::{GroupLayout, dispatch_rows};
+///
+/// let device = Device::default();
+/// let experts = ExpertsConfig::new(64, 4, 32).init(&device);
+/// // Two tokens: the first goes to experts 0 and 3, the second to 1 and 3.
+/// let layout = Arc::new(GroupLayout::from_choices(&[0, 3, 1, 3], 2, 4));
+/// let x = Tensor::<2>::random([2, 64], Distribution::Default, &device);
+/// let rows = experts.forward(dispatch_rows(x, &layout), &layout);
+/// assert_eq!(rows.dims(), [4, 64]);
+/// ```
 ///
 /// Should be created with [`ExpertsConfig`].
 #[derive(Module, Debug)]
 pub struct Experts {
-    /// `[experts, hidden, width]`.
+    /// `[experts, hidden, intermediate]`.
     pub gate_proj: Param<Tensor<3>>,
-    /// `[experts, hidden, width]`.
+    /// `[experts, hidden, intermediate]`.
     pub up_proj: Param<Tensor<3>>,
-    /// `[experts, width, hidden]`.
+    /// `[experts, intermediate, hidden]`.
     pub down_proj: Param<Tensor<3>>,
-    /// The adapter that is trained in place of `gate_proj`.
+    /// The adapter of `gate_proj`, which is trained instead of the weight.
     pub gate_lora: Option<LowRank<3>>,
-    /// The same for `up_proj`.
+    /// The adapter of `up_proj`.
     pub up_lora: Option<LowRank<3>>,
-    /// The same for `down_proj`.
+    /// The adapter of `down_proj`.
     pub down_lora: Option<LowRank<3>>,
-    /// `gate_proj` in 8 or 4 bits; the weight is a single zero then.
+    /// `gate_proj` in 8 or 4 bits; `gate_proj` itself is then a `[1, 1, 1]` zero.
     pub gate_quantized: Option<QuantizedWeight>,
-    /// The same for `up_proj`.
+    /// `up_proj` in 8 or 4 bits.
     pub up_quantized: Option<QuantizedWeight>,
-    /// The same for `down_proj`.
+    /// `down_proj` in 8 or 4 bits.
     pub down_quantized: Option<QuantizedWeight>,
 }
 
 impl Experts {
+    /// Applies to each row the MLP of its expert.
+    ///
     /// # Shapes
     ///
-    /// `[rows, hidden]`, sorted by expert as `layout` says, to the same.
+    /// - rows, output: `[rows, hidden]`, sorted by expert as in `layout`
+    ///
+    /// # Panics
+    ///
+    /// If `layout` has another number of rows or groups.
     pub fn forward(&self, rows: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
         let gate = (&self.gate_proj, self.gate_quantized.as_ref(), self.gate_lora.as_ref());
         let up = (&self.up_proj, self.up_quantized.as_ref(), self.up_lora.as_ref());
@@ -130,6 +153,7 @@ fn layer_projection<P>(path: &[&'static str], name: &'static str, role: MlpRole,
     LayerProjection { fields: [path, &[name]].concat(), role: ProjectionRole::Experts(role), projection }
 }
 
+/// One projection of all experts, with its adapter if it has one: `[rows, in]` to `[rows, out]`.
 fn project(
     rows: Tensor<2>,
     (weight, quantized, lora): (&Param<Tensor<3>>, Option<&QuantizedWeight>, Option<&LowRank<3>>),

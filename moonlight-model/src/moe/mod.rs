@@ -1,4 +1,8 @@
-//! The mixture of experts: router, routed experts, shared experts, and how the load is kept in balance.
+//! Mixture of experts (DeepSeekMoE, arXiv 2401.06066): router, routed experts, shared experts and load balancing.
+//!
+//! The load is balanced in two ways, as in DeepSeek-V3: a correction bias of the router that follows the load
+//! ([`CausalLm::update_router_bias`](crate::CausalLm::update_router_bias)), and a small sequence-wise balance loss
+//! ([`MoeOutput::balance_loss`]).
 
 mod balance;
 mod experts;
@@ -22,14 +26,14 @@ pub(crate) use balance::bias_step;
 pub use experts::{Experts, ExpertsConfig};
 pub use router::{Router, RouterConfig, RouterOutput};
 
-/// The configuration of a [`Moe`], by the names of `config.json`.
+/// The config of a [`Moe`]; names are those of `config.json`.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
 /// use moonlight_model::{ForwardContext, MoeConfig, RouterConfig};
 ///
 /// let device = Device::default();
-/// // Eight experts, two of them for each token, each 32 wide; beside them one that every token visits.
+/// // 8 routed experts of width 32, 2 of them for each token, and 1 shared expert.
 /// let moe = MoeConfig::new(RouterConfig::new(64, 8, 2), 32).with_n_shared_experts(1).init(&device);
 /// let x = Tensor::<3>::random([2, 10, 64], Distribution::Default, &device);
 /// let output = moe.forward(x, &ForwardContext::without_positions([2, 10]));
@@ -38,36 +42,36 @@ pub use router::{Router, RouterConfig, RouterOutput};
 /// ```
 #[derive(Config, Debug, PartialEq)]
 pub struct MoeConfig {
-    /// Chooses each token's experts.
+    /// The router, which also has the hidden size and the number of routed experts.
     pub router: RouterConfig,
-    /// Width of one expert's MLP.
+    /// Width of the MLP of one expert.
     pub moe_intermediate_size: usize,
-    /// Number of shared experts, built as one MLP of this many times the width; 0 for none.
+    /// Number of shared experts, which are built as one MLP of this many times the width; 0 for none.
     #[config(default = 0)]
     pub n_shared_experts: usize,
-    /// Standard deviation of the experts' fresh weights.
+    /// Standard deviation of the experts' initialized weights. The router has its own.
     #[config(default = 0.02)]
     pub initializer_range: f64,
 }
 
 impl MoeConfig {
-    /// A mixture with fresh parameters, drawn when they are first used.
+    /// Initializes a mixture of experts. A parameter is drawn when it is first read.
     ///
     /// # Panics
     ///
-    /// Where [`RouterConfig::init`] does.
+    /// If [`RouterConfig::init`] panics.
     pub fn init(&self, device: &Device) -> Moe {
         self.build(Init::new(device))
     }
 
-    /// The routed experts.
+    /// The config of the routed experts.
     pub fn experts(&self) -> ExpertsConfig {
         let RouterConfig { hidden_size, n_routed_experts, .. } = self.router;
         ExpertsConfig::new(hidden_size, n_routed_experts, self.moe_intermediate_size)
             .with_initializer_range(self.initializer_range)
     }
 
-    /// The shared experts as one MLP; `None` where there are none.
+    /// The config of the shared experts, as one MLP; `None` without shared experts.
     pub fn shared_experts(&self) -> Option<MlpConfig> {
         let width = self.n_shared_experts * self.moe_intermediate_size;
         let config = MlpConfig::new(self.router.hidden_size, width).with_initializer_range(self.initializer_range);
@@ -83,41 +87,44 @@ impl MoeConfig {
     }
 }
 
-/// `sum_k w_k expert_k(x) + shared(x)` (DeepSeekMoE, arXiv 2401.06066).
+/// `sum_k w_k expert_k(x) + shared(x)` over the `k` experts that the router chooses for each token (DeepSeekMoE, arXiv
+/// 2401.06066). No token is dropped: an expert processes all tokens routed to it.
 ///
 /// Should be created with [`MoeConfig`].
 #[derive(Module, Debug)]
 pub struct Moe {
-    /// Chooses each token's experts and their weights.
+    /// Chooses the experts of each token and their weights `w_k`.
     pub router: Router,
-    /// The routed experts.
+    /// The routed experts, stacked.
     pub experts: Experts,
-    /// The experts that every token visits, as one MLP.
+    /// The shared experts as one MLP, which every token passes.
     pub shared_experts: Option<Mlp>,
 }
 
 projections_of_fields!(Moe { router, experts, shared_experts });
 
-/// What comes out of a mixture layer.
+/// The output of a mixture of experts, with its load and loss.
 #[derive(Debug)]
 pub struct MoeOutput<const D: usize> {
-    /// `[batch, sequence, hidden]`.
+    /// `[batch, sequence, hidden]` (`D` = 3), or `[tokens, hidden]` (`D` = 2).
     pub hidden: Tensor<D>,
-    /// Tokens that chose each routed expert; padding does not count.
+    /// Number of tokens routed to each expert, `[experts]`, without padding.
     pub load: Vec<u64>,
-    /// The weighted sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20), f32 `[1]`; `None`
-    /// where the context's weight is 0.
+    /// The weighted sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20), f32 `[1]`; `None` if the
+    /// context's balance weight is 0.
     pub balance_loss: Option<Tensor<1>>,
 }
 
 impl Moe {
+    /// Routes each token to its experts and adds the shared experts.
+    ///
     /// # Shapes
     ///
-    /// `[batch, sequence, hidden]` to the same.
+    /// - x, output: `[batch, sequence, hidden]`
     ///
     /// # Panics
     ///
-    /// When the context is of another batch or sequence length.
+    /// If the context has another batch size or sequence length.
     pub fn forward(&self, x: Tensor<3>, context: &ForwardContext) -> MoeOutput<3> {
         let shape @ [batch, sequence, hidden] = x.dims();
         context.check([batch, sequence]);
@@ -126,13 +133,14 @@ impl Moe {
         MoeOutput { hidden: hidden.reshape(shape), load, balance_loss }
     }
 
-    /// `[tokens, hidden]` to the same.
+    /// [`forward`](Self::forward) over `[tokens, hidden]`.
     pub(crate) fn forward_rows(&self, x: Tensor<2>, context: &ForwardContext) -> MoeOutput<2> {
         let routed = self.router.route(x.clone());
         let experts = self.router.experts();
         let layout = Arc::new(GroupLayout::from_choices(&routed.choices, routed.k, experts));
-        let rows = self.experts.forward(dispatch_rows(x.clone(), &layout), &layout);
-        let mut hidden = combine_rows(rows, routed.weights.clone(), &layout);
+        let rows = dispatch_rows(x.clone(), &layout); // [tokens * k, hidden], sorted by expert
+        let rows = self.experts.forward(rows, &layout);
+        let mut hidden = combine_rows(rows, routed.weights.clone(), &layout); // [tokens, hidden]
         if let Some(shared) = &self.shared_experts {
             hidden = hidden + shared.forward_rows(x);
         }

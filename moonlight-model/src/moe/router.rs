@@ -1,4 +1,4 @@
-//! Which experts a token visits, and with what weights.
+//! [`Router`]: chooses the experts of each token and their weights.
 
 use burn::config::Config;
 use burn::module::{Module, Param};
@@ -13,47 +13,47 @@ use crate::lora::low_rank::LowRank;
 use crate::parameter::ProjectionRole;
 use crate::projection::{LayerProjection, ProjectionMut, ProjectionRef, Projections, WeightMut, WeightRef};
 
-/// Tokens that one task chooses for.
+/// Tokens of one rayon task.
 const TOKENS_PER_TASK: usize = 64;
 
-/// The configuration of a [`Router`], by the names of `config.json`.
+/// The config of a [`Router`]; names are those of `config.json`. The defaults are those of DeepSeek-V3 without groups.
 #[derive(Config, Debug, PartialEq)]
 pub struct RouterConfig {
-    /// Width of the hidden states.
+    /// Width of the input.
     pub hidden_size: usize,
-    /// Number of routed experts, 1024 at most, as a configuration is checked for.
+    /// Number of routed experts, at most 1024.
     pub n_routed_experts: usize,
-    /// Routed experts that each token visits.
+    /// Number of routed experts for each token (`k`).
     pub num_experts_per_tok: usize,
-    /// Groups that the experts are divided into.
+    /// Number of groups that the experts are divided into.
     #[config(default = 1)]
     pub n_group: usize,
-    /// Groups that a token may choose from.
+    /// Number of groups that the experts of a token may come from.
     #[config(default = 1)]
     pub topk_group: usize,
-    /// How logits become scores.
+    /// How logits become scores (`scoring_func`).
     #[config(default = "ScoringFunc::Sigmoid")]
     pub scoring: ScoringFunc,
-    /// How experts are chosen from the scores.
+    /// How experts are chosen by their scores.
     #[config(default = "TopkMethod::NoauxTc")]
     pub topk_method: TopkMethod,
-    /// Whether the chosen scores are normalised to a sum of one.
+    /// Whether the scores of the chosen experts are normalized to a sum of 1.
     #[config(default = true)]
     pub norm_topk_prob: bool,
-    /// Factor on the weights of the chosen experts.
+    /// Factor on the weights of the chosen experts, after normalization.
     #[config(default = 1.0)]
     pub routed_scaling_factor: f64,
-    /// Standard deviation of fresh weights.
+    /// Standard deviation of initialized weights.
     #[config(default = 0.02)]
     pub initializer_range: f64,
 }
 
 impl RouterConfig {
-    /// A router with fresh parameters, drawn when they are first used.
+    /// Initializes a router. A parameter is drawn when it is first read.
     ///
     /// # Panics
     ///
-    /// When a token would visit no expert, or more than its groups have; when the groups do not divide the experts.
+    /// If `num_experts_per_tok` is 0 or exceeds the experts in `topk_group` groups, or if the groups do not divide the experts.
     pub fn init(&self, device: &Device) -> Router {
         self.build(Init::new(device))
     }
@@ -63,7 +63,10 @@ impl RouterConfig {
         let groups = self.n_group;
         assert!(groups > 0 && experts.is_multiple_of(groups), "{groups} groups do not divide {experts} experts");
         let reachable = self.topk_group.min(groups) * (experts / groups);
-        assert!((1..=reachable).contains(&k), "a token cannot visit {k} of {reachable} experts");
+        assert!(
+            (1..=reachable).contains(&k),
+            "num_experts_per_tok is {k}, but a token can choose from 1 to {reachable} experts"
+        );
         let corrected = self.topk_method == TopkMethod::NoauxTc;
         Router {
             weight: init.router([self.hidden_size, experts], self.initializer_range),
@@ -83,23 +86,35 @@ impl RouterConfig {
     }
 }
 
-/// The router, in f32 whatever the model's dtype (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16).
+/// The router of a mixture of experts (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16). It computes in f32 in every dtype: a
+/// rounded score would send tokens to other experts.
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use moonlight_model::RouterConfig;
+///
+/// let device = Device::default();
+/// let router = RouterConfig::new(64, 8, 2).init(&device); // hidden size 64, 2 of 8 experts for each token
+/// let routed = router.forward(Tensor::<3>::random([2, 10, 64], Distribution::Default, &device));
+/// assert_eq!((routed.choices.len(), routed.weights.dims()), (2 * 10 * 2, [20, 2]));
+/// ```
 ///
 /// Should be created with [`RouterConfig`].
 #[derive(Module, Debug)]
 pub struct Router {
     /// `[hidden, experts]`.
     pub weight: Param<Tensor<2>>,
-    /// The adapter that is trained in place of the weight.
+    /// The adapter, which is trained instead of the weight.
     pub lora: Option<LowRank<2>>,
-    /// Joins in the choice of experts, not in their weights; f32 `[experts]`, moved by a rule and not by a gradient.
-    /// Only `noaux_tc` routers have it.
+    /// Added to the scores for the choice of experts, but not in their weights; f32 `[experts]`. It is updated by a rule
+    /// ([`CausalLm::update_router_bias`](crate::CausalLm::update_router_bias)) and has no gradient. `None` unless the method is
+    /// `noaux_tc`.
     pub e_score_correction_bias: Option<Param<Tensor<1>>>,
     #[module(skip)]
     rule: RoutingRule,
 }
 
-/// How experts are chosen.
+/// How experts are chosen and weighted; see [`RouterConfig`].
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct RoutingRule {
     experts: usize,
@@ -112,46 +127,48 @@ pub(crate) struct RoutingRule {
     scale: f64,
 }
 
-/// The experts of a batch of tokens.
+/// The experts of each token and their weights.
 #[derive(Debug)]
 pub struct RouterOutput {
-    /// `tokens * k` expert numbers.
+    /// Indices of the chosen experts, `tokens * k` entries, the `k` of a token with the best first.
     pub choices: Vec<u32>,
     /// Experts per token.
     pub k: usize,
-    /// f32 `[tokens, k]`.
+    /// The weights of the chosen experts, f32 `[tokens, k]`; differentiable.
     pub weights: Tensor<2>,
-    /// f32 `[tokens, experts]`: sigmoid or softmax of the logits.
+    /// The scores of all experts (sigmoid or softmax of the logits), f32 `[tokens, experts]`; differentiable.
     pub scores: Tensor<2>,
-    /// How the scores were made.
+    /// How logits became scores, which decides how the balance loss normalizes them.
     pub(crate) scoring: ScoringFunc,
-    /// The scores on the host.
+    /// `scores` in host memory, `tokens * experts` values.
     pub(crate) host_scores: Vec<f32>,
 }
 
 impl Router {
-    /// Number of routed experts.
+    /// The number of routed experts.
     pub fn experts(&self) -> usize {
         self.rule.experts
     }
 
-    /// Chooses the experts of each token, and their weights.
+    /// Chooses the experts of each token and their weights.
     ///
     /// # Shapes
     ///
-    /// `[batch, sequence, hidden]`; the tokens of the result are those of all sequences, one after the other.
+    /// - x: `[batch, sequence, hidden]`
+    /// - output: for `tokens = batch * sequence`, sequence by sequence
     pub fn forward(&self, x: Tensor<3>) -> RouterOutput {
         let [batch, sequence, hidden] = x.dims();
         self.route(x.reshape([batch * sequence, hidden]))
     }
 
-    /// Chooses the experts of each row of `[tokens, hidden]`.
+    /// [`forward`](Self::forward) over `[tokens, hidden]`.
     ///
-    /// The choice is made on the host: the dispatch needs the counts there in any case.
+    /// The choice is made on the host, because the dispatch needs the number of rows of each expert there in any case. On a GPU
+    /// this waits for the scores.
     pub(super) fn route(&self, x: Tensor<2>) -> RouterOutput {
         let tokens = x.dims()[0];
         let x = x.cast(DType::F32);
-        let mut logits = x.clone().matmul(self.weight.val().cast(DType::F32));
+        let mut logits = x.clone().matmul(self.weight.val().cast(DType::F32)); // [tokens, experts]
         if let Some(lora) = &self.lora {
             logits = logits + lora.forward(x);
         }
@@ -165,8 +182,10 @@ impl Router {
         let k = self.rule.k;
         let indices: Vec<i32> = choices.iter().map(|&expert| expert as i32).collect();
         let indices = Tensor::<2, Int>::from_data(TensorData::new(indices, [tokens, k]), &scores.device());
-        let mut weights = scores.clone().gather(1, indices);
+        // The weights are scores without the bias, which only steers the choice.
+        let mut weights = scores.clone().gather(1, indices); // [tokens, k]
         if self.rule.normalize {
+            // The same guard against a sum of zero as in the published code.
             weights = weights.clone() / (weights.sum_dim(1) + 1e-20);
         }
         RouterOutput { choices, k, weights: weights * self.rule.scale, scores, scoring: self.rule.scoring, host_scores }
@@ -195,9 +214,9 @@ fn to_host(data: TensorData) -> Vec<f32> {
 }
 
 impl RoutingRule {
-    /// The `k` best experts of each token, best first; of equals the lower number.
+    /// The `k` best experts of each token, best first; of equal scores the lower index.
     ///
-    /// A score that is not a number counts as the worst: the loss is NaN then, and says so.
+    /// NaN ranks below every number, so that a model with non-finite values still routes, and fails by its loss.
     fn choose(&self, scores: &[f32], bias: Option<&[f32]>) -> Vec<u32> {
         let mut choices = vec![0; scores.len() / self.experts * self.k];
         choices
@@ -217,12 +236,13 @@ impl RoutingRule {
         choices
     }
 
-    /// Puts every expert outside the token's best groups out of reach.
+    /// Sets the scores of all experts outside the token's best groups to minus infinity.
     fn mask_groups(&self, scores: &mut [f32]) {
         if self.groups == 1 || self.method == TopkMethod::Greedy {
             return;
         }
         let size = self.experts / self.groups;
+        // The score of a group is the sum of its two best experts in DeepSeek-V3, its best expert in V2.
         let mut group_scores: Vec<f32> = scores
             .chunks_exact(size)
             .map(|group| {
@@ -244,11 +264,12 @@ impl RoutingRule {
     }
 }
 
-/// Fills `chosen` with the indices of the largest scores, best first, and strikes them from `scores`.
+/// Fills `chosen` with the indices of the largest scores, best first; of equal scores the lower index first, NaN last.
 fn top_k(scores: &mut [f32], chosen: &mut [u32]) {
-    // For the few choices of a router, looking k times beats sorting.
+    // For the small k of a router, k scans are faster than sorting. Taken experts are marked by bits and not by a score of minus
+    // infinity, which masked experts have as well: no expert may be chosen twice.
     let mut taken = [0u64; MAX_EXPERTS / 64];
-    assert!(scores.len() <= MAX_EXPERTS, "a router has at most {MAX_EXPERTS} experts");
+    assert!(scores.len() <= MAX_EXPERTS, "{} experts are more than {MAX_EXPERTS}", scores.len());
     for chosen in chosen {
         let mut index = usize::MAX;
         for (candidate, &score) in scores.iter().enumerate() {
@@ -262,7 +283,7 @@ fn top_k(scores: &mut [f32], chosen: &mut [u32]) {
     }
 }
 
-/// The best experts by unbiased score, which the balance loss counts.
+/// The `k` best experts of each token by score, without correction bias and groups, as the balance loss counts them.
 pub(super) fn top_k_by_score(scores: &[f32], experts: usize, k: usize) -> Vec<u32> {
     let mut choices = vec![0; scores.len() / experts * k];
     choices.par_chunks_exact_mut(k).zip(scores.par_chunks_exact(experts)).for_each(|(choices, scores)| {
@@ -291,39 +312,39 @@ mod tests {
     const SCORES: [f32; 6] = [0.9, 0.1, 0.6, 0.5, 0.2, 0.3];
 
     #[test]
-    fn plain_choice_takes_the_best() {
+    fn without_groups_the_best_scores_are_chosen() {
         assert_eq!(rule(TopkMethod::Greedy, 1, 1).choose(&SCORES, None), [0, 2]);
     }
 
     #[test]
-    fn the_most_experts_of_a_configuration_are_chosen_from() {
+    fn a_router_with_the_largest_number_of_experts_chooses_the_best() {
         let most = RoutingRule { experts: MAX_EXPERTS, ..rule(TopkMethod::Greedy, 1, 1) };
         let scores: Vec<f32> = (0..MAX_EXPERTS).map(|expert| expert as f32).collect();
         assert_eq!(most.choose(&scores, None), [MAX_EXPERTS as u32 - 1, MAX_EXPERTS as u32 - 2]);
     }
 
     #[test]
-    fn the_bias_moves_the_choice() {
+    fn the_correction_bias_changes_the_choice() {
         let bias = [-1.0, 0.0, 0.0, 0.0, 0.0, 0.5];
         assert_eq!(rule(TopkMethod::NoauxTc, 1, 1).choose(&SCORES, Some(&bias)), [5, 2]);
     }
 
     #[test]
-    fn groups_are_ranked_by_their_two_best_or_by_their_best() {
+    fn groups_are_ranked_by_their_two_best_experts_or_by_their_best() {
         // Groups of two: sums 1.0, 1.1, 0.5; maxima 0.9, 0.6, 0.3.
         assert_eq!(rule(TopkMethod::NoauxTc, 3, 1).choose(&SCORES, None), [2, 3]);
         assert_eq!(rule(TopkMethod::GroupLimitedGreedy, 3, 1).choose(&SCORES, None), [0, 1]);
     }
 
     #[test]
-    fn a_negative_biased_score_is_still_better_than_a_masked_one() {
+    fn a_negative_biased_score_ranks_above_a_masked_one() {
         let bias = [-9.0; 6];
         let choices = rule(TopkMethod::NoauxTc, 3, 1).choose(&SCORES, Some(&bias));
         assert_eq!(choices, [2, 3]);
     }
 
     #[test]
-    fn equals_go_to_the_lower_number_and_nan_comes_last() {
+    fn equal_scores_choose_the_lower_index_and_nan_ranks_last() {
         let choose = |scores: [f32; 6]| rule(TopkMethod::Greedy, 1, 1).choose(&scores, None);
         assert_eq!(choose([0.5; 6]), [0, 1]);
         assert_eq!(choose([f32::NAN, 0.1, f32::NAN, 0.2, f32::NAN, f32::NAN]), [3, 1]);

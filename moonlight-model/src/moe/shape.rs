@@ -1,4 +1,4 @@
-//! The mixture of experts' part of the configuration: its keys in `config.json`.
+//! [`MoeShape`]: the keys of `config.json` for the mixture of experts.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -11,64 +11,64 @@ use crate::config::limits::{
 };
 use crate::config::model_type::ModelType;
 
-/// Routed and shared experts, by their keys in `config.json`.
+/// The keys of `config.json` for the mixture of experts.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct MoeShape {
     /// Number of routed experts.
     pub n_routed_experts: usize,
-    /// Routed experts that each token visits.
+    /// Number of routed experts for each token.
     pub num_experts_per_tok: usize,
-    /// Width of one expert's MLP.
+    /// Width of the MLP of one expert.
     pub moe_intermediate_size: usize,
-    /// Number of shared experts, built as one MLP of this many times the width; 0 for none.
+    /// Number of shared experts, which are built as one MLP of this many times the width; 0 for none.
     pub n_shared_experts: usize,
-    /// The first layers that are dense.
+    /// Number of layers at the start that are dense.
     pub first_k_dense_replace: usize,
-    /// Every how many layers (after the dense ones) have experts.
+    /// After these, layers whose index is a multiple of this have experts; 1 for all.
     pub moe_layer_freq: usize,
-    /// Groups that the experts are divided into.
+    /// Number of groups that the experts are divided into.
     pub n_group: usize,
-    /// Groups that a token may choose from.
+    /// Number of groups that the experts of a token may come from.
     pub topk_group: usize,
-    /// How router logits become scores.
+    /// How the router's logits become scores.
     #[cfg_attr(feature = "schema", schemars(rename = "scoring_func"))]
     pub scoring: ScoringFunc,
-    /// How experts are chosen from the scores.
+    /// How experts are chosen by their scores.
     pub topk_method: TopkMethod,
-    /// Whether the chosen scores are normalised to a sum of one.
+    /// Whether the scores of the chosen experts are normalized to a sum of 1.
     pub norm_topk_prob: bool,
     /// Factor on the weights of the chosen experts.
     pub routed_scaling_factor: f64,
 }
 
-/// How router logits become scores (`scoring_func`).
+/// How the router's logits become scores (`scoring_func`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ScoringFunc {
-    /// Each expert for itself (DeepSeek-V3).
+    /// A sigmoid of each logit (DeepSeek-V3).
     Sigmoid,
-    /// Over all experts (DeepSeek-V2).
+    /// A softmax over all experts (DeepSeek-V2).
     Softmax,
 }
 
-/// How experts are chosen from the scores (`topk_method`).
+/// How experts are chosen by their scores (`topk_method`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum TopkMethod {
-    /// Auxiliary-loss-free balancing: a correction bias joins in the choice, not in the weight; a group is worth the
-    /// sum of its two best.
+    /// Auxiliary-loss-free balancing (DeepSeek-V3): a correction bias is added for the choice, but not in the weights; groups are
+    /// ranked by the sum of their two best experts.
     NoauxTc,
-    /// The best scores.
+    /// The best scores, without groups.
     Greedy,
-    /// The best scores within the groups with the best maximum.
+    /// The best scores within the groups with the best maximum (DeepSeek-V2).
     GroupLimitedGreedy,
 }
 
 impl MoeShape {
-    /// The keys of `config.json` that it is read from.
+    /// The keys that are read.
     pub(crate) const KEYS: &[&str] = &[
         "n_routed_experts",
         "num_experts_per_tok",
@@ -86,7 +86,7 @@ impl MoeShape {
 
     /// Reads the keys; `None` for a dense model.
     pub(crate) fn read(keys: &mut Keys, model_type: ModelType) -> Result<Option<Self>, ConfigError> {
-        // DeepSeek-V2's own class reads an absent `n_routed_experts` as "dense"; the family's files always have it.
+        // As in DeepSeek-V2's remote code, a model without `n_routed_experts` is dense.
         let Some(n_routed_experts) = keys.optional_size("n_routed_experts")? else {
             return Ok(None);
         };
@@ -98,19 +98,19 @@ impl MoeShape {
             Some(other) => {
                 return Err(ConfigError::Invalid {
                     field: "scoring_func",
-                    problem: format!("is `{other}`; known are `sigmoid` and `softmax`"),
+                    problem: format!("is `{other}`; supported are `sigmoid` and `softmax`"),
                 });
             }
         };
         let topk_method = match keys.string("topk_method")?.as_deref() {
             None if v2 => TopkMethod::Greedy,
             None | Some("noaux_tc") => TopkMethod::NoauxTc,
-            Some("greedy" | "gready") => TopkMethod::Greedy, // the second as V2-Lite's remote code spells it
+            Some("greedy" | "gready") => TopkMethod::Greedy, // `gready` in V2-Lite's remote code
             Some("group_limited_greedy") => TopkMethod::GroupLimitedGreedy,
             Some(other) => {
                 return Err(ConfigError::Invalid {
                     field: "topk_method",
-                    problem: format!("is `{other}`; known are `noaux_tc`, `greedy` and `group_limited_greedy`"),
+                    problem: format!("is `{other}`; supported are `noaux_tc`, `greedy` and `group_limited_greedy`"),
                 });
             }
         };
@@ -130,7 +130,7 @@ impl MoeShape {
         }))
     }
 
-    /// Writes the published spelling.
+    /// Writes the keys as published files spell them.
     pub(crate) fn write(&self, map: &mut Map<String, Value>) {
         let mut put = |key: &str, value: Value| {
             map.insert(key.to_owned(), value);
@@ -149,12 +149,12 @@ impl MoeShape {
         put("routed_scaling_factor", json!(self.routed_scaling_factor));
     }
 
-    /// Whether layer `layer` has experts, or is one of the dense ones.
+    /// Whether layer `layer` has experts; it is dense otherwise.
     pub(crate) fn is_in_layer(&self, layer: usize) -> bool {
         layer >= self.first_k_dense_replace && layer.is_multiple_of(self.moe_layer_freq)
     }
 
-    /// The mixture of a model's layers.
+    /// The config of the mixture of one layer.
     pub(crate) fn config(&self, hidden_size: usize, initializer_range: f64) -> MoeConfig {
         let router = RouterConfig {
             hidden_size,
@@ -176,7 +176,7 @@ impl MoeShape {
         }
     }
 
-    /// Refuses impossible combinations.
+    /// Refuses impossible values and combinations.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
         check_size(self.n_routed_experts, "n_routed_experts", MAX_EXPERTS)?;
         check_positive(self.num_experts_per_tok, "num_experts_per_tok")?;
@@ -198,13 +198,13 @@ impl MoeShape {
         let per_group = experts / self.n_group;
         require(self.num_experts_per_tok <= self.topk_group * per_group, "num_experts_per_tok", || {
             format!(
-                "is {}, but the {} groups that a token may choose from hold {} experts",
+                "is {}, but the {} groups that a token can choose from have {} experts",
                 self.num_experts_per_tok,
                 self.topk_group,
                 self.topk_group * per_group
             )
         })?;
-        // A group's worth is the sum of its two best experts under `noaux_tc`.
+        // `noaux_tc` ranks a group by the sum of its two best experts, so a group needs two.
         let needs_two = self.topk_method == TopkMethod::NoauxTc && self.n_group > 1;
         require(!needs_two || per_group >= 2, "n_group", || {
             format!(

@@ -1,9 +1,9 @@
-//! What the tests of whole models share.
+//! Configs for the tests of complete models.
 
 use moonlight_model::ModelConfig;
 use serde_json::{Value, json};
 
-/// A Moonlight of 40 dimensions, a dense layer and two of experts, with `changes` laid over it.
+/// A small Moonlight with a hidden size of 40, one dense layer and two layers of experts, and with some keys replaced.
 pub(crate) fn moonlight(changes: Value) -> ModelConfig {
     let mut value = json!({
         "model_type": "deepseek_v3", "vocab_size": 61, "hidden_size": 40, "intermediate_size": 56,

@@ -1,4 +1,4 @@
-//! What a run and its weights show: spectra and plots.
+//! Analysis of finished runs: spectra of the weights, plots of the metrics.
 
 pub mod plots;
 pub mod spectrum;

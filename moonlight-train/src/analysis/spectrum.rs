@@ -1,7 +1,7 @@
-//! Singular values of a checkpoint's matrices (arXiv 2502.16982, section 3.4), read layer by layer.
+//! Singular values of a checkpoint's matrices (arXiv 2502.16982, section 3.4).
 //!
-//! Attention, experts and dense layers of any checkpoint that loads: one layer is in memory at a time, whatever the size of
-//! the model. Embeddings and head are in none of the report's groups.
+//! Layers are loaded one at a time, so memory does not grow with the depth of the model. Embedding and head are left out: the report
+//! has no group for them.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -18,25 +18,25 @@ use serde::Serialize;
 
 use crate::error::TrainError;
 
-/// The groups of the report's Figure 4, in its order.
+/// The groups of the report's figure 4, in its order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub enum MatrixGroup {
-    /// Queries and the output projection.
+    /// Query and output projections of attention.
     AttnQO,
-    /// Keys and values: in latent attention, down to the latent and up from it.
+    /// Key and value projections; of latent attention `kv_a_proj_with_mqa` and `kv_b_proj`.
     AttnKV,
-    /// Routed experts, of which a few stand for all.
+    /// A sample of the routed experts.
     Experts,
-    /// The experts that every token visits, which are one MLP.
+    /// Shared experts, stored as one MLP.
     SharedExperts,
-    /// Routers.
+    /// The gate that chooses experts.
     Router,
-    /// The MLPs of dense layers.
+    /// MLPs of dense layers.
     Dense,
 }
 
 impl MatrixGroup {
-    /// The group of a parameter; `None` for norms, biases, embedding and head.
+    /// `None` for norms, biases, embedding and head.
     fn of(parameter: &ParameterShape) -> Option<Self> {
         use AttentionRole::{Output, Query, QueryDown, QueryUp};
         match (parameter.kind, parameter.role) {
@@ -54,14 +54,14 @@ impl MatrixGroup {
     }
 }
 
-/// One matrix.
+/// What the singular values of one matrix say.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct MatrixSpectrum {
     /// The decoder layer, from 0.
     pub layer: usize,
-    /// Path inside the layer; a routed expert's number in brackets.
+    /// The path inside the layer, with the index of a routed expert in brackets.
     pub path: String,
-    /// The group that it belongs to.
+    /// The group in whose mean it counts.
     pub group: MatrixGroup,
     /// `[rows, columns]`.
     pub shape: [usize; 2],
@@ -73,12 +73,12 @@ pub struct MatrixSpectrum {
     pub largest: f64,
 }
 
-/// A group's figures: means over its matrices in a layer, then over the layers that have any.
+/// Means of a group: over its matrices in each layer, then over the layers that have any.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct GroupSpectrum {
-    /// The group.
+    /// One of the report's six.
     pub group: MatrixGroup,
-    /// Matrices that were measured.
+    /// The number of matrices measured.
     pub matrices: usize,
     /// Mean SVD entropy.
     pub entropy: f64,
@@ -86,12 +86,12 @@ pub struct GroupSpectrum {
     pub stable_rank: f64,
 }
 
-/// Which matrices are measured.
+/// Which routed experts are measured.
 #[derive(Debug, Clone, Copy)]
 pub struct ExpertSelection {
-    /// Routed experts of each layer; 0 for all. The report takes 3 of 64.
+    /// Experts of each layer; 0 for all. The report samples 3 of 64.
     pub experts: usize,
-    /// Chooses them.
+    /// The seed of the choice.
     pub seed: u64,
 }
 
@@ -99,7 +99,7 @@ pub struct ExpertSelection {
 ///
 /// # Errors
 ///
-/// A layer that does not load, and [`TrainError::NonFiniteMatrix`].
+/// A layer that does not load; [`TrainError::NonFiniteMatrix`].
 pub fn layer_spectra(
     checkpoint: &Checkpoint,
     layer: usize,
@@ -135,7 +135,7 @@ pub fn layer_spectra(
         .collect()
 }
 
-/// The groups' figures, in the report's order; a group without a matrix is left out.
+/// The means of each group that has a matrix, in the report's order.
 pub fn by_group(matrices: &[MatrixSpectrum]) -> Vec<GroupSpectrum> {
     let mut layers: BTreeMap<MatrixGroup, BTreeMap<usize, Vec<&MatrixSpectrum>>> = BTreeMap::new();
     for matrix in matrices {
@@ -145,23 +145,23 @@ pub fn by_group(matrices: &[MatrixSpectrum]) -> Vec<GroupSpectrum> {
     layers
         .into_iter()
         .map(|(group, layers)| {
-            let over = |figure: fn(&MatrixSpectrum) -> f64| {
+            let mean_over_layers = |metric: fn(&MatrixSpectrum) -> f64| {
                 let of_layer = |matrices: &Vec<&MatrixSpectrum>| {
-                    mean(&matrices.iter().map(|matrix| figure(matrix)).collect::<Vec<_>>())
+                    mean(&matrices.iter().map(|matrix| metric(matrix)).collect::<Vec<_>>())
                 };
                 mean(&layers.values().map(of_layer).collect::<Vec<_>>())
             };
             GroupSpectrum {
                 group,
                 matrices: layers.values().map(Vec::len).sum(),
-                entropy: over(|matrix| matrix.entropy),
-                stable_rank: over(|matrix| matrix.stable_rank),
+                entropy: mean_over_layers(|matrix| matrix.entropy),
+                stable_rank: mean_over_layers(|matrix| matrix.stable_rank),
             }
         })
         .collect()
 }
 
-/// Singular values in f64 by faer, whose blocked SVD takes a second where Burn's takes minutes (2048 x 1408).
+/// Singular values in f64, `None` for a non-finite matrix. By faer: for 2048 x 1408 its blocked SVD takes a second, Burn's minutes.
 fn singular_values(matrix: Tensor<2>) -> Option<Spectrum> {
     let [rows, columns] = matrix.dims();
     let values: Vec<f64> = matrix.into_data().iter::<f64>().collect();
@@ -173,10 +173,10 @@ fn singular_values(matrix: Tensor<2>) -> Option<Spectrum> {
     Some(Spectrum { singular_values })
 }
 
-/// The matrices of a layer, with their paths.
+/// Collects the matrices of a layer that are to be measured, with their paths.
 struct Collector {
     path: Vec<String>,
-    /// The groups of the layer's matrices, by their paths.
+    /// The group of each matrix of the layer, by path.
     groups: HashMap<String, MatrixGroup>,
     layer: usize,
     selection: ExpertSelection,
@@ -203,7 +203,7 @@ impl ModuleVisitor for Collector {
                     0 => experts,
                     wanted => wanted.min(experts),
                 };
-                // The same experts for gate, up and down of a layer.
+                // Seeded by the layer alone, so that gate, up and down are measured for the same experts.
                 let mut random = ChaCha8Rng::seed_from_u64(self.selection.seed.wrapping_add(self.layer as u64));
                 let mut chosen = sample(&mut random, experts, wanted).into_vec();
                 chosen.sort_unstable();
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn every_matrix_of_a_moonlight_has_its_group() {
+    fn every_matrix_of_a_moonlight_model_has_a_group() {
         let dir = tempfile::tempdir().unwrap();
         let checkpoint = checkpoint(dir.path(), "bench-small");
         let matrices = all(&checkpoint, ExpertSelection { experts: 3, seed: 0 });
@@ -253,14 +253,14 @@ mod tests {
             (MatrixGroup::Dense, 3),
         ];
         assert_eq!(counts, expected);
-        // Normal matrices are nearly of full rank.
+        // Random normal matrices are close to full rank.
         assert!(groups.iter().all(|group| group.entropy > 0.8 && group.entropy < 1.0), "{groups:?}");
         let everything = all(&checkpoint, ExpertSelection { experts: 0, seed: 0 });
         assert_eq!(everything.iter().filter(|matrix| matrix.group == MatrixGroup::Experts).count(), 2 * 3 * 32);
     }
 
     #[test]
-    fn the_two_decompositions_agree() {
+    fn the_singular_values_agree_with_burns() {
         let device = Device::default();
         let matrix = Tensor::<2>::random([20, 33], burn::tensor::Distribution::Normal(0.0, 1.0), &device);
         let ours = singular_values(matrix.clone()).unwrap();
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn means_are_taken_by_layer_first() {
+    fn means_are_taken_within_layers_first() {
         let one = |layer, entropy| MatrixSpectrum {
             layer,
             path: "self_attn.q_proj.weight".into(),

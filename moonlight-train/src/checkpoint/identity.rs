@@ -1,4 +1,4 @@
-//! What a run is made of, as its checkpoints record it, so that resuming goes on with the same run or is refused.
+//! The identity of a run, which its checkpoints record: a run resumes from its own checkpoint only.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,48 +6,50 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// What a run is made of, beside its weights.
+use crate::recipe::RENAMED_KEYS;
+
+/// What a run consists of, in addition to its weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunIdentity {
-    /// The recipe, every default spelled out.
+    /// The recipe with every default, as JSON.
     pub recipe: Value,
-    /// The dtype of the weights.
+    /// The dtype of the weights: `f32`, `bf16` or `f16`.
     pub dtype: String,
-    /// The tokenizer, by its contents.
+    /// A hash of the tokenizer's files.
     pub tokenizer: ContentHash,
-    /// The training data, by their tokens.
+    /// A hash of the tokens of the training data, their order and their division into sequences.
     pub train_data: ContentHash,
-    /// The validation data, by their tokens.
+    /// A hash of the tokens of the validation data.
     pub valid_data: ContentHash,
-    /// The model beside which adapters are trained.
+    /// A hash of the base model of adapters; `None` if the model itself is trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<ContentHash>,
 }
 
-/// Something that is compared by its contents.
+/// A part of a run that is compared by its contents.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ContentHash {
-    /// What people know it by: a path, or how much it is.
+    /// What messages call it: a path in backticks, or a size.
     pub name: String,
-    /// A hash of its contents.
+    /// A hash of the contents, hexadecimal.
     pub hash: String,
 }
 
 impl PartialEq for ContentHash {
-    /// The name makes no difference: files may have been moved.
+    /// Compares the hashes only: files may have been moved.
     fn eq(&self, other: &Self) -> bool {
         self.hash == other.hash
     }
 }
 
-/// Something that is now other than the checkpoint was made with.
+/// A value that differs between the run and a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
-    /// The key of the recipe, or what the values are of.
+    /// The key of the recipe in backticks, or the name of another part of the run.
     pub key: String,
-    /// What it is now.
+    /// The value of the run that resumes.
     pub now: String,
-    /// What the checkpoint was made with.
+    /// The value that the checkpoint was written with.
     pub then: String,
 }
 
@@ -57,18 +59,18 @@ impl fmt::Display for Difference {
     }
 }
 
-/// What may be done with a key of the recipe when a run resumes.
+/// Whether a key of the recipe may change when a run resumes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rule {
-    /// It may change: it says where, how fast, how often or how far, or its contents are compared by themselves.
+    /// It may: it does not affect the steps, or what it names is compared by its contents.
     Free,
-    /// It may change, and the run says so: the steps from here on are other ones.
+    /// It may, and the change is logged: later steps differ from those of the original run.
     Announced,
-    /// It may not: the checkpoint would be continued as something that it is not.
+    /// It may not: the state in the checkpoint would not fit, or would mean something else.
     Fixed,
 }
 
-/// The rules, the first that fits: a key, or a section with a point at its end.
+/// The rules: a key, or a section if it ends in a dot. The first one that matches applies.
 const RULES: &[(&str, Rule)] = &[
     ("run.seed", Rule::Fixed),
     ("run.", Rule::Free),
@@ -106,28 +108,33 @@ const RULES: &[(&str, Rule)] = &[
 ];
 
 fn rule(key: &str) -> Rule {
-    let fits = |pattern: &str| match pattern.ends_with('.') {
+    let matches = |pattern: &str| match pattern.ends_with('.') {
         true => key.starts_with(pattern),
         false => key == pattern || key.strip_prefix(pattern).is_some_and(|rest| rest.starts_with('.')),
     };
-    // A section that is not listed is one that was forgotten here: better refused than ignored.
-    RULES.iter().find(|(pattern, _)| fits(pattern)).map_or(Rule::Fixed, |(_, rule)| *rule)
+    // A section without a rule was forgotten here. Refusing a change of it is safe, ignoring one is not.
+    RULES.iter().find(|(pattern, _)| matches(pattern)).map_or(Rule::Fixed, |(_, rule)| *rule)
 }
 
-/// How a run differs from what a checkpoint was made with.
+/// The differences between a run and a checkpoint.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Differences {
-    /// What makes it another run.
+    /// Differences with which the run may not resume.
     pub refused: Vec<Difference>,
-    /// What changes its further steps.
+    /// Differences that are logged; the run resumes.
     pub announced: Vec<Difference>,
 }
 
 impl RunIdentity {
-    /// How this run differs from `then`, that of a checkpoint.
+    /// The differences between this run and `then`, the identity in a checkpoint.
     pub fn differences(&self, then: &Self) -> Differences {
         let mut differences = Differences::default();
-        let (now_keys, then_keys) = (flattened(&self.recipe), flattened(&then.recipe));
+        let (now_keys, mut then_keys) = (flattened(&self.recipe), flattened(&then.recipe));
+        for (old, new) in RENAMED_KEYS {
+            if let Some(value) = then_keys.remove(*old) {
+                then_keys.insert((*new).to_owned(), value);
+            }
+        }
         let missing = Value::Null;
         let keys: std::collections::BTreeSet<&String> = now_keys.keys().chain(then_keys.keys()).collect();
         for key in keys {
@@ -146,7 +153,7 @@ impl RunIdentity {
         let mut by_contents = |what: &str, now: &ContentHash, then: &ContentHash| {
             if now != then {
                 let shown = |digest: &ContentHash, other: &ContentHash| match digest.name == other.name {
-                    // The same name with other contents.
+                    // With the same name for both, only the hash shows that the contents differ.
                     true => format!("{} ({})", digest.name, digest.hash.get(..12).unwrap_or(&digest.hash)),
                     false => digest.name.clone(),
                 };
@@ -168,7 +175,7 @@ impl RunIdentity {
     }
 }
 
-/// The values of a recipe by `section.key`; tables inside a key go on with points.
+/// The values of a recipe by `section.key`; keys of inner tables are appended with dots.
 fn flattened(recipe: &Value) -> BTreeMap<String, Value> {
     fn walk(prefix: &str, value: &Value, into: &mut BTreeMap<String, Value>) {
         match value {
@@ -187,6 +194,7 @@ fn flattened(recipe: &Value) -> BTreeMap<String, Value> {
     keys
 }
 
+/// The value as messages show it.
 fn shown(value: &Value) -> String {
     match value {
         Value::Null => "absent".into(),
@@ -194,7 +202,7 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// How the shape of a model differs from that of a checkpoint, by the keys of `config.json`.
+/// The differences between the shape of a model and that of a checkpoint, both as keys of `config.json`.
 pub fn shape_differences(now: &Value, then: &Value) -> Vec<Difference> {
     let (now, then) = (flattened(now), flattened(then));
     let keys: std::collections::BTreeSet<&String> = now.keys().chain(then.keys()).collect();
@@ -227,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_change_is_a_list() {
+    fn only_listed_keys_may_change() {
         let then = identity(json!({"run": {"seed": 1, "dir": "a"}, "train": {"steps": 4, "keep": 2},
             "optimizer": {"learning_rate": 0.1, "name": "muon"}, "lora": null}));
         assert_eq!(then.differences(&then), Differences::default());
@@ -237,6 +245,15 @@ mod tests {
         let keys = |differences: &[Difference]| differences.iter().map(ToString::to_string).collect::<Vec<_>>();
         assert_eq!(keys(&refused), ["`lora.rank` is 4 and was absent", "`run.seed` is 2 and was 1"]);
         assert_eq!(keys(&announced), ["`optimizer.learning_rate` is 0.2 and was 0.1", "`train.steps` is 8 and was 4"]);
+    }
+
+    #[test]
+    fn a_checkpoint_may_have_the_former_name_of_a_key() {
+        let then = identity(json!({"model": {"quantise": "int4"}}));
+        let now = |bits: &str| identity(json!({"model": {"quantize": bits}}));
+        assert_eq!(now("int4").differences(&then), Differences::default());
+        let refused: Vec<_> = now("int8").differences(&then).refused.iter().map(ToString::to_string).collect();
+        assert_eq!(refused, ["`model.quantize` is \"int8\" and was \"int4\""]);
     }
 
     #[test]

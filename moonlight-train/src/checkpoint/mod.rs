@@ -1,4 +1,4 @@
-//! Checkpoints of a run: a Hugging Face directory with the optimizer's and the trainer's state beside the weights.
+//! Checkpoints of a run: a Hugging Face directory that also contains the state of the optimizer and of the trainer.
 //!
 //! ```text
 //! checkpoints/step-00000100/
@@ -8,17 +8,17 @@
 //!     manifest.json                                                              size and hash of each file, written last
 //! ```
 //!
-//! Each rank writes the part of the optimizer's state that it holds, `optimizer-00000-of-00004.bpk` and so on; a run resumes
-//! from them with any number of ranks. Checkpoints of earlier versions have no manifest, and the whole state in one
-//! `optimizer.bpk` if one rank wrote them; a run resumes from these as well.
+//! Each rank writes its part of the optimizer's state, `optimizer-00000-of-00004.bpk` and so on; a run resumes from them with
+//! any world size. Checkpoints of earlier versions have no manifest, and those of one rank have the whole state in one
+//! `optimizer.bpk`; a run resumes from these too.
 //!
-//! The checkpoint of a run of adapters has `adapter_config.json` and `adapter_model.safetensors`, as peft lays them out, in
-//! the place of the model's configuration and weights.
+//! A checkpoint of a LoRA run has `adapter_config.json` and `adapter_model.safetensors`, in peft's layout, instead of the
+//! model's config and weights.
 //!
-//! A checkpoint is written under a hidden name, flushed, and renamed in one step, so that a folder with a step's name is
-//! complete. Whether it still is what was written, its manifest tells: [`check_checkpoint`] is asked
-//! when a run resumes (`recovery.rs`), when old checkpoints are removed (`rotation.rs`), and by whoever reads a run's folder.
-//! `identity.rs` says whether a run that resumes is the same run.
+//! A checkpoint is written under a hidden name, flushed, and renamed, so that a folder with a step's name was complete when it
+//! got that name. Its manifest proves that it still is. One function, [`check_checkpoint`], compares the two: when a run resumes
+//! (`recovery.rs`), when old checkpoints are removed (`rotation.rs`), and when any other program reads a run's folder.
+//! `identity.rs` decides whether a run that resumes is the same run.
 
 mod identity;
 mod recovery;
@@ -52,24 +52,24 @@ pub struct Checkpoints {
     keep_best: bool,
     companions: Vec<TokenizerFile>,
     companions_from: Option<PathBuf>,
-    /// Whether the adapters alone are saved, without their base model.
+    /// Whether only adapters are saved, without their base model.
     adapters: bool,
-    /// The step that the run resumed from.
+    /// The step of the checkpoint that the run resumed from.
     resumed_from: Option<u64>,
 }
 
 /// A checkpoint to resume from.
 #[derive(Debug)]
 pub struct FoundCheckpoint {
-    /// Its folder.
+    /// The folder of the checkpoint.
     pub path: PathBuf,
-    /// The run at its step.
+    /// The progress of the run.
     pub state: TrainerState,
 }
 
 impl Checkpoints {
-    /// The checkpoints in `dir`. The `keep` newest are kept (0 for all), and with `keep_best` that with the lowest
-    /// validation loss. Each contains `companions`, and the files beside the weights in the folder `companions_from`.
+    /// The checkpoints in `dir`. The `keep` newest are kept (0 for all), and with `keep_best` the one with the lowest
+    /// validation loss. Each contains the files `companions`, and those next to the weights in the folder `companions_from`.
     pub fn new(
         dir: PathBuf,
         keep: usize,
@@ -80,23 +80,23 @@ impl Checkpoints {
         Self { dir, keep, keep_best, companions, companions_from, adapters: false, resumed_from: None }
     }
 
-    /// Checkpoints of the adapters alone; their base model is in `companions_from`.
+    /// Saves adapters only; their base model is in `companions_from`.
     pub fn for_adapters(self) -> Self {
         Self { adapters: true, ..self }
     }
 
-    /// Never removes the checkpoint of this step, which the run resumed from: until the run has gone well, it is the one to
-    /// come back to.
+    /// Never removes the checkpoint of this step, from which the run resumed: if the run goes wrong after that, it is the one
+    /// to return to.
     pub fn resumed_from(self, step: Option<u64>) -> Self {
         Self { resumed_from: step, ..self }
     }
 
-    /// Writes the checkpoint of a step and removes those that are not to be kept.
+    /// Writes the checkpoint of a step, removes old checkpoints, and returns the new folder.
     ///
     /// # Errors
     ///
-    /// A file that cannot be written; the checkpoints of earlier steps stay complete. A checkpoint that cannot be removed is
-    /// a warning.
+    /// [`TrainError`] for a file that cannot be written; the checkpoints of earlier steps stay complete. An old checkpoint that
+    /// cannot be removed is a warning.
     pub fn save(
         &self,
         model: &CausalLm,
@@ -111,9 +111,9 @@ impl Checkpoints {
             let written =
                 written.and_then(|()| self.write_model(model, new)).and_then(|()| self.write_state(new, state));
             let written = optimizer.end(new, written);
-            // Last, so that a checkpoint with a manifest is complete.
+            // The manifest is written last, so that a checkpoint that has one was complete.
             let written = written.and_then(|()| Ok(Manifest::compute(new).and_then(|manifest| manifest.write(new))?));
-            // `replace_directory` knows the converter's errors only; ours is kept beside them.
+            // `replace_directory` returns the converter's error type only, so this one is kept aside.
             failure = written.err();
             match &failure {
                 None => Ok(()),
@@ -132,7 +132,7 @@ impl Checkpoints {
         let from = &self.companions_from;
         if self.adapters {
             let base = from.as_deref().unwrap_or(Path::new(""));
-            // From wherever the adapter is opened.
+            // Absolute, because the adapter may be opened from another working directory.
             let base = std::path::absolute(base).map_err(TrainError::read(base))?;
             return Ok(write_adapter(model, dir, &base, from.as_deref())?);
         }
@@ -148,7 +148,7 @@ impl Checkpoints {
         state.write(dir)
     }
 
-    /// The newest whole checkpoint's folder, as far as names and sizes tell.
+    /// The folder of the newest checkpoint that is complete by the names and sizes of its files.
     pub fn newest(&self) -> Option<PathBuf> {
         let folders = checkpoint_folders(&self.dir).ok()?;
         folders
@@ -156,17 +156,17 @@ impl Checkpoints {
             .find(|path| matches!(check_checkpoint(path, Depth::Sizes), Ok(CheckpointStatus::Complete { .. })))
     }
 
-    /// The checkpoint of a step.
+    /// Opens the checkpoint of a step.
     ///
     /// # Errors
     ///
-    /// One that is not there or not whole.
+    /// [`TrainError`] if it is absent or damaged.
     pub fn at(&self, step: u64) -> Result<FoundCheckpoint, TrainError> {
         let path = self.path(step);
         if !path.exists() {
             return Err(TrainError::Request {
-                problem: format!("this process does not see the checkpoint `{}`", path.display()),
-                hint: Some("runs on several machines need a `run.dir` that all of them share".into()),
+                problem: format!("this process cannot see the checkpoint `{}`", path.display()),
+                hint: Some("use a `run.dir` that all machines share".into()),
             });
         }
         let damaged = |problem| TrainError::NoCompleteCheckpoint {
@@ -183,13 +183,13 @@ impl Checkpoints {
         }
     }
 
-    /// Removes the checkpoints that are not to be kept. What stands in the way of that is not worth a run.
+    /// Removes old checkpoints. One that cannot be removed is a warning: a run must not end for it.
     fn rotate(&self, state: &TrainerState) {
         let folders = match checkpoint_folders(&self.dir) {
             Ok(folders) => folders,
-            Err(error) => return tracing::warn!("old checkpoints are not removed: {error}"),
+            Err(error) => return tracing::warn!("old checkpoints cannot be removed: {error}"),
         };
-        // Damaged ones neither count nor go: nobody knows what can still be saved of them.
+        // Damaged checkpoints do not count towards `keep` and are not removed: a user may still save something of them.
         let whole: BTreeMap<u64, PathBuf> = folders
             .into_iter()
             .filter_map(|path| match check_checkpoint(&path, Depth::Sizes) {
@@ -201,11 +201,11 @@ impl Checkpoints {
         let protected: Vec<u64> = [Some(state.step), self.resumed_from, best].into_iter().flatten().collect();
         for step in rotation::steps_to_remove(&whole.keys().copied().collect(), self.keep, &protected) {
             let path = &whole[&step];
-            // Somebody write-protected it to keep it.
+            // A user has made it read-only in order to keep it.
             if path.metadata().is_ok_and(|data| data.permissions().readonly()) {
                 continue;
             }
-            // Somebody may be reading it; the next rotation tries again.
+            // Another process reads it; the next rotation tries again.
             let lock = File::open(path);
             if let Ok(lock) = &lock
                 && matches!(lock.try_lock(), Err(TryLockError::WouldBlock))
@@ -213,12 +213,12 @@ impl Checkpoints {
                 continue;
             }
             if let Err(error) = remove_directory(path) {
-                tracing::warn!("an old checkpoint is not removed: {error}");
+                tracing::warn!("an old checkpoint cannot be removed: {error}");
             }
         }
     }
 
-    /// The file of a rank's part of the optimizer's state, in the folder of a checkpoint.
+    /// The path of a rank's part of the optimizer's state in the checkpoint `dir`.
     pub fn part(dir: &Path, rank: usize, world_size: usize) -> PathBuf {
         optimizer_part(dir, rank, world_size)
     }
@@ -230,8 +230,8 @@ impl Checkpoints {
 }
 
 impl FoundCheckpoint {
-    /// The files of the optimizer's state: a part of each rank that wrote it, or the single file of earlier versions. A
-    /// part that is missing is listed as well, so that opening it fails.
+    /// The files of the optimizer's state: one part for each rank that wrote it, or the single file of earlier versions. A
+    /// missing part is listed too, so that opening it is an error.
     pub fn optimizer(&self) -> Vec<PathBuf> {
         optimizer_files(&self.path)
     }
@@ -239,17 +239,17 @@ impl FoundCheckpoint {
 
 /// Writes the optimizer's state into a new checkpoint.
 pub trait StateWriter {
-    /// Called with the new folder, before anything else is written.
+    /// Called with the new folder, before any other file is written.
     ///
     /// # Errors
     ///
-    /// A file that cannot be written.
+    /// [`TrainError`] for a file that cannot be written.
     fn begin(&mut self, dir: &Path) -> Result<(), TrainError>;
 
-    /// Called with the result of writing everything else; the checkpoint is renamed if this succeeds.
+    /// Called with the result of writing all other files. The checkpoint gets its name if this succeeds.
     ///
     /// # Errors
     ///
-    /// That result's error, a file that cannot be written, or the failure of another rank.
+    /// The error in `written`, that of a file that cannot be written, or the failure of another rank.
     fn end(&mut self, dir: &Path, written: Result<(), TrainError>) -> Result<(), TrainError>;
 }

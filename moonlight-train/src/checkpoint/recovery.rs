@@ -1,5 +1,5 @@
-//! The checkpoints of a run that begins: what a killed one left is finished or removed, damaged ones are set aside by name,
-//! and the newest whole one is found.
+//! Finding the checkpoint to resume from. What a killed process left is finished or removed, damaged checkpoints are renamed,
+//! and the newest complete one is opened.
 //!
 //! Only the process that holds the run's lock may do this.
 
@@ -12,30 +12,30 @@ use moonlight_infer::run_dir::{CheckpointStatus, check_checkpoint, checkpoint_fo
 use super::{Checkpoints, FoundCheckpoint, TrainerState};
 use crate::error::TrainError;
 
-/// The end of the name of a checkpoint that was set aside.
+/// The suffix of a damaged checkpoint's name.
 const DAMAGED: &str = "damaged";
 
-/// A checkpoint that is not whole.
+/// A checkpoint that is not complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DamagedCheckpoint {
-    /// Its folder.
+    /// The folder of the checkpoint.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// What is missing or changed in it.
     pub problem: String,
 }
 
 impl Checkpoints {
-    /// The newest whole checkpoint, with what `open` makes of it; `None` where the run has no checkpoint at all. Every byte
-    /// of it has been compared with its manifest.
+    /// The newest complete checkpoint, with the result of `open` for it; `None` if the run has no checkpoint. Every byte of it
+    /// was compared with its manifest.
     ///
-    /// `open` may find damage that no manifest tells, in checkpoints of earlier versions: `Err(Ok(problem))`. Damaged
-    /// checkpoints are renamed to `step-N.damaged`, and a warning names each.
+    /// `open` returns `Err(Ok(problem))` for damage that it finds itself: checkpoints of earlier versions have no manifest.
+    /// Damaged checkpoints are renamed to `step-N.damaged`, and a warning names each.
     ///
     /// # Errors
     ///
-    /// [`TrainError::NoCompleteCheckpoint`] where there are checkpoints and all of them are damaged: then none is renamed.
-    /// [`TrainError::NewerCheckpoint`] where a newer program wrote one. A folder or file that is there and cannot be read:
-    /// nothing follows from that about the checkpoint.
+    /// [`TrainError::NoCompleteCheckpoint`] if there are checkpoints and all of them are damaged; then none is renamed.
+    /// [`TrainError::NewerCheckpoint`] if a newer version wrote the newest one. A file that exists but cannot be read is an
+    /// error too, and not damage: it may be readable again later.
     pub fn newest_complete<T>(
         &self,
         mut open: impl FnMut(&FoundCheckpoint) -> Result<T, Result<String, TrainError>>,
@@ -44,13 +44,14 @@ impl Checkpoints {
         let mut damaged: Vec<DamagedCheckpoint> = Vec::new();
         let mut newest = None;
         for path in checkpoint_folders(&self.dir)? {
-            // One of an earlier version, whose contents no digest vouches for, is only opened if it is to be resumed.
+            // Comparing every byte takes as long as reading the weights, so it is done only until the newest complete
+            // checkpoint is found; of older ones sizes are enough.
             let depth = if newest.is_none() { Depth::Digests } else { Depth::Sizes };
             let verdict = match check_checkpoint(&path, depth) {
                 Ok(verdict) => verdict,
-                // An older one that cannot be read today is no reason not to resume.
+                // An older checkpoint that cannot be read must not keep the run from resuming.
                 Err(error) if newest.is_some() => {
-                    tracing::warn!("`{}` is left as it is: {error}", path.display());
+                    tracing::warn!("the checkpoint `{}` is ignored: {error}", path.display());
                     continue;
                 }
                 Err(error) => return Err(error.into()),
@@ -80,45 +81,42 @@ impl Checkpoints {
         if newest.is_none() && !damaged.is_empty() {
             return Err(TrainError::NoCompleteCheckpoint { damaged });
         }
-        damaged.iter().for_each(set_aside);
+        damaged.iter().for_each(rename_damaged);
         Ok(newest)
     }
 
-    /// Finishes or removes what a save or a rotation that was killed left behind. What cannot be removed is only in the way.
+    /// Finishes or removes what a killed save or rotation left. What cannot be removed takes up space, but does no other harm.
     fn finish_leftovers(&self) -> Result<(), TrainError> {
         if !self.dir.is_dir() {
             return Ok(());
         }
         for failure in clean_leftovers(&self.dir, is_checkpoint_name)? {
-            tracing::warn!("left over from an earlier run, and not removed: {failure}");
+            tracing::warn!("a file of an interrupted save cannot be removed: {failure}");
         }
         Ok(())
     }
 }
 
 /// Renames a damaged checkpoint, so that it is neither counted nor overwritten.
-fn set_aside(damaged: &DamagedCheckpoint) {
+fn rename_damaged(damaged: &DamagedCheckpoint) {
     let DamagedCheckpoint { path, problem } = damaged;
     let aside = free_name(path);
     match storage::rename(path, &aside).map_err(FileError::write::<FileError>(path)) {
         Ok(()) => tracing::warn!(
-            "the checkpoint `{}` is damaged: {problem}; it is now `{}`",
+            "the checkpoint `{}` is damaged: {problem}; renamed to `{}`",
             path.display(),
             aside.file_name().unwrap_or_default().display()
         ),
         Err(error) => {
-            tracing::warn!(
-                "the checkpoint `{}` is damaged: {problem}; it cannot be set aside: {error}",
-                path.display()
-            );
+            tracing::warn!("the checkpoint `{}` is damaged: {problem}; it cannot be renamed: {error}", path.display());
         }
     }
 }
 
-/// A name that no file has: `step-N.damaged`, or with a number.
+/// An unused name: `step-N.damaged`, or with a number appended.
 fn free_name(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let numbered = (2u32..).map(|number| path.with_file_name(format!("{name}.{DAMAGED}-{number}")));
     let mut names = std::iter::once(path.with_file_name(format!("{name}.{DAMAGED}"))).chain(numbered);
-    names.find(|name| name.symlink_metadata().is_err()).expect("numbers do not run out")
+    names.find(|name| name.symlink_metadata().is_err()).expect("fewer than 2^32 files in a folder")
 }

@@ -1,14 +1,14 @@
-//! Which checkpoints of a run are removed.
+//! Which old checkpoints of a run are removed.
 
 use std::collections::BTreeSet;
 
-/// The steps of the checkpoints to remove, of the whole ones at `whole`: all but the `keep` newest (0 keeps all) and those
-/// that are `protected`, whatever their age.
-pub(super) fn steps_to_remove(whole: &BTreeSet<u64>, keep: usize, protected: &[u64]) -> Vec<u64> {
+/// The steps whose checkpoints are removed, of the `complete` ones: all except the `keep` newest (0 keeps all) and the
+/// `protected` ones of any age.
+pub(super) fn steps_to_remove(complete: &BTreeSet<u64>, keep: usize, protected: &[u64]) -> Vec<u64> {
     if keep == 0 {
         return Vec::new();
     }
-    whole.iter().rev().skip(keep).copied().filter(|step| !protected.contains(step)).collect()
+    complete.iter().rev().skip(keep).copied().filter(|step| !protected.contains(step)).collect()
 }
 
 #[cfg(test)]
@@ -20,23 +20,22 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_written_resumed_from_or_best_stays_and_so_do_the_newest(
-            whole in btree_set(0u64..40, 0..12),
+        fn the_newest_and_the_protected_checkpoints_stay_and_no_others(
+            complete in btree_set(0u64..40, 0..12),
             keep in 0usize..6,
             protected in vec(0u64..40, 0..4),
         ) {
-            let removed = steps_to_remove(&whole, keep, &protected);
-            let left: BTreeSet<u64> = whole.iter().copied().filter(|step| !removed.contains(step)).collect();
-            prop_assert!(removed.iter().all(|step| whole.contains(step)));
+            let removed = steps_to_remove(&complete, keep, &protected);
+            let left: BTreeSet<u64> = complete.iter().copied().filter(|step| !removed.contains(step)).collect();
+            prop_assert!(removed.iter().all(|step| complete.contains(step)));
             prop_assert!(protected.iter().all(|step| !removed.contains(step)));
-            let wanted = if keep == 0 { whole.len() } else { keep.min(whole.len()) };
-            for newest in whole.iter().rev().take(wanted) {
+            let wanted = if keep == 0 { complete.len() } else { keep.min(complete.len()) };
+            for newest in complete.iter().rev().take(wanted) {
                 prop_assert!(left.contains(newest));
             }
-            // And no more than that is left.
             let most = wanted + protected.iter().collect::<BTreeSet<_>>().len();
             prop_assert!(left.len() <= most);
-            prop_assert!(whole.is_empty() || !left.is_empty());
+            prop_assert!(complete.is_empty() || !left.is_empty());
         }
     }
 }

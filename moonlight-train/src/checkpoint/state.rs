@@ -10,20 +10,20 @@ use super::identity::RunIdentity;
 use crate::data::DataPosition;
 use crate::error::TrainError;
 
-/// The progress of a run: everything to resume from but its weights and its optimizer.
+/// The progress of a run: everything to resume from except the weights and the optimizer's state.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
     version: u64,
-    /// Steps taken.
+    /// Steps taken so far.
     pub step: u64,
-    /// Tokens read.
+    /// Training tokens read so far over all ranks, without padding.
     pub tokens: u64,
-    /// Position in the data.
+    /// Where the next batch starts in the training data.
     pub data: DataPosition,
-    /// The lowest validation loss so far.
+    /// The lowest validation loss so far; `None` before the first validation.
     #[serde(default, deserialize_with = "finite_best")]
     pub best: Option<Best>,
-    /// What the run is made of; `None` in checkpoints of the first version.
+    /// What the run consists of; `None` in checkpoints of format version 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<RunIdentity>,
 }
@@ -33,7 +33,7 @@ pub struct TrainerState {
 pub struct Best {
     /// The step after which it was measured.
     pub step: u64,
-    /// The loss, nats; finite.
+    /// In nats per token; finite.
     pub loss: f64,
 }
 
@@ -43,35 +43,35 @@ impl TrainerState {
         Self { version: NEWEST_VERSION, step: 0, tokens: 0, data, best: None, identity: None }
     }
 
-    /// Counts a validation loss; one that is not finite is never the best.
+    /// Updates [`best`](Self::best) with a validation loss. A non-finite loss is never the best.
     pub fn update_best(&mut self, loss: f64) {
         if loss.is_finite() && self.best.is_none_or(|best| loss < best.loss) {
             self.best = Some(Best { step: self.step, loss });
         }
     }
 
-    /// Reads that of a checkpoint; the text of what is wrong with its file.
+    /// Reads the state of a checkpoint. The inner error says why the file is damaged.
     ///
     /// # Errors
     ///
-    /// A file that cannot be read.
+    /// [`TrainError`] for a file that cannot be read.
     pub(super) fn read(dir: &Path) -> Result<Result<Self, String>, TrainError> {
         let path = dir.join(TRAINER_STATE);
         let text = storage::read(&path).map_err(TrainError::read(&path))?;
         Ok(serde_json::from_slice(&text).map_err(|error| format!("`{TRAINER_STATE}` cannot be parsed: {error}")))
     }
 
-    /// Writes it into a checkpoint.
+    /// Writes the state into a checkpoint.
     pub(super) fn write(&self, dir: &Path) -> Result<(), TrainError> {
         let path = dir.join(TRAINER_STATE);
         let state = Self { version: NEWEST_VERSION, ..self.clone() };
-        let mut text = serde_json::to_string_pretty(&state).expect("finite numbers and names are always JSON");
+        let mut text = serde_json::to_string_pretty(&state).expect("JSON holds finite numbers and texts");
         text.push('\n');
         storage::write(&path, text.as_bytes()).map_err(TrainError::write(&path))
     }
 }
 
-/// Earlier versions wrote a loss that was not finite as `null`; it is none to compare with.
+/// Earlier versions wrote a non-finite loss as `null`; there is no best loss then.
 fn finite_best<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Best>, D::Error> {
     #[derive(Deserialize)]
     struct Stored {
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_that_is_not_finite_is_never_the_best() {
+    fn a_non_finite_loss_is_never_the_best() {
         let mut state = state();
         for loss in [f64::NAN, f64::INFINITY] {
             state.update_best(loss);
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_is_read_as_it_was_written_and_the_null_of_earlier_versions_too() {
+    fn a_state_reads_back_and_so_does_the_null_of_earlier_versions() {
         let home = tempfile::tempdir().unwrap();
         let mut state = state();
         state.update_best(1.25);

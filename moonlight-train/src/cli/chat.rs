@@ -17,26 +17,27 @@ use rustyline::error::ReadlineError;
 
 use super::INTERRUPTED;
 use super::generate::SamplingArguments;
+use super::logging::reply;
 use super::model::ModelArguments;
-use super::output::{of_model, print};
+use super::output::{model_text, print};
 use super::signals::{self, Response, Signal};
 use crate::error::TrainError;
 use crate::output_file::OutputFile;
 use crate::trainer::terminal;
 
-const HELP: &str = "/system TEXT  begin anew with another system message\n/reset        begin anew\n\
-     /save FILE    write the conversation as a line of JSON\n/help         this\n/exit         leave (or Ctrl-D)\n\
-     Ctrl-C stops an answer, and at the prompt leaves.";
+const HELP: &str = "/system TEXT  start again with another system message\n/reset        start again\n\
+     /save FILE    write the conversation as a line of JSON\n/help         print this list\n/exit         leave (or Ctrl-D)\n\
+     Ctrl-C stops an answer; at the prompt it leaves";
 
-/// Talk to a model in its own chat template.
+/// Talk to a model in its chat template
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// What the system message says; else the template's own.
+    /// The system message [default: that of the template]
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// The longest answer, in tokens.
+    /// The most tokens of an answer
     #[arg(long, default_value_t = 1024)]
     max_new_tokens: usize,
     #[command(flatten)]
@@ -55,17 +56,17 @@ struct Conversation<'a> {
     answering: Arc<Answering>,
 }
 
-/// What Ctrl-C finds.
+/// What the signal handler needs to know of the conversation.
 #[derive(Default)]
 struct Answering {
-    /// Whether an answer is being made.
+    /// Whether an answer is being generated.
     now: AtomicBool,
-    /// Whether it is to be stopped.
+    /// Whether it must stop.
     interrupted: AtomicBool,
 }
 
 impl Answering {
-    /// The first Ctrl-C in an answer stops it. The second, one at any other time and every other signal end the program.
+    /// The first Ctrl-C during an answer stops the answer. A second one, one at the prompt, and any other signal end the program.
     fn respond(&self, signal: Signal) -> Response {
         let stops = signal == Signal::Interrupt && self.now.load(Ordering::SeqCst);
         if stops && !self.interrupted.swap(true, Ordering::SeqCst) { Response::Handled } else { Response::End }
@@ -94,7 +95,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     signals::handle(move |signal| {
         let response = handle.respond(signal);
         if response == Response::End {
-            terminal::restore_mode(); // the prompt is read in raw mode
+            terminal::restore_mode(); // rustyline has it in raw mode at the prompt
         }
         response
     });
@@ -119,11 +120,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
             Ok(line) if line.trim().is_empty() => {}
             Ok(line) => {
                 let _ = editor.add_history_entry(&line);
-                if conversation.take(&line)?.is_break() {
+                if conversation.handle_line(&line)?.is_break() {
                     return Ok(ExitCode::SUCCESS);
                 }
             }
-            // The terminal is in raw mode, where Ctrl-C is a key.
+            // In raw mode Ctrl-C is a key, not a signal.
             Err(ReadlineError::Interrupted) => return Ok(ExitCode::from(INTERRUPTED)),
             Err(ReadlineError::Eof) => return Ok(ExitCode::SUCCESS),
             Err(error) => return Err(failed(error)),
@@ -131,7 +132,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     }
 }
 
-/// Why nothing more can be read.
+/// The error of an input that cannot be read.
 fn unreadable(error: &ReadlineError, talking: bool) -> TrainError {
     let is_text = !matches!(error, ReadlineError::Io(error) if error.kind() == std::io::ErrorKind::InvalidData);
     let from = if talking { "the terminal" } else { "standard input" };
@@ -139,7 +140,7 @@ fn unreadable(error: &ReadlineError, talking: bool) -> TrainError {
         true => (format!("{from} cannot be read: {error}"), None),
         false => (
             format!("{from} is not UTF-8"),
-            Some("write it anew as UTF-8 (for example `iconv -f WINDOWS-1252 -t UTF-8`)".into()),
+            Some("convert it, for example with `iconv -f WINDOWS-1252 -t UTF-8`".into()),
         ),
     };
     TrainError::Request { problem, hint }
@@ -150,20 +151,20 @@ fn system(text: Option<&str>) -> Vec<Message> {
 }
 
 impl Conversation<'_> {
-    /// Takes a line: a command, or what the user says.
-    fn take(&mut self, line: &str) -> Result<ControlFlow<()>, TrainError> {
+    /// Handles a line of input: a command or a message.
+    fn handle_line(&mut self, line: &str) -> Result<ControlFlow<()>, TrainError> {
         let (word, rest) = line.trim().split_once(char::is_whitespace).unwrap_or((line.trim(), ""));
         match word {
             "/exit" | "/quit" => return Ok(ControlFlow::Break(())),
-            "/help" => tracing::info!("{HELP}"),
+            "/help" => reply!("{HELP}"),
             "/reset" => self.messages.retain(|message| message.role() == "system"),
             "/system" => self.messages = system(Some(rest.trim()).filter(|text| !text.is_empty())),
-            // What goes wrong in a conversation does not end it.
+            // An error in a conversation is reported and does not end it.
             "/save" => match self.save(Path::new(rest.trim())) {
-                Ok(()) => tracing::info!("saved: {}", rest.trim()),
+                Ok(()) => reply!("wrote `{}`", rest.trim()),
                 Err(error) => error.report(),
             },
-            _ if word.starts_with('/') => tracing::info!("there is no command `{word}`; /help says which there are"),
+            _ if word.starts_with('/') => reply!("unknown command `{word}`; /help lists the commands"),
             _ => {
                 self.answering.begin();
                 let answered = self.answer(line);
@@ -180,7 +181,7 @@ impl Conversation<'_> {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Says a line to the model and writes its answer as it comes.
+    /// Sends a message to the model and prints its answer as it is generated.
     fn answer(&mut self, line: &str) -> Result<(), TrainError> {
         self.messages.push(Message::new("user", line));
         let prompt = self.encoder.tokens(&self.messages, true)?;
@@ -189,7 +190,7 @@ impl Conversation<'_> {
         let mut answer = String::new();
         let mut show = |text: String| {
             if written.is_ok() {
-                written = print(&of_model(&text));
+                written = print(&model_text(&text));
             }
             answer.push_str(&text);
             written.is_ok()
@@ -208,12 +209,14 @@ impl Conversation<'_> {
         written.and_then(|()| print("\n"))?;
         match generated.stop {
             StopReason::Eos | StopReason::Interrupted => {}
-            StopReason::Length => tracing::info!("(cut at {} tokens)", generated.tokens.len()),
+            StopReason::Length => {
+                reply!("(stopped at {} tokens; `--max-new-tokens` allows more)", generated.tokens.len())
+            }
         }
         Ok(())
     }
 
-    /// Writes the conversation as a line `{"messages": [...]}`, which is also a line of training data.
+    /// Writes the conversation as a line `{"messages": [...]}`, the format of training data.
     fn save(&self, path: &Path) -> Result<(), TrainError> {
         let line = serde_json::json!({ "messages": self.messages }).to_string() + "\n";
         let shown = if path.as_os_str().is_empty() { PathBuf::from("(no name)") } else { path.to_owned() };
@@ -226,7 +229,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_read_is_no_training_that_stopped() {
+    fn an_input_that_cannot_be_read_is_an_error_with_a_hint() {
         let of_bytes = ReadlineError::Io(std::io::Error::new(
             std::io::ErrorKind::InvalidData,
             "stream did not contain valid UTF-8",
@@ -239,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn ctrl_c_stops_an_answer_once_and_all_else_ends() {
+    fn the_first_ctrl_c_stops_an_answer_and_everything_else_the_program() {
         let answering = Answering::default();
         assert_eq!(answering.respond(Signal::Interrupt), Response::End, "at the prompt");
         for _ in 0..2 {
@@ -247,7 +250,7 @@ mod tests {
             assert!(!answering.interrupted.load(Ordering::SeqCst));
             assert_eq!(answering.respond(Signal::Interrupt), Response::Handled);
             assert!(answering.interrupted.load(Ordering::SeqCst));
-            assert_eq!(answering.respond(Signal::Interrupt), Response::End, "a template may not look");
+            assert_eq!(answering.respond(Signal::Interrupt), Response::End, "the second");
             answering.end();
             assert_eq!(answering.respond(Signal::Interrupt), Response::End);
         }

@@ -14,31 +14,31 @@ use crate::data::{Dataset, Inspection, Sample, SplitStats};
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 
-/// The widest bar of the histogram, in characters.
+/// The longest bar of the histogram, characters.
 const BAR: u64 = 40;
 
-/// What to do with the data.
+/// Look at the data of a recipe
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// SplitStats of the data, and samples in which what is not learned is dim (on a terminal) or within `[...]`.
+    /// Print statistics of the data and samples of it; tokens without loss are dim on a terminal, else in `[...]`
     Inspect(Arguments),
 }
 
-/// Look at the data of a recipe.
+/// Print statistics and samples of the data of a recipe
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// The recipe, a TOML file.
+    /// The recipe, a TOML file
     recipe: PathBuf,
-    /// Lay a value over the recipe's, e.g. `--set data.sequence_length=4096`; may be given several times.
+    /// Override a value of the recipe, e.g. `--set data.sequence_length=4096`; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
-    /// How many documents to show, spread over the training data.
+    /// The number of documents to show, spread over the training data
     #[arg(long, default_value_t = 3)]
     samples: usize,
-    /// The most tokens of a document to show; 0 for all.
+    /// The most tokens of a document to show; 0 for all
     #[arg(long, default_value_t = 2000, value_name = "TOKENS")]
     longest: usize,
-    /// Print one JSON object: figures, notes, and samples with the token ids and the weight of each.
+    /// Print one JSON object: statistics, notes, and samples with the ids and loss weights of their tokens
     #[arg(long)]
     json: bool,
 }
@@ -57,10 +57,10 @@ pub(super) fn run(command: &Command) -> Result<(), TrainError> {
     for note in dataset.notes() {
         text.push_str(&format!("{}\n", printable(note)));
     }
-    for (key, figures) in
+    for (key, stats) in
         std::iter::once(("train", &inspection.train)).chain(Some("valid").zip(inspection.valid.as_ref()))
     {
-        text.push_str(&describe(key, figures));
+        text.push_str(&describe(key, stats));
     }
     let show = Show {
         tokenizer: tokenizer.as_ref(),
@@ -79,10 +79,10 @@ pub(super) fn run(command: &Command) -> Result<(), TrainError> {
 }
 
 fn as_json(inspection: &Inspection, notes: &[String]) -> Value {
-    let figures = |figures: &SplitStats| {
+    let split = |stats: &SplitStats| {
         json!({
-            "documents": figures.documents, "tokens": figures.tokens, "learned": figures.learned,
-            "sequences": figures.sequences, "fill": figures.fill, "histogram": figures.histogram,
+            "documents": stats.documents, "tokens": stats.tokens, "learned": stats.learned,
+            "sequences": stats.sequences, "fill": stats.fill, "histogram": stats.histogram,
         })
     };
     let sample = |sample: &Sample| {
@@ -90,17 +90,17 @@ fn as_json(inspection: &Inspection, notes: &[String]) -> Value {
         json!({"path": sample.path.display().to_string(), "line": sample.line, "column": sample.column, "tokens": tokens, "weights": weights})
     };
     json!({
-        "train": figures(&inspection.train),
-        "valid": inspection.valid.as_ref().map(figures),
+        "train": split(&inspection.train),
+        "valid": inspection.valid.as_ref().map(split),
         "samples": inspection.samples.iter().map(sample).collect::<Vec<_>>(),
         "notes": notes,
     })
 }
 
-/// The figures of the training or the validation data, in lines.
-fn describe(key: &str, figures: &SplitStats) -> String {
+/// The statistics of the training or the validation data.
+fn describe(key: &str, stats: &SplitStats) -> String {
     let SplitStats { documents, tokens, learned, sequences, fill, lengths: [shortest, median, longest], histogram } =
-        figures;
+        stats;
     let share = |part: u64, whole: u64| 100.0 * part as f64 / whole.max(1) as f64;
     let mut text = format!(
         "\n{key}: {documents} documents, {tokens} tokens, {learned} learned ({:.1} %), {sequences} sequences",
@@ -113,7 +113,7 @@ fn describe(key: &str, figures: &SplitStats) -> String {
     text.push_str(&format!("  tokens of a document: {shortest} to {longest}, median {median}\n"));
     let most = histogram.iter().map(|(_, count)| *count).max().unwrap_or(0).max(1);
     for (bound, count) in histogram {
-        // A bar for whatever there is, however little.
+        // Rare lengths get a bar of one character.
         let bar = if *count == 0 { 0 } else { (count * BAR / most).max(1) };
         let line = format!("  up to {bound:>7} {count:>8} {}", "#".repeat(bar as usize));
         text.push_str(line.trim_end());
@@ -122,11 +122,11 @@ fn describe(key: &str, figures: &SplitStats) -> String {
     text
 }
 
-/// How samples are shown.
+/// How samples are printed.
 struct Show<'a> {
     tokenizer: Option<&'a Tokenizer>,
     specials: Vec<(String, u32)>,
-    /// Around what is not learned.
+    /// Put before and after tokens without loss.
     dim: [&'static str; 2],
     longest: usize,
 }
@@ -157,7 +157,7 @@ impl Show<'_> {
         text
     }
 
-    /// The text of tokens, special ones spelled; the numbers where there is no tokenizer.
+    /// The text of tokens, with special tokens spelled out; their ids if there is no tokenizer.
     fn text(&self, tokens: &[(u32, f32)]) -> String {
         let Some(tokenizer) = self.tokenizer else {
             return tokens.iter().map(|(token, _)| token.to_string()).collect::<Vec<_>>().join(" ");

@@ -10,47 +10,48 @@ use super::model::{ModelArguments, TextArguments};
 use super::output::{JsonLines, print};
 use crate::error::TrainError;
 
-/// Multiple choice, perplexity and exact answers, from local files, as lm-evaluation-harness counts them.
+/// Evaluate on local files: multiple choice, perplexity, exact answers, as lm-evaluation-harness counts them
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
     #[command(flatten)]
     text: TextArguments,
-    /// JSONL, a JSON array, CSV or parquet with the rows of MMLU, ARC, HellaSwag, `{"text": "..."}` or conversations; may be given several times.
+    /// JSONL, a JSON array, CSV or parquet with rows of MMLU, ARC, HellaSwag, `{"text": "..."}` or conversations; may be given several
+    /// times
     #[arg(long = "task", value_name = "FILE", required = true)]
     tasks: Vec<PathBuf>,
-    /// What the rows are: auto, mmlu, arc, hellaswag, perplexity or chat.
+    /// The format of the rows: auto, mmlu, arc, hellaswag, perplexity or chat
     #[arg(long, default_value = "auto", value_parser = format)]
     format: Format,
-    /// Examples before each question.
+    /// The number of examples before each question
     #[arg(long, default_value_t = 0)]
     shots: usize,
-    /// The file of the examples; else the task's own, the question itself left out.
+    /// The file of the examples [default: the task's other rows]
     #[arg(long, value_name = "FILE", requires = "shots")]
     shots_from: Option<PathBuf>,
-    /// Take so many rows from the beginning; 0 for all.
+    /// Use only so many rows, from the start; 0 for all
     #[arg(long, default_value_t = 0)]
     limit: usize,
-    /// Do what is right where lm-evaluation-harness is wrong: count tokens that reach from the context into a choice, and give
-    /// BOS once. Without it the figures are the harness's, with a note where that matters.
+    /// Correct two errors of lm-evaluation-harness: count a token that spans context and choice, and add BOS only once. Without it the
+    /// results are the harness's, with a note if that matters
     #[arg(long)]
     fix_harness: bool,
-    /// Where a line of JSON for each row goes.
+    /// Write a line of JSON for each row to this file
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Print a line of JSON for each task in place of a table.
+    /// Print a line of JSON for each task instead of a table
     #[arg(long)]
     json: bool,
 }
 
-/// `auto` is none.
+/// `None` is `auto`.
 type Format = Option<TaskFormat>;
 
 fn format(text: &str) -> Result<Format, String> {
     match text {
         "auto" => Ok(None),
-        name => name.parse().map(Some).map_err(|()| "it is auto, mmlu, arc, hellaswag, perplexity or chat".into()),
+        name => name.parse().map(Some).map_err(|()| "expected auto, mmlu, arc, hellaswag, perplexity or chat".into()),
     }
 }
 

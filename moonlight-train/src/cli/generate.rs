@@ -13,10 +13,10 @@ use moonlight_model::CausalLm;
 use serde_json::{Value, json};
 
 use super::model::{ModelArguments, ParseArguments, TextArguments};
-use super::output::{JsonLines, of_model, print};
+use super::output::{JsonLines, model_text, print};
 use crate::error::TrainError;
 
-/// Go on from a prompt, or from many.
+/// Continue one prompt, or a file of prompts
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("source").required(true).args(["prompt", "prompt_tokens", "prompts"])))]
 pub(super) struct Arguments {
@@ -26,46 +26,46 @@ pub(super) struct Arguments {
     text: TextArguments,
     #[command(flatten)]
     parse: ParseArguments,
-    /// The text to go on from.
+    /// The text to continue
     #[arg(long)]
     prompt: Option<String>,
-    /// The tokens to go on from, e.g. `1,2,3`.
+    /// The token ids to continue, e.g. `1,2,3`
     #[arg(long, value_delimiter = ',', value_name = "TOKENS")]
     prompt_tokens: Option<Vec<u32>>,
-    /// JSONL (or a JSON array, CSV, parquet) of prompts, a record `{"text": "..."}` or `{"tokens": [...]}` each; the texts are printed as with `--json`, a line
-    /// each, in the same order.
+    /// JSONL, a JSON array, CSV or parquet with a record `{"text": "..."}` or `{"tokens": [...]}` for each prompt; the continuations are
+    /// printed as with `--json`, a line each, in the same order
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
-    /// How many of the prompts are gone on from side by side.
+    /// The number of prompts to continue at once
     #[arg(long, default_value = "8", requires = "prompts", value_name = "TEXTS")]
     batch: NonZeroUsize,
-    /// Where the texts of `--prompts` go; else to stdout.
+    /// The file for the continuations of `--prompts` [default: stdout]
     #[arg(long, requires = "prompts", value_name = "FILE")]
     output: Option<PathBuf>,
-    /// The longest continuation, in tokens.
+    /// The most tokens to generate
     #[arg(long, default_value_t = 200)]
     max_new_tokens: usize,
     #[command(flatten)]
     sampling: SamplingArguments,
-    /// Print one JSON object: prompt_tokens, tokens, text, stop (why it ended: eos or length) and stop_token (the token that
-    /// ended it, or null).
+    /// Print one JSON object: prompt_tokens, tokens, text, stop (why it ended: eos or length) and stop_token (the token that ended it, or
+    /// null)
     #[arg(long)]
     json: bool,
 }
 
-/// How tokens are chosen.
+/// How the next token is chosen.
 #[derive(Debug, Args)]
 pub(super) struct SamplingArguments {
-    /// Divides the logits; 0 always takes the likeliest token.
+    /// Divide the logits by this; 0 takes the most likely token
     #[arg(long, default_value_t = 0.0, value_parser = not_negative)]
     temperature: f64,
-    /// Choose among the likeliest tokens that hold this much probability.
+    /// Sample from the fewest tokens whose probability adds up to this (nucleus sampling)
     #[arg(long, default_value_t = 1.0, value_parser = share)]
     top_p: f64,
-    /// Choose among so many of the likeliest tokens; 0 for all.
+    /// Sample from so many of the most likely tokens; 0 for all
     #[arg(long, default_value_t = 0)]
     top_k: usize,
-    /// Of the draws.
+    /// The seed of the sampling
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
@@ -78,16 +78,16 @@ impl SamplingArguments {
 }
 
 fn not_negative(text: &str) -> Result<f64, String> {
-    number(text).and_then(|value| if value >= 0.0 { Ok(value) } else { Err("it must not be negative".into()) })
+    number(text).and_then(|value| if value >= 0.0 { Ok(value) } else { Err("must not be negative".into()) })
 }
 
 fn share(text: &str) -> Result<f64, String> {
     let inside = |value: f64| value > 0.0 && value <= 1.0;
-    number(text).and_then(|value| if inside(value) { Ok(value) } else { Err("it is above 0 and at most 1".into()) })
+    number(text).and_then(|value| if inside(value) { Ok(value) } else { Err("must be above 0 and at most 1".into()) })
 }
 
 fn number(text: &str) -> Result<f64, String> {
-    text.parse::<f64>().ok().filter(|value| value.is_finite()).ok_or_else(|| "it is not a number".into())
+    text.parse::<f64>().ok().filter(|value| value.is_finite()).ok_or_else(|| "not a number".into())
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
@@ -118,7 +118,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let generated = generate(&model, &prompt, arguments.max_new_tokens, sampling, &eos, |token| {
         if !arguments.json {
             match &mut stream {
-                Some(stream) => show(&of_model(&stream.push(token))),
+                Some(stream) => show(&model_text(&stream.push(token))),
                 None => show(&format!("{token} ")),
             }
         }
@@ -126,7 +126,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     if arguments.json {
         show(&object(&prompt, &generated, tokenizer.as_ref()).to_string());
     } else if let Some(mut stream) = stream {
-        show(&of_model(&stream.finish()));
+        show(&model_text(&stream.finish()));
     }
     show("\n");
     written
@@ -140,7 +140,7 @@ fn object(prompt: &[u32], generated: &Generated, tokenizer: Option<&Tokenizer>) 
     })
 }
 
-/// A model that is ready to go on from prompts.
+/// A model that is ready to continue prompts.
 struct Opened {
     model: CausalLm,
     tokenizer: Option<Tokenizer>,
@@ -153,7 +153,7 @@ impl Arguments {
     fn open(&self) -> Result<Opened, TrainError> {
         if self.prompt_tokens.is_some() && (self.text.is_given() || self.parse.parse_special) {
             return Err(TrainError::Request {
-                problem: "`--prompt-tokens` are taken as they are, and `--bos`, `--no-bos` and `--parse-special` are for texts"
+                problem: "`--prompt-tokens` excludes `--bos`, `--no-bos` and `--parse-special`, which are for texts"
                     .into(),
                 hint: Some("give the prompt as `--prompt TEXT`".into()),
             });
@@ -168,7 +168,7 @@ impl Arguments {
                 let tokenizer = self.text.tokenizer(&tokenizer)?.with_parse_special(parse_special);
                 if let [end, ..] = *tokenizer.suffix() {
                     let name = tokenizer.decode_with_special(&[end]);
-                    tracing::info!("the tokenizer ends texts with `{}`; a prompt is not ended", Printable(name));
+                    tracing::info!("the tokenizer ends texts with `{}`, which is left out of prompts", Printable(name));
                 }
                 Some(tokenizer.for_prompts())
             }
@@ -178,14 +178,14 @@ impl Arguments {
     }
 }
 
-/// Prompts that spell the end of a turn are conversations, and so is what continues them.
+/// Adds the token that ends a turn if every prompt contains it: then the prompts are conversations, and an answer ends like a turn.
 fn with_end_of_turn(mut eos: Vec<u32>, end_of_turn: Option<u32>, prompts: &[Vec<u32>]) -> Vec<u32> {
     let in_chat = |token: &u32| !prompts.is_empty() && prompts.iter().all(|prompt| prompt.contains(token));
     eos.extend(end_of_turn.filter(in_chat));
     eos
 }
 
-/// Goes on from the prompts of a file. A text is printed when it and all before it are there.
+/// Continues the prompts of a file. Continuations finish in any order; each is printed once all before it are.
 fn run_many(file: TokenReader, mut output: JsonLines, arguments: &Arguments) -> Result<(), TrainError> {
     let Opened { model, tokenizer, eos, end_of_turn } = arguments.open()?;
     let config = model.config();
@@ -199,8 +199,8 @@ fn run_many(file: TokenReader, mut output: JsonLines, arguments: &Arguments) -> 
     let mut texts: Vec<Option<Generated>> = vec![None; prompts.len()];
     let mut printed = 0;
     let (batch, sampling) = (arguments.batch.get(), arguments.sampling.sampling());
-    generate_many(&model, &prompts, batch, arguments.max_new_tokens, sampling, &eos, |place, text| {
-        texts[place] = Some(text);
+    generate_many(&model, &prompts, batch, arguments.max_new_tokens, sampling, &eos, |index, text| {
+        texts[index] = Some(text);
         while let Some(text) = texts.get_mut(printed).and_then(Option::take) {
             output.line(&object(&prompts[printed], &text, tokenizer.as_ref()))?;
             printed += 1;

@@ -1,7 +1,8 @@
-//! What the libraries log, as plain lines on stderr.
+//! Log messages, as plain lines on stderr.
 
 use std::fmt;
 use std::io::{self, Write};
+use std::time::Instant;
 
 use moonlight_convert::printable_lines;
 use tracing::field::{Field, Visit};
@@ -13,18 +14,50 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{Layer, fmt as layer};
 
-/// From now on prints what this workspace's crates log: the message alone, after `warning: ` or `error: ` if it is one, with
-/// what would command a terminal escaped. Does nothing if the process has a subscriber already.
-///
-/// A stderr that is closed, gone or full loses lines and nothing else: what a program does is worth more than what it says.
-pub(super) fn install() {
-    // Its own complaints would go to stderr by `eprintln!`, which panics.
-    let lines = layer::layer().event_format(PlainLines).log_internal_errors(false).with_writer(|| Stderr);
-    let ours = Targets::new().with_target("moonlight", Level::INFO);
-    let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(lines.with_filter(ours)));
+/// How much is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Verbosity {
+    /// Errors, warnings, and replies to the user.
+    Quiet,
+    /// In addition what the program does, a line for each step of a run.
+    #[default]
+    Normal,
+    /// In addition details, and for each line the time since the start and the module.
+    Verbose,
 }
 
-/// Stderr, where whatever is written counts as written.
+impl Verbosity {
+    fn level(self) -> Level {
+        match self {
+            Self::Quiet => Level::WARN,
+            Self::Normal => Level::INFO,
+            Self::Verbose => Level::DEBUG,
+        }
+    }
+}
+
+/// The target of events that answer the user and are printed even by `--quiet`.
+pub(super) const REPLY: &str = "moonlight::reply";
+
+/// Prints a line to stderr that the user has asked for, as `/help` in a chat does.
+macro_rules! reply {
+    ($($message:tt)*) => { ::tracing::info!(target: $crate::cli::logging::REPLY, $($message)*) };
+}
+pub(super) use reply;
+
+/// From now on prints what the crates of this workspace log: the message, with `warning: ` or `error: ` in front if it is one, and
+/// with control sequences escaped. Does nothing if the process has a subscriber already.
+///
+/// Output to a stderr that is closed or full is lost and changes nothing else: the work of a command is worth more than its log.
+pub(super) fn install(verbosity: Verbosity) {
+    // Errors of its own would be printed by `eprintln!`, which panics on a closed stderr.
+    let lines = PlainLines { start: (verbosity == Verbosity::Verbose).then(Instant::now) };
+    let layer = layer::layer().event_format(lines).log_internal_errors(false).with_writer(|| Stderr);
+    let targets = Targets::new().with_target("moonlight", verbosity.level()).with_target(REPLY, Level::INFO);
+    let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer.with_filter(targets)));
+}
+
+/// Stderr, except that writing to it never fails.
 struct Stderr;
 
 impl Write for Stderr {
@@ -38,7 +71,11 @@ impl Write for Stderr {
     }
 }
 
-struct PlainLines;
+#[derive(Default)]
+struct PlainLines {
+    /// The start of the program, if each line has the time since then.
+    start: Option<Instant>,
+}
 
 impl<S, N> FormatEvent<S, N> for PlainLines
 where
@@ -53,7 +90,11 @@ where
             Level::WARN => "warning: ",
             _ => "",
         };
-        writeln!(writer, "{prefix}{}", printable_lines(&message.0))
+        let (message, target) = (printable_lines(&message.0), event.metadata().target());
+        match self.start {
+            None => writeln!(writer, "{prefix}{message}"),
+            Some(start) => writeln!(writer, "[{:.3} s {target}] {prefix}{message}", start.elapsed().as_secs_f64()),
+        }
     }
 }
 
@@ -92,15 +133,39 @@ mod tests {
     fn a_message_is_a_plain_line() {
         let buffer = Buffer::default();
         let writer = buffer.clone();
-        let lines = layer::layer().event_format(PlainLines).with_writer(move || writer.clone());
+        let lines = layer::layer().event_format(PlainLines::default()).with_writer(move || writer.clone());
         tracing::subscriber::with_default(tracing_subscriber::registry().with(lines), || {
             tracing::info!(step = 3, "step:     {}  \"quoted\"\nand a second line", 3);
             tracing::warn!("careful");
-            tracing::error!("wrong\nhint: mend it");
+            tracing::error!("wrong\nhint: correct it");
             tracing::info!("a \x1b[2J\u{9b}1m file\r");
         });
         let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
-        let expected = "step:     3  \"quoted\"\nand a second line\nwarning: careful\nerror: wrong\nhint: mend it\n";
+        let expected = "step:     3  \"quoted\"\nand a second line\nwarning: careful\nerror: wrong\nhint: correct it\n";
         assert_eq!(text, expected.to_owned() + "a \\u{1b}[2J\\u{9b}1m file\\r\n");
+    }
+
+    /// The lines that a subscriber of this verbosity prints of one event of each kind.
+    fn logged(verbosity: Verbosity) -> String {
+        let buffer = Buffer::default();
+        let writer = buffer.clone();
+        let layer = layer::layer().event_format(PlainLines::default()).with_writer(move || writer.clone());
+        let targets = Targets::new().with_target("moonlight", verbosity.level()).with_target(REPLY, Level::INFO);
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer.with_filter(targets)), || {
+            tracing::debug!("debug");
+            tracing::info!("info");
+            tracing::warn!("careful");
+            reply!("reply");
+            tracing::error!(target: "other_crate", "theirs");
+        });
+        let bytes = buffer.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn quiet_keeps_warnings_and_replies() {
+        assert_eq!(logged(Verbosity::Quiet), "warning: careful\nreply\n");
+        assert_eq!(logged(Verbosity::Normal), "info\nwarning: careful\nreply\n");
+        assert_eq!(logged(Verbosity::Verbose), "debug\ninfo\nwarning: careful\nreply\n");
     }
 }

@@ -12,19 +12,19 @@ use moonlight_infer::{LoadedModel, load_model, resolve_model, resolve_weights};
 use crate::error::TrainError;
 use crate::output_file::Unfinished;
 
-/// Add an adapter to the weights of its model.
+/// Merge a LoRA adapter into the weights of its model
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// The model that the adapter belongs to; else what the adapter itself names.
+    /// The model that the adapter was trained on [default: the one that the adapter names]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// The adapter, or a `[lora]` run, whose newest checkpoint is taken.
+    /// The adapter, or the folder of a `[lora]` run, whose newest checkpoint is used
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// Where the whole model goes.
+    /// The directory for the merged model; it must be absent or empty
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
-    /// f32, bf16 or f16; else as the model's weights are stored.
+    /// f32, bf16 or f16 [default: as the model is stored]
     #[arg(long)]
     dtype: Option<String>,
 }
@@ -41,16 +41,16 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
         Some(model) => resolve_model(model)?,
         None => resolve_weights(&base_of(&adapter)?)?,
     };
-    // As stored, unless that is narrower than what is written: the sum is taken in f32 and rounded once.
+    // The sum is computed in f32 and rounded once. To write f32, load f32: else it would be rounded to the stored dtype first.
     let loaded = dtype.filter(|&dtype| dtype == DType::F32);
     let LoadedModel { model, dir: base } = load_model(&base, Some(&adapter), &target.device, loaded, None)?;
     let options = SaveOptions { dtype, sidecars_from: Some(base.to_path_buf()), ..SaveOptions::default() };
     let count = model.adapters().len();
-    // What is written lacks these of the base.
+    // Tensors of the base that the model does not have, and so the merged model will lack.
     let skipped = Checkpoint::open(&base)?.skipped_notes();
     let mut unfinished = None;
     replace_directory(output, |new| {
-        // A signal ends the program and takes along what is written.
+        // A signal that ends the program now removes the new directory.
         unfinished = Some(Unfinished::new(new));
         write_into(&model.merge(), new, &options)
     })?;
@@ -59,9 +59,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     }
     let output = arguments.output.display();
     match count {
-        // It changes the weights themselves, as DoRA does.
-        0 => tracing::info!("the adapter is merged into `{output}`"),
-        _ => tracing::info!("{count} adapters merged into `{output}`"),
+        // An adapter that changes the weights themselves, as DoRA does, has no low-rank parts to count.
+        0 => tracing::info!("merged the adapter; wrote `{output}`"),
+        _ => tracing::info!("merged the adapters of {count} projections; wrote `{output}`"),
     }
     Ok(())
 }

@@ -1,12 +1,16 @@
 //! The command line of `moonlight`.
 
 mod chat;
+mod completions;
 mod data;
+mod doctor;
 mod eval;
 mod generate;
+mod init;
 mod logging;
 mod merge;
 mod model;
+mod old_names;
 mod output;
 mod plan;
 mod plot;
@@ -16,80 +20,121 @@ mod score;
 mod signals;
 mod spectrum;
 mod train;
+mod units;
 
 use std::io::ErrorKind;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
-/// Exit code of what was interrupted (128 + SIGINT); the checkpoint of a run is written.
+use logging::Verbosity;
+
+/// Exit code of a command that was interrupted: 128 + SIGINT.
 const INTERRUPTED: u8 = 130;
 
-/// Train and run language models of the Moonlight family.
+const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted; a run that is interrupted \
+in its training loop has written a checkpoint.";
+
+/// Train and run language models of the Moonlight family
 #[derive(Debug, Parser)]
-#[command(name = "moonlight", version, max_term_width = 100)]
+#[command(name = "moonlight", version, max_term_width = 100, after_help = EXIT_CODES)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
+    #[command(flatten)]
+    log: LogArguments,
+}
+
+/// How much is logged to stderr.
+#[derive(Debug, Args)]
+struct LogArguments {
+    /// Log only warnings and errors
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Log")]
+    quiet: bool,
+    /// Log details, with the time since the start
+    #[arg(short, long, global = true, help_heading = "Log")]
+    verbose: bool,
+}
+
+impl LogArguments {
+    fn verbosity(&self) -> Verbosity {
+        match (self.quiet, self.verbose) {
+            (true, _) => Verbosity::Quiet,
+            (false, true) => Verbosity::Verbose,
+            (false, false) => Verbosity::Normal,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Train as a recipe says.
-    Train(train::Arguments),
-    /// Go on from a prompt.
-    Generate(generate::Arguments),
-    /// Add an adapter to the weights of its model.
-    Merge(merge::Arguments),
-    /// Talk to a model in its own chat template.
-    Chat(chat::Arguments),
-    /// Multiple choice, perplexity and exact answers, from local files.
-    Eval(eval::Arguments),
-    /// Curves of several runs over each other.
-    Plot(plot::Arguments),
-    /// Look at the data of a recipe.
+    /// Write a recipe, from options or by asking
+    Init(init::Arguments),
+    /// Predict parameters, operations and memory of a run or a model
+    Plan(plan::Arguments),
+    /// Look at the data of a recipe
     #[command(subcommand)]
     Data(data::Command),
-    /// Log-probabilities of given texts or tokens.
+    /// Train a model by a recipe
+    Train(train::Arguments),
+    /// Draw a metric of several runs into one figure
+    Plot(plot::Arguments),
+    /// Talk to a model in its chat template
+    Chat(chat::Arguments),
+    /// Continue one prompt, or a file of prompts
+    Generate(generate::Arguments),
+    /// Compute log-probabilities of texts or tokens
     Score(score::Arguments),
-    /// Parameters, operations and memory of a run or a model, before it is started.
-    Plan(plan::Arguments),
-    /// SVD entropy and stable rank of the weights, by the report's six groups.
+    /// Evaluate on local files: multiple choice, perplexity, exact answers
+    Eval(eval::Arguments),
+    /// Merge a LoRA adapter into the weights of its model
+    Merge(merge::Arguments),
+    /// Print the SVD entropy and stable rank of the weights
     Spectrum(spectrum::Arguments),
+    /// Check this machine and this build, and say what to set
+    Doctor(doctor::Arguments),
+    /// Print a completion script for a shell
+    Completions(completions::Arguments),
 }
 
-/// Runs the program: 0 for done, also where nobody reads its output to the end, 1 for a failure, 2 for wrong usage, 130 for
-/// a training that was interrupted or a chat that was left by Ctrl-C.
+/// Runs the program and returns its exit code: 0 for success, also if the reader of stdout closes it early; 1 for a failure; 2 for
+/// wrong usage; 130 for a run that was interrupted or a chat that was left by Ctrl-C.
 pub fn main() -> ExitCode {
-    logging::install();
-    let arguments = match Arguments::try_parse() {
+    let Arguments { command, log } = match Arguments::try_parse() {
         Ok(arguments) => arguments,
-        Err(usage) => return tell(&usage),
+        Err(usage) => return print_usage(&usage),
     };
-    // A level of vector instructions that cannot be had is not replaced in silence.
+    logging::install(log.verbosity());
+    // A vector level that the processor lacks is an error, not ignored: the user would measure something else. `doctor` reports it.
     #[cfg(feature = "cpu")]
-    if let Err(error) = moonlight_model::simd::from_environment() {
+    if !matches!(command, Command::Doctor(_))
+        && let Err(error) = moonlight_model::simd::from_environment()
+    {
         tracing::error!("{error}\nhint: {}", error.hint().unwrap_or_default());
         return ExitCode::from(2);
     }
-    let resumes = matches!(arguments.command, Command::Train(_));
-    let result = signals::install().and_then(|()| match arguments.command {
-        Command::Train(arguments) => train::run(&arguments),
-        Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
-        Command::Merge(arguments) => merge::run(&arguments).map(|()| ExitCode::SUCCESS),
-        Command::Chat(arguments) => chat::run(&arguments),
-        Command::Eval(arguments) => eval::run(&arguments).map(|()| ExitCode::SUCCESS),
-        Command::Plot(arguments) => plot::run(&arguments).map(|()| ExitCode::SUCCESS),
-        Command::Data(command) => data::run(&command).map(|()| ExitCode::SUCCESS),
-        Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
+    tracing::debug!("moonlight {}, {} threads", env!("CARGO_PKG_VERSION"), rayon::current_num_threads());
+    let is_run = matches!(command, Command::Train(_));
+    let result = signals::install().and_then(|()| match command {
+        Command::Init(arguments) => init::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Plan(arguments) => plan::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Data(command) => data::run(&command).map(|()| ExitCode::SUCCESS),
+        Command::Train(arguments) => train::run(&arguments),
+        Command::Plot(arguments) => plot::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Chat(arguments) => chat::run(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Eval(arguments) => eval::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Merge(arguments) => merge::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Spectrum(arguments) => spectrum::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Completions(arguments) => completions::run(&arguments).map(|()| ExitCode::SUCCESS),
     });
     result.unwrap_or_else(|error| {
         if output::is_closed_pipe(&error) {
             return ExitCode::SUCCESS;
         }
-        if resumes {
+        if is_run {
             error.report()
         } else {
             error.report_without_run()
@@ -98,11 +143,35 @@ pub fn main() -> ExitCode {
     })
 }
 
-/// Prints what clap has to say: help and version on stdout, wrong usage on stderr.
-fn tell(usage: &clap::Error) -> ExitCode {
+/// Prints help and version to stdout, wrong usage to stderr.
+fn print_usage(usage: &clap::Error) -> ExitCode {
     match usage.print() {
-        // Help that did not arrive; the rest has an exit code of its own.
+        // Help that could not be printed is a failure; wrong usage has its exit code in any case.
         Err(error) if !usage.use_stderr() && error.kind() != ErrorKind::BrokenPipe => ExitCode::FAILURE,
         _ => u8::try_from(usage.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn options_of_earlier_versions_are_read() {
+        for (command, option, value) in [
+            (["plan", "r.toml"].as_slice(), old_names::GPUS, "4"),
+            (&["generate", "--model", "m", "--prompt", "p"], old_names::QUANTIZE, "int8"),
+        ] {
+            let option = format!("--{option}");
+            let arguments = ["moonlight"].iter().chain(command).copied().chain([option.as_str(), value]);
+            Arguments::try_parse_from(arguments).unwrap();
+        }
     }
 }

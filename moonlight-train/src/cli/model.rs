@@ -1,4 +1,4 @@
-//! `--model`, `--device` and `--dtype`: a model to run.
+//! The options of commands that run a model: `--model`, `--adapter`, `--quantize`, `--device`, `--dtype`.
 
 use std::path::PathBuf;
 
@@ -7,46 +7,47 @@ use moonlight_infer::tokenizer::{AddBos, Tokenizer};
 use moonlight_infer::{OpenOptions, OpenedModel};
 use moonlight_model::QuantBits;
 
+use super::old_names;
 use crate::error::TrainError;
 
-/// Which model to run, and on what.
+/// The model to run, and the device.
 #[derive(Debug, Args)]
 pub(super) struct ModelArguments {
-    /// A Hugging Face directory, a checkpoint or folder of a run, or `org/name` in the Hub's cache.
+    /// A Hugging Face directory, a checkpoint or folder of a run, or `org/name` in the Hub's cache
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// An adapter to put beside the model, as peft or a `[lora]` run saves it; an adapter alone may be the model.
+    /// A LoRA adapter for the model, as peft or a `[lora]` run saves it; or give the adapter as `--model`
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Keep the layers' weights in so many bits, with a scale for each 64 of them.
-    #[arg(long, value_enum)]
-    quantise: Option<Quantize>,
-    /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has.
+    /// Quantize the weights of the layers, with a scale for each block of 64 values
+    #[arg(long, alias = old_names::QUANTIZE, value_enum)]
+    quantize: Option<QuantizeTo>,
+    /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has
     #[arg(long, default_value = "auto")]
     device: String,
-    /// f32, bf16, f16, or auto: f32 on the CPU, as stored elsewhere.
+    /// f32, bf16, f16, or auto (f32 on the CPU, as stored on GPUs)
     #[arg(long, default_value = "auto")]
     dtype: String,
 }
 
-/// How a text becomes tokens.
+/// `--bos` and `--no-bos`.
 #[derive(Debug, Args)]
 pub(super) struct TextArguments {
-    /// Begin each text with BOS, where the tokenizer does not.
+    /// Begin each text with BOS even if the tokenizer does not
     #[arg(long, conflicts_with = "no_bos")]
     bos: bool,
-    /// Put nothing before a text, where the tokenizer begins texts with BOS.
+    /// Begin no text with BOS even if the tokenizer does
     #[arg(long)]
     no_bos: bool,
 }
 
 impl TextArguments {
-    /// Whether there is a wish.
+    /// Whether one of the options is given.
     pub(super) fn is_given(&self) -> bool {
         self.bos || self.no_bos
     }
 
-    /// The tokenizer for texts, which begins them as it is told.
+    /// The tokenizer, which adds BOS as the options say.
     pub(super) fn tokenizer(&self, tokenizer: &Tokenizer) -> Result<Tokenizer, TrainError> {
         let bos = match (self.bos, self.no_bos) {
             (true, _) => AddBos::Always,
@@ -54,7 +55,7 @@ impl TextArguments {
             (false, false) => AddBos::Auto,
         };
         if let Some(note) = tokenizer.bos_conflict().filter(|_| bos == AddBos::Auto) {
-            tracing::warn!("{note}; `--bos` or `--no-bos` decides");
+            tracing::warn!("{note}; choose with `--bos` or `--no-bos`");
         }
         Ok(tokenizer.clone().with_bos(bos)?)
     }
@@ -63,21 +64,21 @@ impl TextArguments {
 /// `--parse-special`.
 #[derive(Debug, Args)]
 pub(super) struct ParseArguments {
-    /// Read special tokens such as `<|im_end|>` out of texts that spell them; else they are the characters that they are.
+    /// Encode text such as `<|im_end|>` as the special token, not as its characters
     #[arg(long)]
     pub(super) parse_special: bool,
 }
 
-/// `--quantise`.
+/// The values of `--quantize`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Quantize {
-    /// 8 bits.
+enum QuantizeTo {
+    /// 8 bits
     Int8,
-    /// 4 bits.
+    /// 4 bits
     Int4,
 }
 
-impl Quantize {
+impl QuantizeTo {
     fn bits(self) -> QuantBits {
         match self {
             Self::Int8 => QuantBits::Eight,
@@ -87,14 +88,14 @@ impl Quantize {
 }
 
 impl ModelArguments {
-    /// Opens the model.
+    /// Opens the model, its tokenizer and its adapter.
     pub(super) fn open(&self) -> Result<OpenedModel, TrainError> {
         let mut options = OpenOptions::new().with_device(&self.device).with_dtype(&self.dtype);
         if let Some(adapter) = &self.adapter {
             options = options.with_adapter(adapter);
         }
-        if let Some(quantise) = self.quantise {
-            options = options.with_bits(quantise.bits());
+        if let Some(quantize) = self.quantize {
+            options = options.with_bits(quantize.bits());
         }
         Ok(options.open(&self.model)?)
     }

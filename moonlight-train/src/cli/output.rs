@@ -1,4 +1,4 @@
-//! Where a command's results go: to stdout, or to a file that is there whole or not at all.
+//! Where a command's results go: stdout, or a file that is either complete or absent.
 
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -11,24 +11,29 @@ use crate::error::TrainError;
 use crate::file_id::FileId;
 use crate::output_file::OutputFile;
 
-/// How messages call the standard output.
+/// The name of the standard output in messages, in the place of a path.
 const STDOUT: &str = "stdout";
 
-/// Prints to stdout and sees to it that it arrives there.
+/// Prints to stdout and flushes, so that a failure is an error of the command.
 pub(super) fn print(text: &str) -> Result<(), TrainError> {
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(TrainError::write(STDOUT))
+    print_bytes(text.as_bytes())
 }
 
-/// Text that a model wrote, for stdout: on a terminal what would command it is escaped; for a file or a pipe it is as it is.
-pub(super) fn of_model(text: &str) -> std::borrow::Cow<'_, str> {
+/// [`print`] of bytes.
+pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), TrainError> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(TrainError::write(STDOUT))
+}
+
+/// Text that a model wrote, for stdout. Control sequences are escaped if stdout is a terminal: a model must not command it.
+pub(super) fn model_text(text: &str) -> std::borrow::Cow<'_, str> {
     match io::stdout().is_terminal() {
         true => moonlight_convert::printable_lines(text),
         false => text.into(),
     }
 }
 
-/// Whether all that is wrong is that nobody reads stdout any more, as in `moonlight generate ... | head`.
+/// Whether the only problem is that the reader of stdout has closed it, as in `moonlight generate ... | head`.
 pub(super) fn is_closed_pipe(error: &TrainError) -> bool {
     match error {
         TrainError::File(FileError { path, source, .. })
@@ -44,13 +49,13 @@ pub(super) fn refuse_input<'a>(output: &Path, inputs: impl IntoIterator<Item = &
     match inputs.into_iter().find(|input| FileId::is_same_file(output, input)) {
         None => Ok(()),
         Some(input) => Err(TrainError::Request {
-            problem: format!("`{}` would be written over `{}`, which is read", output.display(), input.display()),
-            hint: Some("let `--output` be another file".into()),
+            problem: format!("the output `{}` is the input `{}`", output.display(), input.display()),
+            hint: Some("choose another file for `--output`".into()),
         }),
     }
 }
 
-/// Lines of JSON.
+/// Results as lines of JSON.
 pub(super) struct JsonLines {
     path: PathBuf,
     to: To,
@@ -62,7 +67,7 @@ enum To {
 }
 
 impl JsonLines {
-    /// Begins a file, which must be none of the inputs, or goes to stdout where there is no path.
+    /// Creates the file at `path`, which must not be an input, or writes to stdout if there is no path.
     pub(super) fn create<'a>(
         path: Option<&Path>,
         inputs: impl IntoIterator<Item = &'a PathBuf>,
@@ -73,7 +78,7 @@ impl JsonLines {
         Ok(Self { path: path.to_owned(), to: To::File(file) })
     }
 
-    /// Writes a line. The error is that of the functions that take a closure.
+    /// Writes a line. The error type is what the library's functions expect of a callback.
     pub(super) fn line(&mut self, value: &Value) -> Result<(), InferError> {
         let line = format!("{value}\n");
         let written = match &mut self.to {
@@ -86,7 +91,7 @@ impl JsonLines {
         written.map_err(FileError::write(&self.path))
     }
 
-    /// Puts the file into its place.
+    /// Renames the finished file to its path.
     pub(super) fn finish(self) -> Result<(), TrainError> {
         match self.to {
             To::Stdout => Ok(()),
@@ -102,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_closed_stdout_is_told_from_other_failures() {
+    fn a_closed_stdout_is_not_any_failure() {
         let broken = || io::Error::from(ErrorKind::BrokenPipe);
         assert!(is_closed_pipe(&TrainError::write(STDOUT)(broken())));
         assert!(is_closed_pipe(&TrainError::from(FileError::write::<InferError>(STDOUT)(broken()))));
@@ -111,22 +116,22 @@ mod tests {
     }
 
     #[test]
-    fn an_input_is_not_written_over_by_any_name() {
+    fn an_input_is_never_the_output_under_any_name() {
         let dir = tempfile::tempdir().unwrap();
-        let place = |name: &str| dir.path().join(name);
-        std::fs::write(place("in"), "kept").unwrap();
-        std::fs::hard_link(place("in"), place("also")).unwrap();
-        let inputs = [place("other"), place("in")];
-        for output in [place("in"), place("also"), dir.path().join("./in")] {
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("in"), "kept").unwrap();
+        std::fs::hard_link(path("in"), path("also")).unwrap();
+        let inputs = [path("other"), path("in")];
+        for output in [path("in"), path("also"), dir.path().join("./in")] {
             let error = JsonLines::create(Some(&output), &inputs).err().unwrap();
-            assert!(error.to_string().contains("which is read"), "{error}");
+            assert!(error.to_string().contains("is the input"), "{error}");
         }
-        let mut lines = JsonLines::create(Some(&place("out")), &inputs).unwrap();
+        let mut lines = JsonLines::create(Some(&path("out")), &inputs).unwrap();
         lines.line(&json!({"a": 1})).unwrap();
-        assert!(!place("out").exists());
+        assert!(!path("out").exists());
         lines.finish().unwrap();
-        assert_eq!(std::fs::read_to_string(place("out")).unwrap(), "{\"a\":1}\n");
-        assert_eq!(std::fs::read_to_string(place("in")).unwrap(), "kept");
+        assert_eq!(std::fs::read_to_string(path("out")).unwrap(), "{\"a\":1}\n");
+        assert_eq!(std::fs::read_to_string(path("in")).unwrap(), "kept");
         JsonLines::create(Some(Path::new("/dev/null")), &["/dev/null".into()]).unwrap().finish().unwrap();
     }
 }

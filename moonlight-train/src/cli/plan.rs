@@ -10,48 +10,63 @@ use moonlight_optim::distributed::{DistributedForm, GatherPrecision};
 use serde_json::{Map, Value, json};
 
 use super::output::print;
+use super::{old_names, units};
 use crate::error::TrainError;
 use crate::plan::{
     Advice, Cluster, MemoryPart, MemoryPlan, MultiGpuPlan, StepPhase, Threads, TokenFlops, available_memory,
     tokens_for_share,
 };
-use crate::recipe::Recipe;
+use crate::recipe::{Draft, ShapedRecipe, named_config};
 
 /// The memory of GPUs that are sold, GB.
-const SIZES: [u64; 4] = [24, 48, 80, 141];
-/// Kept free on a GPU, for its driver and for the gaps of its allocator, GB.
+const CARD_SIZES: [u64; 11] = [8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192];
+/// Kept free on a GPU for its driver and for fragmentation, GB.
 const RESERVE: u64 = 1;
 
-/// Parameters, operations and memory of a run or a model, before it is started.
+/// Predict parameters, operations and memory of a run or a model
 ///
-/// The memory of a run is predicted from its shapes, phase by phase of a step, for tensors alone: on the CPU within a
-/// tenth of what is allocated; of a GPU it is arithmetic that was not measured.
+/// Needs neither weights nor data nor a tokenizer. Memory is computed from shapes, phase by phase of a step, for tensors alone.
+/// On the CPU it is within a tenth of what a run allocates; for GPUs it is arithmetic that was not measured.
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// A recipe to train by.
+    /// The recipe of a training run, a TOML file
     #[arg(required_unless_present = "model", conflicts_with = "model")]
     recipe: Option<PathBuf>,
-    /// A model to run: a Hugging Face directory, a checkpoint or folder of a run, or `org/name` in the Hub's cache.
-    #[arg(long, value_name = "DIR")]
+    /// A model to run: a preset, a config.json, a directory with one, the folder of a run, or `org/name` in the Hub's cache
+    #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
-    /// Lay a value over the recipe's, e.g. `--set train.batch_size=1`; may be given several times.
+    /// The shape to plan with instead of the recipe's: a preset, a config.json or TOML file of its keys, or a directory with one
+    #[arg(long, value_name = "SHAPE", conflicts_with = "model")]
+    model_config: Option<String>,
+    /// Override a value of the recipe, e.g. `--set train.batch_size=1`; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "model")]
     sets: Vec<String>,
-    /// What the run has to fit into, GB (10^9 bytes); else what this machine has left, for a run on the CPU.
-    #[arg(long, value_name = "GB", conflicts_with = "model")]
+    /// MemoryPlan for this device instead of `run.device`: cpu, or a GPU such as cuda, which this build need not support
+    #[arg(long, conflicts_with = "model")]
+    device: Option<String>,
+    /// The memory that the run must fit into, GB (10^9 bytes) [default on the CPU: what is free on this machine]
+    #[arg(long, value_name = "GB", conflicts_with = "model", value_parser = positive)]
     budget: Option<f64>,
-    /// Also on so many GPUs, a worker each: memory of one, bytes of a step, time.
-    #[arg(long, value_name = "N", conflicts_with = "model", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
-    workers: Option<u64>,
-    /// The rate of the slowest link between two workers, GB a second in one direction; 50 is one of 400 Gbit/s.
-    #[arg(long, value_name = "GBPS", default_value_t = 50.0, requires = "workers")]
+    /// Also plan for so many GPUs, a rank each: memory of each, bytes sent in a step, time
+    #[arg(
+        long, alias = old_names::GPUS, value_name = "N", conflicts_with = "model",
+        value_parser = clap::value_parser!(u64).range(1..=1 << 20)
+    )]
+    gpus: Option<u64>,
+    /// The rate of the slowest link between two GPUs, GB per second in one direction; 50 is one link of 400 Gbit/s
+    #[arg(long, value_name = "GBPS", default_value_t = 50.0, requires = "gpus", value_parser = positive)]
     link: f64,
-    /// The rate of a GPU's matrix products, 10^12 operations a second; 989 is an H100's in bf16 (NVIDIA's data sheet).
-    #[arg(long, value_name = "TFLOPS", default_value_t = 989.0, requires = "workers")]
+    /// The rate of a GPU's matrix products, TFLOP per second; 989 is an H100 in bf16 (NVIDIA's data sheet)
+    #[arg(long, value_name = "TFLOPS", default_value_t = 989.0, requires = "gpus", value_parser = positive)]
     matmul: f64,
-    /// Prints one JSON object.
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+pub(super) fn positive(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| number.is_finite() && *number > 0.0);
+    number.ok_or_else(|| "not a positive number".into())
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
@@ -60,47 +75,50 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
             let plan = RunPlan::new(recipe, arguments)?;
             if arguments.json { format!("{}\n", plan.json()) } else { plan.text() }
         }
-        (None, Some(model)) => of_model(model, arguments.json)?,
-        (None, None) => unreachable!("clap wants one of the two"),
+        (None, Some(model)) => plan_inference(model, arguments.json)?,
+        (None, None) => unreachable!("clap requires one of the two"),
     };
     print(&text)
 }
 
-fn gigabytes(bytes: u64) -> f64 {
-    bytes as f64 / 1e9
-}
-
-/// The plan of a recipe, and what the arguments ask beside it.
+/// The plan of a recipe, with what the arguments ask in addition.
 struct RunPlan {
     plan: MemoryPlan,
+    threads: Threads,
+    /// Where the shape is from, if not from the recipe.
+    assumed: Option<String>,
     /// Micro-batches of a step.
-    accumulation: usize,
-    /// Bytes that the run has to fit into.
+    gradient_accumulation: usize,
+    /// Bytes that the run must fit into.
     budget: Option<u64>,
     advice: Vec<Advice>,
-    /// Floating-point operations of a step's Newton-Schulz, and from how many tokens a step on they are at most a tenth of all.
+    /// Floating-point operations of Newton-Schulz in a step, and the fewest tokens per step at which they are at most a tenth of all.
     newton_schulz: Option<(f64, u64)>,
     multi_gpu: Option<MultiGpuPlan>,
 }
 
 impl RunPlan {
     fn new(path: &Path, arguments: &Arguments) -> Result<Self, TrainError> {
-        let recipe = Recipe::load(path, &arguments.sets)?;
-        let plan = MemoryPlan::for_recipe(&recipe, Threads::available())?;
+        let mut sets = arguments.sets.clone();
+        sets.extend(arguments.device.iter().map(|device| format!("run.device=\"{device}\"")));
+        let draft = Draft::load(path, &sets)?;
+        let ShapedRecipe { recipe, config, assumed } = draft.resolve_shape(arguments.model_config.as_deref())?;
+        let threads = Threads::available();
+        let plan = MemoryPlan::for_shape(&recipe, config, threads)?;
         let settings = &plan.settings;
         let budget = match arguments.budget {
             Some(budget) => Some((budget * 1e9) as u64),
             None => available_memory().filter(|_| settings.cpu),
         };
         let advice = budget.map(|budget| plan.advice(budget)).unwrap_or_default();
-        let accumulation = recipe.train.gradient_accumulation;
-        let multi_gpu = arguments.workers.map(|workers| {
+        let gradient_accumulation = recipe.train.gradient_accumulation;
+        let multi_gpu = arguments.gpus.map(|world_size| {
             let distributed = recipe.distributed.clone().unwrap_or_default().optimizer;
             let cluster = Cluster {
-                workers,
+                world_size,
                 link: arguments.link * 1e9,
                 matmul: arguments.matmul * 1e12,
-                tokens: (recipe.train.batch_size * accumulation * settings.sequence) as u64,
+                tokens: (recipe.train.batch_size * gradient_accumulation * settings.sequence) as u64,
                 flat: distributed.form == DistributedForm::Flat,
                 gather_bytes: if distributed.gather == GatherPrecision::Bf16 { 2 } else { 4 },
             };
@@ -109,26 +127,28 @@ impl RunPlan {
         let token = plan.token_flops().training(settings.recompute) as f64;
         let newton_schulz = plan.newton_schulz_flops(recipe.optimizer.newton_schulz_steps());
         let newton_schulz = newton_schulz.map(|step| (step, tokens_for_share(0.1, step, token)));
-        Ok(Self { plan, accumulation, budget, advice, newton_schulz, multi_gpu })
+        Ok(Self { plan, threads, assumed, gradient_accumulation, budget, advice, newton_schulz, multi_gpu })
     }
 
     fn json(&self) -> Value {
         let plan = &self.plan;
         let parts = |phase: &StepPhase| {
-            let part = |&part: &MemoryPart| (part.name().to_owned(), json!(phase.of(part)));
+            let part = |&part: &MemoryPart| (part.name().to_owned(), json!(phase.bytes(part)));
             MemoryPart::ALL.iter().map(part).collect::<Map<_, _>>()
         };
         let phases: Vec<_> =
-            plan.phases().iter().map(|phase| json!({"moment": phase.what, "bytes": parts(phase)})).collect();
+            plan.phases().iter().map(|phase| json!({"moment": phase.name, "bytes": parts(phase)})).collect();
         let advice: Vec<_> =
             self.advice.iter().map(|advice| json!({"change": advice.change, "peak_bytes": advice.peak})).collect();
         let count = plan.parameters();
         let mut value = json!({
             "parameters": {"total": count.total, "activated": count.activated, "embeddings": count.embeddings},
+            "assumed": self.assumed,
             "operations_per_token": plan.token_flops().training(plan.settings.recompute),
             "peak_bytes": plan.peak(),
-            "largest_moment": plan.largest_phase().what,
+            "largest_moment": plan.largest_phase().name,
             "moments": phases,
+            "smallest_gpu_gb": smallest_card(plan.peak()),
             "budget_bytes": self.budget,
             "advice": advice,
         });
@@ -138,6 +158,7 @@ impl RunPlan {
         }
         if let Some(multi_gpu) = &self.multi_gpu {
             value["scale"] = json!(multi_gpu);
+            value["scale"][old_names::GPUS] = json!(multi_gpu.world_size);
         }
         value
     }
@@ -145,15 +166,24 @@ impl RunPlan {
     fn text(&self) -> String {
         let (plan, settings) = (&self.plan, &self.plan.settings);
         let flops = plan.token_flops();
-        let mut text = heading(&plan.config, flops);
-        let tokens = (settings.batch * settings.sequence * self.accumulation) as f64;
+        let mut text = String::new();
+        if let Some(assumed) = &self.assumed {
+            text += &format!("assumed:     {assumed}\n");
+        }
+        text += &match settings.cpu {
+            true => format!("device:      cpu, {} threads (`--device cuda` plans for a GPU)\n", self.threads.0),
+            false => "device:      a GPU\n".into(),
+        };
+        text += &heading(&plan.config, flops);
+        let tokens = (settings.batch * settings.sequence * self.gradient_accumulation) as f64;
         let step = flops.training(settings.recompute) as f64 * tokens;
-        text += &format!("a step:      {tokens:.0} tokens, {step:.3e} floating-point operations\n");
+        text += &format!("a step:      {} tokens, {}\n", units::count(tokens), units::flops(step));
         if let Some((optimizer, enough)) = self.newton_schulz {
-            let share = optimizer / (optimizer + step);
             text += &format!(
-                "its Muon:    {optimizer:.3e} more in Newton-Schulz, {:.1} % of both; under 10 % from {enough} tokens a step on\n",
-                100.0 * share
+                "Muon:        {} in Newton-Schulz, {:.1} % of the step; at most 10 % from {} tokens a step\n",
+                units::flops(optimizer),
+                100.0 * optimizer / (optimizer + step),
+                units::count(enough as f64)
             );
         }
         text += &self.memory();
@@ -163,57 +193,85 @@ impl RunPlan {
         text
     }
 
-    /// The phase that needs the most memory, part by part; what holds it, and what would make it smaller.
+    /// The phase that needs the most memory, part by part; the smallest GPU; the budget, and what would make the run fit.
     fn memory(&self) -> String {
         let plan = &self.plan;
-        let mut text = format!("\nmemory at the largest moment of a step ({})\n", plan.largest_phase().what);
+        let mut text = format!("\npeak memory of a step ({})\n", plan.largest_phase().name);
+        let mut line = |name: &str, bytes: u64| text += &format!("  {name:<16} {:>10}\n", units::bytes(bytes));
         for part in MemoryPart::ALL {
-            let bytes = plan.largest_phase().of(part);
+            let bytes = plan.largest_phase().bytes(part);
             if bytes > 0 {
-                text += &format!("  {:<16} {:>10.3} GB\n", part.name(), gigabytes(bytes));
+                line(part.name(), bytes);
             }
         }
-        text += &format!("  {:<16} {:>10.3} GB\n\n", "together", gigabytes(plan.peak()));
-        let holds = |size: &&u64| gigabytes(plan.peak()) <= (**size - RESERVE) as f64;
-        text += &match SIZES.iter().find(holds) {
-            None => format!("no GPU of up to {} GB holds it\n", SIZES[SIZES.len() - 1]),
-            Some(size) => format!("the smallest GPU that holds it, with {RESERVE} GB to spare: {size} GB\n"),
+        line("total", plan.peak());
+        text += &match smallest_card(plan.peak()) {
+            None => format!("\nno single GPU of up to {} GB holds it\n", CARD_SIZES[CARD_SIZES.len() - 1]),
+            Some(size) => format!("\nthe smallest GPU that holds it, with {RESERVE} GB to spare: {size} GB\n"),
         };
         let Some(budget) = self.budget else { return text };
-        let verdict = if plan.peak() <= budget { "it fits into" } else { "it does not fit into" };
-        text += &format!("{verdict} {:.2} GB\n", gigabytes(budget));
+        let verdict = if plan.peak() <= budget { "fits into" } else { "does not fit into" };
+        text += &format!("{verdict} {}\n", units::bytes(budget));
         for advice in &self.advice {
-            text += &format!("  with `{}`: {:.3} GB\n", advice.change, gigabytes(advice.peak));
+            text += &format!("  with `{}`: {}\n", advice.change, units::bytes(advice.peak));
         }
         if plan.peak() > budget && self.advice.last().is_none_or(|last| last.peak > budget) {
-            text += "  nothing else in a recipe makes it smaller but a shorter `data.sequence_length` or LoRA\n";
+            text += "  no other key makes it smaller, except a shorter `data.sequence_length` or `[lora]`\n";
         }
         text
     }
 }
 
-/// Parameters and operations.
+/// The memory of the smallest GPU that holds so many bytes and the reserve, GB.
+fn smallest_card(bytes: u64) -> Option<u64> {
+    CARD_SIZES.into_iter().find(|size| bytes <= (size - RESERVE) * 1_000_000_000)
+}
+
+/// Parameters and operations of a token.
 fn heading(config: &ModelConfig, flops: TokenFlops) -> String {
     let count = config.parameter_count();
-    let million = |count: u64| count as f64 / 1e6;
     format!(
-        "parameters:  {:.2} M, of which a token uses {:.2} M; {:.2} M in embeddings\n\
-         a token:     {:.3e} floating-point operations forward, {:.3e} of them in attention\n",
-        million(count.total),
-        million(count.activated),
-        million(count.embeddings),
-        flops.forward() as f64,
-        flops.attention as f64,
+        "model:       {} parameters, {} of them used for each token, {} in embeddings\n\
+         a token:     {} forward, {} of it in attention\n",
+        units::count(count.total as f64),
+        units::count(count.activated as f64),
+        units::count(count.embeddings as f64),
+        units::flops(flops.forward() as f64),
+        units::flops(flops.attention as f64),
     )
 }
 
-fn of_model(path: &Path, as_json: bool) -> Result<String, TrainError> {
-    let checkpoint = Checkpoint::open(resolve_model(path)?)?;
-    let config = checkpoint.config();
+/// The configuration of a model to run. A checkpoint that opens has the last word: its files say whether the head is tied.
+fn config_of(model: &Path) -> Result<ModelConfig, TrainError> {
+    let dir = resolve_model(model);
+    if let Ok(dir) = &dir
+        && dir.is_dir()
+    {
+        return match Checkpoint::open(dir) {
+            Ok(checkpoint) => Ok(checkpoint.config().clone()),
+            Err(error) => match named_config(&dir.to_string_lossy()) {
+                Ok(config) => Ok(config),
+                Err(_) => Err(error.into()),
+            },
+        };
+    }
+    match (named_config(&model.to_string_lossy()), dir) {
+        (Ok(config), _) => Ok(config),
+        (Err(_), Err(error)) => Err(error.into()),
+        (Err(problem), Ok(_)) => Err(TrainError::Request {
+            problem: format!("`--model {}` {problem}", model.display()),
+            hint: Some("name a preset, a config.json, or a directory with one".into()),
+        }),
+    }
+}
+
+/// What it takes to run a model: weights and KV cache.
+fn plan_inference(model: &Path, as_json: bool) -> Result<String, TrainError> {
+    let config = config_of(model)?;
     let weights = config.parameter_count().total;
     let per_token = (config.num_hidden_layers * config.cache_values_per_token()) as u64;
     let context = config.max_position_embeddings as u64;
-    let flops = TokenFlops::of(config, config.max_position_embeddings);
+    let flops = TokenFlops::for_sequence(&config, config.max_position_embeddings);
     if as_json {
         let count = config.parameter_count();
         let value = json!({
@@ -225,14 +283,26 @@ fn of_model(path: &Path, as_json: bool) -> Result<String, TrainError> {
         });
         return Ok(format!("{value}\n"));
     }
-    let mut text = heading(config, flops);
-    text += &format!("\n{:<24} {:>12} {:>12}\n", "memory to run it", "bf16", "f32");
+    let mut text = heading(&config, flops);
+    text += &format!("\n{:<30} {:>10} {:>10}\n", "memory to run it", "bf16", "f32");
     let mut line = |name: &str, values: u64| {
-        let (half, full) = (gigabytes(2 * values), gigabytes(4 * values));
-        text += &format!("{name:<24} {half:>9.3} GB {full:>9.3} GB\n");
+        text += &format!("{name:<30} {:>10} {:>10}\n", units::bytes(2 * values), units::bytes(4 * values));
     };
     line("weights", weights);
-    line(&format!("cache of {context} tokens"), per_token * context);
-    line("together", weights + per_token * context);
+    line(&format!("KV cache of {context} tokens"), per_token * context);
+    line("total", weights + per_token * context);
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gigabyte_of_a_card_is_kept_free() {
+        assert_eq!(
+            [1, 7_000_000_000, 7_000_000_001, 191_000_000_000, 191_000_000_001].map(smallest_card),
+            [Some(8), Some(8), Some(12), Some(192), None]
+        );
+    }
 }

@@ -8,19 +8,19 @@ use super::output::refuse_input;
 use crate::analysis::plots::{Axis, RunComparison, plot_runs};
 use crate::error::TrainError;
 
-/// Curves of several runs over each other.
+/// Draw a metric of several runs into one figure
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// Folders of runs, or their metrics.jsonl.
+    /// Folders of runs, or their metrics.jsonl
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
-    /// The figure: loss, lr, grad_norm, tokens_per_second, or any other of metrics.jsonl.
+    /// The metric: loss, lr, grad_norm, tokens_per_second, or another of metrics.jsonl
     #[arg(long, default_value = "loss")]
     metric: String,
-    /// The file, .svg or .png; else `METRIC.svg` in the working directory.
+    /// The file, .svg or .png [default: METRIC.svg in the working directory]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// What it is drawn over: step, tokens or seconds.
+    /// The horizontal axis: step, tokens or seconds
     #[arg(long, default_value = "step")]
     x: Axis,
 }
@@ -31,6 +31,6 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let comparison =
         RunComparison { runs: arguments.runs.clone(), metric: arguments.metric.clone(), axis: arguments.x };
     plot_runs(&comparison, &output)?;
-    tracing::info!("{}", output.display());
+    tracing::info!("wrote `{}`", output.display());
     Ok(())
 }

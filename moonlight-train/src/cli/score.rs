@@ -11,7 +11,7 @@ use super::model::{ModelArguments, ParseArguments, TextArguments};
 use super::output::JsonLines;
 use crate::error::TrainError;
 
-/// Log-probabilities of given texts or tokens.
+/// Compute log-probabilities of texts or tokens
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -20,11 +20,11 @@ pub(super) struct Arguments {
     text: TextArguments,
     #[command(flatten)]
     parse: ParseArguments,
-    /// JSONL: a record `{"tokens": [...]}` or `{"text": "..."}` for each sequence; also a JSON array, CSV or parquet. Other fields are not
-    /// read.
+    /// JSONL, a JSON array, CSV or parquet with a record `{"tokens": [...]}` or `{"text": "..."}` for each sequence; other fields are
+    /// ignored
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
-    /// Where the results go, a line `{"tokens": [...], "logprobs": [null, -1.2, ...]}` each; else to stdout.
+    /// The file for the results, a line `{"tokens": [...], "logprobs": [null, -1.2, ...]}` each [default: stdout]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
 }

@@ -1,7 +1,7 @@
-//! What ends the program from outside: Ctrl-C, a request to terminate, a terminal that goes away.
+//! Ctrl-C, SIGTERM and SIGHUP.
 //!
-//! A thread waits for signals, so that they are heard whatever the others do. A command may [handle] them; where it does not,
-//! or where its handler leaves one to us, the program ends at once, without what is half written.
+//! A thread of its own waits for signals, so that they are received whatever the other threads do. A command may [handle] them.
+//! If it does not, or its handler says so, the program removes half-written files and ends at once.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -11,7 +11,7 @@ use moonlight_convert::hangup_is_ignored;
 use crate::error::TrainError;
 use crate::output_file::remove_unfinished;
 
-/// What was asked for.
+/// What a signal asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Signal {
     /// Ctrl-C.
@@ -20,7 +20,7 @@ pub(super) enum Signal {
     Terminate,
 }
 
-/// Whether a handler has seen to a signal; else the program ends.
+/// Whether a handler has handled a signal; else the program ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Response {
     Handled,
@@ -31,7 +31,7 @@ type Handler = Box<dyn FnMut(Signal) -> Response + Send>;
 
 static HANDLER: Mutex<Option<Handler>> = Mutex::new(None);
 
-/// From now on signals are the command's.
+/// From now on `handler` decides about signals.
 pub(super) fn handle(handler: impl FnMut(Signal) -> Response + Send + 'static) {
     *HANDLER.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(handler));
 }
@@ -41,25 +41,25 @@ fn respond(signal: Signal) -> Response {
     handler.as_mut().map_or(Response::End, |handler| handler(signal))
 }
 
-/// Ends the program with an exit code, without what is half written.
+/// Ends the program with an exit code, after it has removed half-written files.
 pub(super) fn exit(code: u8) -> ! {
     remove_unfinished();
     std::process::exit(code.into())
 }
 
-/// Starts to listen.
+/// Starts the thread.
 #[cfg(unix)]
 pub(super) fn install() -> Result<(), TrainError> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    // `nohup` has the end of the terminal ignored, and means it.
-    let heard = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| signal != SIGHUP || !hangup_is_ignored());
-    let mut signals = signal_hook::iterator::Signals::new(heard).map_err(failed)?;
+    // Under `nohup` SIGHUP is ignored from the start, and a handler would undo that.
+    let handled = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| signal != SIGHUP || !hangup_is_ignored());
+    let mut signals = signal_hook::iterator::Signals::new(handled).map_err(failed)?;
     let listen = move || {
         for signal in signals.forever() {
             let asked = if signal == SIGINT { Signal::Interrupt } else { Signal::Terminate };
             if respond(asked) == Response::End {
                 remove_unfinished();
-                // The program that started this one sees which signal it was.
+                // Dies of the signal itself, so that the parent process sees which one it was.
                 let _ = signal_hook::low_level::emulate_default_handler(signal);
                 exit(super::INTERRUPTED);
             }
@@ -69,15 +69,15 @@ pub(super) fn install() -> Result<(), TrainError> {
     Ok(())
 }
 
-/// Starts to listen; there is only Ctrl-C and its like.
+/// Starts to listen for Ctrl-C, the only signal on this system.
 #[cfg(not(unix))]
 pub(super) fn install() -> Result<(), TrainError> {
-    let heard = || {
+    let handler = || {
         if respond(Signal::Interrupt) == Response::End {
             exit(super::INTERRUPTED);
         }
     };
-    ctrlc::set_handler(heard).map_err(failed)
+    ctrlc::set_handler(handler).map_err(failed)
 }
 
 fn failed(error: impl std::fmt::Display) -> TrainError {

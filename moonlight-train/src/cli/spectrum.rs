@@ -11,22 +11,22 @@ use super::output::print;
 use crate::analysis::spectrum::{ExpertSelection, by_group, layer_spectra};
 use crate::error::TrainError;
 
-/// SVD entropy and stable rank of the weights, by the report's six groups.
+/// Print the SVD entropy and stable rank of the weights
 ///
-/// A model with more entropy uses more of its matrices' directions; models trained by Muon have more than those trained
-/// by AdamW (arXiv 2502.16982, section 3.4).
+/// Means over the Muon report's six groups of matrices (arXiv 2502.16982, section 3.4). A matrix of higher entropy uses more of its
+/// directions; models trained with Muon have higher entropy than those trained with AdamW.
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// A Hugging Face directory, a checkpoint or folder of a run, or `org/name` in the Hub's cache.
+    /// A Hugging Face directory, a checkpoint or folder of a run, or `org/name` in the Hub's cache
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Routed experts of each layer that stand for all; 0 for all.
+    /// The number of routed experts of each layer to measure; 0 for all
     #[arg(long, default_value_t = 3)]
     experts: usize,
-    /// Chooses the experts.
+    /// The seed that chooses the experts
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Prints each matrix and the groups as one JSON object.
+    /// Print the matrices and the groups as one JSON object
     #[arg(long)]
     json: bool,
 }

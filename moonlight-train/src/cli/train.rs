@@ -13,21 +13,21 @@ use crate::error::TrainError;
 use crate::recipe::Recipe;
 use crate::trainer::{self, Outcome};
 
-/// Train as a recipe says.
+/// Train a model by a recipe
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// The recipe, a TOML file.
+    /// The recipe, a TOML file
     recipe: PathBuf,
-    /// Override a value of the recipe, e.g. `--set train.steps=200`; may be given several times.
+    /// Override a value of the recipe, e.g. `--set train.steps=200`; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
-    /// Resume from the newest checkpoint of the run, or start if there is none.
+    /// Resume from the newest checkpoint of the run, or start if there is none
     #[arg(long)]
     resume: bool,
-    /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has; over `run.device`.
+    /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has; overrides `run.device`
     #[arg(long)]
     device: Option<String>,
-    /// f32, bf16, f16, or auto: f32 on the CPU, as stored elsewhere; over `model.dtype`.
+    /// f32, bf16, f16, or auto (f32 on the CPU, as stored on GPUs); overrides `model.dtype`
     #[arg(long)]
     dtype: Option<String>,
 }
@@ -52,8 +52,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     Ok(ExitCode::from(INTERRUPTED))
 }
 
-/// While the run trains, the first signal stops it after the current step; the second, and any before the first step or
-/// after the last checkpoint, exits at once.
+/// In the training loop the first signal stops the run after the current step, with a checkpoint. A second signal, and any signal
+/// outside the loop, ends the program at once.
 fn stop_on_signals() -> Interrupter {
     let interrupter = Interrupter::new();
     let handle = interrupter.clone();

@@ -3,11 +3,10 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use moonlight_model::{LmBatch, Segments};
 
-/// What loss masks that sum to `predicted` are multiplied by so that neither the sum of losses nor one over the sum of weights
-/// leaves the numbers of an f32: 1, which changes nothing, but where the weights are far from it, and then a power of two, which
-/// changes no digit of the mean.
+/// The factor on loss masks that sum to `predicted`, so that neither the sum of losses nor 1 over the sum of weights overflows
+/// or underflows f32. It is 1 for ordinary sums, and otherwise a power of two, which changes no digit of the mean.
 pub(crate) fn mask_scale(predicted: f64) -> f64 {
-    // Some 1e-10 to 1e12: a step of 2^32 tokens with weights of some hundreds.
+    // From 1e-10 to 1e12, which includes a step of 2^32 tokens with weights of some hundreds.
     const ORDINARY: std::ops::RangeInclusive<f64> = 1.0 / (1u64 << 33) as f64..=(1u64 << 40) as f64;
     match predicted > 0.0 && predicted.is_finite() && !ORDINARY.contains(&predicted) {
         true => predicted.log2().floor().exp2().recip(),
@@ -15,31 +14,32 @@ pub(crate) fn mask_scale(predicted: f64) -> f64 {
     }
 }
 
-/// A batch of a language-modelling step in plain memory; each list is `[batch, sequence]`, row by row.
+/// A micro-batch in host memory. Each list has the shape `[batch, sequence]`, row by row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostBatch {
     /// Token ids; 0 in padding.
     pub tokens: Vec<i32>,
-    /// The token that follows each; 0 in padding and for the last token of a document.
+    /// The next token of each; 0 in padding and for the last token of a document.
     pub targets: Vec<i32>,
-    /// How much the target counts in the loss: 1 where it is predicted, in conversations the weight of its message; 0 in
-    /// padding, for the last token of a document and for what the assistant did not say.
+    /// The weight of the target in the loss: 1, or in conversations the weight of its message; 0 in padding, for the last
+    /// token of a document, and for messages of anyone but the assistant.
     pub loss_mask: Vec<f32>,
-    /// The document of each token, negative for padding; `None` where each sequence is one document without padding.
+    /// The number of each token's document within its row, negative for padding; `None` if every row is one document without
+    /// padding.
     pub documents: Option<Vec<i32>>,
-    /// Number of sequences.
+    /// Sequences in the batch.
     pub batch: usize,
-    /// Tokens in each.
+    /// Tokens in each sequence, padding included.
     pub sequence: usize,
 }
 
 impl HostBatch {
-    /// The batch as tensors.
+    /// Copies the batch to a device.
     pub fn to_device(&self, device: &Device) -> LmBatch {
         self.to_device_scaled(device, 1.0)
     }
 
-    /// The batch as tensors, its loss mask times `scale`; see [`mask_scale`].
+    /// Copies the batch to a device, with the loss mask times `scale`; see [`mask_scale`].
     pub(crate) fn to_device_scaled(&self, device: &Device, scale: f64) -> LmBatch {
         let mask = self.loss_mask.iter().map(|&weight| (f64::from(weight) * scale) as f32).collect();
         let shape = [self.batch, self.sequence];
@@ -52,7 +52,7 @@ impl HostBatch {
         }
     }
 
-    /// Predicted tokens, each as much as it counts: the sum of the mask, by which a sum of losses becomes their mean.
+    /// The sum of the loss mask, by which the sum of weighted losses is divided for their mean.
     pub fn predicted(&self) -> f64 {
         self.loss_mask.iter().map(|&weight| f64::from(weight)).sum()
     }
@@ -71,7 +71,7 @@ mod tests {
     use super::mask_scale;
 
     #[test]
-    fn only_weights_far_from_one_are_scaled_and_by_powers_of_two() {
+    fn only_extreme_sums_of_weights_are_scaled_and_by_powers_of_two() {
         for ordinary in [1e-9, 0.3, 1.0, 4096.0, 1e12] {
             assert_eq!(mask_scale(ordinary), 1.0);
         }

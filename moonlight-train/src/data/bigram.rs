@@ -1,18 +1,18 @@
-//! The loss of a bigram model: what a model must beat to have learnt more than which token follows which.
+//! The loss of a bigram model: a model with a lower loss has learned more than which token follows which.
 
 use std::collections::HashMap;
 
-/// Tokens up to which the counts stand in a table; beyond, in a hash map.
+/// The largest vocabulary whose counts are a table, of 32 MiB at most; a larger one has a hash map.
 const TABLE_VOCABULARY: usize = 2048;
 
-/// Nats per token that a bigram model counted on the documents `train` loses on `valid`; `None` where `valid` has
-/// nothing to predict.
+/// The loss, in nats per token, on the documents `valid` of a bigram model counted on the documents `train`; `None` if `valid`
+/// has nothing to predict.
 ///
-/// A document is its tokens with their weights; a token of weight 0 is neither counted nor predicted, and the mean is
-/// weighted. Each token but a document's first is predicted from the one before it:
-/// `p(b | a) = (n(a, b) + p(b)) / (n(a) + 1)`, `p(b) = (n(b) + 1) / (n + vocab_size)`, where `n` counts predicted
-/// tokens of the training documents: one pseudo-count, spread as the tokens themselves are, so an unseen pair costs what
-/// the rarity of its second token costs. This is a harder mark than add-one smoothing.
+/// A document is its tokens with their weights. A token of weight 0 is neither counted nor predicted, and the mean is
+/// weighted. Each token except a document's first is predicted from the one before it:
+/// `p(b | a) = (n(a, b) + p(b)) / (n(a) + 1)` with `p(b) = (n(b) + 1) / (n + vocab_size)`, where `n` counts predicted tokens
+/// of `train`. The single pseudo-count is distributed like the tokens, so an unseen pair costs as much as its second token is
+/// rare. That is a stronger baseline than add-one smoothing.
 pub fn bigram_loss<D: Iterator<Item = (u32, f32)>>(
     train: impl Iterator<Item = D>,
     valid: impl Iterator<Item = D>,
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_learned_does_not_count() {
+    fn tokens_of_weight_zero_are_neither_counted_nor_predicted() {
         let of = |document: &'static [(u32, f32)]| std::iter::once(document.iter().copied());
         let train = &[(0, 0.0), (1, 1.0), (0, 0.0), (1, 1.0), (2, 1.0)];
         // Counted: 01 01 12, with a vocabulary of 4.

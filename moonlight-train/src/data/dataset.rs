@@ -18,21 +18,22 @@ use super::{DataError, HostBatch, TrainStream};
 use crate::file_id::FileId;
 use crate::recipe::{DataConfig, DataFormat, LongRecords};
 
-/// The data of a recipe, tokenized and on disk.
+/// The data of a recipe: tokenized, on disk, and divided into sequences.
 pub struct Dataset {
     pub(super) train: Sequences,
     pub(super) valid: Option<Sequences>,
-    /// The files of the training data, by which its documents are named.
+    /// The files of the training data; documents refer to them by index.
     pub(super) files: Vec<SourceFile>,
-    /// The template, where it does not come with the tokenizer.
+    /// The chat template, if it does not come with the tokenizer.
     template: Option<TokenizerFile>,
-    /// The token that ends what the assistant says.
-    end: Option<u32>,
+    /// The token that ends an assistant's turn.
+    end_of_turn: Option<u32>,
+    /// `None` without shuffling.
     seed: Option<u64>,
-    /// Hash of everything that a position in the training data depends on.
-    data: u64,
-    /// Hash of the documents of the validation data; 0 without any.
-    valid_data: u64,
+    /// A hash of everything that a position in the training data depends on.
+    train_hash: u64,
+    /// A hash of the validation documents; 0 without any.
+    valid_hash: u64,
     vocab_size: usize,
     notes: Vec<String>,
 }
@@ -40,13 +41,13 @@ pub struct Dataset {
 impl Dataset {
     /// Finds the files, tokenizes what is not in `config.cache_dir` yet, and opens the tokens.
     ///
-    /// `vocab_size` is the model's: a token that it does not hold is an error. `tokenizer` may be absent where the files
-    /// hold tokens. `seed` gives the order of every epoch.
+    /// `vocab_size` is the model's; a token beyond it is an error. `tokenizer` may be `None` for files of tokens. The order of
+    /// every epoch follows from `seed`.
     ///
     /// # Errors
     ///
-    /// [`DataError`]: a glob without a file, a file that cannot be read, a record that is wrong or too long (with file and
-    /// line), a cache that cannot be written, nothing to learn from.
+    /// [`DataError`] for a glob without a file, a file that cannot be read, a broken or too long record (with file and line), a
+    /// cache that cannot be written, and data with nothing to learn from.
     pub fn open(
         config: &DataConfig,
         tokenizer: Option<&Tokenizer>,
@@ -66,13 +67,14 @@ impl Dataset {
         train_files.retain(|file| !of_valid.contains(&file.id));
         let (mut documents, mut notes) = (Vec::new(), Vec::new());
         let mut files_of_train = Vec::new();
-        // What to say of each part if there is nothing in it.
+        // The explanation for each part, in case that nothing in it can be learned.
         let mut nothing: Vec<(&str, String, Option<String>)> = Vec::new();
         if let Some(chat) = &chat {
             notes.push(format!("data: chat template: {}", chat.template().source()));
             if chat.template().uses_date() {
                 notes.push(
-                    "data: the chat template writes the date: that of the day on which the records were read".into(),
+                    "data: the chat template writes the date, which is the day on which the records were tokenized"
+                        .into(),
                 );
             }
         }
@@ -91,7 +93,7 @@ impl Dataset {
             notes.extend(more.iter().map(|note| format!("data.{key}: {note}")));
             let mut reasons = store.report().left_out(&files);
             reasons.extend(left_out.into_iter().chain(note));
-            let broken = "data.broken = \"error\" stops at the first record that is broken";
+            let broken = "set `data.broken = \"error\"` to stop at the first broken record";
             let hint = hint.or((store.report().broken.count > 0).then(|| broken.into()));
             nothing.push((key, nothing_in(&files, &reasons), hint));
             if key == "train" {
@@ -118,17 +120,18 @@ impl Dataset {
         let Some((_, store, mut train)) = documents.next() else {
             return Err(DataError::Nothing { key: "train", problem: "no file".into(), hint: None });
         };
-        let (mut valid, mut valid_data) = (None, 0);
+        let (mut valid, mut valid_hash) = (None, 0);
         if config.valid_fraction > 0.0 {
             if config.format == DataFormat::Chat && train.len() == 1 {
-                let problem = "one conversation cannot be divided".into();
-                return Err(DataError::Nothing { key: "valid_fraction", problem, hint: None });
+                let problem = "there is one conversation, which cannot be divided".into();
+                let hint = Some("name validation files by `data.valid`, or leave `data.valid_fraction` out".into());
+                return Err(DataError::Nothing { key: "valid_fraction", problem, hint });
             }
             let parts = split(&mut train, config.valid_fraction);
-            valid_data = hash_of(&store, &parts).finish();
+            valid_hash = hash_of(&store, &parts).finish();
             valid = Some(sequences("valid_fraction", store.clone(), parts)?);
         } else if let Some((key, store, parts)) = documents.next() {
-            valid_data = hash_of(&store, &parts).finish();
+            valid_hash = hash_of(&store, &parts).finish();
             valid = Some(sequences(key, store, parts)?);
         }
         let seed = config.shuffle.then_some(seed);
@@ -143,33 +146,34 @@ impl Dataset {
             notes.push(learned("train", &train)?);
             notes.extend(valid.as_ref().map(|valid| learned("valid", valid)).transpose()?);
         }
-        let end = chat.as_ref().and_then(ChatEncoder::end_token);
+        let end_of_turn = chat.as_ref().and_then(ChatEncoder::end_token);
         let template = chat.filter(|chat| !comes_with_tokenizer(config, tokenizer, chat)).map(|chat| TokenizerFile {
             name: "chat_template.jinja".into(),
             contents: chat.template().text().as_bytes().to_owned(),
         });
         let files = files_of_train;
-        Ok(Self { train, valid, files, template, end, seed, data: hash.finish(), valid_data, vocab_size, notes })
+        let train_hash = hash.finish();
+        Ok(Self { train, valid, files, template, end_of_turn, seed, train_hash, valid_hash, vocab_size, notes })
     }
 
-    /// The chat template that the data were made with, where the tokenizer's own files have none or another: a
-    /// checkpoint should carry it.
+    /// The chat template of the data, if the tokenizer's files have none or another. Checkpoints contain it, so that the model
+    /// is used with the template it was trained with.
     pub fn template(&self) -> Option<&TokenizerFile> {
         self.template.as_ref()
     }
 
-    /// The token that ends what the assistant says in these conversations, where the data are some.
+    /// The token that ends an assistant's turn; `None` for data that are not conversations.
     pub fn end_of_turn(&self) -> Option<u32> {
-        self.end
+        self.end_of_turn
     }
 
-    /// The training batches from the beginning, `batch_size` (at least 1) sequences each.
+    /// An endless stream of training batches from the first one, with `batch_size` (at least 1) sequences each.
     pub fn train_stream(&self, batch_size: usize) -> TrainStream {
-        TrainStream::new(self.train.clone(), self.seed, batch_size, self.data)
+        TrainStream::new(self.train.clone(), self.seed, batch_size, self.train_hash)
     }
 
-    /// The validation data once, in order, `batch_size` (at least 1) sequences a batch, the last batch what is left;
-    /// nothing where the recipe names none.
+    /// The validation data once, in order, in batches of `batch_size` (at least 1) sequences; the last batch has the rest.
+    /// Empty without validation data.
     pub fn valid_batches(&self, batch_size: usize) -> impl Iterator<Item = Result<HostBatch, DataError>> + '_ {
         let count = self.valid.as_ref().map_or(0, Sequences::count);
         let batches =
@@ -185,24 +189,24 @@ impl Dataset {
         self.valid.is_some()
     }
 
-    /// Tokens of the training data.
+    /// Tokens of the training data, without padding.
     pub fn train_tokens(&self) -> u64 {
         self.train.tokens()
     }
 
-    /// Tokens of the validation data.
+    /// Tokens of the validation data, without padding; 0 without any.
     pub fn valid_tokens(&self) -> u64 {
         self.valid.as_ref().map_or(0, Sequences::tokens)
     }
 
-    /// A hash of the training data: their tokens, their order and how they are cut into sequences.
+    /// A hash of the training data: their tokens, their order and their division into sequences.
     pub fn train_hash(&self) -> u64 {
-        self.data
+        self.train_hash
     }
 
     /// A hash of the tokens of the validation data; 0 without any.
     pub fn valid_hash(&self) -> u64 {
-        self.valid_data
+        self.valid_hash
     }
 
     /// Sequences of one epoch of the training data.
@@ -210,13 +214,13 @@ impl Dataset {
         self.train.count()
     }
 
-    /// What the reader should know of the data: for example files that are not UTF-8.
+    /// Notes about the data for the log, for example on broken records or on bytes that are not UTF-8.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    /// What a bigram model counted on the training data loses on the validation data, in nats per predicted token; `None`
-    /// without validation data, and where the tokens cannot be read any more. See [`bigram_loss`].
+    /// The loss on the validation data of a bigram model counted on the training data, in nats per predicted token; `None`
+    /// without validation data, or if the token cache can no longer be read. See [`bigram_loss`].
     pub fn bigram(&self) -> Option<f64> {
         let valid = self.valid.as_ref()?;
         let (mut of_train, mut of_valid) = (Ok(()), Ok(()));
@@ -228,18 +232,18 @@ impl Dataset {
         match of_train.and(of_valid) {
             Ok(()) => loss,
             Err(error) => {
-                // A figure beside others, at the end of a run: no reason to fail.
-                tracing::warn!("no bigram model is counted: {error}");
+                // Only a baseline for the log at the end of a run, which must not fail for it.
+                tracing::warn!("the bigram model cannot be counted: {error}");
                 None
             }
         }
     }
 }
 
-/// A hash of documents: the store's contents, and which of them.
+/// A hash of some documents of a store: its contents, and the documents' spans.
 fn hash_of(store: &TokenStore, documents: &[(u64, u64)]) -> Hash {
     let mut hash = Hash::new(4);
-    hash.number(store.content());
+    hash.number(store.content_hash());
     for (start, end) in documents {
         hash.number(*start);
         hash.number(*end);
@@ -247,7 +251,7 @@ fn hash_of(store: &TokenStore, documents: &[(u64, u64)]) -> Hash {
     hash
 }
 
-/// The documents before the first that cannot be read, which is said in `result`.
+/// The documents before the first that cannot be read, whose error goes to `result`.
 fn until_fault<D>(
     documents: impl Iterator<Item = Result<D, DataError>>,
     result: &mut Result<(), DataError>,
@@ -255,10 +259,10 @@ fn until_fault<D>(
     documents.map_while(|document| document.map_err(|error| *result = Err(error)).ok())
 }
 
-/// The files that are read.
+/// The files to read.
 struct Chosen {
     files: Vec<SourceFile>,
-    /// Which of them are not.
+    /// A note about the files that were left out.
     note: Option<String>,
 }
 
@@ -269,13 +273,14 @@ fn choose(mut files: Vec<SourceFile>, config: &DataConfig) -> Chosen {
         let large: Vec<SourceFile> = files.extract_if(.., |file| file.size > most).collect();
         if let Some(first) = large.first() {
             let (count, first) = (large.len(), first.path.display());
-            note = Some(format!("files larger than data.max_file_bytes are left out: {count}, the first `{first}`"));
+            note =
+                Some(format!("files larger than `data.max_file_bytes` were left out: {count}, the first is `{first}`"));
         }
     }
     Chosen { files: files::limit(files, config.max_bytes), note }
 }
 
-/// Why there is nothing in files; empty where nobody knows.
+/// Why files contain nothing to learn from; empty if no reason is known.
 fn nothing_in(files: &[SourceFile], reasons: &[String]) -> String {
     match (reasons, files) {
         ([], []) => "no file".into(),
@@ -294,8 +299,8 @@ fn chat_encoder(config: &DataConfig, tokenizer: &Tokenizer) -> Result<ChatEncode
         problem: error.to_string(),
         hint: match &error {
             ChatError::NoTemplate { .. } => Some(
-                "name one by data.chat_template = \"FILE.jinja\"; a model of bytes learns to chat with data.tokenizer = \
-                 \"bytes-chat\""
+                "name a template by `data.chat_template = \"FILE.jinja\"`, or for a model of bytes set `data.tokenizer = \
+                 \"bytes-chat\"`"
                     .into(),
             ),
             error => error.hint(),
@@ -318,7 +323,7 @@ fn packing(config: &DataConfig) -> Packing {
     }
 }
 
-/// How much of the tokens is learned, and how full the sequences are.
+/// A note about the share of learned tokens and of padding.
 fn learned(key: &str, sequences: &Sequences) -> Result<String, DataError> {
     let (learned, tokens) = (sequences.predicted()?, sequences.tokens());
     let full = sequences.fill().map(|fill| format!("; the sequences are {:.1} % full", 100.0 * fill));
@@ -329,17 +334,19 @@ fn learned(key: &str, sequences: &Sequences) -> Result<String, DataError> {
     ))
 }
 
-/// The documents that are used, and what was done to some of them.
+/// The documents that are used.
 struct UsedDocuments {
+    /// The span of each in the token store.
     parts: Vec<(u64, u64)>,
     notes: Vec<String>,
-    /// Those of the notes that are on documents which are not used.
+    /// The notes about documents that are not used.
     left_out: Vec<String>,
-    /// What to do where no document is used.
+    /// What to do if no document is used.
     hint: Option<String>,
 }
 
-/// The span of each document, checked against the sequence length where it is not to be cut into sequences.
+/// The spans of the documents to use. Documents that may not be cut into several sequences are checked against the sequence
+/// length.
 fn parts(store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Result<UsedDocuments, DataError> {
     let longest = config.sequence_length as u64;
     let mut parts = Vec::with_capacity(store.documents());
@@ -358,13 +365,14 @@ fn parts(store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Resul
                 return Err(DataError::Record {
                     path: files.get(file as usize).map(|file| file.path.clone()).unwrap_or_default(),
                     place: FilePosition { line: line as usize, column: column as usize },
-                    problem: format!("the record has {length} tokens; data.sequence_length is {longest}"),
+                    problem: format!("the record has {length} tokens, but `data.sequence_length` is {longest}"),
                     hint: Some(match config.format {
                         DataFormat::Chat => {
-                            "raise data.sequence_length, or set data.too_long = \"skip\" or \"truncate\"".into()
+                            "raise `data.sequence_length`, or set `data.too_long` to `skip` or `truncate`".into()
                         }
                         _ => {
-                            "raise data.sequence_length, or set data.too_long = \"truncate\" or data.pack = true".into()
+                            "raise `data.sequence_length`, or set `data.too_long = \"truncate\"` or `data.pack = true`"
+                                .into()
                         }
                     }),
                 });
@@ -382,16 +390,18 @@ fn parts(store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Resul
         }
         Ok(())
     })?;
-    let skipped = skipped.said(&format!("longer than {longest} tokens and left out"), files);
-    let cut = cut.said(&format!("longer than {longest} tokens and cut"), files);
-    let unlearned = unlearned.said(&format!("left out, as nothing in the first {longest} tokens is learned"), files);
+    let skipped = skipped.note(&format!("longer than {longest} tokens and left out"), files);
+    let cut = cut.note(&format!("longer than {longest} tokens and truncated"), files);
+    let unlearned =
+        unlearned.note(&format!("left out, because nothing in the first {longest} tokens is learned"), files);
     let left_out: Vec<String> = skipped.iter().chain(&unlearned).cloned().collect();
-    let hint = (!left_out.is_empty()).then(|| "raise data.sequence_length".into());
+    let hint = (!left_out.is_empty()).then(|| "raise `data.sequence_length`".into());
     Ok(UsedDocuments { parts, notes: [skipped, cut, unlearned].into_iter().flatten().collect(), left_out, hint })
 }
 
-/// Takes documents, in the order of a hash of their numbers, until they hold `fraction` of the tokens; never all of
-/// them. Of a single document the end is taken.
+/// Moves documents to the validation data, in the order of a hash of their indices, until they contain `fraction` of the
+/// tokens; at least one document stays. A single document is cut, and its end is moved. The hash makes the choice independent
+/// of the order of topics in the files, and the same in every run.
 fn split(documents: &mut Vec<(u64, u64)>, fraction: f64) -> Vec<(u64, u64)> {
     let tokens: u64 = documents.iter().map(|(start, end)| end - start).sum();
     let wanted = (tokens as f64 * fraction).ceil() as u64;

@@ -1,11 +1,11 @@
-//! What can be wrong with data.
+//! Why data cannot be used.
 
 use std::path::{Path, PathBuf};
 
 use moonlight_infer::expand_env;
 use moonlight_infer::records::{FilePosition, RecordError};
 
-/// Data that cannot be read, or that does not fit the recipe.
+/// Data that cannot be read or do not fit the recipe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DataError {
@@ -14,17 +14,17 @@ pub enum DataError {
     EmptyGlob {
         /// `train` or `valid`.
         key: &'static str,
-        /// The glob as the recipe has it.
+        /// The glob as the recipe contains it.
         glob: String,
     },
-    /// A glob that cannot be read.
+    /// A glob with an error, or a folder that cannot be searched.
     #[error("`data.{key}` has the glob `{glob}`, which cannot be searched: {problem}")]
     Glob {
         /// `train` or `valid`.
         key: &'static str,
-        /// The glob as the recipe has it.
+        /// The glob as the recipe contains it.
         glob: String,
-        /// What is wrong.
+        /// Why it cannot be searched.
         problem: String,
     },
     /// A file that cannot be read or written.
@@ -34,90 +34,142 @@ pub enum DataError {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's message.
         problem: String,
     },
-    /// Tokens on disk that another program cut or changed after they were opened.
+    /// A token cache that another process cut or changed after it was opened.
     #[error("the token cache `{}` was changed by another program while it was read", path.display())]
     CacheChanged {
-        /// The file.
+        /// The cache file.
         path: PathBuf,
     },
-    /// More sequences in a step than can be laid out.
-    #[error("a step of {sequences} sequences of {length} tokens is more than a step can hold (2^32 tokens)")]
+    /// A step with more than 2^32 tokens.
+    #[error("a step of {sequences} sequences of {length} tokens exceeds the limit of 2^32 tokens")]
     StepTooLarge {
         /// Sequences of the step.
         sequences: usize,
         /// Tokens of each.
         length: usize,
     },
-    /// A file that cannot be read, or not on.
+    /// A file of records that cannot be opened, or not read to its end.
     #[error(transparent)]
     Records(#[from] RecordError),
-    /// A record that is wrong.
+    /// A broken or too long record.
     #[error("{}:{place}: {problem}", path.display())]
     Record {
         /// The file.
         path: PathBuf,
-        /// Its line, in a parquet file its row, and perhaps its column.
+        /// The line of the record, in a parquet file its row; and its column if the line is not enough.
         place: FilePosition,
         /// What is wrong.
         problem: String,
         /// What to do about it.
         hint: Option<String>,
     },
-    /// Files, but nothing in them to predict.
-    #[error("the files of `data.{key}` hold nothing to learn from: {problem}")]
+    /// Files without a token to predict.
+    #[error("the files of `data.{key}` contain nothing to learn from: {problem}")]
     Nothing {
-        /// `train` or `valid`.
+        /// `train`, `valid` or `valid_fraction`.
         key: &'static str,
-        /// What was found.
+        /// What was left out, and why.
         problem: String,
         /// What to do about it.
         hint: Option<String>,
     },
-    /// Text without a tokenizer.
-    #[error("`data.format` is text or chat, but there is no tokenizer")]
+    /// Texts or conversations without a tokenizer.
+    #[error("`data.format` is `text` or `chat`, but there is no tokenizer")]
     NoTokenizer,
-    /// Conversations without a template that can be used.
+    /// A chat template that is absent or cannot be used.
     #[error("{problem}")]
     Template {
-        /// What is wrong with it.
+        /// The whole message.
         problem: String,
         /// What to do about it.
         hint: Option<String>,
     },
-    /// A position that belongs to other data.
-    #[error("the data are not those that the checkpoint was written with")]
+    /// A position in other data.
+    #[error("the data differ from those that the checkpoint was written with")]
     Changed,
 }
 
 impl DataError {
-    /// What the operating system says of a file.
+    /// An error of the operating system. `action` is `read` or `write`.
     pub(super) fn io(action: &'static str, path: &std::path::Path, error: &std::io::Error) -> Self {
         Self::Io { action, path: path.to_owned(), problem: error.to_string() }
     }
 
-    /// What to do about it, where we know.
+    /// What to do about the error, if that is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::EmptyGlob { glob, .. } if expand_env(glob).is_ok_and(|folder| Path::new(&folder).is_dir()) => {
-                Some(format!("it is a folder; its files are `{}/**/*.jsonl`, for example", glob.trim_end_matches('/')))
+                Some(format!("name the files in this folder, for example `{}/**/*.jsonl`", glob.trim_end_matches('/')))
             }
             Self::EmptyGlob { .. } => {
-                Some("globs are relative to the working directory; `**` matches any depth".into())
+                Some("write a glob relative to the working directory; `**` matches any number of folders".into())
             }
             Self::Record { hint, .. } | Self::Template { hint, .. } | Self::Nothing { hint, .. } => hint.clone(),
             Self::Records(error) => error.hint(),
-            Self::NoTokenizer => Some("write data.tokenizer = \"bytes\", or the path of one".into()),
+            Self::NoTokenizer => Some("set `data.tokenizer` to `bytes` or to the path of a tokenizer".into()),
             Self::CacheChanged { .. } => {
-                Some("start again (a run: with `--resume`): the cache is made anew if it is damaged".into())
+                Some("start again, a run with `--resume`; a damaged cache is written again".into())
             }
             Self::StepTooLarge { .. } => {
-                Some("lower train.batch_size, train.gradient_accumulation or data.sequence_length".into())
+                Some("lower `train.batch_size`, `train.gradient_accumulation` or `data.sequence_length`".into())
             }
-            Self::Changed => Some("put the files back as they were, or start a new run".into()),
+            Self::Changed => Some("restore the files, or start a new run".into()),
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::rendered;
+
+    /// The compiler demands an arm for each variant, and so an example in the test.
+    fn name(error: &DataError) -> &'static str {
+        match error {
+            DataError::EmptyGlob { .. } => "EmptyGlob",
+            DataError::Glob { .. } => "Glob",
+            DataError::Io { .. } => "Io",
+            DataError::CacheChanged { .. } => "CacheChanged",
+            DataError::StepTooLarge { .. } => "StepTooLarge",
+            DataError::Records(_) => "Records",
+            DataError::Record { .. } => "Record",
+            DataError::Nothing { .. } => "Nothing",
+            DataError::NoTokenizer => "NoTokenizer",
+            DataError::Template { .. } => "Template",
+            DataError::Changed => "Changed",
+        }
+    }
+
+    #[test]
+    fn messages_and_hints() {
+        let errors = [
+            DataError::EmptyGlob { key: "train", glob: "data/*.txt".into() },
+            DataError::EmptyGlob { key: "valid", glob: "/".into() },
+            DataError::Glob { key: "train", glob: "a**".into(), problem: "`**` must be a whole component".into() },
+            DataError::io("write", Path::new("cache/x.tokens"), &std::io::ErrorKind::StorageFull.into()),
+            DataError::CacheChanged { path: "cache/x.tokens".into() },
+            DataError::StepTooLarge { sequences: 1 << 30, length: 1024 },
+            DataError::Record {
+                path: "a.jsonl".into(),
+                place: FilePosition { line: 3, column: 0 },
+                problem: "the record has 9 tokens, but `data.sequence_length` is 8".into(),
+                hint: Some("raise `data.sequence_length`".into()),
+            },
+            DataError::Nothing {
+                key: "train",
+                problem: "2 records were broken and left out: a.jsonl:1, a.jsonl:2".into(),
+                hint: Some("set `data.broken = \"error\"` to stop at the first broken record".into()),
+            },
+            DataError::NoTokenizer,
+            DataError::Template { problem: "`bytes` has no chat template".into(), hint: None },
+            DataError::Changed,
+        ];
+        let text: Vec<String> =
+            errors.iter().map(|error| format!("{}\n{}", name(error), rendered(error, error.hint()))).collect();
+        insta::assert_snapshot!(text.join("\n"));
     }
 }

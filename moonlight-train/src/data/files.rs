@@ -1,7 +1,7 @@
 //! Globs to files.
 //!
-//! The crate `glob` reads patterns; the folders are gone through here, as it passes over names that are not UTF-8 and follows
-//! links that lead round and round.
+//! The crate `glob` matches names, but folders are walked here: the crate skips names that are not UTF-8, and follows links
+//! in circles.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -21,26 +21,27 @@ use crate::file_id::FileId;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SourceFile {
     pub(super) path: PathBuf,
-    /// Which file it is, whatever its path.
+    /// The identity of the file, whatever its path.
     pub(super) id: FileId,
-    /// Its size in bytes.
+    /// In bytes.
     pub(super) size: u64,
-    /// When it was last changed, in nanoseconds of Unix time.
+    /// The time of the last change, in nanoseconds of Unix time.
     pub(super) changed: u128,
-    /// Bytes to read from its beginning; less than `size` only where `max_bytes` ends in it.
+    /// Bytes to read from the start; less than `size` only in the file that reaches `data.max_bytes`.
     pub(super) read: u64,
 }
 
-/// The files of all globs, in the order of their paths. Each comes once, by its shortest path, however many links and globs
-/// lead to it.
+/// The files that match any of the globs, in the order of their paths. Each is listed once, by its shortest path, even if
+/// several links or globs lead to it: a file that was read twice would be learned twice.
 pub(super) fn find(key: &'static str, globs: &[String]) -> Result<Vec<SourceFile>, DataError> {
     let mut files: HashMap<FileId, SourceFile> = HashMap::new();
     for glob in globs {
         let fault = |problem: String| DataError::Glob { key, glob: glob.clone(), problem };
-        let pattern = expand_env(glob).map_err(|name| fault(format!("the environment has no `{name}`")))?;
+        let unset = |name| fault(format!("the environment variable `{name}` is not set"));
+        let pattern = expand_env(glob).map_err(unset)?;
         let mut found = false;
         for path in matches(&pattern).map_err(fault)? {
-            // What cannot be looked at, such as a link to nothing, is no file; nor are folders, pipes and devices.
+            // Folders, pipes, devices and links to nothing are not files.
             let Some(file) = SourceFile::at(path) else { continue };
             found = true;
             match files.entry(file.id.clone()) {
@@ -65,14 +66,14 @@ pub(super) fn find(key: &'static str, globs: &[String]) -> Result<Vec<SourceFile
 impl SourceFile {
     fn at(path: PathBuf) -> Option<Self> {
         let (id, metadata) = FileId::of(&path).ok().filter(|(_, metadata)| metadata.is_file())?;
-        // A file system without times gives 0: then only the size tells a changed file.
+        // On a file system without times this is 0, and only a change of the size is noticed.
         let changed = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         let (size, changed) = (metadata.len(), changed.map_or(0, |time| time.as_nanos()));
         Some(Self { path, id, size, changed, read: size })
     }
 }
 
-/// A part of a glob, between two slashes.
+/// A component of a glob, between two slashes.
 enum Part {
     Literal(PathBuf),
     Pattern(Pattern),
@@ -92,14 +93,14 @@ impl Part {
     }
 }
 
-/// The paths that a glob matches, shorter ones first. Names that are not UTF-8 are matched with U+FFFD for what is not.
+/// The paths that match a glob, shorter ones first. In names that are not UTF-8, U+FFFD stands for each invalid byte sequence.
 fn matches(glob: &str) -> Result<Vec<PathBuf>, String> {
     Pattern::new(glob).map_err(|error| error.to_string())?;
     let parts = Path::new(glob).components().filter(|component| *component != Component::CurDir);
     let parts = parts.map(Part::of).collect::<Result<Vec<_>, _>>()?;
     let mut found = Vec::new();
     let mut todo = VecDeque::from([(PathBuf::new(), 0)]);
-    // The folders that each `**` has been in: links may lead to them again.
+    // The folders that each `**` has visited, because links may lead to them again.
     let mut seen = HashSet::new();
     while let Some((path, at)) = todo.pop_front() {
         match parts.get(at) {
@@ -114,7 +115,7 @@ fn matches(glob: &str) -> Result<Vec<PathBuf>, String> {
                 }
             }
             Some(Part::Folders) => {
-                let Ok((id, _)) = FileId::of(here(&path)) else { continue };
+                let Ok((id, _)) = FileId::of(or_current_dir(&path)) else { continue };
                 if seen.insert((id, at)) {
                     let folders = names(&path)?.into_iter().map(|name| path.join(name)).filter(|path| path.is_dir());
                     let folders: Vec<_> = folders.map(|path| (path, at)).collect();
@@ -127,15 +128,15 @@ fn matches(glob: &str) -> Result<Vec<PathBuf>, String> {
     Ok(found)
 }
 
-/// The path by which the system finds a folder: that of none is the working directory's.
-fn here(path: &Path) -> &Path {
+/// The path of a folder for the operating system: an empty path means the working directory.
+fn or_current_dir(path: &Path) -> &Path {
     if path.as_os_str().is_empty() { Path::new(".") } else { path }
 }
 
-/// The names in a folder, in their order; none where there is no folder.
+/// The sorted names in a folder; none if it is not a folder.
 fn names(folder: &Path) -> Result<Vec<std::ffi::OsString>, String> {
-    let fault = |error: std::io::Error| format!("`{}` cannot be read: {error}", here(folder).display());
-    let entries = match fs::read_dir(here(folder)) {
+    let fault = |error: std::io::Error| format!("`{}` cannot be read: {error}", or_current_dir(folder).display());
+    let entries = match fs::read_dir(or_current_dir(folder)) {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(Vec::new()),
         entries => entries.map_err(fault)?,
     };
@@ -145,8 +146,8 @@ fn names(folder: &Path) -> Result<Vec<std::ffi::OsString>, String> {
     Ok(names)
 }
 
-/// Files in the order of a hash of their paths until `max_bytes` are reached, the last cut short; then in the order of
-/// their paths again. So a small share of many folders has something of each. 0 is no limit.
+/// Chooses files in the order of a hash of their paths until `max_bytes` are reached, with the last file cut short, and sorts
+/// the chosen ones by path. The hash makes a small share of many folders contain something of each. 0 is no limit.
 pub(super) fn limit(mut files: Vec<SourceFile>, max_bytes: u64) -> Vec<SourceFile> {
     if max_bytes == 0 {
         return files;
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn globs_match_as_the_crate_says_they_do() {
+    fn globs_match_what_the_crate_matches() {
         let dir = tempfile::tempdir().unwrap();
         for path in ["a.txt", "b.md", ".c.txt", "x/a.txt", "x/y/a.txt", "x/y/b1.txt", "x/.z/b2.txt", "[q]/a.txt"] {
             fs::create_dir_all(dir.path().join(path).parent().unwrap()).unwrap();
@@ -216,7 +217,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn a_file_of_many_paths_comes_once_by_the_shortest() {
+    fn a_file_with_many_paths_is_listed_once_by_the_shortest() {
         use std::os::unix::fs::symlink;
         let dir = tempfile::tempdir().unwrap();
         let place = |name: &str| dir.path().join(name);
@@ -224,7 +225,7 @@ mod tests {
         for name in ["1.txt", "2.txt"] {
             fs::write(place("text").join(name), name).unwrap();
         }
-        // Two loops in one folder: by paths alone there are more of them than anybody can go through.
+        // Two loops in one folder: the number of paths grows exponentially with their depth.
         symlink("../text", place("text/loop")).unwrap();
         symlink(".", place("text/round")).unwrap();
         symlink("self", place("text/self")).unwrap();
@@ -253,20 +254,20 @@ mod tests {
     }
 
     #[test]
-    fn max_bytes_is_kept_exactly_and_spreads_over_the_files() {
+    fn max_bytes_is_exact_and_spreads_over_the_files() {
         let files: Vec<SourceFile> = (0..100).map(|index| file(&format!("{index:03}"), 10)).collect();
         let some = limit(files.clone(), 205);
         assert_eq!(some.iter().map(|file| file.read).sum::<u64>(), 205);
         assert_eq!(some.len(), 21);
         assert!(some.is_sorted_by(|a, b| a.path < b.path));
         let late = some.iter().filter(|file| file.path >= Path::new("050")).count();
-        assert!((3..19).contains(&late), "{late} of 21 lie in the second half");
+        assert!((3..19).contains(&late), "{late} of 21 are in the second half");
         assert_eq!(limit(files.clone(), 0), files);
         assert_eq!(limit(files.clone(), 5000), files);
     }
 
     #[test]
-    fn a_glob_without_a_file_is_named() {
+    fn a_glob_without_a_file_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("b.txt"), "b").unwrap();
         std::fs::write(dir.path().join("a.txt"), "a").unwrap();

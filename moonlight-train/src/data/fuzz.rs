@@ -1,18 +1,19 @@
-//! Readers of what others wrote, for a fuzzer to call; no part of the crate's interface.
+//! Entry points for the fuzzer into readers of untrusted files. Not part of the crate's public interface.
 
 use std::path::Path;
 
 use super::token_store::{OpenedStore, TokenStore};
 use super::tokenize::tokens_of;
 
-/// Reads a line of `format = "tokens"`; its tokens, or nothing where it is wrong.
+/// The tokens of a record of `format = "tokens"`; `None` for a broken one.
 pub fn tokens_record(line: &[u8]) -> Option<Vec<u32>> {
     tokens_of(line).ok().map(|tokenized| tokenized.tokens)
 }
 
-/// Opens a token cache and reads all that is in it; whether it was taken. Its checksum is not believed to be hard to make.
+/// Opens a token cache and reads all of it; returns whether it was accepted. Whoever writes a file can compute its checksum,
+/// so a file with a valid one must not break the reader either.
 pub fn token_cache(path: &Path, key: [u64; 2], vocab_size: usize) -> bool {
-    let Ok(OpenedStore::Whole(store)) = TokenStore::open(path, key, vocab_size) else { return false };
+    let Ok(OpenedStore::Complete(store)) = TokenStore::open(path, key, vocab_size) else { return false };
     let mut reader = store.reader(100);
     store
         .each_document(|document, span| {
@@ -28,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_of_any_kind_are_read_or_refused() {
+    fn any_bytes_are_read_or_refused() {
         assert_eq!(tokens_record(b"{\"tokens\": [1, 2]}"), Some(vec![1, 2]));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");

@@ -1,59 +1,59 @@
-//! SplitStats and samples of the data, to look at before a run.
+//! Statistics and samples of the data, to look at before a run.
 
 use std::path::PathBuf;
 
 use super::sequences::{DocumentSpan, Sequences};
 use super::{DataError, Dataset};
 
-/// What the data are.
+/// Statistics of a dataset, and some of its documents.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Inspection {
-    /// The training data.
+    /// Statistics of the training data.
     pub train: SplitStats,
-    /// The validation data.
+    /// Statistics of the validation data, if there are any.
     pub valid: Option<SplitStats>,
-    /// Documents of the training data, spread evenly over it.
+    /// Documents of the training data, at even distances.
     pub samples: Vec<Sample>,
 }
 
-/// SplitStats of a part of the data.
+/// Statistics of the training or the validation data.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SplitStats {
-    /// Number of documents or conversations.
+    /// Documents or conversations.
     pub documents: usize,
-    /// Their tokens.
+    /// Tokens of the documents, without padding.
     pub tokens: u64,
-    /// The tokens that are predicted and learned.
+    /// Tokens that are predicted with a weight above 0.
     pub learned: u64,
     /// Sequences of an epoch.
     pub sequences: u64,
-    /// Share of the room in the sequences that tokens fill; `None` where each document is a row of its own.
+    /// The share of the sequences that is not padding; `None` without packing, where padding depends on the batch.
     pub fill: Option<f64>,
-    /// The shortest, the median and the longest document.
+    /// Tokens of the shortest, the median and the longest document.
     pub lengths: [u64; 3],
-    /// Documents by length: `(n, count)` of those with at most `n` tokens and more than half of that.
+    /// A histogram of lengths: `(n, count)` for documents with more than `n / 2` and at most `n` tokens.
     pub histogram: Vec<(u64, u64)>,
 }
 
-/// A document as the model sees it.
+/// A document as the model reads it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sample {
-    /// Its file.
+    /// The file that contains it.
     pub path: PathBuf,
-    /// Its line, from 1; 0 where the document is the whole file.
+    /// The line it starts in, from 1; 0 if the document is the whole file.
     pub line: u32,
-    /// The column that it begins in, from 1, where several documents may stand in a line; else 0.
+    /// The column it starts in, from 1; 0 if a line has only one document.
     pub column: u32,
-    /// Its tokens and how much each counts in the loss when it is predicted.
+    /// The tokens, each with its weight in the loss.
     pub tokens: Vec<(u32, f32)>,
 }
 
 impl Dataset {
-    /// SplitStats of the data, and up to `samples` documents.
+    /// Statistics of the data, and up to `samples` documents.
     ///
     /// # Errors
     ///
-    /// [`DataError`] where the tokens cannot be read any more.
+    /// [`DataError`] if the token cache can no longer be read.
     pub fn inspect(&self, samples: usize) -> Result<Inspection, DataError> {
         let parts = self.train.parts();
         let count = samples.min(parts.len());

@@ -1,18 +1,18 @@
-//! What the model reads: files to tokens, tokens to sequences, sequences to batches.
+//! Training data: files to tokens, tokens to sequences, sequences to batches.
 //!
 //! * `files.rs`: globs to files.
-//! * `text_file.rs`: how a file of texts is read: whole, or a document in each record.
+//! * `text_file.rs`: whether a file of texts is one document or has a document in each record.
 //! * `tokenize.rs`: files to documents of tokens, in parallel; conversations with a weight for each token.
-//! * `report.rs`: what was found while reading.
-//! * `token_store.rs`: the documents on disk, kept for the next run and checked when they are opened.
-//! * `packing.rs`: which documents share a sequence, where none may be cut.
+//! * `report.rs`: what was found while reading, such as broken records.
+//! * `token_store.rs`: documents of tokens on disk, kept for later runs and checked when they are opened.
+//! * `packing.rs`: which documents share a sequence if none may be cut.
 //! * `sequences.rs`: documents to sequences, packed or one by one.
 //! * `shuffle.rs`: the order of an epoch.
-//! * `stream.rs`: batches without end, from any position, and the share of each worker.
-//! * `prefetch.rs`: the next step's batches, made while a step is computed.
-//! * `dataset.rs`: all of it together: the training and the validation data of a run.
-//! * `bigram.rs`: the loss of a bigram model of the data, to compare with.
-//! * `inspect.rs`: statistics and samples, to look at before a run.
+//! * `stream.rs`: an endless stream of batches, from any position, and the share of each rank.
+//! * `prefetch.rs`: the next step's batches, read while a step is computed.
+//! * `dataset.rs`: the training and validation data of a run.
+//! * `bigram.rs`: the loss of a bigram model of the data, a baseline.
+//! * `inspect.rs`: statistics and samples for `moonlight data inspect`.
 
 mod batch;
 mod bigram;

@@ -1,8 +1,9 @@
-//! Which documents share a sequence, where none may be cut.
+//! Which documents share a sequence, if none may be cut.
 //!
-//! Best fit, longest first: each document goes where it leaves the least room, or begins a sequence of its own. The
-//! result needs at most 11/9 of the fewest sequences (Johnson 1973), and for conversations, most of which are short, hardly
-//! more than the tokens themselves ("Fewer Truncations Improve Language Modeling", arXiv 2404.10830).
+//! Best-fit decreasing: starting with the longest, each document goes into the sequence in which it leaves the least space,
+//! or into a new one. The result has at most 11/9 of the smallest possible number of sequences (Johnson 1973). Conversations
+//! are mostly short, and fill their sequences almost completely ("Fewer Truncations Improve Language Modeling",
+//! arXiv 2404.10830).
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -10,32 +11,32 @@ use std::ops::Range;
 /// Documents by sequence.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Bins {
-    /// Numbers of documents, sequence by sequence.
+    /// The indices of the documents, sequence by sequence.
     documents: Vec<u32>,
-    /// Where each sequence ends in `documents`.
+    /// The end of each sequence in `documents`.
     ends: Vec<u32>,
 }
 
 impl Bins {
-    /// Lays documents of these lengths, none above `capacity`, into sequences. Within a sequence they stand in their
-    /// order, and the sequences in the order of their first documents.
+    /// Packs documents of these lengths, none above `capacity`, into sequences. Within a sequence they keep their order, and
+    /// sequences are in the order of their first documents, so that the result does not depend on how ties were broken.
     pub(super) fn best_fit(lengths: &[u64], capacity: u64) -> Self {
         let mut order: Vec<u32> = (0..lengths.len() as u32).collect();
         order.sort_by_key(|&document| std::cmp::Reverse(lengths[document as usize]));
         let mut bins: Vec<Vec<u32>> = Vec::new();
-        let mut by_room: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
+        let mut by_space: BTreeMap<u64, Vec<u32>> = BTreeMap::new(); // open sequences by the tokens that still fit
         for document in order {
             let length = lengths[document as usize];
-            let fit = by_room.range_mut(length..).next().and_then(|(&room, open)| Some((room, open.pop()?)));
-            let (room, bin) = fit.unwrap_or_else(|| {
+            let fit = by_space.range_mut(length..).next().and_then(|(&space, open)| Some((space, open.pop()?)));
+            let (space, bin) = fit.unwrap_or_else(|| {
                 bins.push(Vec::new());
                 (capacity, bins.len() as u32 - 1)
             });
-            if by_room.get(&room).is_some_and(Vec::is_empty) {
-                by_room.remove(&room);
+            if by_space.get(&space).is_some_and(Vec::is_empty) {
+                by_space.remove(&space);
             }
             bins[bin as usize].push(document);
-            by_room.entry(room.saturating_sub(length)).or_default().push(bin);
+            by_space.entry(space.saturating_sub(length)).or_default().push(bin);
         }
         bins.iter_mut().for_each(|bin| bin.sort_unstable());
         bins.sort_unstable_by_key(|bin| bin[0]);
@@ -67,7 +68,7 @@ mod tests {
     use crate::data::hash::mix;
 
     #[test]
-    fn every_document_lies_whole_in_one_sequence() {
+    fn every_document_is_in_exactly_one_sequence() {
         for (count, capacity) in [(0, 8), (1, 8), (500, 16), (3000, 100)] {
             let lengths: Vec<u64> = (0..count).map(|n| 1 + mix(n) % capacity).collect();
             let bins = Bins::best_fit(&lengths, capacity);
@@ -86,15 +87,15 @@ mod tests {
     }
 
     #[test]
-    fn the_best_fit_is_taken() {
-        // Longest first: 6 and 5 begin sequences, 4 fits after 6, 3 after 5, and 2 with them.
+    fn a_document_goes_where_it_fits_best() {
+        // Longest first: 6 and 5 start sequences, 4 fits after 6, 3 after 5, and 2 with them.
         let bins = Bins::best_fit(&[2, 4, 5, 3, 6], 10);
         assert_eq!(bins.count(), 2);
         assert_eq!((bins.documents(0), bins.documents(1)), (&[0, 2, 3][..], &[1, 4][..]));
     }
 
     #[test]
-    fn short_conversations_leave_little_room() {
+    fn short_conversations_leave_little_padding() {
         let lengths: Vec<u64> = (0..5000).map(|n| 20 + mix(n) % 700).collect();
         let bins = Bins::best_fit(&lengths, 1024);
         let full = lengths.iter().sum::<u64>() as f64 / (bins.count() * 1024) as f64;

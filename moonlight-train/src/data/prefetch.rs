@@ -1,4 +1,4 @@
-//! The next step's batches, made while a step is computed.
+//! Prefetch: the next step's batches are read and laid out while a step is computed.
 
 use std::ops::Range;
 use std::panic::resume_unwind;
@@ -11,15 +11,15 @@ use super::{DataError, DataPosition, HostBatch, TrainStream};
 pub struct BatchRequest {
     /// Sequences of the step.
     pub sequences: usize,
-    /// Which of them are wanted.
+    /// The ones that this rank needs.
     pub share: Range<usize>,
-    /// Batches that these are cut into.
+    /// The number of micro-batches to divide these into.
     pub batches: usize,
 }
 
-/// A stream that is read one step ahead, on a thread of its own.
+/// Reads a stream one step in advance, on another thread.
 pub struct Prefetcher {
-    /// The stream after the batches that were handed out.
+    /// The stream after the batches that were returned; checkpoints store its position.
     stream: TrainStream,
     prefetched: Option<(BatchRequest, JoinHandle<Prefetched>)>,
 }
@@ -33,8 +33,8 @@ impl Prefetcher {
         Self { stream, prefetched: None }
     }
 
-    /// The batches of the next step. Those of the step after it, `then`, are begun on another thread; if another request
-    /// comes next after all, they are dropped and its batches made from the same position.
+    /// Returns the batches of the next step, and starts to read those of the step after it, `then`. If the next request is
+    /// another one, the prefetched batches are dropped, and its batches are read from the same position.
     ///
     /// # Errors
     ///
@@ -54,7 +54,8 @@ impl Prefetcher {
         batches
     }
 
-    /// Where the next batch begins, of those that were not handed out.
+    /// The position of the first batch that was not returned. A prefetched batch does not count, so a run that resumes from
+    /// here reads it again.
     pub fn position(&self) -> DataPosition {
         self.stream.position()
     }

@@ -1,4 +1,4 @@
-//! What was found while data were read, kept with the tokens so that a later run can say it again.
+//! What was found while data were read. It is stored with the tokens, so that a later run that reuses them logs it again.
 
 use std::collections::BTreeMap;
 
@@ -9,50 +9,50 @@ use serde::{Deserialize, Serialize};
 
 use super::files::SourceFile;
 
-/// So many records are named; the rest are counted.
+/// Records of a kind that are listed by their line; the rest are only counted.
 const MAX_NAMED_RECORDS: usize = 5;
 
-/// What was found.
+/// What was found. The names of the fields are part of the cache's format.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Report {
-    /// Files by how they were read; those that were read as one expects by the format are under `usual`.
+    /// The number of files of each kind.
     pub(super) kinds: BTreeMap<String, u64>,
-    /// What the format's files usually are.
+    /// The usual kind for `data.format`, which is not worth a note.
     pub(super) usual: String,
-    /// Files whose bytes were not all UTF-8.
+    /// Files with bytes that are not UTF-8.
     pub(super) replaced: u64,
-    /// Records in which half of a surrogate pair was read as U+FFFD.
+    /// Records with half of a surrogate pair, which was read as U+FFFD.
     pub(super) surrogates: Faults,
-    /// Conversations of each shape.
+    /// The number of conversations in each format.
     pub(super) shapes: BTreeMap<ConversationFormat, u64>,
-    /// Fields of records that nothing reads, neither this program nor a chat template.
+    /// Fields that are ignored: neither this program nor the chat template uses them.
     pub(super) unread: Fields,
-    /// Fields of records that a chat template is given as variables, as it names them.
+    /// Fields that the chat template uses as variables, by their names in the template.
     pub(super) given: Fields,
-    /// Rows of CSV that were left out, as all their fields are empty.
+    /// Rows of CSV that were left out because all their fields are empty.
     pub(super) blank_rows: u64,
-    /// Records without a text.
+    /// Records without text, which were left out.
     pub(super) empty: Faults,
-    /// Records that were left out because they are wrong.
+    /// Broken records, which were left out.
     pub(super) broken: Faults,
-    /// Files of which every record is wrong, and how many they have.
+    /// Files whose records are all broken, with the number of records.
     pub(super) hopeless: Vec<(u32, u64)>,
 }
 
-/// So many fields are named, and so long a name is kept.
+/// Fields that are listed by name, and characters of a name that are kept: files may have arbitrarily many and long ones.
 const MAX_FIELDS: usize = 200;
 const MAX_FIELD_NAME: usize = 80;
 
-/// Fields of records, and in how many records each is.
+/// Fields of records, with the number of records that have each.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Fields {
     fields: BTreeMap<String, u64>,
-    /// Records with a field that is not named, as there are too many.
+    /// Records with a field beyond the first `MAX_FIELDS`.
     others: u64,
 }
 
 impl Fields {
-    /// Counts the fields of a record.
+    /// Counts the fields of one record.
     pub(super) fn add(&mut self, fields: Vec<String>) {
         let mut others = false;
         for field in fields {
@@ -60,23 +60,23 @@ impl Fields {
                 Some((end, _)) => format!("{}…", &field[..end]),
                 None => field,
             };
-            let is_room = self.fields.len() < MAX_FIELDS;
+            let has_space = self.fields.len() < MAX_FIELDS;
             match self.fields.get_mut(&field) {
                 Some(count) => *count += 1,
-                None if is_room => drop(self.fields.insert(field, 1)),
+                None if has_space => drop(self.fields.insert(field, 1)),
                 None => others = true,
             }
         }
         self.others += u64::from(others);
     }
 
-    /// `WHAT, and in how many records: NAME (7), ...`; nothing where there are none.
+    /// `WHAT (number of records): NAME (7), ...`; `None` if there are no fields.
     fn note(&self, what: &str) -> Option<String> {
         if self.fields.is_empty() {
             return None;
         }
         let named = self.fields.iter().map(|(field, count)| match field.as_str() {
-            // pandas writes the index as such a column.
+            // pandas writes the index as a column without a name.
             "" => format!("a field without a name ({count})"),
             field => format!("`{}` ({count})", Printable(field)),
         });
@@ -84,27 +84,27 @@ impl Fields {
         if self.others > 0 {
             named.push(format!("and more in {} records", self.others));
         }
-        Some(format!("{what}, and in how many records: {}", named.join(", ")))
+        Some(format!("{what} (number of records): {}", named.join(", ")))
     }
 }
 
-/// Records with something wrong: all counted, the first few named.
+/// Records with a problem: all are counted, the first few are listed.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Faults {
     pub(super) count: u64,
     first: Vec<Fault>,
 }
 
-/// A record with something wrong.
+/// A record with a problem.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Fault {
-    /// Index of the file among those that were read.
+    /// The index of the file among those that were read.
     pub(super) file: u32,
-    /// Its line, from 1.
+    /// The line of the record, from 1.
     pub(super) line: u32,
-    /// Its column, from 1; 0 where the line says enough.
+    /// The column of the record, from 1; 0 if the line is enough.
     pub(super) column: u32,
-    /// What is wrong; may be empty where the context says it.
+    /// The problem; empty if the context names it.
     pub(super) problem: String,
 }
 
@@ -116,8 +116,8 @@ impl Faults {
         }
     }
 
-    /// `7 records were WHAT: a.jsonl:3 (no content), a.jsonl:9 (...), and 5 more`; nothing where there are none.
-    pub(super) fn said(&self, what: &str, files: &[SourceFile]) -> Option<String> {
+    /// `7 records were WHAT: a.jsonl:3 (no content), a.jsonl:9 (...), and 5 more`; `None` if there are none.
+    pub(super) fn note(&self, what: &str, files: &[SourceFile]) -> Option<String> {
         if self.count == 0 {
             return None;
         }
@@ -147,43 +147,45 @@ fn path_of(file: u32, files: &[SourceFile]) -> String {
 }
 
 impl Report {
-    /// What a reader of the run should know of it.
+    /// The notes for the log and `data.txt`.
     pub(super) fn notes(&self, key: &str, files: &[SourceFile]) -> Vec<String> {
         let mut notes = Vec::new();
         if self.kinds.keys().any(|kind| *kind != self.usual) {
             let kinds: Vec<String> = self.kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
-            notes.push(format!("files by what they are: {}", kinds.join(", ")));
+            notes.push(format!("files by kind: {}", kinds.join(", ")));
         }
         if self.replaced > 0 {
-            notes
-                .push(format!("bytes that are not UTF-8 were read as U+FFFD; files that have such: {}", self.replaced));
+            notes.push(format!(
+                "bytes that are not UTF-8 were read as U+FFFD; files with such bytes: {}",
+                self.replaced
+            ));
         }
-        notes.extend(self.surrogates.said("read with U+FFFD in place of half a surrogate pair", files));
+        notes.extend(self.surrogates.note("read with U+FFFD in place of half a surrogate pair", files));
         if !self.shapes.is_empty() {
             let shapes: Vec<String> =
                 self.shapes.iter().map(|(shape, count)| format!("{count} with {shape}")).collect();
             notes.push(format!("conversations: {}", shapes.join(", ")));
         }
-        notes.extend(self.given.note("fields given to the template"));
-        notes.extend(self.unread.note("fields that nothing reads"));
+        notes.extend(self.given.note("fields used by the chat template"));
+        notes.extend(self.unread.note("ignored fields"));
         notes.extend(self.left_out(files));
         for &(file, count) in &self.hopeless {
             notes.push(format!(
-                "all {count} records of `{}` are broken: it may be no file of this format",
+                "all {count} records of `{}` are broken: the file may have another format",
                 path_of(file, files)
             ));
         }
         notes.into_iter().map(|note| format!("data.{key}: {note}")).collect()
     }
 
-    /// Which records were left out, and why.
+    /// The records that were left out, and why.
     pub(super) fn left_out(&self, files: &[SourceFile]) -> Vec<String> {
         let rows = if self.blank_rows == 1 { "row of CSV was" } else { "rows of CSV were" };
-        let blank = format!("{} {rows} left out, with nothing in any field", self.blank_rows);
+        let blank = format!("{} {rows} left out, because all fields are empty", self.blank_rows);
         [
             Some(blank).filter(|_| self.blank_rows > 0),
-            self.empty.said("empty and left out", files),
-            self.broken.said("broken and left out", files),
+            self.empty.note("empty and left out", files),
+            self.broken.note("broken and left out", files),
         ]
         .into_iter()
         .flatten()

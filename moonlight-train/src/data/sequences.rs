@@ -1,8 +1,7 @@
 //! Documents to sequences, in one of three ways.
 //!
-//! End to end, the chosen documents follow each other and are cut every `length` tokens; each token's target is the one
-//! that follows it in its document, across the cut. Packed whole, documents share a sequence and are never cut. One by
-//! one, every document is a sequence.
+//! End to end: the documents follow each other and are cut every `length` tokens. A token's target is the next one of its
+//! document, even across a cut. Whole: documents share a sequence and are never cut. One by one: every document is a sequence.
 
 use std::sync::Arc;
 
@@ -10,25 +9,25 @@ use super::packing::Bins;
 use super::token_store::{SpanReader, TokenStore};
 use super::{DataError, HostBatch};
 
-/// Tokens that are read at once where all of them are.
+/// Tokens to prefetch where all of them are read in order.
 pub(super) const PREFETCH_TOKENS: usize = 1 << 16;
 
-/// Rows that are not packed are padded to a multiple of this many tokens (or to the sequence length), so that a few
-/// shapes serve all batches.
+/// Rows that are not packed are padded to a multiple of this many tokens (or to the sequence length), so that batches have few
+/// different shapes.
 const PADDING_STEP: usize = 64;
 
 /// How documents become sequences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Packing {
-    /// Laid end to end and cut.
+    /// Concatenated, and cut at the sequence length.
     EndToEnd,
-    /// Together where they fit, never cut.
+    /// Several in a sequence if they fit, never cut.
     Whole,
-    /// Each for itself.
+    /// Each in a sequence of its own.
     OneByOne,
 }
 
-/// The sequences of a choice of documents.
+/// The sequences of some documents of a store.
 #[derive(Clone)]
 pub(super) struct Sequences {
     store: Arc<TokenStore>,
@@ -45,13 +44,13 @@ enum RowLayout {
     OneByOne,
 }
 
-/// A document, or a part of one, among those chosen.
+/// A document or a part of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DocumentSpan {
-    /// Its tokens' positions in the store.
+    /// The positions of its tokens in the store.
     pub(super) start: u64,
     pub(super) end: u64,
-    /// Tokens of the parts before it.
+    /// Tokens of all spans before it.
     pub(super) before: u64,
 }
 
@@ -62,8 +61,7 @@ impl DocumentSpan {
 }
 
 impl Sequences {
-    /// The sequences of `length` tokens over the spans of tokens `parts`, which must not be longer than that where they
-    /// are packed whole.
+    /// Sequences of `length` tokens over the token spans `parts`. With [`Packing::Whole`] no span may be longer than that.
     pub(super) fn new(
         store: Arc<TokenStore>,
         parts: impl IntoIterator<Item = (u64, u64)>,
@@ -87,7 +85,7 @@ impl Sequences {
         Self { store, documents: Arc::new(documents), tokens, length, rows }
     }
 
-    /// How many there are.
+    /// The number of sequences.
     pub(super) fn count(&self) -> u64 {
         match &self.rows {
             RowLayout::EndToEnd => self.tokens.div_ceil(self.length as u64),
@@ -96,17 +94,17 @@ impl Sequences {
         }
     }
 
-    /// Tokens of each.
+    /// Tokens of a sequence, padding included.
     pub(super) fn length(&self) -> usize {
         self.length
     }
 
-    /// Tokens in all.
+    /// Tokens of all sequences, without padding.
     pub(super) fn tokens(&self) -> u64 {
         self.tokens
     }
 
-    /// The tokens that are predicted: those with one before them in their document, and a weight above 0.
+    /// The number of predicted tokens: those with a predecessor in their document and a weight above 0.
     pub(super) fn predicted(&self) -> Result<u64, DataError> {
         if !self.store.is_weighted() {
             return Ok(self.documents.iter().map(|part| part.len().saturating_sub(1)).sum());
@@ -120,18 +118,18 @@ impl Sequences {
         Ok(predicted)
     }
 
-    /// The share of the rows that tokens fill; `None` where rows are padded to the longest of their batch.
+    /// The share of the sequences that is not padding; `None` if rows are padded to the longest of their batch.
     pub(super) fn fill(&self) -> Option<f64> {
-        let room = self.count() * self.length as u64;
-        (!matches!(self.rows, RowLayout::OneByOne) && room > 0).then(|| self.tokens as f64 / room as f64)
+        let capacity = self.count() * self.length as u64;
+        (!matches!(self.rows, RowLayout::OneByOne) && capacity > 0).then(|| self.tokens as f64 / capacity as f64)
     }
 
-    /// The documents, or the parts of them that were chosen.
+    /// The documents, or the parts of them that are used.
     pub(super) fn parts(&self) -> &[DocumentSpan] {
         &self.documents
     }
 
-    /// Where the tokens are.
+    /// The store that contains the tokens.
     pub(super) fn store(&self) -> &TokenStore {
         &self.store
     }
@@ -144,11 +142,11 @@ impl Sequences {
             .map(move |part| reader.read(part.start..part.end).map(|tokens| tokens.collect::<Vec<_>>().into_iter()))
     }
 
-    /// The batch of these sequences.
+    /// The batch with these sequences.
     pub(super) fn batch(&self, indices: &[u64]) -> Result<HostBatch, DataError> {
         let sequence = if matches!(self.rows, RowLayout::OneByOne) { self.padded(indices) } else { self.length };
         let mut rows = Rows { sequence, alone: true, ..Rows::default() };
-        // Only where they are laid end to end, the documents of a row lie beside each other.
+        // Only end to end, the documents of a row are adjacent in the store, and one read gets all of them.
         let prefetch = if matches!(self.rows, RowLayout::EndToEnd) { self.length + 1 } else { 0 };
         let mut reader = self.store.reader(prefetch);
         for &index in indices {
@@ -194,7 +192,7 @@ impl Sequences {
     }
 }
 
-/// Rows under construction.
+/// The rows of a batch while they are filled.
 #[derive(Default)]
 struct Rows {
     sequence: usize,
@@ -202,14 +200,14 @@ struct Rows {
     targets: Vec<i32>,
     mask: Vec<f32>,
     documents: Vec<i32>,
-    /// Number of the next document in the row.
+    /// The number of the next document in the row.
     document: i32,
-    /// Whether every row so far is one document without padding.
+    /// Whether every row so far is one document without padding: such a batch needs no mask between documents.
     alone: bool,
 }
 
 impl Rows {
-    /// Adds up to `most` tokens of a document from its token `from` on.
+    /// Adds up to `most` tokens of a document, starting with its token `from`.
     fn add(
         &mut self,
         reader: &mut SpanReader<'_>,
@@ -219,7 +217,7 @@ impl Rows {
     ) -> Result<(), DataError> {
         let start = part.start + from;
         let end = part.end.min(start + most as u64);
-        // One token more, where the document has it, is the last one's target.
+        // One token more, if the document has it: the target of the last one.
         let mut known =
             reader.read(start..part.end.min(end + 1))?.map(|(token, weight)| (token as i32, weight)).peekable();
         for _ in start..end {
@@ -234,7 +232,7 @@ impl Rows {
         Ok(())
     }
 
-    /// Pads the row.
+    /// Pads the row to its length.
     fn end(&mut self) {
         let full = self.tokens.len().next_multiple_of(self.sequence.max(1));
         self.alone &= self.document == 1 && full == self.tokens.len();

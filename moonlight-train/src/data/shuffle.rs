@@ -1,13 +1,14 @@
-//! The order of an epoch: a permutation that takes no memory and can be read from anywhere.
+//! The order of an epoch: a permutation that needs no memory and gives any of its elements directly, so that a run can resume
+//! anywhere in an epoch of billions of sequences.
 //!
-//! A Feistel network permutes the numbers below a power of four; numbers that fall outside the range are sent through
-//! again until they fall inside ("cycle walking", Black and Rogaway 2002), which leaves a permutation of the range.
+//! A Feistel network permutes the numbers below a power of four. A number outside the range is permuted again until it is
+//! inside ("cycle walking", Black and Rogaway 2002), which gives a permutation of the range.
 
 use super::hash::mix;
 
 const ROUNDS: u64 = 6;
 
-/// A permutation of `0..length`, drawn by seed and epoch.
+/// A permutation of `0..length` that follows from a seed and an epoch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shuffle {
     length: u64,
@@ -21,7 +22,7 @@ impl Shuffle {
         Self { length, half_bits: bits.div_ceil(2).max(1), key: mix(mix(seed ^ 0x6d6f_6f6e) ^ epoch) }
     }
 
-    /// The number at `index`, which must be below the length.
+    /// The element at `index`, which must be below the length.
     pub(super) fn at(&self, index: u64) -> u64 {
         debug_assert!(index < self.length);
         let mut value = index;
@@ -49,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_number_comes_once() {
+    fn every_number_occurs_once() {
         for length in [1, 2, 3, 4, 5, 16, 17, 1000] {
             for epoch in 0..3 {
                 let order = Shuffle::new(length, 7, epoch);
@@ -61,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn seeds_and_epochs_give_orders_of_their_own() {
+    fn seeds_and_epochs_give_different_orders() {
         let order = |seed, epoch| -> Vec<u64> { (0..1000).map(|at| Shuffle::new(1000, seed, epoch).at(at)).collect() };
         assert_eq!(order(1, 1), order(1, 1));
         let fixed = |a: Vec<u64>, b: Vec<u64>| a.iter().zip(&b).filter(|(a, b)| a == b).count();
@@ -70,9 +71,9 @@ mod tests {
         assert!(fixed(order(1, 1), (0..1000).collect()) < 10);
     }
 
-    /// Where each number lands must look even: over many seeds, each of 8 numbers lands on each of 8 places alike.
+    /// Over many seeds, each of 8 numbers is at each of 8 positions about equally often.
     #[test]
-    fn places_are_drawn_evenly() {
+    fn positions_are_uniform() {
         let mut counts = [[0u32; 8]; 8];
         for seed in 0..8000 {
             let order = Shuffle::new(8, seed, 0);

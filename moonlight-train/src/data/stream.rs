@@ -1,4 +1,4 @@
-//! Batches without end, from any position.
+//! An endless stream of batches, from any position.
 
 use std::ops::Range;
 
@@ -9,21 +9,21 @@ use super::sequences::Sequences;
 use super::shuffle::Shuffle;
 use super::{DataError, HostBatch};
 
-/// The most tokens of a step, which are all laid out before it: some 16 bytes each.
+/// The largest number of tokens in a step. All of them are in memory before the step starts, at about 16 bytes each.
 pub(crate) const MAX_STEP_TOKENS: u64 = 1 << 32;
 
-/// The position of a stream of batches; kept in checkpoints.
+/// The position in the training data, as checkpoints store it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataPosition {
-    /// Epochs that are done.
+    /// Complete epochs before the position.
     pub epoch: u64,
-    /// Sequences of this epoch that are done.
+    /// Sequences of the current epoch before the position.
     pub sequence: u64,
-    /// A hash of the tokens, the sequence length and the seed: what the position is a position in.
+    /// A hash of the tokens, the sequence length and the seed, which identifies the data.
     pub data: u64,
 }
 
-/// The training batches, epoch after epoch. A batch that one epoch does not fill is completed from the next.
+/// The training batches, epoch after epoch. A batch at the end of an epoch is filled up from the next one.
 #[derive(Clone)]
 pub struct TrainStream {
     sequences: Sequences,
@@ -33,7 +33,8 @@ pub struct TrainStream {
 }
 
 impl TrainStream {
-    /// `seed` shuffles; without one the order is the files'. `sequences` must not be empty.
+    /// A stream from the first sequence on, shuffled by `seed` or, with `None`, in the order of the files. `sequences` must not
+    /// be empty.
     pub(super) fn new(sequences: Sequences, seed: Option<u64>, batch_size: usize, data: u64) -> Self {
         Self { sequences, seed, batch_size, position: DataPosition { epoch: 0, sequence: 0, data } }
     }
@@ -42,14 +43,14 @@ impl TrainStream {
     ///
     /// # Errors
     ///
-    /// [`DataError`] where the tokens cannot be read any more, or are more than a step can hold.
+    /// [`DataError`] if the token cache can no longer be read, or if a step has more than 2^32 tokens.
     pub fn next_batch(&mut self) -> Result<HostBatch, DataError> {
         let indices = self.next_indices(self.batch_size)?;
         self.sequences.batch(&indices)
     }
 
-    /// The part `share` of the next `sequences` sequences, cut into `batches` batches as even as can be. All of them are
-    /// done then, so that workers with a share each stay in step.
+    /// The part `share` of the next `sequences` sequences, cut into `batches` batches of sizes that differ by at most 1. The
+    /// position moves past all `sequences`, so that ranks with a share each stay at the same position.
     ///
     /// # Errors
     ///
@@ -91,16 +92,16 @@ impl TrainStream {
         self.seed.map(|seed| Shuffle::new(self.sequences.count(), seed, self.position.epoch))
     }
 
-    /// Where the next batch begins.
+    /// The position of the next batch.
     pub fn position(&self) -> DataPosition {
         self.position
     }
 
-    /// Moves to `position`: the batches that follow are those that followed there.
+    /// Moves to `position`: the next batches are those that followed it.
     ///
     /// # Errors
     ///
-    /// [`DataError::Changed`] where it is a position in other data: other tokens, another seed or sequence length.
+    /// [`DataError::Changed`] for a position in other data: other tokens, another seed or sequence length.
     pub fn seek(&mut self, position: DataPosition) -> Result<(), DataError> {
         if position.data != self.position.data || position.sequence >= self.sequences.count() {
             return Err(DataError::Changed);

@@ -47,7 +47,7 @@ fn records(count: u32) -> String {
 }
 
 #[test]
-fn packed_documents_lie_end_to_end_and_attend_to_themselves() {
+fn packed_documents_are_concatenated_and_attend_to_themselves_only() {
     let dir = folder(&[("a.txt", "abc"), ("b.txt", "defgh"), ("c.txt", "ijklmno"), ("empty.txt", "")]);
     let dataset = open(&config(dir.path(), "*.txt")).unwrap();
     assert_eq!((dataset.train_tokens(), dataset.train_sequences()), (18, 3));
@@ -71,7 +71,7 @@ fn packed_documents_lie_end_to_end_and_attend_to_themselves() {
 }
 
 #[test]
-fn one_long_document_needs_no_document_numbers() {
+fn a_batch_of_one_long_document_has_no_document_numbers() {
     let dir = folder(&[("a.txt", "abcdefghijklmnopqrstuvw")]);
     let dataset = open(&config(dir.path(), "*.txt")).unwrap();
     let batch = dataset.train_stream(3).next_batch().unwrap();
@@ -81,7 +81,7 @@ fn one_long_document_needs_no_document_numbers() {
 }
 
 #[test]
-fn records_come_one_by_one_in_file_order_padded_on_the_right() {
+fn unpacked_records_keep_the_order_of_the_files_and_are_padded_on_the_right() {
     let dir = folder(&[("a.jsonl", "{\"tokens\": [1, 2, 3]}\n\n{\"tokens\": [4], \"id\": 7}\n{\"tokens\":[5,6]}")]);
     let mut config = config(dir.path(), "*.jsonl");
     config.format = DataFormat::Tokens;
@@ -111,7 +111,7 @@ fn wide_rows_are_padded_to_the_longest_of_the_batch() {
 }
 
 #[test]
-fn wrong_records_are_named_by_file_and_line() {
+fn a_broken_record_is_an_error_with_file_and_line() {
     let fault = |text: &str| {
         let dir = folder(&[("a.jsonl", text)]);
         let mut config = config(dir.path(), "*.jsonl");
@@ -130,14 +130,14 @@ fn wrong_records_are_named_by_file_and_line() {
     assert_eq!(fault("{\"tokens\": [1]}\n{\"tokens\": [10]}"), "2: token 10 is outside the model's vocabulary of 10");
     assert_eq!(
         fault("{\"tokens\": [1, 2]}\n{\"tokens\": [1,1,1,1,1,1,1,1,1]}"),
-        "2: the record has 9 tokens; data.sequence_length is 8"
+        "2: the record has 9 tokens, but `data.sequence_length` is 8"
     );
-    assert!(fault("").starts_with("the files of `data.train` hold nothing to learn from"));
-    assert!(fault("{\"tokens\": [1]}").starts_with("the files of `data.train` hold nothing to learn from"));
+    assert!(fault("").starts_with("the files of `data.train` contain nothing to learn from"));
+    assert!(fault("{\"tokens\": [1]}").starts_with("the files of `data.train` contain nothing to learn from"));
 }
 
 #[test]
-fn long_records_can_be_cut() {
+fn a_long_record_can_be_truncated() {
     let dir = folder(&[("a.jsonl", "{\"tokens\": [1,2,3,4,5,6,7,8,9]}")]);
     let mut config = config(dir.path(), "*.jsonl");
     (config.format, config.pack, config.too_long) = (DataFormat::Tokens, false, LongRecords::Truncate);
@@ -159,7 +159,7 @@ fn a_stream_that_seeks_equals_one_that_never_stopped() {
             seen.push((whole.position(), whole.next_batch().unwrap()));
         }
         assert!(whole.position().epoch > 1);
-        // A new process opens the dataset anew, here from the cache, and reads the position from JSON.
+        // A new process opens the dataset again, here from the cache, and reads the position from JSON.
         let again = Dataset::open(&config, None, 100, 9).unwrap();
         for at in [0, 1, 7, 23, 39] {
             let mut stream = again.train_stream(4);
@@ -186,7 +186,7 @@ fn a_position_in_other_data_is_refused() {
     assert!(!refused(&config, 9));
     assert!(refused(&config, 10));
     assert!(refused(&DataConfig { sequence_length: 16, ..config.clone() }, 9));
-    // The same tokens at another place and time are the same data.
+    // The same tokens in another folder and at another time are the same data.
     std::fs::rename(dir.path().join("a.jsonl"), dir.path().join("b.jsonl")).unwrap();
     assert!(!refused(&config, 9));
     std::fs::write(dir.path().join("b.jsonl"), records(49)).unwrap();
@@ -194,7 +194,7 @@ fn a_position_in_other_data_is_refused() {
 }
 
 #[test]
-fn an_epoch_shows_every_sequence_once_in_an_order_of_its_own() {
+fn an_epoch_has_every_sequence_once_and_its_own_order() {
     let dir = folder(&[("a.jsonl", &records(60))]);
     let mut config = config(dir.path(), "*.jsonl");
     (config.format, config.pack, config.shuffle) = (DataFormat::Tokens, false, true);
@@ -210,7 +210,7 @@ fn an_epoch_shows_every_sequence_once_in_an_order_of_its_own() {
 }
 
 #[test]
-fn tokens_are_kept_for_the_next_run_and_made_anew_when_files_change() {
+fn tokens_are_kept_for_the_next_run_and_written_again_when_files_change() {
     let dir = folder(&[("a.txt", "abc"), ("b.txt", "def")]);
     let config = config(dir.path(), "*.txt");
     open(&config).unwrap();
@@ -221,7 +221,7 @@ fn tokens_are_kept_for_the_next_run_and_made_anew_when_files_change() {
     let written = std::fs::metadata(&path).unwrap().modified().unwrap();
     open(&config).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().modified().unwrap(), written);
-    // Half a cache, as a full disk or a crash of an older program could leave it, is made anew.
+    // Half a cache, such as a full disk or a crash of an older program could leave, is written again.
     let whole = std::fs::read(&path).unwrap();
     std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
     assert_eq!(open(&config).unwrap().train_tokens(), 8);
@@ -232,7 +232,7 @@ fn tokens_are_kept_for_the_next_run_and_made_anew_when_files_change() {
 }
 
 #[test]
-fn a_cache_that_cannot_be_written_is_named() {
+fn a_cache_that_cannot_be_written_is_an_error() {
     let dir = folder(&[("a.txt", "abc"), ("file", "")]);
     let mut config = config(dir.path(), "*.txt");
     config.cache_dir = dir.path().join("file/cache");
@@ -244,7 +244,7 @@ fn a_cache_that_cannot_be_written_is_named() {
 }
 
 #[test]
-fn validation_takes_its_files_or_its_share() {
+fn validation_data_are_files_or_a_share_of_the_training_data() {
     let files: Vec<(String, String)> = (0..20).map(|n| (format!("{n:02}.txt"), "x".repeat(9))).collect();
     let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
     let dir = folder(&files);
@@ -264,7 +264,7 @@ fn validation_takes_its_files_or_its_share() {
 }
 
 #[test]
-fn a_single_text_gives_its_end_to_validation() {
+fn the_end_of_a_single_text_is_used_for_validation() {
     let dir = folder(&[("a.txt", "abcdefghijklmnopqrs")]);
     let mut config = config(dir.path(), "*.txt");
     config.valid_fraction = 0.25;
@@ -277,7 +277,7 @@ fn a_single_text_gives_its_end_to_validation() {
 }
 
 #[test]
-fn limits_are_kept() {
+fn limits_on_bytes_and_tokens_are_kept() {
     let dir = folder(&[("a.txt", "aaaaé"), ("b.txt", "bbbbbbbbbbbbbbbb"), ("c.txt", "cc")]);
     let with = |change: fn(&mut DataConfig)| {
         let mut config = config(dir.path(), "*.txt");
@@ -309,7 +309,7 @@ fn bytes_that_are_not_text_are_reported() {
     }
 }
 
-/// More than one block and more than one round: what the blocks give must be what the whole text gives.
+/// A text of several blocks and several groups of blocks has the same tokens as when it is tokenized at once.
 #[test]
 fn large_files_are_read_in_blocks() {
     let line = "let answer = 42; // 月光, é\n\n";
@@ -331,7 +331,7 @@ fn text_needs_a_tokenizer() {
     assert_eq!(error, DataError::NoTokenizer);
 }
 
-/// The configuration of conversations in `dir`, without a system message of the template's own.
+/// The config for conversations in `dir`, with a template that adds no system message.
 fn chat_config(dir: &Path, glob: &str) -> DataConfig {
     std::fs::write(
         dir.join("template.jinja"),
@@ -369,7 +369,7 @@ fn chat_text(text: &str) -> Vec<i32> {
 }
 
 #[test]
-fn the_assistants_words_are_learned_by_their_weight() {
+fn only_the_assistants_messages_are_learned_by_their_weights() {
     let weighted = r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0},
         {"from": "human", "value": "c"}, {"from": "gpt", "value": "de", "weight": 0.5}]}"#
         .replace('\n', " ");
@@ -378,7 +378,7 @@ fn the_assistants_words_are_learned_by_their_weight() {
     let mut config = chat_config(dir.path(), "*.jsonl");
     config.pack = false;
     for _ in 0..2 {
-        // Made, then from the cache.
+        // First tokenized, then from the cache.
         let dataset = open_chat(&config).unwrap();
         let batch = dataset.train_stream(2).next_batch().unwrap();
         assert_eq!(batch.tokens, [chat_text("_a._b._c._de."), vec![0; 3], chat_text("_f._g."), vec![0; 10]].concat());
@@ -400,7 +400,7 @@ fn the_assistants_words_are_learned_by_their_weight() {
 }
 
 #[test]
-fn conversations_are_packed_whole() {
+fn conversations_are_packed_without_cutting_any() {
     let lines: Vec<String> =
         (0..200u32).map(|n| talk(&"q".repeat(1 + n as usize % 3), &"a".repeat(1 + n as usize % 7))).collect();
     let dir = folder(&[("a.jsonl", &lines.concat())]);
@@ -432,7 +432,7 @@ fn conversations_are_packed_whole() {
     assert!(first == whole && second == whole, "each conversation comes once and whole in each epoch");
     assert_ne!(rows, other_rows, "in an order of its own");
     assert!(dataset.notes().iter().any(|note| note.contains("% full")), "{:?}", dataset.notes());
-    // From any position, as all data.
+    // And a stream of them resumes from any position.
     let mut whole = dataset.train_stream(3);
     for _ in 0..50 {
         let position = whole.position();
@@ -443,14 +443,14 @@ fn conversations_are_packed_whole() {
 }
 
 #[test]
-fn reading_ahead_changes_nothing() {
+fn prefetched_batches_are_those_of_the_stream() {
     let dir = folder(&[("a.txt", &(0..90).map(|n| format!("text number {n}\n\n")).collect::<String>())]);
     let mut config = config(dir.path(), "*.txt");
     config.shuffle = true;
     let dataset = open(&config).unwrap();
     let want = |batches| BatchRequest { sequences: 3 * batches, share: 0..3 * batches, batches };
     let (mut plain, mut ahead) = (dataset.train_stream(3), Prefetcher::new(dataset.train_stream(3)));
-    // As many passes as was announced, and twice another number; over several epochs.
+    // The announced request each time, except for two other ones; over several epochs.
     for (passes, announced) in
         [(1, Some(1)), (1, Some(2)), (1, Some(2)), (2, None), (2, Some(1)), (2, Some(30)), (30, None)]
     {
@@ -461,7 +461,7 @@ fn reading_ahead_changes_nothing() {
 }
 
 #[test]
-fn broken_conversations_are_named_or_left_out() {
+fn broken_conversations_are_an_error_or_left_out() {
     let bad = [
         "{\"messages\": [{\"role\": \"user\", \"content\": \"Q\"}]}\n",
         "{\"messages\": [{\"role\": \"robot\", \"content\": \"Q\"}]}\n",
@@ -494,7 +494,7 @@ fn broken_conversations_are_named_or_left_out() {
         assert!(note.contains("a.jsonl:2 (the conversation has no assistant message), "), "{note}");
         assert!(note.ends_with("a.jsonl:6 (`messages[0]` has no content), and 3 more"), "{note}");
     }
-    // A token that the model does not have is no fault of the record's.
+    // A token outside the vocabulary is an error even with `broken = "skip"`: every record would have it.
     let error = Dataset::open(&config, Some(&Tokenizer::bytes_chat()), 100, 0).err().unwrap().to_string();
     assert!(error.contains("token 246 is outside the model's vocabulary of 100"), "{error}");
 }
@@ -506,7 +506,10 @@ fn conversations_that_are_too_long() {
     let config = chat_config(dir.path(), "*.jsonl");
     let with = |too_long| open_chat(&DataConfig { too_long, ..config.clone() });
     let error = with(LongRecords::Error).err().unwrap();
-    assert!(error.to_string().ends_with("a.jsonl:2: the record has 25 tokens; data.sequence_length is 16"), "{error}");
+    assert!(
+        error.to_string().ends_with("a.jsonl:2: the record has 25 tokens, but `data.sequence_length` is 16"),
+        "{error}"
+    );
     assert!(error.hint().unwrap().contains("data.too_long"));
     let note = |dataset: &Dataset, what: &str| {
         let note = dataset.notes().iter().find(|note| note.contains(what));
@@ -519,7 +522,9 @@ fn conversations_that_are_too_long() {
     );
     assert_eq!(skipped.train_tokens(), 12);
     let cut = with(LongRecords::Truncate).unwrap();
-    assert!(note(&cut, "and cut").ends_with("1 record was longer than 16 tokens and cut: a.jsonl:2 (25 tokens)"));
+    assert!(
+        note(&cut, "truncated").ends_with("1 record was longer than 16 tokens and truncated: a.jsonl:2 (25 tokens)")
+    );
     assert!(note(&cut, "nothing in the first 16 tokens is learned").ends_with("a.jsonl:3 (25 tokens)"));
     assert_eq!(cut.train_tokens(), 12 + 16);
 }
@@ -541,7 +546,7 @@ fn conversations_need_a_template() {
 }
 
 #[test]
-fn compressed_files_hold_the_same_data() {
+fn compressed_files_give_the_same_data() {
     use std::io::Write;
     let lines: String = (0..30).map(|n| talk(&format!("q{n}"), "a")).collect();
     let dir = folder(&[("a.jsonl", &lines)]);
@@ -573,7 +578,7 @@ fn compressed_files_hold_the_same_data() {
 }
 
 #[test]
-fn what_the_data_are() {
+fn inspect_counts_documents_tokens_and_sequences() {
     let lines: String = (0..40).map(|n| talk("q", &"a".repeat(1 + n % 9))).collect();
     let dir = folder(&[("a.jsonl", &lines)]);
     let mut config = chat_config(dir.path(), "*.jsonl");
@@ -584,7 +589,7 @@ fn what_the_data_are() {
     assert_eq!(lengths, [6, 10, 14]);
     assert_eq!(histogram.iter().map(|(_, count)| *count as usize).sum::<usize>(), documents);
     assert_eq!(histogram.iter().map(|(bound, _)| *bound).collect::<Vec<_>>(), [8, 16]);
-    // Of each conversation four tokens are not learned.
+    // Four tokens of each conversation are not learned.
     assert_eq!(learned, tokens - 4 * documents as u64);
     assert!(fill.unwrap() > 0.5);
     assert_eq!(inspection.samples.len(), 3);
@@ -603,7 +608,7 @@ fn cache_file(config: &DataConfig) -> std::path::PathBuf {
     files.remove(0)
 }
 
-/// What is logged while `run` runs on this thread.
+/// The log of this thread while `run` runs, without debug messages.
 fn logged<T>(run: impl FnOnce() -> T) -> (T, String) {
     let buffer = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
     struct Buffer(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
@@ -623,7 +628,7 @@ fn logged<T>(run: impl FnOnce() -> T) -> (T, String) {
 }
 
 #[test]
-fn a_damaged_cache_is_named_and_made_anew() {
+fn a_damaged_cache_is_a_warning_and_written_again() {
     let dir = folder(&[("a.txt", "some words to learn from, and some more of them")]);
     let config = config(dir.path(), "*.txt");
     let batch = |dataset: Dataset| dataset.train_stream(3).next_batch().unwrap();
@@ -635,7 +640,7 @@ fn a_damaged_cache_is_named_and_made_anew() {
         std::fs::write(&path, damaged).unwrap();
         let (dataset, log) = logged(|| open(&config).unwrap());
         assert_eq!(batch(dataset), whole);
-        assert!(log.contains("is damaged and made anew") && log.contains(&*path.to_string_lossy()), "{log}");
+        assert!(log.contains("is damaged and is written again") && log.contains(&*path.to_string_lossy()), "{log}");
         assert_eq!(std::fs::read(cache_file(&config)).unwrap(), bytes);
     }
     let (_, log) = logged(|| open(&config).unwrap());
@@ -660,7 +665,7 @@ fn a_cache_that_is_cut_while_it_is_read_is_an_error() {
 }
 
 #[test]
-fn a_step_that_nothing_can_hold_is_an_error() {
+fn a_step_of_too_many_tokens_is_an_error() {
     let dir = folder(&[("a.txt", "some words")]);
     let mut stream = open(&config(dir.path(), "*.txt")).unwrap().train_stream(1);
     for sequences in [usize::MAX, 1 << 40] {
@@ -672,7 +677,7 @@ fn a_step_that_nothing_can_hold_is_an_error() {
 
 #[cfg(unix)]
 #[test]
-fn a_file_of_both_is_used_for_validation_however_it_is_spelled() {
+fn a_file_in_both_splits_is_used_for_validation_whatever_its_path() {
     let dir = folder(&[("1.txt", "aaaa"), ("2.txt", "bbbbbb"), ("3.txt", "cccccccc")]);
     std::fs::create_dir(dir.path().join("other")).unwrap();
     std::os::unix::fs::symlink(dir.path().join("3.txt"), dir.path().join("other/link")).unwrap();
@@ -684,7 +689,7 @@ fn a_file_of_both_is_used_for_validation_however_it_is_spelled() {
         let dataset = open(&config).unwrap();
         assert_eq!((dataset.train_tokens(), dataset.valid_tokens()), (5 + 7, 9), "{valid}");
     }
-    // A loop of links is gone through once.
+    // A loop of links is walked once.
     assert_eq!(open(&config(dir.path(), "**/[0-9].txt")).unwrap().train_tokens(), 5 + 7 + 9);
 }
 
@@ -697,9 +702,9 @@ fn a_name_that_is_not_utf_8_is_read() {
     assert_eq!(open(&config(dir.path(), "*.txt")).unwrap().train_tokens(), 5 + 7);
 }
 
-/// A line without end, in a file that takes no room: plain, sparse and compressed.
+/// A line longer than any record, in files that need little space: sparse and compressed.
 #[test]
-fn a_record_has_a_longest_size() {
+fn a_record_has_a_maximum_size() {
     let dir = folder(&[("first", "")]);
     let length = (256 << 20) + 100;
     let first = b"{\"tokens\": [1, 2]}\n";
@@ -721,13 +726,13 @@ fn a_record_has_a_longest_size() {
             assert!(error.to_string().ends_with(&format!("{name}:2: the record is longer than 256 MiB")), "{error}");
             assert!(error.hint().unwrap().contains("JSONL"));
         }
-        // Bytes that are not wanted are not read either.
+        // Beyond `max_bytes` nothing is read, so the line is no error.
         config.max_bytes = 1000;
         assert_eq!(Dataset::open(&config, None, 10, 0).unwrap().train_tokens(), 2, "{name}");
     }
 }
 
-/// Documents of a file of text: what `open` reads, with `$` for the end of each.
+/// The documents of a file with `format = "text"`, with `$` for the end of each, and the notes.
 fn documents_of(name: &str, text: &[u8], change: fn(&mut DataConfig)) -> Result<(String, Vec<String>), DataError> {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join(name), text).unwrap();
@@ -760,12 +765,12 @@ fn records_of_text_are_documents() {
         assert_eq!(
             notes,
             [
-                format!("data.train: files by what they are: 1 {kind} (a document in each `text`)"),
-                format!("data.train: fields that nothing reads, and in how many records: `id` ({ids})"),
+                format!("data.train: files by kind: 1 {kind} (a document in each `text`)"),
+                format!("data.train: ignored fields (number of records): `id` ({ids})"),
             ]
         );
     }
-    // Sets of code have `content`; a record without a text is none.
+    // Datasets of source code have `content`; a record with an empty text is no document.
     let code = b"{\"content\": \"a\"}\n{\"content\": null}\n{\"content\": \"b\"}\n{\"content\": \"\"}\n";
     let (documents, notes) = documents_of("a.jsonl", code, |_| {}).unwrap();
     assert_eq!(documents, "a$b$");
@@ -787,7 +792,7 @@ fn records_of_text_are_documents() {
 }
 
 #[test]
-fn files_of_plain_text_stay_what_they_are() {
+fn plain_text_is_one_document_even_if_it_looks_like_records() {
     let usual: &[String] = &[];
     for (name, text) in [
         ("a.txt", "some words"),
@@ -802,13 +807,13 @@ fn files_of_plain_text_stay_what_they_are() {
             "{name}"
         );
     }
-    let note = |kind: &str| vec![format!("data.train: files by what they are: 1 {kind}")];
+    let note = |kind: &str| vec![format!("data.train: files by kind: 1 {kind}")];
     for (name, text, kind) in [
         ("a.json", "{\n  \"name\": \"package\"\n}", "JSON as plain text"),
         ("a.json", "{\n  \"text\": \"package\"\n}", "JSON as plain text"),
         ("a.json", "[\"text\"]", "JSON as plain text"),
         ("a.csv", "a,b\n1,2", "CSV as plain text"),
-        ("a.txt", "{\"text\": \"a\"}\n", "plain text that looks like JSON Lines (which end in .jsonl)"),
+        ("a.txt", "{\"text\": \"a\"}\n", "plain text that looks like JSON Lines (expected extension: .jsonl)"),
     ] {
         assert_eq!(documents_of(name, text.as_bytes(), |_| {}).unwrap(), (format!("{text}$"), note(kind)), "{name}");
     }
@@ -817,7 +822,7 @@ fn files_of_plain_text_stay_what_they_are() {
 }
 
 #[test]
-fn files_that_hold_no_text_are_named() {
+fn a_file_without_texts_is_an_error_that_names_what_it_contains() {
     let lines = |value: serde_json::Value| format!("{value}\n").into_bytes();
     for (name, text, expected, hint) in [
         (
@@ -827,7 +832,7 @@ fn files_that_hold_no_text_are_named() {
             "data.format = \"chat\"",
         ),
         ("a.jsonl", lines(serde_json::json!({"tokens": [1]})), "the first has `tokens`", "data.format = \"tokens\""),
-        ("a.jsonl", lines(serde_json::json!({"article": "x"})), "the first has `article`", "the name `text`"),
+        ("a.jsonl", lines(serde_json::json!({"article": "x"})), "the first has `article`", "rename the field"),
         (
             "a.jsonl",
             lines(serde_json::json!({"text": ["a"]})),
@@ -840,7 +845,7 @@ fn files_that_hold_no_text_are_named() {
             "`content` of its first record is a number, not",
             "{\"text\":",
         ),
-        ("a.jsonl", lines(serde_json::json!({"": 5})), "the first has a field without a name", "the name `text`"),
+        ("a.jsonl", lines(serde_json::json!({"": 5})), "the first has a field without a name", "rename the field"),
         ("a.txt", b"PK\x03\x04".to_vec(), "it is a zip archive", "unpack"),
         ("a.txt", b"\xff\xfea\0b\0".to_vec(), "it is UTF-16 text", "UTF-8"),
         (
@@ -860,33 +865,34 @@ fn files_that_hold_no_text_are_named() {
 }
 
 #[test]
-fn a_run_without_data_says_why() {
+fn data_with_nothing_to_learn_from_are_an_error_with_the_reason() {
     let nothing = |text: &str, change: fn(&mut DataConfig)| {
         let dir = folder(&[("a.jsonl", text)]);
         let mut config = chat_config(dir.path(), "*.jsonl");
         change(&mut config);
         let error = open_chat(&config).err().unwrap();
         let message = error.to_string().replace(&format!("{}/", dir.path().display()), "");
-        (message.replace("the files of `data.train` hold nothing to learn from: ", "... "), error.hint())
+        (message.replace("the files of `data.train` contain nothing to learn from: ", "... "), error.hint())
     };
     let long = talk(&"long".repeat(5), "a");
     let (message, hint) = nothing(&long, |config| config.too_long = LongRecords::Truncate);
     assert_eq!(
         message,
-        "... 1 record was left out, as nothing in the first 16 tokens is learned: a.jsonl:1 (25 tokens)"
+        "... 1 record was left out, because nothing in the first 16 tokens is learned: a.jsonl:1 (25 tokens)"
     );
-    assert_eq!(hint.unwrap(), "raise data.sequence_length");
+    assert_eq!(hint.unwrap(), "raise `data.sequence_length`");
     let (message, _) = nothing(&long, |config| config.too_long = LongRecords::Skip);
     assert_eq!(message, "... 1 record was longer than 16 tokens and left out: a.jsonl:1 (25 tokens)");
     let (message, hint) = nothing("{\"a\" 1}\n", |config| config.broken = BrokenRecords::Skip);
     assert_eq!(message, "... 1 record was broken and left out: a.jsonl:1:6 (the record is not JSON: expected `:`)");
     assert!(hint.unwrap().contains("data.broken"));
     let (message, _) = nothing(&talk("q", "a"), |config| config.max_file_bytes = 9);
-    assert_eq!(message, "... files larger than data.max_file_bytes are left out: 1, the first `a.jsonl`");
+    assert_eq!(message, "... files larger than `data.max_file_bytes` were left out: 1, the first is `a.jsonl`");
     assert_eq!(nothing("", |_| {}).0, "... 0 tokens in all");
 }
 
-/// A file of a list has no lines to go on by: what is not JSON ends it, whatever is done about broken records.
+/// Elements of an array have no line breaks between them: after an element that is not JSON the next one cannot be found, so
+/// it is an error whatever `data.broken` is.
 #[test]
 fn a_broken_record_of_an_array_ends_the_file_only_if_it_is_not_json() {
     let (good, bad) = (talk("q", "a"), "{\"messages\": 3}");
@@ -905,13 +911,13 @@ fn a_broken_record_of_an_array_ends_the_file_only_if_it_is_not_json() {
     assert!(note.contains("a.json:2:3 (`messages` is not a list"), "{note}");
     let error = open(&format!("[{good},\n {{\"messages\": x}},\n{good}]")).unwrap_err();
     assert!(error.ends_with("a.json:3:15: the record is not JSON: expected value"), "{error}");
-    // Of the file's own faults the first is told.
+    // Of the file's own errors the first is reported.
     let error = open(&format!("[{good} {good}")).unwrap_err();
     assert!(error.ends_with("a.json:2:2: expected `,` or `]` behind an element of the array"), "{error}");
 }
 
 #[test]
-fn a_file_without_a_sound_record_is_named() {
+fn a_file_of_broken_records_only_is_noted() {
     let dir = folder(&[("a.jsonl", &talk("q", "a")), ("b.jsonl", "{\"a\": 1}\n{\"a\": 2}\n")]);
     let mut config = chat_config(dir.path(), "*.jsonl");
     config.broken = BrokenRecords::Skip;
@@ -923,14 +929,14 @@ fn a_file_without_a_sound_record_is_named() {
 }
 
 #[test]
-fn documents_of_an_array_have_their_column() {
+fn documents_of_an_array_are_located_by_their_column() {
     let talks = [talk("q", "a"), talk("q", &"long".repeat(5))].map(|talk| talk.trim().to_owned());
     let dir = folder(&[("a.json", &format!("[{}, {}]", talks[0], talks[1]))]);
     let config = chat_config(dir.path(), "*.json");
     let error = open_chat(&config).err().unwrap().to_string();
     let column = talks[0].len() + 4;
     assert!(
-        error.ends_with(&format!("a.json:1:{column}: the record has 25 tokens; data.sequence_length is 16")),
+        error.ends_with(&format!("a.json:1:{column}: the record has 25 tokens, but `data.sequence_length` is 16")),
         "{error}"
     );
     let config = DataConfig { too_long: LongRecords::Truncate, ..config };
@@ -941,13 +947,13 @@ fn documents_of_an_array_have_their_column() {
     );
 }
 
-/// Fields of any record, not only of the first.
+/// Fields of any record, and not only of the first.
 #[test]
-fn what_is_not_read_of_texts_is_named() {
+fn ignored_fields_of_texts_are_listed() {
     let lines = b"{\"content\": \"a\"}\n{\"content\": \"b\", \"text\": \"c\", \"n\": null, \"\": 1}\n";
     let (documents, notes) = documents_of("a.jsonl", lines, |_| {}).unwrap();
     assert_eq!(documents, "a$b$");
-    let note = "data.train: fields that nothing reads, and in how many records: a field without a name (1), `text` (1)";
+    let note = "data.train: ignored fields (number of records): a field without a name (1), `text` (1)";
     assert_eq!(notes[1], note);
 }
 
@@ -956,11 +962,11 @@ fn blank_rows_of_csv_are_counted() {
     let csv = b"sep=;\r\ntext;id\r\none;\r\n;\r\ntwo;\r\n;\r\n;\r\n";
     let (documents, notes) = documents_of("a.csv", csv, |_| {}).unwrap();
     assert_eq!(documents, "one$two$");
-    assert_eq!(notes[1], "data.train: 3 rows of CSV were left out, with nothing in any field");
+    assert_eq!(notes[1], "data.train: 3 rows of CSV were left out, because all fields are empty");
 }
 
 #[test]
-fn variables_of_the_template_are_named() {
+fn fields_that_the_template_uses_are_listed() {
     let dir = tempfile::tempdir().unwrap();
     let mut config = chat_config(dir.path(), "*.jsonl");
     config.sequence_length = 100;
@@ -970,34 +976,31 @@ fn variables_of_the_template_are_named() {
     let lines = with(", \"date_string\": \"May\"") + &with(", \"tools\": []") + &talk("R", "B");
     std::fs::write(dir.path().join("a.jsonl"), lines).unwrap();
     let notes = open_chat(&config).unwrap().notes().to_vec();
-    let note = "data.train: fields given to the template, and in how many records: `date_string` (1)";
+    let note = "data.train: fields used by the chat template (number of records): `date_string` (1)";
     assert!(notes.iter().any(|known| known == note), "{notes:?}");
 }
 
 #[test]
-fn a_mask_beside_tokens_is_refused() {
+fn labels_next_to_tokens_are_refused_and_an_attention_mask_is_ignored() {
     let dir = folder(&[("a.jsonl", "{\"input_ids\": [1, 2], \"attention_mask\": [1, 1]}\n")]);
     let mut config = config(dir.path(), "*.jsonl");
     config.format = DataFormat::Tokens;
     let dataset = Dataset::open(&config, None, 10, 0).unwrap();
     assert_eq!(dataset.train_tokens(), 2);
-    assert_eq!(
-        dataset.notes(),
-        ["data.train: fields that nothing reads, and in how many records: `attention_mask` (1)"]
-    );
+    assert_eq!(dataset.notes(), ["data.train: ignored fields (number of records): `attention_mask` (1)"]);
     std::fs::write(dir.path().join("a.jsonl"), "{\"tokens\": [1, 2], \"labels\": [-100, 2]}\n").unwrap();
     let error = Dataset::open(&config, None, 10, 0).err().unwrap().to_string();
     assert!(error.contains("a.jsonl:1: the record has `labels`, which says what is learned"), "{error}");
 }
 
 #[test]
-fn a_folder_in_place_of_a_glob_is_told() {
+fn a_folder_instead_of_a_glob_is_an_error_with_a_hint() {
     let dir = folder(&[("a.txt", "x")]);
     let glob = dir.path().display().to_string();
     let mut config = config(dir.path(), "*.txt");
     config.train = vec![glob.clone()];
     assert_eq!(
         open(&config).err().unwrap().hint().unwrap(),
-        format!("it is a folder; its files are `{glob}/**/*.jsonl`, for example")
+        format!("name the files in this folder, for example `{glob}/**/*.jsonl`")
     );
 }

@@ -1,4 +1,4 @@
-//! How a file is read with `format = "text"`: as one document, or, where it holds records, each record's `text` as one.
+//! How a file is read with `format = "text"`: as one document, or if it contains records, with a document in each.
 
 use std::path::Path;
 
@@ -13,22 +13,22 @@ pub(super) enum TextFile {
     /// One document.
     Plain {
         source: Source,
-        /// What it is, as the notes name it.
+        /// The kind of file, for the notes.
         what: &'static str,
     },
     /// A document in each record.
     Records {
         reader: RecordReader,
-        /// The field that holds it.
+        /// The field that contains the document.
         field: &'static str,
     },
 }
 
-/// What the notes call a file that is as one expects.
+/// The kind of an ordinary text file, for the notes.
 pub(super) const PLAIN: &str = "plain text";
 
 impl TextFile {
-    /// Opens a file; of records only what lies in the first `limit` bytes is read.
+    /// Opens a file. Records are read up to the first `limit` bytes.
     pub(super) fn open(path: &Path, limit: Option<u64>) -> Result<Self, DataError> {
         let source = Source::open(path)?;
         let is_parquet = matches!(source.kind(), Ok(FileKind::Parquet));
@@ -39,7 +39,7 @@ impl TextFile {
         match extension.as_str() {
             _ if is_parquet => Self::records(RecordReader::from_source(source, TEXT_COLUMNS, limit)?),
             "jsonl" | "ndjson" => Self::records(RecordReader::from_source(source, &[], limit)?),
-            // Source files end so as well as data.
+            // Source code has this extension too, and is learned as plain text.
             "json" => {
                 let may_hold = matches!(source.kind(), Ok(FileKind::JsonLines | FileKind::JsonArray));
                 Self::records_or_plain(source, limit, may_hold, "JSON as plain text")
@@ -48,13 +48,14 @@ impl TextFile {
             _ => {
                 let looks = matches!(source.kind(), Ok(FileKind::JsonLines))
                     && source.head().split(|byte| *byte == b'\n').next().is_some_and(is_record_of_text);
-                let what = if looks { "plain text that looks like JSON Lines (which end in .jsonl)" } else { PLAIN };
+                let what =
+                    if looks { "plain text that looks like JSON Lines (expected extension: .jsonl)" } else { PLAIN };
                 Ok(Self::Plain { source, what })
             }
         }
     }
 
-    /// The records of a file that must hold texts.
+    /// The records of a file whose records must have texts.
     fn records(reader: RecordReader) -> Result<Self, DataError> {
         let Some(first) = reader.first() else {
             return Ok(Self::Records { reader, field: "text" });
@@ -63,10 +64,10 @@ impl TextFile {
             Ok(Value::Object(fields)) => fields,
             Ok(_) => {
                 let (path, problem) = (reader.path().to_owned(), "its records are not JSON objects".into());
-                let hint = Some("a record is {\"text\": \"...\"}".into());
+                let hint = Some("write records as `{\"text\": \"...\"}`".into());
                 return Err(RecordError::File { path, problem, hint }.into());
             }
-            // The record is broken, and dealt with as such.
+            // A broken first record is handled by `data.broken`, like any other.
             Err(_) => return Ok(Self::Records { reader, field: "text" }),
         };
         match field_of(&fields) {
@@ -81,15 +82,15 @@ impl TextFile {
                         _ => "true or false",
                     };
                     let problem = format!("`{name}` of its first record is {kind}, not a text");
-                    let hint = Some("a record is {\"text\": \"...\"}".into());
+                    let hint = Some("write records as `{\"text\": \"...\"}`".into());
                     return Err(RecordError::File { path: reader.path().to_owned(), problem, hint }.into());
                 }
                 let hint = if has("messages") || has("conversations") || has("instruction") {
-                    "conversations are read by data.format = \"chat\""
+                    "set `data.format = \"chat\"` for conversations"
                 } else if has("tokens") || has("input_ids") {
-                    "tokens are read by data.format = \"tokens\""
+                    "set `data.format = \"tokens\"` for tokens"
                 } else {
-                    "give the field with the document the name `text`; a file that is learned as it stands ends otherwise (.txt)"
+                    "rename the field with the document to `text`, or to learn the file as it is give it the extension .txt"
                 };
                 let shown =
                     |name: &String| if name.is_empty() { "a field without a name".into() } else { format!("`{name}`") };
@@ -101,7 +102,7 @@ impl TextFile {
         }
     }
 
-    /// The records of a file, if the first has a text.
+    /// The records of a file if its first record has a text; otherwise plain text.
     fn records_or_plain(
         source: Source,
         limit: Option<u64>,
@@ -119,7 +120,7 @@ impl TextFile {
     }
 }
 
-/// The field of a record that holds its document: `text`, or `content`, as sets of code name it.
+/// The field of a record that contains its document: `text`, or `content`, as datasets of source code call it.
 fn field_of(record: &Map<String, Value>) -> Option<&'static str> {
     let is_text = |name: &str| matches!(record.get(name), Some(Value::String(_) | Value::Null));
     ["text", "content"].into_iter().find(|name| is_text(name))

@@ -1,50 +1,65 @@
 //! Documents of tokens on disk.
 //!
-//! A file is written once, under a name of its own beside its place, and renamed into it. It is checked whole when it is
-//! opened; from then on it is read piece by piece and never mapped, so that a file that is cut meanwhile is an error and no
-//! signal that ends the program. Layout, little-endian: the tokens (16 bits each where the vocabulary allows, else 32; where
-//! they have weights, 32 bits and the weight as an f32), zeros up to 8 bytes, 24 bytes for each document (end in tokens u64,
-//! file u32, line u32, column u32, 0 u32), the [report](Report) as JSON, zeros up to 8 bytes, then the [footer](Footer).
+//! A file is written once, under a temporary name in the same folder, and renamed. It is checked completely when it is opened,
+//! and from then on read in pieces. It is not mapped into memory, because a mapped file that another process cuts ends the
+//! program with a signal instead of an error.
+//!
+//! Layout, little-endian:
+//!
+//! | part | bytes |
+//! |---|---|
+//! | tokens | 2 each if the vocabulary allows, otherwise 4; 8 if they have weights: a u32 and an f32 |
+//! | zeros | up to a multiple of 8 |
+//! | documents | 24 each: end in tokens (u64), file, line, column (u32), 0 (u32) |
+//! | the [report](Report) as JSON | any number |
+//! | zeros | up to a multiple of 8 |
+//! | the [footer](Footer) | 72 |
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use moonlight_convert::new_file;
 use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::DataError;
 use super::hash::Hash;
 use super::report::Report;
-use crate::output_file::{Unfinished, temporary};
+use crate::output_file::Unfinished;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"moontok4");
-/// Of files without a checksum or without columns, which are made anew.
+/// Magic numbers of earlier formats, without a checksum or without columns. Such files are written again.
 const MAGIC_BEFORE: [u64; 2] = [u64::from_le_bytes(*b"moontok2"), u64::from_le_bytes(*b"moontok3")];
 const FOOTER_WORDS: usize = 9;
 const FOOTER_BYTES: usize = 8 * FOOTER_WORDS;
 const DOCUMENT_BYTES: usize = 24;
 /// Bytes of a token with a weight.
 const WEIGHTED: u64 = 8;
-/// Bytes that are read at once where a file is read from one end to the other; a multiple of all that is in it.
+/// Bytes that are read at once when a whole file is read: a multiple of the size of every kind of entry.
 const CHUNK_BYTES: usize = 3 << 19;
-/// Letters of a temporary file's name that are is_random_part.
-const RANDOM_CHARACTERS: usize = 12;
+/// Random characters in the name of a temporary file, those of earlier versions last.
+const RANDOM_CHARACTERS: [usize; 2] = [6, 12];
 
-/// The end of the file, which says what the rest is. In the file, an xxh3 of all before it follows, and [`MAGIC`].
+/// The end of the file, which describes the rest. In the file it is followed by an xxh3 of everything before that, and by
+/// [`MAGIC`].
 #[derive(Debug)]
 struct Footer {
+    /// Hashes of everything that the tokens depend on.
     key: [u64; 2],
     documents: u64,
     tokens: u64,
+    /// Bytes of a token: 2, 4, or 8 with weights.
     width: u64,
+    /// Bytes of the report.
     report: u64,
+    /// A hash of tokens, weights and ends of documents.
     content: u64,
 }
 
 impl Footer {
-    /// Where the documents, the report and the footer begin in a file of this size, if the numbers fit it.
+    /// The offsets of the documents, the report and the footer in a file of this size; `None` if the numbers do not match it.
     fn places(&self, size: u64) -> Option<[u64; 3]> {
         let table = self.tokens.checked_mul(self.width)?.checked_next_multiple_of(8)?;
         let report = table.checked_add(self.documents.checked_mul(DOCUMENT_BYTES as u64)?)?;
@@ -59,36 +74,36 @@ pub(super) struct TokenStore {
     file: File,
     path: PathBuf,
     footer: Footer,
-    /// Where the documents begin in the file.
+    /// The offset of the documents in the file.
     table: u64,
     vocab_size: usize,
     report: Box<Report>,
 }
 
-/// What there is at a path.
+/// The result of opening a path.
 #[derive(Debug)]
 pub(super) enum OpenedStore {
-    Whole(TokenStore),
-    /// Nothing, or a file of an earlier release.
+    Complete(TokenStore),
+    /// There is no file, or one of an earlier format.
     None,
-    /// A file that is not as it was written, and in what way.
+    /// The file differs from what was written; the text says how.
     Damaged(String),
 }
 
-/// Where a document came from.
+/// The source of a document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Origin {
-    /// Index of the file among those that were read.
+    /// The index of the file among those that were read.
     pub(super) file: u32,
-    /// Line of the record, from 1; 0 where the document is the whole file.
+    /// The line of the record, from 1; 0 if the document is the whole file.
     pub(super) line: u32,
-    /// Its column, from 1; 0 where the line says enough.
+    /// The column of the record, from 1; 0 if the line is enough.
     pub(super) column: u32,
 }
 
 impl TokenStore {
-    /// Opens the file at `path` and reads it once: it has to be whole, unchanged since it was written, made from what
-    /// `key` stands for, and within a vocabulary of `vocab_size`.
+    /// Opens the file at `path` and reads all of it once: it must be unchanged since it was written, have the key `key`, and
+    /// contain only tokens below `vocab_size`.
     pub(super) fn open(path: &Path, key: [u64; 2], vocab_size: usize) -> Result<OpenedStore, DataError> {
         let file = match File::open(path) {
             Ok(file) => file,
@@ -96,10 +111,10 @@ impl TokenStore {
             Err(error) => return Err(DataError::io("read", path, &error)),
         };
         match Self::checked(file, path, key, vocab_size) {
-            Ok(Ok(store)) => Ok(OpenedStore::Whole(store)),
+            Ok(Ok(store)) => Ok(OpenedStore::Complete(store)),
             Ok(Err(Unusable::Earlier)) => Ok(OpenedStore::None),
             Ok(Err(Unusable::Damaged(problem))) => Ok(OpenedStore::Damaged(problem)),
-            // It is being cut at this moment.
+            // Another process cuts the file at this moment.
             Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
                 Ok(OpenedStore::Damaged("it ends too early".into()))
             }
@@ -118,21 +133,21 @@ impl TokenStore {
         match magic {
             MAGIC => {}
             before if MAGIC_BEFORE.contains(&before) => return Ok(Err(Unusable::Earlier)),
-            _ => return damaged("its end is not that of such a file"),
+            _ => return damaged("it does not end like a token cache"),
         }
         let footer = Footer { key: [key_0, key_1], documents, tokens, width, report, content };
         let Some([table, report_start, _]) = footer.places(size).filter(|_| [2, 4, WEIGHTED].contains(&width)) else {
-            return damaged("its numbers do not fit its size");
+            return damaged("its footer does not match its size");
         };
         if footer.key != key {
-            return damaged("it was made from other data");
+            return damaged("it was written for other data");
         }
         let store = Self { file, path: path.to_owned(), footer, table, vocab_size, report: Box::default() };
         let mut hash = Xxh3Default::new();
         let mut foreign = None;
         store.each_chunk(0..tokens * width, |bytes| {
             hash.update(bytes);
-            foreign = foreign.take().or_else(|| store.foreign(bytes));
+            foreign = foreign.take().or_else(|| store.find_invalid(bytes));
             true
         })?;
         store.each_chunk(tokens * width..table, |bytes| {
@@ -156,42 +171,42 @@ impl TokenStore {
             true
         })?;
         if hash.digest() != checksum {
-            return damaged("its checksum is another");
+            return damaged("its checksum differs");
         }
-        // What was written is never so; whoever can make a checksum can write what he likes.
+        // The writer never writes such a file, but anyone can compute a checksum.
         if let Some(problem) = foreign {
             return Ok(Err(Unusable::Damaged(problem)));
         }
         if !ordered {
-            return damaged("its documents do not follow each other");
+            return damaged("its documents are not in order");
         }
         match serde_json::from_slice(&report_bytes[..report as usize]) {
             Ok(report) => Ok(Ok(Self { report, ..store })),
-            Err(_) => damaged("its report cannot be read"),
+            Err(_) => damaged("its report cannot be parsed"),
         }
     }
 
-    /// Number of documents.
+    /// The number of documents.
     pub(super) fn documents(&self) -> usize {
         self.footer.documents as usize
     }
 
-    /// What was found when the files were read.
+    /// What was found when the files were tokenized.
     pub(super) fn report(&self) -> &Report {
         &self.report
     }
 
-    /// Whether the tokens have weights of their own.
+    /// Whether the tokens have weights; without them all weights are 1.
     pub(super) fn is_weighted(&self) -> bool {
         self.footer.width == WEIGHTED
     }
 
-    /// A hash of all tokens and weights and of where documents end.
-    pub(super) fn content(&self) -> u64 {
+    /// A hash of all tokens, weights and ends of documents.
+    pub(super) fn content_hash(&self) -> u64 {
         self.footer.content
     }
 
-    /// Hands each document's number and its tokens, as positions in the store, to `each`.
+    /// Calls `each` with the index of each document and the positions of its tokens.
     pub(super) fn each_document(
         &self,
         mut each: impl FnMut(usize, Range<u64>) -> Result<(), DataError>,
@@ -216,12 +231,12 @@ impl TokenStore {
         result
     }
 
-    /// Where a document came from.
+    /// The source of a document.
     pub(super) fn origin(&self, document: usize) -> Result<Origin, DataError> {
         Ok(self.entry(document)?.1)
     }
 
-    /// Where the document came from that holds the token at a position.
+    /// The source of the document that contains the token at a position.
     pub(super) fn origin_at(&self, position: u64) -> Result<Origin, DataError> {
         let (mut low, mut high) = (0, self.documents().saturating_sub(1));
         while low < high {
@@ -231,7 +246,7 @@ impl TokenStore {
         self.origin(low)
     }
 
-    /// Where a document ends, and where it came from.
+    /// The end of a document in tokens, and its source.
     fn entry(&self, document: usize) -> Result<(u64, Origin), DataError> {
         let mut entry = [0; DOCUMENT_BYTES];
         let at = self.table + (DOCUMENT_BYTES * document) as u64;
@@ -241,13 +256,13 @@ impl TokenStore {
         Ok((u64_at(&entry, 0), origin))
     }
 
-    /// A reader of spans of tokens. Where spans follow each other, it reads `prefetch` tokens at once; 0 reads no more than is
-    /// asked for.
+    /// A reader of token spans. It reads at least `prefetch` tokens at a time, which saves system calls if spans follow each
+    /// other; with 0 it reads no more than each span.
     pub(super) fn reader(&self, prefetch: usize) -> SpanReader<'_> {
         SpanReader { store: self, prefetch: prefetch as u64, start: 0, bytes: Vec::new() }
     }
 
-    /// Hands the bytes of a part of the file to `each` in order, until it says no.
+    /// Calls `each` with the bytes of a part of the file in order, until it returns false.
     fn each_chunk(&self, part: Range<u64>, mut each: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
         let mut buffer = vec![0; CHUNK_BYTES.min((part.end - part.start) as usize)];
         let mut at = part.start;
@@ -262,13 +277,13 @@ impl TokenStore {
         Ok(())
     }
 
-    /// What is wrong with tokens that are not of the vocabulary, or weights that are none.
-    fn foreign(&self, bytes: &[u8]) -> Option<String> {
+    /// The problem with tokens outside the vocabulary or with weights that are negative or not finite, if there is one.
+    fn find_invalid(&self, bytes: &[u8]) -> Option<String> {
         let vocab_size = self.vocab_size;
-        let outside = |token: u32| format!("it has the token {token}, outside the vocabulary of {vocab_size}");
+        let outside = |token: u32| format!("it contains the token {token}, outside the vocabulary of {vocab_size}");
         let wrong = |weight: f32| !(weight >= 0.0 && weight.is_finite());
         let tokens = || self.decode(bytes);
-        // The largest first: a loop without an exit is several times as fast.
+        // Looks for the maximum: a loop without an early exit is vectorized, and several times as fast.
         let largest = match self.footer.width {
             2 => bytes.chunks_exact(2).map(|token| u32::from(u16::from_le_bytes([token[0], token[1]]))).max(),
             _ => tokens().map(|(token, _)| token).max(),
@@ -277,7 +292,7 @@ impl TokenStore {
             return Some(outside(token));
         }
         match self.is_weighted() && tokens().any(|(_, weight)| wrong(weight)) {
-            true => Some("it has a weight that is not a number from 0".into()),
+            true => Some("it contains a weight that is negative or not finite".into()),
             false => None,
         }
     }
@@ -303,7 +318,7 @@ impl TokenStore {
     }
 }
 
-/// Why a file is not taken.
+/// Why a file is not used.
 enum Unusable {
     Earlier,
     Damaged(String),
@@ -319,7 +334,7 @@ pub(super) struct SpanReader<'a> {
 }
 
 impl SpanReader<'_> {
-    /// The tokens at positions `span`, with how much each counts in the loss when it is predicted.
+    /// The tokens at the positions `span`, each with its weight in the loss.
     pub(super) fn read(
         &mut self,
         span: Range<u64>,
@@ -331,9 +346,9 @@ impl SpanReader<'_> {
             self.bytes.resize(((end - span.start) * width) as usize, 0);
             self.start = span.start;
             let read = read_exact_at(&store.file, &mut self.bytes, span.start * width);
-            // The file was checked when it was opened, and may have been written to since.
+            // The file was checked when it was opened, but another process may have written to it since.
             let result = match read {
-                Ok(()) if store.foreign(&self.bytes).is_some() => Err(store.changed()),
+                Ok(()) if store.find_invalid(&self.bytes).is_some() => Err(store.changed()),
                 read => read.map_err(|error| store.fault(&error)),
             };
             if result.is_err() {
@@ -346,7 +361,7 @@ impl SpanReader<'_> {
     }
 }
 
-/// Reads at a place without moving the file's own position: threads may read at once.
+/// Reads at an offset without moving the file's position, so that threads can share the file.
 #[cfg(unix)]
 fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
@@ -371,23 +386,23 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// The name of a temporary file begins with that of the file, without its ending, and a point.
+/// The file name without its extension, with which the names of temporary files start.
 fn stem(path: &Path) -> String {
     path.file_stem().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// Whether a file's name is that of a temporary one: `train-0123456789abcdef.Xf3aP9wQz01k.tmp`.
+/// Whether the name is that of a temporary file: `train-0123456789abcdef.Xf3aP9.tmp`.
 fn is_temporary(name: &str) -> bool {
     let is_random_part =
-        |text: &str| text.len() == RANDOM_CHARACTERS && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        |text: &str| RANDOM_CHARACTERS.contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric());
     let hash = |text: &str| text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     name.strip_suffix(".tmp").and_then(|name| name.split_once('.')).is_some_and(|(stem, rest)| {
         is_random_part(rest) && stem.rsplit_once('-').is_some_and(|(_, digits)| hash(digits))
     })
 }
 
-/// Removes the temporary files of programs that were killed. Who writes one holds a lock on it, which ends with its process;
-/// where the file system has no locks, none is removed.
+/// Removes the temporary files of processes that were killed. A writer holds a lock on its file, which ends with its process.
+/// On file systems without locks nothing is removed.
 pub(super) fn remove_abandoned(folder: &Path) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
@@ -395,21 +410,21 @@ pub(super) fn remove_abandoned(folder: &Path) {
         {
             continue;
         }
-        // Some file systems lock only what is open for writing.
+        // Some file systems lock only files that are open for writing.
         let Ok(file) = File::options().write(true).open(entry.path()) else { continue };
         if file.try_lock().is_ok() {
-            // Removed under the lock: its writer, if it has just been made, sees that and makes another.
+            // A writer that has created the file but not locked it yet notices that it is gone, and creates another.
             let _ = fs::remove_file(entry.path());
         }
     }
 }
 
-/// A temporary file for the store at `path`, with a lock that says that it is being written.
+/// A temporary file for the store at `path`, locked to show that it is being written.
 fn locked(folder: &Path, path: &Path) -> io::Result<NamedTempFile> {
     loop {
-        let file = temporary(folder, &format!("{}.", stem(path)), None)?;
+        let file = new_file(folder, &format!("{}.", stem(path)), ".tmp")?;
         match file.as_file().try_lock() {
-            // Without locks, nobody takes it for abandoned.
+            // Without locks no other process removes it, either.
             Ok(()) | Err(TryLockError::Error(_)) if file.path().exists() => return Ok(file),
             _ => {}
         }
@@ -419,7 +434,7 @@ fn locked(folder: &Path, path: &Path) -> io::Result<NamedTempFile> {
 /// Writes a store, document by document.
 pub(super) struct TokenStoreWriter {
     path: PathBuf,
-    /// Dropped before it is finished, the file is removed.
+    /// The file is removed if it is dropped before `finish`.
     out: BufWriter<NamedTempFile>,
     unfinished: Unfinished,
     checksum: Xxh3Default,
@@ -430,12 +445,12 @@ pub(super) struct TokenStoreWriter {
 }
 
 impl TokenStoreWriter {
-    /// Begins the file that [`finish`](TokenStoreWriter::finish) will put at `path`; `vocab_size` decides its width,
-    /// and whether the tokens have weights.
+    /// Creates a temporary file that [`finish`](TokenStoreWriter::finish) renames to `path`. `vocab_size` and `weighted` decide
+    /// the bytes of a token.
     pub(super) fn create(path: &Path, vocab_size: usize, weighted: bool) -> Result<Self, DataError> {
         let folder = path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder).map_err(|error| DataError::io("write", folder, &error))?;
-        // Two runs may make the same file at once; each renames its own into place, and they are equal.
+        // Two runs may write the same cache at once. Each renames its own file to `path`, and the two have the same contents.
         let file = locked(folder, path).map_err(|error| DataError::io("write", folder, &error))?;
         Ok(Self {
             path: path.to_owned(),
@@ -458,12 +473,12 @@ impl TokenStoreWriter {
         self.tokens
     }
 
-    /// Tokens of the document that is being written.
+    /// Tokens of the unfinished document.
     pub(super) fn open_tokens(&self) -> u64 {
         self.tokens - self.documents.last().map_or(0, |(end, _)| *end)
     }
 
-    /// Adds tokens to the document that is being written, with a weight for each where the store has weights.
+    /// Adds tokens to the unfinished document, with a weight for each if the store has weights.
     pub(super) fn extend(&mut self, tokens: &[u32], weights: &[f32]) -> Result<(), DataError> {
         let mut bytes = Vec::with_capacity(self.width as usize * tokens.len());
         for &token in tokens {
@@ -482,13 +497,13 @@ impl TokenStoreWriter {
         self.write(&bytes)
     }
 
-    /// Ends the document that is being written.
+    /// Ends the unfinished document.
     pub(super) fn end_document(&mut self, origin: Origin) {
         self.content.number(u64::MAX);
         self.documents.push((self.tokens, origin));
     }
 
-    /// Writes the rest, and puts the file into its place.
+    /// Writes the rest, and renames the file.
     pub(super) fn finish(mut self, key: [u64; 2], report: &Report) -> Result<(), DataError> {
         let width = self.width;
         let padding = (self.tokens * width).next_multiple_of(8) - self.tokens * width;
@@ -498,7 +513,7 @@ impl TokenStoreWriter {
             let place = u64::from(origin.file) | u64::from(origin.line) << 32;
             self.write(&[*end, place, origin.column.into()].map(u64::to_le_bytes).concat())?;
         }
-        // Numbers and names: nothing in it that JSON has not.
+        // The report consists of numbers and texts, which JSON can always hold.
         let mut report = serde_json::to_vec(report).unwrap_or_default();
         let length = report.len() as u64;
         report.resize(report.len().next_multiple_of(8), 0);
@@ -543,7 +558,7 @@ mod tests {
 
     fn opened(path: &Path, vocab_size: usize) -> TokenStore {
         match TokenStore::open(path, KEY, vocab_size).unwrap() {
-            OpenedStore::Whole(store) => store,
+            OpenedStore::Complete(store) => store,
             other => panic!("{other:?}"),
         }
     }
@@ -570,7 +585,7 @@ mod tests {
         store.reader(0).read(span).unwrap().map(|(token, _)| token).collect()
     }
 
-    /// A store whose footer has a checksum that fits what was changed in it.
+    /// Changes a store and gives it the checksum of its new contents.
     fn forge(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
         let mut bytes = fs::read(path).unwrap();
         change(&mut bytes);
@@ -601,7 +616,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_reads_ahead_reads_the_same() {
+    fn prefetching_does_not_change_what_is_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         let document: Vec<u32> = (0..200).collect();
@@ -630,7 +645,7 @@ mod tests {
             assert!(store.is_weighted());
             let read: Vec<(u32, f32)> = store.reader(0).read(0..3).unwrap().collect();
             assert_eq!(read, [(7, weights[0]), (8, weights[1]), (9, weights[2])]);
-            store.content()
+            store.content_hash()
         };
         assert_ne!(content(&[0.0, 1.0, 0.5]), content(&[0.0, 1.0, 1.0]));
         forge(&path, |bytes| bytes[4..8].copy_from_slice(&f32::NAN.to_le_bytes()));
@@ -638,21 +653,21 @@ mod tests {
     }
 
     #[test]
-    fn the_hash_knows_where_documents_end() {
+    fn the_hash_depends_on_where_documents_end() {
         let dir = tempfile::tempdir().unwrap();
         let content = |documents: &[&[u32]]| {
             let path = dir.path().join("x");
             write(&path, 300, documents);
-            opened(&path, 300).content()
+            opened(&path, 300).content_hash()
         };
         assert_eq!(content(&[&[1, 2], &[3]]), content(&[&[1, 2], &[3]]));
         assert_ne!(content(&[&[1, 2], &[3]]), content(&[&[1], &[2, 3]]));
         assert_ne!(content(&[&[1, 2], &[3]]), content(&[&[2, 1], &[3]]));
     }
 
-    /// Every byte counts: tokens, documents, report, footer.
+    /// A change of any byte is noticed, in tokens, documents, report and footer.
     #[test]
-    fn a_file_that_is_not_as_it_was_written_is_damaged() {
+    fn a_file_that_differs_from_what_was_written_is_damaged() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         assert!(matches!(TokenStore::open(&path, KEY, 300).unwrap(), OpenedStore::None));
@@ -669,7 +684,7 @@ mod tests {
             fs::write(&path, &flipped).unwrap();
             damage(&path, KEY, 300);
         }
-        // The tokens of a file that was made anew under the writer's feet: a valid end behind zeros.
+        // If another process replaced the file while it was written: zeros, and then a valid end.
         let mut zeros = bytes.clone();
         zeros[..8].fill(0);
         fs::write(&path, zeros).unwrap();
@@ -682,7 +697,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_and_documents_outside_are_damage_whatever_the_checksum() {
+    fn tokens_and_documents_out_of_range_are_damage_whatever_the_checksum() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         write(&path, 300, &[&[1, 2, 3], &[4]]);
@@ -725,7 +740,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finished_leaves_nothing() {
+    fn an_unfinished_store_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = TokenStoreWriter::create(&dir.path().join("x"), 300, false).unwrap();
         writer.extend(&[1, 2], &[]).unwrap();
@@ -733,10 +748,10 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
-    /// Two writers of one file, as two containers on one disk are, each step of the one between two of the other: both end
-    /// well, and what stands there is whole at every moment.
+    /// Two writers of the same file, such as two containers with a shared disk, take turns step by step. Both succeed, and the
+    /// file is complete at every moment.
     #[test]
-    fn writers_of_the_same_file_do_not_meet() {
+    fn writers_of_the_same_file_do_not_disturb_each_other() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("train-0123456789abcdef.tokens");
         let begin = || TokenStoreWriter::create(&path, 300, false).unwrap();
@@ -747,7 +762,7 @@ mod tests {
         };
         let mut first = begin();
         first.extend(&[1, 2], &[]).unwrap();
-        remove_abandoned(dir.path()); // by a third one that begins
+        remove_abandoned(dir.path()); // by a third writer that starts
         let mut second = begin();
         second.extend(&[1, 2, 3], &[]).unwrap();
         first.extend(&[3, 4], &[]).unwrap();
@@ -755,10 +770,10 @@ mod tests {
         let store = opened(&path, 300);
         let mut third = begin();
         third.extend(&[1], &[]).unwrap();
-        drop(third); // and is stopped
+        drop(third); // and is interrupted
         second.extend(&[4], &[]).unwrap();
         end(second);
-        assert_eq!(tokens(&store, 0..4), [1, 2, 3, 4], "the file that the first has open is its own");
+        assert_eq!(tokens(&store, 0..4), [1, 2, 3, 4], "the first writer's file stays open and unchanged");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 
         std::thread::scope(|scope| {
@@ -777,15 +792,16 @@ mod tests {
     }
 
     #[test]
-    fn files_of_killed_writers_are_removed_and_others_are_not() {
+    fn files_of_killed_writers_are_removed_and_no_others() {
         let dir = tempfile::tempdir().unwrap();
-        let abandoned = dir.path().join("train-0123456789abcdef.0aB3kd92Lq1Z.tmp");
+        let abandoned =
+            ["0aB3kd", "0aB3kd92Lq1Z"].map(|random| dir.path().join(format!("train-0123456789abcdef.{random}.tmp")));
         let others = ["train-0123456789abcdef.tokens", "notes.tmp", "train-0123456789abcdef.mine.tmp"];
-        fs::write(&abandoned, "half").unwrap();
+        abandoned.iter().for_each(|path| fs::write(path, "half").unwrap());
         others.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
         let writer = TokenStoreWriter::create(&dir.path().join("valid-00000000000000ff.tokens"), 300, false).unwrap();
         remove_abandoned(dir.path());
-        assert!(!abandoned.exists());
+        assert!(abandoned.iter().all(|path| !path.exists()));
         assert!(others.iter().all(|name| dir.path().join(name).exists()));
         assert!(writer.out.get_ref().path().exists(), "it is being written");
     }

@@ -21,63 +21,65 @@ use super::text_file::{PLAIN, TextFile};
 use super::token_store::{OpenedStore, Origin, TokenStore, TokenStoreWriter, remove_abandoned};
 use crate::recipe::{BrokenRecords, DataFormat};
 
-/// Raised when the same template gives other tokens or weights.
+/// Increased when the same template gives other tokens or weights, so that caches of earlier versions are not used.
 const TEMPLATE_VERSION: u64 = 2;
-/// Raised when the same file gives other records or other text.
+/// Increased when the same file gives other records or other text.
 const READER_VERSION: u64 = 2;
-/// Fields of a record of text that are named, at most.
+/// The largest number of ignored fields that are listed for a record of text.
 const MAX_IGNORED_FIELDS: usize = 64;
 /// Bytes of a text file that are tokenized at once.
 const BLOCK_BYTES: usize = 4 << 20;
-/// Bytes that are read before the blocks are shared out; bounds the memory.
+/// Bytes that are read before their blocks are tokenized in parallel; this bounds the memory.
 const GROUP_BYTES: usize = 32 << 20;
 
-/// What is read, and how.
+/// The files to tokenize, and the settings for it.
 pub(super) struct TokenizeJob<'a> {
     pub(super) key: &'static str,
     pub(super) files: &'a [SourceFile],
     pub(super) format: DataFormat,
     pub(super) tokenizer: Option<&'a Tokenizer>,
-    /// For `format = "chat"`.
+    /// Set for `format = "chat"`.
     pub(super) chat: Option<&'a ChatEncoder>,
     pub(super) broken: BrokenRecords,
     pub(super) vocab_size: usize,
-    /// Stop after the document that reaches so many tokens; 0 for never.
+    /// Stop after the document with which this many tokens are reached; 0 to read everything.
     pub(super) max_tokens: u64,
 }
 
-/// A part of a document that a thread tokenizes by itself.
+/// A document or a part of one, which one thread tokenizes.
 struct Block {
     origin: Origin,
     bytes: Vec<u8>,
-    /// Whether the document begins here.
+    /// Whether the document starts here.
     begins: bool,
-    /// Of a record with `format = "text"`, the field with the document.
+    /// The field that contains the document, for a record with `format = "text"`.
     field: Option<&'static str>,
-    /// Whether the document ends here, and whether the end is the text's own.
+    /// `None` if the document continues in the next block.
     end: Option<End>,
-    /// Whether what follows is known where this is not JSON.
+    /// Whether the next record can be found if this one is not JSON.
     skippable: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
+    /// The end of the text, which gets an EOS token.
     Whole,
+    /// `data.max_bytes` cuts the document here.
     Cut,
 }
 
 pub(super) struct Tokenized {
     pub(super) tokens: Vec<u32>,
-    /// One for each token, or none at all.
+    /// One for each token; empty if all weights are 1.
     weights: Vec<f32>,
-    /// Whether bytes were not UTF-8.
+    /// Whether there were bytes that are not UTF-8.
     replaced: bool,
     /// Halves of surrogate pairs that were replaced.
     surrogates: usize,
     shape: Option<ConversationFormat>,
-    /// Fields that nothing reads.
+    /// Fields that are ignored.
     unread: Vec<String>,
-    /// Fields that a chat template is given as variables.
+    /// Fields that the chat template uses as variables.
     given: Vec<String>,
 }
 
@@ -88,14 +90,14 @@ impl Tokenized {
     }
 }
 
-/// A block that is left out.
+/// A broken record.
 #[derive(Debug)]
 pub(super) struct RejectedRecord {
     problem: String,
     hint: Option<String>,
-    /// The line and column within the record.
+    /// The line and column of the problem within the record.
     at: Option<(usize, usize)>,
-    /// Whether it is not even known where the record ends.
+    /// Whether the record is not JSON, so that its end is unknown in files without record boundaries.
     is_no_json: bool,
 }
 
@@ -112,26 +114,30 @@ impl From<&JsonError> for RejectedRecord {
 }
 
 impl TokenizeJob<'_> {
-    /// The documents: those of an earlier run where nothing has changed since, else made anew.
+    /// The documents: those of the cache if nothing that they depend on has changed, and otherwise tokenized now.
     pub(super) fn store(&self, cache_dir: &Path) -> Result<TokenStore, DataError> {
         let digest = self.digest();
         let path = cache_dir.join(format!("{}-{:016x}.tokens", self.key, digest[0]));
         remove_abandoned(cache_dir);
         match TokenStore::open(&path, digest, self.vocab_size)? {
-            OpenedStore::Whole(store) => return Ok(store),
-            OpenedStore::None => {}
+            OpenedStore::Complete(store) => {
+                tracing::debug!("the tokens of `data.{}` are in the cache `{}`", self.key, path.display());
+                return Ok(store);
+            }
+            OpenedStore::None => tracing::debug!("tokenizing {} files of `data.{}`", self.files.len(), self.key),
             OpenedStore::Damaged(problem) => {
-                tracing::warn!("the token cache `{}` is damaged and made anew: {problem}", path.display());
+                tracing::warn!("the token cache `{}` is damaged and is written again: {problem}", path.display());
             }
         }
         self.write(&path, digest)?;
         match TokenStore::open(&path, digest, self.vocab_size)? {
-            OpenedStore::Whole(store) => Ok(store),
+            OpenedStore::Complete(store) => Ok(store),
             OpenedStore::None | OpenedStore::Damaged(_) => Err(DataError::CacheChanged { path }),
         }
     }
 
-    /// Two hashes of everything that the tokens depend on.
+    /// Two independent hashes of everything that the tokens depend on. The first is in the name of the cache, and both are in
+    /// its footer.
     fn digest(&self) -> [u64; 2] {
         [2, 3].map(|seed| {
             let mut hash = Hash::new(seed);
@@ -187,9 +193,9 @@ impl TokenizeJob<'_> {
         writer.finish(digest, &findings.report(usual))
     }
 
-    /// Reads a file; says whether there are tokens enough.
+    /// Reads a file. Returns whether `max_tokens` is reached.
     fn read(&self, index: u32, file: &SourceFile, state: &mut TokenizeState) -> Result<bool, DataError> {
-        // Where `max_bytes` ends in a file it is of the unpacked bytes, and of a parquet file of the records.
+        // A limit inside a file counts uncompressed bytes, and for parquet the bytes of the records.
         let limit = (file.read < file.size).then_some(file.read);
         let wanted = match self.format {
             DataFormat::Chat => parquet::CONVERSATION_COLUMNS,
@@ -212,12 +218,15 @@ impl TokenizeJob<'_> {
         self.read_records(index, reader, None, state)
     }
 
-    /// Tokenises the blocks if they are many; says whether there are tokens enough.
+    /// Tokenizes the blocks if there are enough for all threads. Returns whether `max_tokens` is reached.
     fn is_enough(&self, state: &mut TokenizeState) -> Result<bool, DataError> {
         if state.group.bytes < GROUP_BYTES { Ok(false) } else { self.flush(state) }
     }
 
-    /// Tokenises the blocks of a group and writes them; says whether there are tokens enough.
+    /// Tokenizes the blocks read so far and writes them. Returns whether `max_tokens` is reached.
+    ///
+    /// Blocks are written in the order in which they were read, whichever thread finishes first, so that the cache has the same
+    /// bytes for any number of threads.
     fn flush(&self, TokenizeState { writer, group, findings }: &mut TokenizeState) -> Result<bool, DataError> {
         group.bytes = 0;
         let blocks = std::mem::take(&mut group.blocks);
@@ -273,7 +282,7 @@ impl TokenizeJob<'_> {
         DataError::Record { path, place: at.map_or(place, |at| place.within(at)), problem, hint }
     }
 
-    /// The tokens of a block, or why it is left out; what concerns all blocks is an error.
+    /// The tokens of a block, or the inner error for a broken record. Errors that would affect every block are outer errors.
     fn tokenize(&self, block: &Block) -> Result<Result<Tokenized, RejectedRecord>, DataError> {
         let tokenized = match self.format {
             DataFormat::Text => {
@@ -285,14 +294,14 @@ impl TokenizeJob<'_> {
                         Err(rejected) => return Ok(Err(rejected)),
                     },
                 };
-                // What a tokenizer has no tokens for would be missing from the data.
+                // Text that the tokenizer has no tokens for is always an error: it would be missing from the data unnoticed.
                 let rejected = |error: TokenizerError| RejectedRecord::new(error.to_string(), error.hint());
                 let is_empty = block.field.is_some() && text.is_empty();
                 let mut tokens = if block.begins && !is_empty { tokenizer.prefix().to_vec() } else { Vec::new() };
                 tokens.extend(tokenizer.encode(&text).map_err(|error| self.record(block, rejected(error)))?);
                 if block.end == Some(End::Whole) && !is_empty {
                     tokens.extend(tokenizer.suffix());
-                    // One of them ends the document, be it of the text or of the tokenizer.
+                    // One EOS ends the document. If the post-processor's suffix is EOS already, no second one is added.
                     tokens.extend(tokenizer.eos().filter(|eos| tokenizer.suffix().last() != Some(eos)));
                 }
                 let replaced = block.field.is_none() && matches!(text, std::borrow::Cow::Owned(_));
@@ -305,7 +314,7 @@ impl TokenizeJob<'_> {
         match tokens.copied().find(|&token| token as usize >= self.vocab_size) {
             Some(token) => {
                 let problem = format!("token {token} is outside the model's vocabulary of {}", self.vocab_size);
-                let hint = Some("the data or the tokenizer belong to another model".into());
+                let hint = Some("use the data and the tokenizer of this model".into());
                 Err(self.record(block, RejectedRecord::new(problem, hint)))
             }
             None => Ok(tokenized),
@@ -324,7 +333,7 @@ impl TokenizeJob<'_> {
         let origin = Origin { file: index, line: 0, column: 0 };
         let block = |bytes, begins, end| Block { origin, bytes, begins, field: None, end, skippable: false };
         let cut = file.read < file.size;
-        // What has been added to the file since it was looked at is not read.
+        // What was appended to the file since its size was read is not part of the cache's key, so it is not read.
         let limit = (cut || !source.is_compressed()).then_some(file.read);
         let mut reader = source.into_reader(limit);
         let mut bytes = Vec::new();
@@ -368,7 +377,7 @@ impl TokenizeJob<'_> {
                     return Ok(false);
                 }
                 Err(error) => {
-                    // What is wrong with the records before it comes first.
+                    // Errors in the records before this one come first, as they would with smaller groups.
                     self.flush(state)?;
                     return Err(error.into());
                 }
@@ -387,7 +396,7 @@ fn saturating_u32(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }
 
-/// What is read, on its way to the disk.
+/// The state of tokenizing a list of files.
 struct TokenizeState {
     writer: TokenStoreWriter,
     group: BlockGroup,
@@ -408,16 +417,16 @@ impl BlockGroup {
     }
 }
 
-/// What was findings so far.
+/// What was found so far.
 #[derive(Default)]
 struct Findings {
     report: Report,
-    /// The files whose bytes were not all UTF-8.
+    /// The files with bytes that are not UTF-8.
     replaced: BTreeSet<u32>,
     of_file: BTreeMap<u32, Counts>,
 }
 
-/// Records of a file.
+/// The numbers of records of a file.
 #[derive(Default)]
 struct Counts {
     sound: u64,
@@ -440,7 +449,7 @@ impl Findings {
 struct Document {
     text: String,
     surrogates: usize,
-    /// Its other fields that hold something.
+    /// Its other fields that are not empty.
     unread: Vec<String>,
 }
 
@@ -459,7 +468,7 @@ fn text_of(record: &[u8], field: &str) -> Result<Document, RejectedRecord> {
                 let unread = others.map(|(name, _)| name).collect();
                 Ok(match text {
                     Value::String(text) => Document { text, surrogates: replaced, unread },
-                    // As data sets have it where there is no text.
+                    // Datasets have null where a record has no text.
                     _ => Document { text: String::new(), surrogates: 0, unread },
                 })
             }
@@ -473,7 +482,7 @@ fn text_of(record: &[u8], field: &str) -> Result<Document, RejectedRecord> {
 /// The tokens of a record of `format = "tokens"`.
 pub(super) fn tokens_of(record: &[u8]) -> Result<Tokenized, RejectedRecord> {
     let read = parse_tokens(record).map_err(|error| {
-        let hint = error.hint().or_else(|| Some("a record is {\"tokens\": [1, 2, 3]}".into()));
+        let hint = error.hint().or_else(|| Some("write records as `{\"tokens\": [1, 2, 3]}`".into()));
         RejectedRecord { hint, ..RejectedRecord::from(&error) }
     })?;
     if read.tokens.is_empty() {
@@ -496,10 +505,11 @@ fn conversation_of(record: &[u8], chat: &ChatEncoder) -> Result<Tokenized, Rejec
     }
 }
 
-/// Where a block of text can end without a token crossing the border: after the last line break that is followed by
-/// something visible; failing that, after the last whole character.
+/// Where a block of text can end without cutting a token: after the last line break that is followed by a visible character,
+/// or if there is none after the last complete character. A token may contain several spaces and line breaks, but not a line
+/// break and the visible character after it.
 fn boundary(bytes: &[u8]) -> usize {
-    // The first bytes of all characters that are no space; U+1680, U+2000 to U+202F and U+3000 begin with E1 to E3.
+    // The first UTF-8 bytes of characters that are not spaces. U+1680, U+2000 to U+202F and U+3000 start with E1 to E3.
     let visible = |byte: u8| byte.is_ascii_graphic() || matches!(byte, 0xC3..=0xE0 | 0xE4..=0xF4);
     let line = (1..bytes.len()).rev().find(|&at| bytes[at - 1] == b'\n' && visible(bytes[at]));
     match line {
@@ -511,9 +521,9 @@ fn boundary(bytes: &[u8]) -> usize {
     }
 }
 
-/// The length without a last character that is not whole.
+/// The length without an incomplete last character.
 fn whole_characters(bytes: &[u8]) -> usize {
-    // A character has at most four bytes, so a broken one begins in the last three.
+    // A character has at most four bytes, so an incomplete one starts in the last three.
     for back in 1..=bytes.len().min(3) {
         let at = bytes.len() - back;
         if bytes[at] & 0b1100_0000 != 0b1000_0000 {
@@ -529,7 +539,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_end_where_no_token_crosses() {
+    fn blocks_end_between_tokens() {
         assert_eq!(boundary(b"one\ntwo\nthree"), 8);
         assert_eq!(boundary(b"one\ntwo\n\n"), 4);
         assert_eq!(boundary(b"one\ntwo\n  "), 4);

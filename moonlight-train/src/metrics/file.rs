@@ -4,11 +4,11 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
+use moonlight_convert::new_file;
 use serde_json::Value;
 
 use super::{Metrics, Reporter};
 use crate::error::TrainError;
-use crate::output_file::temporary;
 
 /// A longer line was not written by this program, and is dropped when a run resumes.
 const MAX_LINE_BYTES: u64 = 1 << 20;
@@ -27,7 +27,7 @@ impl MetricsFile {
     /// last checkpoint, are dropped, and so is what is not a record, such as a last line that was cut short.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
         let folder = path.parent().unwrap_or(Path::new("."));
-        let mut kept = temporary(folder, ".metrics.", None).map_err(TrainError::write(folder))?;
+        let mut kept = new_file(folder, ".metrics.", ".tmp").map_err(TrainError::write(folder))?;
         match File::open(path) {
             Ok(file) => keep_until(BufReader::new(file), step, kept.as_file_mut()).map_err(TrainError::write(path))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

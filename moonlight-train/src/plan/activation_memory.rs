@@ -1,24 +1,25 @@
-//! What one decoder layer and the head hold for their gradients, in values.
+//! What the graph of one decoder layer, and of the head, keeps for the backward pass: numbers of values, not bytes.
 //!
-//! A forward pass in the graph keeps the inputs of every product and of every kernel (`moonlight_model::kernels`); the
-//! list below follows the code, in its order. `n` is the number of tokens of a micro-batch.
+//! A forward pass in the graph keeps the inputs of every matrix product and of every kernel (`moonlight_model::kernels`). The
+//! sums below follow the layer's code in its order, so a change there needs a change here; `tests/plan_memory.rs` compares them
+//! with what is allocated. `n` is the number of tokens of a micro-batch.
 
 use moonlight_model::config::{MlpRole, ModelConfig, MoeShape, ProjectionRole};
 use moonlight_model::lora::AdapterShape;
 
 use super::MemorySettings;
 
-/// Values that a layer's graph keeps, and the most that its backward pass holds beside them at a time.
+/// The values that a layer's graph keeps, and the most that its backward pass allocates in addition.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct LayerActivations {
-    /// Kept, the layer's own input not counted: it is the previous layer's last sum.
+    /// Kept by the graph. The layer's input is not counted: it is the sum that ends the previous layer.
     pub(super) kept: u64,
-    /// Gradients of activations, at the widest place.
+    /// Gradients of activations, at their peak.
     pub(super) transient: u64,
 }
 
-/// Of layer `layer`.
-pub(super) fn of_layer(
+/// The activations of layer `layer`, counted from 0.
+pub(super) fn layer_activations(
     config: &ModelConfig,
     layer: usize,
     settings: &MemorySettings,
@@ -27,29 +28,34 @@ pub(super) fn of_layer(
     let (batch, sequence) = (settings.batch, settings.sequence);
     let n = (batch * sequence) as u64;
     let hidden = config.hidden_size as u64;
-    let (attention, attention_transient) = of_attention(config, batch, sequence, settings.plain_attention);
+    let (attention, attention_transient) = attention_activations(config, batch, sequence, settings.unfused_attention);
     let (feed_forward, feed_forward_transient) = match config.moe_of_layer(layer) {
-        Some(moe) => of_moe(config, moe, n),
+        Some(moe) => moe_activations(config, moe, n),
         None => {
             let width = config.intermediate_size as u64;
-            // gate, up and their product; on the way back, the product gone, its gradient becomes those of the two.
+            // Kept: gate, up and their product. The backward pass frees the product before it makes the gradients of gate and up.
             (3 * n * width, 2 * n * width)
         }
     };
-    // Beside them: the normed input of either half, and the sum between the halves.
+    // In addition: the normalized inputs of attention and feed-forward, and the residual sum between them.
     let kept = 3 * n * hidden + attention + feed_forward;
     let (more, less) = match &settings.lora {
-        Some(lora) => of_adapters(config, layer, n, (lora.rank, adapters)),
+        Some(lora) => adapter_difference(config, layer, n, (lora.rank, adapters)),
         None => (0, 0),
     };
-    // The gradient of the residual stream waits while either half is gone through.
+    // The gradients of the residual stream and of the half's input are alive during the backward pass of either half.
     let transient = 2 * n * hidden + attention_transient.max(feed_forward_transient);
     LayerActivations { kept: kept + more - less, transient }
 }
 
-/// What adapters add to a layer, their narrow products, and what a frozen product need not keep: its input, where no
-/// adapter wants it either and no kernel has it.
-fn of_adapters(config: &ModelConfig, layer: usize, n: u64, (rank, adapters): (usize, &[AdapterShape])) -> (u64, u64) {
+/// What LoRA changes in a layer: values kept in addition (the adapters' products of width `rank`), and values not kept: the input
+/// of a frozen projection without an adapter, unless a kernel keeps it anyway.
+fn adapter_difference(
+    config: &ModelConfig,
+    layer: usize,
+    n: u64,
+    (rank, adapters): (usize, &[AdapterShape]),
+) -> (u64, u64) {
     let adapted: Vec<ProjectionRole> =
         adapters.iter().filter(|adapter| adapter.layer == layer).map(|adapter| adapter.role).collect();
     let moe = config.moe_of_layer(layer);
@@ -70,7 +76,7 @@ fn of_adapters(config: &ModelConfig, layer: usize, n: u64, (rank, adapters): (us
             less += rows * moe.moe_intermediate_size as u64;
         }
     }
-    // Every token visits the one MLP of a dense layer, or the shared experts.
+    // The MLP that sees every token: that of a dense layer, or the shared experts.
     let width = match moe {
         Some(moe) => moe.n_shared_experts * moe.moe_intermediate_size,
         None => config.intermediate_size,
@@ -88,42 +94,44 @@ fn of_adapters(config: &ModelConfig, layer: usize, n: u64, (rank, adapters): (us
     (more, less)
 }
 
-fn of_attention(config: &ModelConfig, batch: usize, sequence: usize, plain: bool) -> (u64, u64) {
+/// Kept and transient values of attention; `unfused` holds all scores at once.
+fn attention_activations(config: &ModelConfig, batch: usize, sequence: usize, unfused: bool) -> (u64, u64) {
     let n = (batch * sequence) as u64;
     let heads = config.num_attention_heads as u64;
     let widths = config.attention_widths();
     let [query, key_value, output, latent] =
         [widths.query, widths.key_value, widths.output, widths.latent].map(|width| width as u64);
-    // The logarithm of each softmax's denominator stays as well.
+    // `heads`: the fused kernel keeps the logarithm of each softmax's denominator.
     let kept = n * (query + key_value + output + latent + heads);
-    // Gradients of output, query (turned and not), keys and values.
+    // Gradients of the output, of the query before and after rotary embedding, of keys and values.
     let mut transient = n * (output + 2 * query + key_value);
-    if plain {
-        // Scores, probabilities and their gradients of all heads at once.
+    if unfused {
+        // Scores, probabilities and their gradients, for all heads at once.
         transient += 5 * batch as u64 * heads * (sequence as u64).pow(2);
     }
     (kept, transient)
 }
 
-fn of_moe(config: &ModelConfig, moe: &MoeShape, n: u64) -> (u64, u64) {
+/// Kept and transient values of a mixture of experts for `n` tokens.
+fn moe_activations(config: &ModelConfig, moe: &MoeShape, n: u64) -> (u64, u64) {
     let hidden = config.hidden_size as u64;
     let (k, width) = (moe.num_experts_per_tok as u64, moe.moe_intermediate_size as u64);
     let shared = (moe.n_shared_experts * moe.moe_intermediate_size) as u64;
     let experts = moe.n_routed_experts as u64;
     let rows = n * k;
-    // Rows as they go to the experts and as they come back, gate, up and their product, and the shared ones' three.
+    // A row for each pair of token and expert: inputs and outputs, gate, up and their product; for the shared experts the last three.
     let kept = rows * (2 * hidden + 3 * width) + 3 * n * shared;
-    // Scores and what the weights of the chosen are made of.
+    // The router: scores of all experts, and the intermediate values of the chosen experts' weights.
     let routing = n * (4 * experts + 6 * k);
-    // On the way back things go as their gradients come. Beyond what was kept there are, one after the other: the gradient
-    // of the rows that came back; those of gate and up in place of the rows and the product; those of the rows that went.
+    // The backward pass frees kept values as it makes their gradients. What it allocates on top, one after the other: the gradient of
+    // the experts' outputs; those of gate and up, when outputs and product are freed; that of the experts' inputs.
     let transient = (rows * hidden).max((2 * rows * width).saturating_sub(rows * hidden)).max(rows * width);
     (kept + routing, transient + n * hidden)
 }
 
-/// Values that the head holds for `tokens` tokens at a time: what it keeps, and the logits with their gradient. A frozen
-/// head does not keep its input.
-pub(super) fn of_head(config: &ModelConfig, tokens: u64, frozen: bool) -> (u64, u64) {
+/// Values that the head needs for `tokens` tokens at once: what it keeps, and the logits with their gradient. A frozen head does
+/// not keep its input.
+pub(super) fn head_activations(config: &ModelConfig, tokens: u64, frozen: bool) -> (u64, u64) {
     let kept = if frozen { 1 } else { 2 };
     (kept * tokens * config.hidden_size as u64, 2 * tokens * config.vocab_size as u64)
 }

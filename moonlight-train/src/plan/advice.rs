@@ -1,74 +1,108 @@
-//! What to change in a run so that it fits.
+//! Which settings to change so that a run fits.
+
+use moonlight_model::QuantBits;
 
 use super::{MemoryPlan, MemorySettings};
 
-/// A change, with all before it, and what the run needs then.
+/// One change of a recipe, and the peak memory with it and all changes before it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Advice {
-    /// As a recipe writes it.
+    /// The keys and their new values, as in a recipe: `train.fuse_update = true, train.gradient_clip = 0`.
     pub change: String,
-    /// Bytes with this change and those before it.
+    /// The same as pairs of a key and a TOML value.
+    pub sets: Vec<(&'static str, String)>,
+    /// Peak memory, bytes.
     pub peak: u64,
 }
 
-/// A way to need less: its words in a recipe, and the settings with it; `None` where it is taken already or has no place.
-type Change = fn(&MemorySettings) -> Option<(String, MemorySettings)>;
+type Sets = Vec<(&'static str, String)>;
 
-/// From what costs nothing to what costs the most: time first, then what the result is worth.
+/// A change that needs less memory: the keys to set, and the settings with them; `None` if it does not apply.
+type Change = fn(&MemorySettings) -> Option<(Sets, MemorySettings)>;
+
+/// From the cheapest change to the dearest: first those that cost nothing, then time, then quality of the result.
 const LADDER: &[Change] = &[
     |settings| {
-        settings.probed.then(|| ("train.probe_every = 0".into(), MemorySettings { probed: false, ..settings.clone() }))
+        settings
+            .probes
+            .then(|| (vec![("train.probe_every", "0".into())], MemorySettings { probes: false, ..settings.clone() }))
     },
     |settings| {
         let chunk = 1024;
         let tokens = settings.batch * settings.sequence;
         let all = settings.loss_chunk_tokens == 0 || settings.loss_chunk_tokens > chunk;
         (all && tokens > chunk).then(|| {
-            ("train.loss_chunk_tokens = 1024".into(), MemorySettings { loss_chunk_tokens: chunk, ..settings.clone() })
+            let sets = vec![("train.loss_chunk_tokens", chunk.to_string())];
+            (sets, MemorySettings { loss_chunk_tokens: chunk, ..settings.clone() })
         })
     },
     |settings| {
         (!settings.recompute).then(|| {
-            let words = "train.activation_checkpointing = \"block\"".into();
-            (words, MemorySettings { recompute: true, ..settings.clone() })
+            let sets = vec![("train.activation_checkpointing", quoted("block"))];
+            (sets, MemorySettings { recompute: true, ..settings.clone() })
         })
     },
     |settings| {
-        (settings.batch > 1 && !settings.fused).then(|| {
-            let words =
-                format!("train.batch_size = 1, train.gradient_accumulation = {} times what it is", settings.batch);
-            (words, MemorySettings { batch: 1, accumulates: true, ..settings.clone() })
+        // The same sequences in each step: micro-batches of one, and as many more of them.
+        (settings.batch > 1 && !settings.fuse_update).then(|| {
+            let gradient_accumulation = settings.batch * settings.gradient_accumulation;
+            let sets = vec![
+                ("train.batch_size", "1".into()),
+                ("train.gradient_accumulation", gradient_accumulation.to_string()),
+            ];
+            (sets, MemorySettings { batch: 1, gradient_accumulation, accumulates: true, ..settings.clone() })
         })
     },
     |settings| {
         (settings.muon && settings.momentum_bytes == 4).then(|| {
-            let words = "optimizer.momentum_dtype = \"bf16\"".into();
-            (words, MemorySettings { momentum_bytes: 2, ..settings.clone() })
+            let sets = vec![("optimizer.momentum_dtype", quoted("bf16"))];
+            (sets, MemorySettings { momentum_bytes: 2, ..settings.clone() })
         })
     },
     |settings| {
-        (settings.bytes == 4).then(|| {
-            let words = "model.dtype = \"bf16\"".into();
-            (words, MemorySettings { bytes: 2, ..settings.clone() })
+        (settings.bytes_per_value == 4).then(|| {
+            let sets = vec![("model.dtype", quoted("bf16"))];
+            (sets, MemorySettings { bytes_per_value: 2, ..settings.clone() })
+        })
+    },
+    |settings| quantized(settings, QuantBits::Eight, "int8"),
+    |settings| quantized(settings, QuantBits::Four, "int4"),
+    |settings| {
+        (settings.bytes_per_value < 4 && settings.master_weights).then(|| {
+            let sets = vec![("optimizer.rounding", quoted("stochastic"))];
+            (sets, MemorySettings { master_weights: false, ..settings.clone() })
         })
     },
     |settings| {
-        (settings.bytes < 4 && settings.masters).then(|| {
-            let words = "optimizer.rounding = \"stochastic\"".into();
-            (words, MemorySettings { masters: false, ..settings.clone() })
-        })
-    },
-    |settings| {
-        (!settings.fused).then(|| {
-            let words = "train.fuse_update = true, train.gradient_clip = 0, train.gradient_accumulation = 1".into();
-            (words, MemorySettings { fused: true, accumulates: false, ..settings.clone() })
+        // The keys that `train.fuse_update` excludes are set as well: it has no global norm to clip by, and no sum to wait for.
+        (!settings.fuse_update).then(|| {
+            let sets = vec![
+                ("train.fuse_update", "true".into()),
+                ("train.gradient_clip", "0".into()),
+                ("train.gradient_accumulation", "1".into()),
+            ];
+            let fused = MemorySettings { fuse_update: true, accumulates: false, ..settings.clone() };
+            (sets, MemorySettings { gradient_accumulation: 1, ..fused })
         })
     },
 ];
 
+/// A string as TOML writes it.
+fn quoted(text: &str) -> String {
+    format!("\"{text}\"")
+}
+
+/// Only projections that `[lora]` freezes can be quantized.
+fn quantized(settings: &MemorySettings, bits: QuantBits, name: &str) -> Option<(Sets, MemorySettings)> {
+    let narrower = settings.quantization.is_none_or(|now| now == QuantBits::Eight && bits == QuantBits::Four);
+    (settings.lora.is_some() && narrower).then(|| {
+        let sets = vec![("model.quantize", quoted(name))];
+        (sets, MemorySettings { quantization: Some(bits), ..settings.clone() })
+    })
+}
+
 impl MemoryPlan {
-    /// Changes, one upon the other, until the run fits into `budget` bytes or nothing is left to change. Those that it
-    /// fits without are left out.
+    /// The fewest changes, cheapest first, with which the run fits into `budget` bytes; all that help if it fits with none.
     pub fn advice(&self, budget: u64) -> Vec<Advice> {
         let peak = |taken: &[Change]| self.with(taken).last().map_or(self.peak(), |advice| advice.peak);
         let mut taken: Vec<Change> = Vec::new();
@@ -78,7 +112,7 @@ impl MemoryPlan {
             }
             taken.push(*change);
         }
-        // The dearest first: what came before it on the ladder may have been for nothing.
+        // A dear change may make cheaper ones needless: drop those, the dearest first.
         let least = peak(&taken).max(budget);
         for index in (0..taken.len()).rev() {
             let mut fewer = taken.clone();
@@ -90,15 +124,16 @@ impl MemoryPlan {
         self.with(&taken)
     }
 
-    /// What each change comes to, those before it included; a change that has no place is left out.
+    /// Applies the changes in order. One that does not apply is left out.
     fn with(&self, changes: &[Change]) -> Vec<Advice> {
         let mut settings = self.settings.clone();
         let mut taken = Vec::new();
         for change in changes {
-            let Some((change, changed)) = change(&settings) else { continue };
+            let Some((sets, changed)) = change(&settings) else { continue };
             let peak = MemoryPlan::new(self.config.clone(), changed.clone()).peak();
             settings = changed;
-            taken.push(Advice { change, peak });
+            let assignments: Vec<String> = sets.iter().map(|(key, value)| format!("{key} = {value}")).collect();
+            taken.push(Advice { change: assignments.join(", "), sets, peak });
         }
         taken
     }
@@ -115,22 +150,23 @@ mod tests {
         let settings = MemorySettings {
             batch: 1,
             sequence: 4096,
-            bytes: 2,
+            bytes_per_value: 2,
             recompute: false,
             loss_chunk_tokens: 0,
-            fused: false,
+            fuse_update: false,
+            gradient_accumulation: 1,
             accumulates: false,
             muon: true,
             momentum_bytes: 4,
             second_moment_bytes: 0,
-            masters: true,
+            master_weights: true,
             cpu: false,
-            plain_attention: false,
+            unfused_attention: false,
             threads: 1,
             frozen: Vec::new(),
             lora: None,
-            packed: None,
-            probed: false,
+            quantization: None,
+            probes: false,
         };
         MemoryPlan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), settings)
     }
@@ -150,14 +186,14 @@ mod tests {
             assert_eq!(again.last().unwrap().peak, advice.last().unwrap().peak);
         }
         assert_eq!(plan.advice(190e9 as u64).len(), 1);
-        // Full fine-tuning on one GPU of 80 GB takes no masters, and gradients of one layer at a time.
+        // To train all parameters on one GPU of 80 GB takes bf16 weights without masters and gradients of one layer at a time.
         let advice = plan.advice(79e9 as u64);
         let has = |words: &str| advice.iter().any(|advice| advice.change.contains(words));
         assert!(has("fuse_update") && has("stochastic") && has("block"), "{advice:?}");
     }
 
     #[test]
-    fn what_cannot_fit_is_made_as_small_as_it_goes() {
+    fn a_run_that_cannot_fit_gets_every_change_that_helps() {
         let advice = sixteen().advice(1);
         assert!(advice.last().unwrap().peak > 60e9 as u64);
     }

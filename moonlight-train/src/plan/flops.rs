@@ -1,48 +1,49 @@
-//! Floating-point operations of a token, and of Muon, which takes the same whatever the tokens of a step.
+//! Floating-point operations of a token, and of Muon's update, which costs the same however many tokens a step has.
 
 use moonlight_model::ModelConfig;
 use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_optim::{Coefficients, NewtonSchulz};
 use serde::Serialize;
 
-/// TokenFlops of one token, a multiplication and an addition counting two.
+/// Floating-point operations of one token. A multiplication and an addition count as two.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct TokenFlops {
-    /// Products with weights: twice the activated parameters, the embedding (a lookup) left out.
+    /// Products with weights: twice the activated parameters, without the embedding, which is a lookup.
     pub weights: u64,
-    /// Scores and weighted sums of attention, averaged over the positions of a causal sequence.
+    /// Attention scores and weighted sums, averaged over the positions of a causal sequence.
     pub attention: u64,
 }
 
 impl TokenFlops {
-    /// Of a forward pass over sequences of `sequence` tokens.
-    pub fn of(config: &ModelConfig, sequence: usize) -> Self {
+    /// Counts the forward pass over sequences of `sequence` tokens.
+    pub fn for_sequence(config: &ModelConfig, sequence: usize) -> Self {
         let count = config.parameter_count();
         let embedding = (config.vocab_size * config.hidden_size) as u64;
         let looked_up = if config.tie_word_embeddings { 0 } else { embedding };
         let per_pair = config.attention_widths().products_per_pair() as u64;
+        // A query attends to (sequence + 1) / 2 keys on average, and each pair costs a product in the scores and one in the sum.
         let attention = config.num_hidden_layers as u64 * per_pair * (sequence as u64 + 1);
         Self { weights: 2 * (count.activated - looked_up), attention }
     }
 
-    /// Of a forward pass.
+    /// One forward pass.
     pub fn forward(self) -> u64 {
         self.weights + self.attention
     }
 
-    /// Of forward and backward, which is twice a forward, and of the second forward where layers run again.
+    /// Forward and backward; the backward pass costs two forward passes, activation checkpointing one more.
     pub fn training(self, recompute: bool) -> u64 {
         self.forward() * if recompute { 4 } else { 3 }
     }
 }
 
-/// Whether Muon takes a parameter: the matrices but embedding and head.
+/// Whether Muon updates a parameter: every matrix except embedding and head.
 pub(super) fn is_muon_parameter(shape: &ParameterShape) -> bool {
     matches!(shape.kind, ParameterKind::Matrix | ParameterKind::Experts | ParameterKind::Router)
 }
 
-/// TokenFlops of a step's Newton-Schulz over all matrices of a model: `steps` steps of the report's polynomial for each, with
-/// symmetric products by half, as on the CPU, or whole (`symmetric` false), as in Burn's operations elsewhere.
+/// Floating-point operations of one update of all Muon matrices: `steps` Newton-Schulz iterations each. With `symmetric` only half
+/// of each symmetric product is computed, as the CPU kernel does; Burn's operations on GPUs compute all of it.
 pub fn newton_schulz_flops(config: &ModelConfig, steps: usize, symmetric: bool) -> f64 {
     let iteration = NewtonSchulz::new(&Coefficients::Report, steps);
     let shapes = config.parameter_shapes();
@@ -55,8 +56,8 @@ pub fn newton_schulz_flops(config: &ModelConfig, steps: usize, symmetric: bool) 
     shapes.iter().filter(|shape| is_muon_parameter(shape)).map(of).sum()
 }
 
-/// From how many tokens a step on an optimizer of so many operations takes no more than `share` of them, where a token
-/// takes `token`.
+/// The fewest tokens per step at which an optimizer of `optimizer` operations costs at most `share` of all operations, if a token
+/// costs `token`.
 pub fn tokens_for_share(share: f64, optimizer: f64, token: f64) -> u64 {
     (optimizer * (1.0 - share) / (share * token)).ceil() as u64
 }
@@ -65,14 +66,14 @@ pub fn tokens_for_share(share: f64, optimizer: f64, token: f64) -> u64 {
 mod tests {
     use super::*;
 
-    fn numbers(preset: &str, sequence: usize) -> (f64, f64) {
+    fn flops(preset: &str, sequence: usize) -> (f64, f64) {
         let config = ModelConfig::preset(preset).unwrap();
-        let token = TokenFlops::of(&config, sequence).training(false) as f64;
+        let token = TokenFlops::for_sequence(&config, sequence).training(false) as f64;
         (newton_schulz_flops(&config, 5, false), token)
     }
 
     #[test]
-    fn newton_schulz_is_the_sum_over_the_matrices() {
+    fn newton_schulz_flops_are_the_sum_over_the_matrices() {
         let config = ModelConfig::preset("bench-small").unwrap();
         let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
         let of = |count: f64, rows, columns| count * iteration.flops(rows, columns, true);
@@ -85,9 +86,9 @@ mod tests {
     }
 
     #[test]
-    fn at_so_many_tokens_the_share_is_what_was_asked_for() {
+    fn fewer_tokens_exceed_the_share() {
         for preset in ["bench-small", "moonlight-16b-a3b"] {
-            let (optimizer, token) = numbers(preset, 512);
+            let (optimizer, token) = flops(preset, 512);
             let tokens = tokens_for_share(0.1, optimizer, token) as f64;
             let share = |tokens: f64| optimizer / (optimizer + tokens * token);
             assert!(share(tokens) <= 0.1 && share(tokens - 1.0) > 0.1, "{preset}");

@@ -1,11 +1,11 @@
-//! What a model or a run needs before it is started: parameters, floating-point operations, memory by part.
+//! What a run will need, predicted from shapes alone: parameters, floating-point operations, memory by part.
 //!
-//! * `activation_memory.rs`: what a layer keeps for its gradient.
-//! * `step_memory.rs`: a training step followed phase by phase.
-//! * `flops.rs`: the floating-point operations of a token and of an optimizer step.
-//! * `advice.rs`: what to change so that a run fits.
-//! * `system_memory.rs`: the memory that this machine has left.
-//! * `multi_gpu.rs`: the same on several GPUs, and what they send each other.
+//! * `activation_memory.rs`: what a layer keeps for its backward pass.
+//! * `step_memory.rs`: a training step, phase by phase.
+//! * `flops.rs`: floating-point operations of a token and of an optimizer step.
+//! * `advice.rs`: which settings to change so that a run fits.
+//! * `system_memory.rs`: the memory that is free on this machine.
+//! * `multi_gpu.rs`: memory, traffic and time on several GPUs.
 
 mod activation_memory;
 mod advice;
@@ -31,23 +31,23 @@ pub use multi_gpu::{Cluster, MultiGpuPlan, Quantity};
 pub use step_memory::{MemoryPart, MemorySettings, StepPhase, UpdatedBy};
 pub use system_memory::available_memory;
 
-/// Threads of the CPU that a plan counts with.
+/// CPU threads: each has a scratch buffer, and works on a matrix of its own in Newton-Schulz.
 #[derive(Debug, Clone, Copy)]
 pub struct Threads(pub usize);
 
 impl Threads {
-    /// Those of this machine.
+    /// The threads that a run on this machine would have.
     pub fn available() -> Self {
         Self(rayon::current_num_threads())
     }
 }
 
 impl MemorySettings {
-    /// How a recipe trains a model of this shape, on the CPU or elsewhere.
+    /// The settings of a recipe for a model of this shape, on the CPU or on a GPU.
     ///
     /// # Errors
     ///
-    /// A pattern of `train.freeze` that does not fit the model.
+    /// A pattern of `train.freeze` that matches no parameter.
     pub fn for_recipe(recipe: &Recipe, config: &ModelConfig, cpu: bool, threads: Threads) -> Result<Self, TrainError> {
         let half = match recipe.model.dtype {
             ModelDtype::Bf16 | ModelDtype::F16 => true,
@@ -59,22 +59,23 @@ impl MemorySettings {
         Ok(Self {
             batch: recipe.train.batch_size,
             sequence: recipe.data.sequence_length,
-            bytes: if half { 2 } else { 4 },
+            bytes_per_value: if half { 2 } else { 4 },
             recompute: recipe.train.activation_checkpointing == Checkpointing::Block,
             loss_chunk_tokens: recipe.train.loss_chunk_tokens,
-            fused: recipe.train.fuse_update,
+            fuse_update: recipe.train.fuse_update,
+            gradient_accumulation: recipe.train.gradient_accumulation,
             accumulates,
             muon: recipe.optimizer.name == OptimizerName::Muon,
             momentum_bytes: if recipe.optimizer.muon.momentum_precision == MomentumPrecision::Bf16 { 2 } else { 4 },
             second_moment_bytes: if matches!(recipe.optimizer.muon.adaptive, Adaptive::AdaMuon { .. }) { 4 } else { 0 },
-            masters: recipe.optimizer.muon.rounding == Rounding::MasterWeights,
+            master_weights: recipe.optimizer.muon.rounding == Rounding::MasterWeights,
             cpu,
-            plain_attention: cpu && recipe.model.dtype == ModelDtype::F16,
+            unfused_attention: cpu && recipe.model.dtype == ModelDtype::F16,
             threads: threads.0,
             frozen: frozen_parameters(config, &recipe.train.freeze)?,
             lora: recipe.lora.as_ref().map(LoraRecipe::config),
-            packed: recipe.model.quantize.bits(),
-            probed: {
+            quantization: recipe.model.quantize.bits(),
+            probes: {
                 let every = recipe.train.probe_every;
                 every > 0 && (every <= recipe.train.steps || recipe.train.epochs > 0.0)
             },
@@ -82,31 +83,40 @@ impl MemorySettings {
     }
 }
 
-/// What a run needs.
+/// The memory of a training step, and the shape that it was computed for.
 #[derive(Debug, Clone)]
 pub struct MemoryPlan {
-    /// The model's shape.
+    /// The shape: vocabulary, layers, widths, experts.
     pub config: ModelConfig,
-    /// How it trains.
+    /// Everything else that memory depends on.
     pub settings: MemorySettings,
     phases: Vec<StepPhase>,
 }
 
 impl MemoryPlan {
-    /// The plan of a shape under a settings.
+    /// Follows one step of a model of this shape.
     pub fn new(config: ModelConfig, settings: MemorySettings) -> Self {
         let phases = step_memory::phases(&config, &settings);
         Self { config, settings, phases }
     }
 
-    /// The plan of a recipe, for the device that it names.
+    /// The plan of a resolved recipe, for the device that it names. A device that this build cannot open counts as a GPU.
     ///
     /// # Errors
     ///
-    /// A tokenizer, a model or a device that does not open.
+    /// A tokenizer or a `config.json` that cannot be read, and those of [`MemorySettings::for_recipe`].
     pub fn for_recipe(recipe: &Recipe, threads: Threads) -> Result<Self, TrainError> {
         let tokenizer = recipe.data.open_tokenizer()?;
         let config = recipe.model.config_for(tokenizer.as_ref())?;
+        Self::for_shape(recipe, config, threads)
+    }
+
+    /// [`for_recipe`](Self::for_recipe) with a shape that is known already: reads no file.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MemorySettings::for_recipe`].
+    pub fn for_shape(recipe: &Recipe, config: ModelConfig, threads: Threads) -> Result<Self, TrainError> {
         let cpu = ComputeDevice::open(&recipe.run.device).is_ok_and(|target| target.is_cpu);
         let settings = MemorySettings::for_recipe(recipe, &config, cpu, threads)?;
         Ok(Self::new(config, settings))
@@ -117,29 +127,30 @@ impl MemoryPlan {
         self.phases.iter().max_by_key(|phase| phase.total()).expect("a step has phases")
     }
 
-    /// The most memory that a step needs, bytes.
+    /// The peak memory of a step, bytes.
     pub fn peak(&self) -> u64 {
         self.largest_phase().total()
     }
 
-    /// TokenFlops of a token.
+    /// Floating-point operations of one token, in sequences of the recipe's length.
     pub fn token_flops(&self) -> TokenFlops {
-        TokenFlops::of(&self.config, self.settings.sequence)
+        TokenFlops::for_sequence(&self.config, self.settings.sequence)
     }
 
-    /// TokenFlops of a step's Newton-Schulz with so many steps of it; `None` where Muon does not train the whole model.
+    /// Floating-point operations of an optimizer step's Newton-Schulz, with so many iterations. `None` unless Muon updates every
+    /// matrix: with LoRA or frozen parameters the sum over all of them would be wrong.
     pub fn newton_schulz_flops(&self, steps: usize) -> Option<f64> {
         let MemorySettings { muon, cpu, frozen, lora, .. } = &self.settings;
         let whole = *muon && lora.is_none() && !frozen.contains(&true);
         whole.then(|| newton_schulz_flops(&self.config, steps, *cpu))
     }
 
-    /// All phases of a step, in their order.
+    /// All phases of a step, in order.
     pub fn phases(&self) -> &[StepPhase] {
         &self.phases
     }
 
-    /// Parameters.
+    /// The number of parameters: in total, activated by a token, in embeddings.
     pub fn parameters(&self) -> ParameterCount {
         self.config.parameter_count()
     }

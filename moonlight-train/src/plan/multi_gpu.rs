@@ -1,8 +1,8 @@
-//! A run on several GPUs: memory of each by part, bytes of a step, and time from the rates that are published.
+//! A run on several GPUs: memory of each, bytes sent in a step, and time from given rates.
 //!
-//! All of it is arithmetic on shapes, each number with its formula, in the design of `moonlight_optim::distributed`: every
-//! worker holds the whole model and all gradients of a micro-batch, and its part of the optimizer. `P` is the number of
-//! parameters that are trained, `M` those of them that Muon takes, `N` the number of workers, `b` the bytes of a weight.
+//! All of it is arithmetic on shapes, and each number comes with its formula. The design is that of `moonlight_optim::distributed`:
+//! every rank has the whole model, all gradients of a micro-batch, and its shard of the optimizer state. `P` is the number of
+//! trained parameters, `M` the number that Muon updates, `N` the world size, `b` the bytes of a weight.
 
 use moonlight_model::config::ParameterKind;
 use serde::Serialize;
@@ -10,27 +10,27 @@ use serde::Serialize;
 use super::flops::{is_muon_parameter, newton_schulz_flops};
 use super::{MemoryPart, MemoryPlan};
 
-/// What a run is asked about.
+/// The GPUs, and what a step asks of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Cluster {
-    /// GPUs, a worker each.
-    pub workers: u64,
-    /// Of the slowest link between two workers, bytes a second in one direction.
+    /// The number of ranks, each with a GPU.
+    pub world_size: u64,
+    /// The slowest link between two ranks, bytes per second in one direction.
     pub link: f64,
-    /// Of a GPU's matrix units in the type of the weights, operations a second.
+    /// A GPU's rate of matrix products in the dtype of the weights, operations per second.
     pub matmul: f64,
-    /// Tokens of a step, of all workers together.
+    /// Tokens in a step, over all ranks.
     pub tokens: u64,
-    /// Whether momentum is gathered, as in the report's Algorithm 1.
+    /// Whether momentum is gathered, as in the report's Algorithm 1 (`form = "flat"`).
     pub flat: bool,
-    /// Bytes of a value of momentum that is gathered.
+    /// Bytes of a gathered momentum value: 4, or 2 for bf16.
     pub gather_bytes: u64,
 }
 
-/// A number, and what it is made of.
+/// A predicted number and its formula.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Quantity {
-    /// What it is.
+    /// What is measured: `weights`, `sending`.
     pub name: &'static str,
     /// Bytes, or seconds.
     pub value: f64,
@@ -38,21 +38,22 @@ pub struct Quantity {
     pub formula: String,
 }
 
-/// A run on several GPUs.
+/// The prediction for several GPUs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct MultiGpuPlan {
-    /// GPUs.
-    pub workers: u64,
-    /// Memory of a GPU, bytes.
+    /// The number of ranks.
+    #[serde(rename = "ranks")]
+    pub world_size: u64,
+    /// Memory of each GPU, bytes.
     pub memory: Vec<Quantity>,
-    /// What a worker sends in a step, bytes.
+    /// What each rank sends in a step, bytes.
     pub sent: Vec<Quantity>,
-    /// Of a step, seconds; each part as if it were alone.
+    /// Time of a step, seconds; no part overlaps with another here.
     pub time: Vec<Quantity>,
 }
 
 impl MultiGpuPlan {
-    /// Works it out.
+    /// Computes it from the plan of one GPU.
     pub fn new(plan: &MemoryPlan, cluster: Cluster) -> Self {
         let settings = &plan.settings;
         let shapes = plan.config.parameter_shapes();
@@ -61,12 +62,12 @@ impl MultiGpuPlan {
             *(if is_muon_parameter(shape) && settings.muon { &mut muon } else { &mut adamw }) += shape.count();
         }
         let newton_schulz = if settings.muon { newton_schulz_flops(&plan.config, 5, false) } else { 0.0 };
-        let (trained, workers, bytes) = (muon + adamw, cluster.workers as f64, settings.bytes as f64);
-        let (billion, share) = (trained as f64 / 1e9, (workers - 1.0) / workers);
-        let master = if settings.masters && settings.bytes < 4 { 4.0 } else { 0.0 };
+        let (trained, ranks, bytes) = (muon + adamw, cluster.world_size as f64, settings.bytes_per_value as f64);
+        let (billion, share) = (trained as f64 / 1e9, (ranks - 1.0) / ranks);
+        let master = if settings.master_weights && settings.bytes_per_value < 4 { 4.0 } else { 0.0 };
         let momentum = (settings.momentum_bytes + settings.second_moment_bytes) as f64;
         let largest = plan.largest_phase();
-        let part = |part: MemoryPart| largest.of(part) as f64;
+        let part = |part: MemoryPart| largest.bytes(part) as f64;
 
         let item = |name, value, formula| Quantity { name, value, formula };
         let memory = vec![
@@ -74,11 +75,11 @@ impl MultiGpuPlan {
             item(
                 "gradients",
                 bytes * trained as f64,
-                "b P: of a step's micro-batches, summed before they are shared out".to_string(),
+                "b P: summed over a step's micro-batches before they are sharded".to_string(),
             ),
             item(
                 "optimizer state",
-                ((momentum + master) * muon as f64 + (8.0 + master) * adamw as f64) / workers,
+                ((momentum + master) * muon as f64 + (8.0 + master) * adamw as f64) / ranks,
                 format!(
                     "(({momentum} + {master}) M + (8 + {master}) (P - M)) / N, M = {:.3} 10^9: momentum or Adam's two \
                      moments, f32 masters",
@@ -89,23 +90,23 @@ impl MultiGpuPlan {
                 "activations",
                 part(MemoryPart::LayerInputs) + part(MemoryPart::Activations) + part(MemoryPart::Logits),
                 format!(
-                    "of a micro-batch of {} x {} tokens at the step's largest moment, by `moonlight plan`",
+                    "of a micro-batch of {} x {} tokens at the peak of a step on one GPU",
                     settings.batch, settings.sequence
                 ),
             ),
             item(
                 "buckets",
-                // Sent and received bytes, of the bucket under way and of the next one; the largest bucket is a parameter.
+                // Two buckets are in flight, each with a send and a receive buffer. A bucket is never smaller than its largest parameter.
                 {
                     let parameter = shapes.iter().map(|shape| shape.count()).max().unwrap_or(0).max(1 << 22);
                     4.0 * bytes * parameter as f64
                 },
-                "4 b times the largest of a parameter and 2^22: two buckets, going and coming".to_string(),
+                "4 b times the larger of the largest parameter and 2^22: two buckets, sent and received".to_string(),
             ),
             item(
                 "new values",
-                (bytes + 4.0) * trained as f64 / workers,
-                "(b + 4) P / N: this worker's part of gradient and weights in f32 and b bytes, in the update"
+                (bytes + 4.0) * trained as f64 / ranks,
+                "(b + 4) P / N: this rank's shard of gradients and weights in f32 and b bytes, in the update"
                     .to_string(),
             ),
         ];
@@ -119,10 +120,10 @@ impl MultiGpuPlan {
                 gathered,
                 match cluster.flat {
                     true => format!(
-                        "at most {} M (N - 1) / N: parts of matrices go to who holds other parts",
+                        "at most {} M (N - 1) / N: shards of matrices, gathered by the other ranks that have a shard of them",
                         cluster.gather_bytes
                     ),
-                    false => "none: matrices are whole".to_string(),
+                    false => "none: each matrix is on one rank".to_string(),
                 },
             ),
             item("parameters", values, "b P (N - 1) / N: all-gather".to_string()),
@@ -133,25 +134,25 @@ impl MultiGpuPlan {
         let time = vec![
             item(
                 "forward and backward",
-                step / workers / cluster.matmul,
+                step / ranks / cluster.matmul,
                 format!("{step:.3e} operations of {} tokens / N / the matmul rate", cluster.tokens),
             ),
             item(
                 "Newton-Schulz",
-                newton_schulz / workers / cluster.matmul,
+                newton_schulz / ranks / cluster.matmul,
                 format!(
                     "{newton_schulz:.3e} operations / N / the matmul rate, {:.2} % of the pass{}",
                     100.0 * newton_schulz / step,
-                    if cluster.flat { "; more for matrices that lie on several workers" } else { "" }
+                    if cluster.flat { "; more for matrices that several ranks share" } else { "" }
                 ),
             ),
             item(
                 "sending",
                 all / cluster.link,
-                "bytes sent / link; gradients while the last backward runs".to_string(),
+                "bytes sent / link; gradients are sent during the last backward pass".to_string(),
             ),
         ];
-        Self { workers: cluster.workers, memory, sent, time }
+        Self { world_size: cluster.world_size, memory, sent, time }
     }
 
     /// Memory of a GPU, bytes.
@@ -159,19 +160,19 @@ impl MultiGpuPlan {
         self.memory.iter().map(|item| item.value).sum()
     }
 
-    /// The same for people, each number with its formula.
+    /// A table with a line for each number and its formula.
     pub fn table(&self) -> String {
-        let mut text = format!("\non {} GPUs, a worker each\n", self.workers);
+        let mut text = format!("\non {} GPUs, a rank each\n", self.world_size);
         let mut block = |title: &str, items: &[Quantity], unit: &str, scale: f64| {
             text += &format!("{title}\n");
             for item in items {
                 text += &format!("  {:<21} {:>10.3} {unit}  {}\n", item.name, item.value / scale, item.formula);
             }
             let sum: f64 = items.iter().map(|item| item.value).sum();
-            text += &format!("  {:<21} {:>10.3} {unit}\n", "together", sum / scale);
+            text += &format!("  {:<21} {:>10.3} {unit}\n", "total", sum / scale);
         };
-        block("memory of a GPU", &self.memory, "GB", 1e9);
-        block("sent by a worker in a step", &self.sent, "GB", 1e9);
+        block("memory of each GPU", &self.memory, "GB", 1e9);
+        block("sent by each rank in a step", &self.sent, "GB", 1e9);
         block("time of a step, at the rates given", &self.time, "s ", 1.0);
         text
     }
@@ -184,30 +185,31 @@ mod tests {
     use super::*;
     use crate::plan::MemorySettings;
 
-    fn scale(workers: u64, flat: bool, sequence: usize) -> MultiGpuPlan {
+    fn scale(world_size: u64, flat: bool, sequence: usize) -> MultiGpuPlan {
         let settings = MemorySettings {
             batch: 1,
             sequence,
-            bytes: 2,
+            bytes_per_value: 2,
             recompute: true,
             loss_chunk_tokens: 1024,
-            fused: false,
+            fuse_update: false,
+            gradient_accumulation: 2048,
             accumulates: true,
             muon: true,
             momentum_bytes: 4,
             second_moment_bytes: 0,
-            masters: true,
-            probed: false,
+            master_weights: true,
+            probes: false,
             cpu: false,
-            plain_attention: false,
+            unfused_attention: false,
             threads: 1,
             frozen: Vec::new(),
             lora: None,
-            packed: None,
+            quantization: None,
         };
         let plan = MemoryPlan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), settings);
         let tokens = 2048 * 8192;
-        MultiGpuPlan::new(&plan, Cluster { workers, link: 50e9, matmul: 989e12, tokens, flat, gather_bytes: 2 })
+        MultiGpuPlan::new(&plan, Cluster { world_size, link: 50e9, matmul: 989e12, tokens, flat, gather_bytes: 2 })
     }
 
     fn of(items: &[Quantity], name: &str) -> f64 {
@@ -215,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn moonlight_16b_by_hand() {
+    fn moonlight_16b_matches_the_formulas_by_hand() {
         let eight = scale(8, false, 8192);
         // All parameters but the routers' biases; embedding, head and norms are AdamW's.
         let trained = 15_960_110_208.0 - 26.0 * 64.0;
@@ -224,13 +226,13 @@ mod tests {
         let state = 8.0 * (trained - adamw) + 12.0 * adamw;
         assert!((of(&eight.memory, "optimizer state") / (state / 8.0) - 1.0).abs() < 1e-12);
         assert_eq!(of(&eight.sent, "gradients"), 2.0 * trained * 7.0 / 8.0);
-        // Weights and gradients alone are 64 GB. Of GPUs of 80 GB eight are too few for the state, and 64 are not.
+        // Weights and gradients alone are 64 GB: eight GPUs of 80 GB have too little left for the optimizer state, 64 have enough.
         assert!(eight.memory_bytes() > 80e9);
         assert!(scale(64, false, 8192).memory_bytes() < 80e9, "{}", scale(64, false, 8192).table());
     }
 
     #[test]
-    fn the_flat_form_stays_within_the_reports_ratio() {
+    fn the_flat_form_sends_at_most_half_as_much_again() {
         let sum = |scale: &MultiGpuPlan| scale.sent.iter().map(|item| item.value).sum::<f64>();
         let ratio = sum(&scale(64, true, 4096)) / sum(&scale(64, false, 4096));
         // With bf16 gradients and weights it is (2 + 2 + 2) / (2 + 2) of Muon's share.

@@ -1,16 +1,16 @@
-//! The manual's page on memory and its table of what fits Moonlight-16B contain what the code computes.
+//! The manual's tables of memory are what the code computes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::activation_memory::{of_head, of_layer};
+use super::activation_memory::{head_activations, layer_activations};
 use super::*;
 
 const PAGE: &str = "docs/src/concepts/memory.md";
 const TABLE: &str = "docs/src/guides/what-fits.md";
 const MODEL: &str = "path = \"moonshotai/Moonlight-16B-A3B\"";
 
-/// A way to fine-tune Moonlight-16B: its name, its recipe, and what is laid over it.
+/// A way to fine-tune Moonlight-16B: the name in the table, the recipe, and the keys to set.
 type Way = (&'static str, &'static str, &'static [&'static str]);
 
 const WAYS: [Way; 6] = [
@@ -51,7 +51,7 @@ fn gigabytes(bytes: u64) -> String {
     format!("{:.3}", bytes as f64 / 1e9)
 }
 
-/// Digits in groups of three.
+/// 15,960,110,208.
 fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let groups: Vec<&str> = (0..digits.len().div_ceil(3))
@@ -65,7 +65,7 @@ fn grouped(number: u64) -> String {
 }
 
 #[test]
-fn the_page_ends_in_what_the_code_computes() {
+fn the_tables_of_the_pages_are_what_the_code_computes() {
     let page = fs::read_to_string(root().join(PAGE)).unwrap();
     let table = fs::read_to_string(root().join(TABLE)).unwrap();
     let mut missing = Vec::new();
@@ -74,15 +74,15 @@ fn the_page_ends_in_what_the_code_computes() {
         for sequence in LENGTHS {
             let plan = plan(way, sequence);
             let moment = plan.largest_phase();
-            let parts: Vec<String> = MemoryPart::ALL.iter().map(|&part| gigabytes(moment.of(part))).collect();
+            let parts: Vec<String> = MemoryPart::ALL.iter().map(|&part| gigabytes(moment.bytes(part))).collect();
             let (name, tokens, total) = (way.0, grouped(sequence as u64), gigabytes(moment.total()));
-            let row = format!("| {name} | {tokens} | {} | {} | **{total}** |", moment.what, parts.join(" | "));
+            let row = format!("| {name} | {tokens} | {} | {} | **{total}** |", moment.name, parts.join(" | "));
             if !page.contains(&row) {
                 missing.push(format!("`{PAGE}` lacks {row}"));
             }
             both.push(format!("{:.1}", plan.peak() as f64 / 1e9));
         }
-        // The table gives two ways in one line, a decimal each.
+        // The table has two ways in one line, with one decimal.
         let line =
             |text: &str| table.lines().any(|line| both.iter().all(|of| line.contains(of)) && line.contains(text));
         if !line("GB |") {
@@ -93,43 +93,43 @@ fn the_page_ends_in_what_the_code_computes() {
 }
 
 #[test]
-fn what_the_page_works_out_is_what_the_code_computes() {
+fn the_numbers_in_the_text_of_the_page_are_what_the_code_computes() {
     let page = fs::read_to_string(root().join(PAGE)).unwrap();
     let mut numbers = Vec::new();
     let mut values = |number: u64| numbers.push(number);
     for sequence in LENGTHS {
         let all = plan(WAYS[0], sequence);
-        let moe = of_layer(&all.config, 1, &all.settings, &[]);
-        let dense = of_layer(&all.config, 0, &all.settings, &[]);
+        let moe = layer_activations(&all.config, 1, &all.settings, &[]);
+        let dense = layer_activations(&all.config, 0, &all.settings, &[]);
         [moe.kept, moe.transient, dense.kept, dense.transient].into_iter().for_each(&mut values);
         values(sequence as u64 * all.config.hidden_size as u64);
         for way in [WAYS[2], WAYS[4], WAYS[5]] {
             let lora = plan(way, sequence);
             let adapters = lora.settings.lora.as_ref().unwrap().adapter_shapes(&lora.config);
-            values(of_layer(&lora.config, 1, &lora.settings, &adapters).kept);
+            values(layer_activations(&lora.config, 1, &lora.settings, &adapters).kept);
             let count = |shape: &[usize]| shape.iter().product::<usize>() as u64;
             values(adapters.iter().map(|adapter| count(&adapter.a) + count(&adapter.b)).sum());
         }
     }
     let config = &plan(WAYS[0], 4096).config;
-    let (kept, logits) = of_head(config, 1024, false);
+    let (kept, logits) = head_activations(config, 1024, false);
     [config.parameter_count().total, kept, logits].into_iter().for_each(&mut values);
     let missing: Vec<String> = numbers.into_iter().map(grouped).filter(|number| !page.contains(number)).collect();
     assert!(missing.is_empty(), "`{PAGE}` lacks {missing:?}");
 }
 
 #[test]
-fn adamuon_keeps_a_second_moment_of_each_value() {
+fn adamuon_has_a_second_moment_for_each_value() {
     let text = "[model]\npreset = \"bench-small\"\n[data]\ntrain = [\"x\"]\n[optimizer]\nlearning_rate = 1e-3\n[train]\nsteps = 1\n";
     let state = |variant: &str| {
         let sets = [format!("optimizer.adaptive={variant}")];
         let recipe = Recipe::parse(text, std::path::Path::new("recipe.toml"), &sets).unwrap();
         let config = recipe.model.config(0).unwrap();
         let setting = MemorySettings::for_recipe(&recipe, &config, false, Threads(1)).unwrap();
-        MemoryPlan::new(config, setting).largest_phase().of(MemoryPart::OptimizerState)
+        MemoryPlan::new(config, setting).largest_phase().bytes(MemoryPart::OptimizerState)
     };
     let (plain, ada) = (state("off"), state("ada_muon"));
     assert_eq!(state("nor_muon"), plain);
-    // Twice the state of what Muon has; AdamW's two moments of the rest are as they were.
+    // Twice the state of Muon's matrices; the two moments of AdamW's parameters do not change.
     assert!(ada > plain && ada < 2 * plain, "{plain} {ada}");
 }

@@ -1,9 +1,9 @@
-//! What types cannot say of a recipe: ranges, and keys that go together or do not.
+//! Checks of what types cannot express: ranges, and keys that need or exclude each other.
 
 use super::RecipeError;
 use super::document::Node;
 
-/// Gathers what is wrong with a recipe; the first problem is the one that is reported.
+/// Collects the problems of a recipe, of which the first is reported.
 pub(super) struct Check<'a> {
     document: &'a Node,
     problems: Vec<RecipeError>,
@@ -14,36 +14,36 @@ impl<'a> Check<'a> {
         Self { document, problems: Vec::new() }
     }
 
-    /// Whether the recipe has the key, `section.key`.
+    /// Whether the key `section.key` is written in the recipe.
     pub(super) fn has(&self, key: &str) -> bool {
         self.document.get(key).is_some()
     }
 
-    /// Where the key was written, or where it is missed.
+    /// Where the key is written, or if it is not, its section or file.
     pub(super) fn place(&self, key: &str) -> String {
         self.document.place(key).to_string()
     }
 
-    /// Notes `problem`, the rest of a sentence that begins with the key, where `condition` does not hold.
+    /// Adds `problem`, the rest of a sentence that starts with the key, unless `condition` holds.
     pub(super) fn require(&mut self, key: &str, condition: bool, problem: impl FnOnce() -> String) {
         if !condition {
             self.invalid(key, problem(), None);
         }
     }
 
-    /// Notes that the value of a key is wrong.
+    /// Adds that the value of a key is invalid.
     pub(super) fn invalid(&mut self, key: &str, problem: impl Into<String>, hint: Option<String>) {
         let place = self.place(key);
         self.problem(RecipeError::Invalid { place, key: key.to_owned(), problem: problem.into(), hint });
     }
 
-    /// Notes that a key without which there is no run is absent.
+    /// Adds that a required key is absent.
     pub(super) fn missing(&mut self, key: &str, hint: &str) {
         let place = self.document.place.to_string();
         self.problem(RecipeError::Missing { place, key: key.to_owned(), hint: hint.to_owned() });
     }
 
-    /// Notes a problem of another kind.
+    /// Adds a problem of another kind.
     pub(super) fn problem(&mut self, problem: RecipeError) {
         self.problems.push(problem);
     }

@@ -10,49 +10,50 @@ use super::run::path;
 use moonlight_infer::expand_env;
 use moonlight_infer::tokenizer::{AddBos, BYTES_CHAT_TOKENIZER, BYTES_TOKENIZER, Tokenizer, TokenizerError};
 
-/// The value of `tokenizer` that stands for none at all, for data that are tokens already.
+/// The value of `data.tokenizer` for data that are tokens already.
 pub const NO_TOKENIZER: &str = "none";
 
-/// What the files hold.
+/// The kind of data in the files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DataFormat {
-    /// Each file is one document of UTF-8 text; of a file of records (`.jsonl`, `.ndjson`, parquet; `.json` and `.csv` where the first
-    /// record has one) each `text`, or else `content`, is one.
+    /// Text, UTF-8: a document for each file, or in a file of records for each record, in its field `text` or else `content`.
+    /// Files of records are `.jsonl`, `.ndjson` and parquet, and `.json`, `.csv` and `.tsv` if their first record has such a
+    /// field.
     Text,
-    /// Each record is one document: `{"tokens": [...]}` (or `input_ids`).
+    /// Token ids: a document for each record, `{"tokens": [...]}` or `{"input_ids": [...]}`.
     Tokens,
-    /// Each record is one conversation, of which the assistant's words are learned.
+    /// Conversations, one for each record; only what the assistant says is learned.
     Chat,
 }
 
-/// What to do with a record that is longer than `sequence_length` and cannot be cut into sequences.
+/// What to do with a record that is longer than `sequence_length` and may not be cut into several sequences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LongRecords {
-    /// Stop, and name the record.
+    /// Stop with an error that names the record.
     Error,
-    /// Keep its first `sequence_length` tokens.
+    /// Keep the first `sequence_length` tokens of the record.
     Truncate,
-    /// Leave it out, count it, and name the first few.
+    /// Leave the record out. `data.txt` and the log count such records and name the first few.
     Skip,
 }
 
-/// What to do with a record that is wrong.
+/// What to do with a record that cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum BrokenRecords {
-    /// Stop, and name the record.
+    /// Stop with an error that names the record.
     Error,
-    /// Leave it out, count it, and name the first few.
+    /// Leave the record out. `data.txt` and the log count such records and name the first few.
     Skip,
 }
 
-/// Whether a document of text begins with BOS.
+/// Whether texts start with the tokenizer's BOS token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Bos {
-    /// As the tokenizer's files say: what the post-processor of its `tokenizer.json` puts before a text.
+    /// If the tokenizer's files say so, by the post-processor of `tokenizer.json`.
     Auto,
     /// Always.
     Always,
@@ -70,22 +71,22 @@ impl From<Bos> for AddBos {
     }
 }
 
-/// How text becomes tokens.
+/// The tokenizer of the data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum TokenizerName {
-    /// `bytes`: the 256 bytes.
+    /// `bytes`: a token for each of the 256 bytes.
     Bytes,
-    /// `bytes-chat`: the 256 bytes with Moonlight's tokens of a conversation.
+    /// `bytes-chat`: the 256 bytes and the special tokens of Moonlight's chat template.
     BytesChat,
-    /// `none`: the data are tokens already.
+    /// `none`: no tokenizer, for data that are tokens already.
     None,
-    /// The path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one, or `org/name` in the Hub's cache.
+    /// The path of a `tokenizer.json`, a `tiktoken.model` or a folder that contains one, or `org/name` in the Hub's cache.
     At(String),
 }
 
 impl TokenizerName {
-    /// The name as a recipe has it.
+    /// The value as a recipe contains it.
     pub fn as_str(&self) -> &str {
         match self {
             Self::Bytes => BYTES_TOKENIZER,
@@ -99,7 +100,7 @@ impl TokenizerName {
     ///
     /// # Errors
     ///
-    /// [`TokenizerError`] for a path where there is none, and for a file that is not one.
+    /// [`TokenizerError`] for a path without a tokenizer, and for a file that is not one.
     pub fn open(&self) -> Result<Option<Tokenizer>, TokenizerError> {
         match self {
             Self::None => Ok(None),
@@ -107,13 +108,14 @@ impl TokenizerName {
         }
     }
 
-    /// The tokenizer of data in `format` where none is named: that of the weights at `model`, or else the bytes. A folder without a
-    /// tokenizer is an error when it is opened, but for data that are tokens already.
+    /// The default for data in `format`: the tokenizer in the folder of the weights `model`, or else bytes. That the folder
+    /// contains one is checked here only for tokens, which need none; otherwise opening it reports the error.
     pub(super) fn default_for(format: DataFormat, model: Option<&Path>) -> Self {
-        let has_one = |dir: &Path| ["tokenizer.json", "tiktoken.model"].iter().any(|name| dir.join(name).exists());
+        let has_tokenizer =
+            |dir: &Path| ["tokenizer.json", "tiktoken.model"].iter().any(|name| dir.join(name).exists());
         match (format, model) {
             (DataFormat::Text | DataFormat::Chat, Some(dir)) => Self::At(dir.to_string_lossy().into_owned()),
-            (DataFormat::Tokens, Some(dir)) if has_one(dir) => Self::At(dir.to_string_lossy().into_owned()),
+            (DataFormat::Tokens, Some(dir)) if has_tokenizer(dir) => Self::At(dir.to_string_lossy().into_owned()),
             (DataFormat::Tokens, _) => Self::None,
             (DataFormat::Text, None) => Self::Bytes,
             (DataFormat::Chat, None) => Self::BytesChat,
@@ -141,46 +143,55 @@ impl From<TokenizerName> for String {
     }
 }
 
-/// What the model reads.
+/// The files that the model learns from, and how they become sequences of tokens.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
-    /// Globs of the training files; `~` and `$NAME` are expanded. Records are read from JSON Lines, JSON arrays, CSV and TSV with a row of
-    /// names, and parquet, plain or compressed by gzip or zstd: what a file is its first bytes say. Required.
+    /// Globs of the training files, relative to the working directory; `**` matches any number of folders, and `~` and `$NAME`
+    /// are expanded. Records are read from JSON Lines, JSON arrays, CSV and TSV with a header row, and parquet (in builds with
+    /// that feature), plain or compressed by gzip or zstd, whatever the file's name. Required.
     pub train: Vec<String>,
-    /// Globs of the validation files; a file that `train` matches as well is used for validation.
+    /// Globs of the validation files. A file that `train` matches too is used for validation only. Excludes `valid_fraction`.
     pub valid: Vec<String>,
-    /// The share of the training documents that is kept for validation, chosen by hash.
+    /// The share of the training tokens to hold out for validation, at least 0 and below 1: whole documents, chosen by a hash,
+    /// or the end of the only document. Use it for data without a split of their own.
     pub valid_fraction: f64,
-    /// What the files hold.
+    /// The kind of data in the files.
     pub format: DataFormat,
-    /// With `format = "chat"`, a file with the Jinja template to use in place of the tokenizer's own; empty for the tokenizer's.
+    /// With `format = "chat"`, the file of a Jinja chat template to use instead of the tokenizer's; empty for the tokenizer's.
     #[serde(deserialize_with = "path")]
     pub chat_template: PathBuf,
-    /// `bytes`, `bytes-chat`, `none`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one. Default: that of
-    /// `model.path`; else `bytes` for text, `bytes-chat` for chat and `none` for tokens.
+    /// `bytes`, `bytes-chat`, `none`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that contains one, or
+    /// `org/name` in the Hub's cache. Default: that of `model.path`; without it `bytes` for text, `bytes-chat` for chat and
+    /// `none` for tokens.
     pub tokenizer: TokenizerName,
-    /// Whether a document of `format = "text"`, a row of `eval.tasks` and `sample.prompt` begin with the tokenizer's BOS; a
-    /// conversation begins as its template says.
+    /// Whether documents of `format = "text"`, rows of `eval.tasks` and `sample.prompt` start with the tokenizer's BOS token.
+    /// Conversations start as their template says.
     pub bos: Bos,
-    /// Tokens in a sequence. Default: 1024, or the model's longest where that is shorter.
+    /// Tokens in a sequence, from 1 to the model's `max_position_embeddings`. Memory and, for attention, time grow with it.
+    /// Default: 1024, or the model's maximum if that is smaller.
     pub sequence_length: usize,
-    /// Whether documents are laid end to end into full sequences, or, with `format = "chat"`, whole conversations together into
-    /// sequences that they fill best; otherwise each record is one sequence, padded on the right.
+    /// Whether several documents share a sequence: texts are laid end to end and cut every `sequence_length` tokens;
+    /// conversations are combined without cutting any. Attention never crosses documents. With `false` each record is a
+    /// sequence of its own, padded on the right.
     pub pack: bool,
-    /// Whether the sequences of each epoch come in a new order, given by `run.seed`.
+    /// Whether each epoch has its own order of the sequences, which follows from `run.seed`. Without it they have the order of
+    /// the files.
     pub shuffle: bool,
-    /// What happens, with `pack = false` or `format = "chat"`, to a record longer than `sequence_length`.
+    /// What to do, with `pack = false` or `format = "chat"`, with a record longer than `sequence_length`.
     pub too_long: LongRecords,
-    /// What happens to a record that is wrong. A file that is of another format, or ends too early, is an error whatever this says.
+    /// What to do with a record that cannot be read. A file of another format, and one that is cut off, is an error in any
+    /// case.
     pub broken: BrokenRecords,
-    /// Bytes of files to take, spread by hash of their path, for training and again for validation; 0 for all.
+    /// Bytes of files to read for training, and as many again for validation; 0 for all. The files are chosen by a hash of
+    /// their paths, so that a small share has something from every folder.
     pub max_bytes: u64,
     /// Files larger than this many bytes are left out; 0 for no limit.
     pub max_file_bytes: u64,
-    /// Stop after the document that reaches this many tokens, for training and again for validation; 0 for all.
+    /// Stop reading after the document with which this many tokens are reached, for training and again for validation; 0 for
+    /// all.
     pub max_tokens: u64,
-    /// Where tokens are kept for the next run. Default: `{run.dir}/token-cache`.
+    /// The folder in which tokenized data are kept for later runs. Default: `{run.dir}/token-cache`.
     #[serde(deserialize_with = "path")]
     pub cache_dir: PathBuf,
 }
@@ -209,7 +220,7 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
-    /// The tokenizer, which begins texts as `bos` says; `None` for data that are tokens already.
+    /// The tokenizer, which adds BOS as `bos` says; `None` for data that are tokens already.
     ///
     /// # Errors
     ///
@@ -218,43 +229,49 @@ impl DataConfig {
         let Some(tokenizer) = self.tokenizer.open()? else { return Ok(None) };
         let is_read = self.format == DataFormat::Text && self.bos == Bos::Auto;
         if let Some(note) = tokenizer.bos_conflict().filter(|_| is_read) {
-            tracing::warn!("{note}; `data.bos` decides");
+            tracing::warn!("{note}; set `data.bos` to decide");
         }
         tokenizer.with_bos(self.bos.into()).map(Some)
     }
 
     pub(super) fn check(&self, check: &mut Check<'_>) {
         if check.has("data.train") {
-            check.require("data.train", !self.train.is_empty(), || "names no files".into());
+            check.require("data.train", !self.train.is_empty(), || "is empty".into());
         } else {
-            check.missing("data.train", "the files to train on: train = [\"data/**/*.txt\"]");
+            check.missing("data.train", "name the training files: `train = [\"data/**/*.txt\"]`");
         }
         for (key, globs) in [("data.train", &self.train), ("data.valid", &self.valid)] {
             for text in globs {
-                // What they expand to belongs to the machine, not to the recipe.
+                // Only the syntax is checked here; which files match is known when the data are opened.
                 match expand_env(text).map(|glob| glob::Pattern::new(&glob)) {
                     Ok(Ok(_)) => {}
-                    Ok(Err(error)) => check.invalid(key, format!("has `{text}`, which is not a glob: {error}"), None),
+                    Ok(Err(error)) => {
+                        check.invalid(key, format!("contains `{text}`, which is not a glob: {error}"), None);
+                    }
                     Err(name) => {
-                        check.invalid(key, format!("has `{text}`, but the environment has no `{name}`"), None);
+                        let problem = format!("contains `{text}`, but the environment variable `{name}` is not set");
+                        check.invalid(key, problem, None);
                     }
                 }
             }
         }
         let fraction = self.valid_fraction;
         check.require("data.valid_fraction", (0.0..1.0).contains(&fraction), || {
-            format!("is {fraction}; it must be from 0 to below 1")
+            format!("is {fraction}; it must be at least 0 and below 1")
         });
         check.require("data.valid_fraction", fraction == 0.0 || self.valid.is_empty(), || {
             "and `data.valid` exclude each other".into()
         });
         let untokenized = self.tokenizer == TokenizerName::None && self.format != DataFormat::Tokens;
-        check.require("data.tokenizer", !untokenized, || "is `none`, but text needs one".into());
+        check.require("data.tokenizer", !untokenized, || "is `none`, but text needs a tokenizer".into());
         check.require("data.sequence_length", self.sequence_length > 0, || "is 0; it must be at least 1".into());
     }
 
-    /// Against a model that reads at most `longest` tokens.
-    pub(super) fn check_length(&self, longest: usize, check: &mut Check<'_>) {
+    /// Checks the length of sequences against a model that reads at most `longest` tokens; a default is shortened to that.
+    pub(super) fn fit_length(&mut self, longest: usize, check: &mut Check<'_>) {
+        if !check.has("data.sequence_length") {
+            self.sequence_length = self.sequence_length.min(longest);
+        }
         let length = self.sequence_length;
         check.require("data.sequence_length", length <= longest, || {
             format!("is {length}, longer than the model's `max_position_embeddings` of {longest}")

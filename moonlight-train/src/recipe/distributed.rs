@@ -11,18 +11,18 @@ use super::check::Check;
 use super::reader::read_flattened;
 use super::schema::merged;
 
-const DESCRIPTION: &str = "Several workers train one model, each on its share of every step's sequences and with its part of the \
-                           optimizer. Where the section is absent a run has one worker, or as many as `mpirun` or `srun` \
-                           started.";
+const DESCRIPTION: &str = "Several ranks train one model. Each computes its share of a step's sequences and holds its part of the \
+                           optimizer's state. Without this section the world size is 1, or the number of processes that \
+                           `mpirun` or `srun` started.";
 
-/// `[distributed]`: several workers train one model. A recipe has the keys of [`DistributedConfig`] beside these.
+/// `[distributed]`: several ranks train one model. Its keys are these and those of [`DistributedConfig`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DistributedRecipe {
-    /// Workers of each process.
+    /// Ranks of each process, one for each of its devices.
     pub devices: usize,
-    /// How long a worker may be silent.
+    /// Seconds that a rank may be silent before the others end.
     pub timeout_seconds: u64,
-    /// How the workers divide the optimizer.
+    /// How the ranks shard the optimizer.
     #[serde(flatten)]
     pub optimizer: DistributedConfig,
 }
@@ -31,9 +31,11 @@ pub struct DistributedRecipe {
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(default)]
 struct Keys {
-    /// Devices of each process, a worker each: the recipe's device and those that follow it.
+    /// Devices of each process, from 1 to 1024, with one rank each: `run.device` and the ones after it. Set it to the number
+    /// of GPUs of a machine.
     devices: usize,
-    /// Seconds that a worker may be silent before the others give it up, unless it has said that it is at something long.
+    /// Seconds, from 1 to 86400, after which a rank that does not respond counts as lost and the run ends. A rank that saves
+    /// or compiles kernels announces that and is waited for. Raise it on slow or busy networks.
     timeout_seconds: u64,
 }
 
@@ -82,12 +84,12 @@ impl DistributedRecipe {
         });
     }
 
-    /// The optimizer's own form of these settings.
+    /// These settings as the optimizer takes them.
     pub(crate) fn config(&self) -> DistributedConfig {
         self.optimizer
     }
 
-    /// How long a silent worker is waited for.
+    /// How long the other ranks wait for a silent one.
     pub(crate) fn timeout(&self) -> Duration {
         Duration::from_secs(self.timeout_seconds)
     }

@@ -1,4 +1,4 @@
-//! A recipe's TOML as a tree in which every value knows the line that it stands on, with `--set` laid over it.
+//! The TOML of a recipe as a tree in which every value has its line, and to which each `--set` is applied.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,7 +14,7 @@ use super::RecipeError;
 /// Where a value was written.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Location {
-    /// A file; of a value that nobody wrote.
+    /// A file, for a value that is not written in it.
     File(Arc<str>),
     /// A line of a file, counted from 1.
     Line(Arc<str>, usize),
@@ -39,17 +39,18 @@ pub(super) struct Node {
     pub(super) item: Item,
 }
 
-/// A value whose parts are nodes.
+/// A value. The elements of lists and tables are nodes again.
 #[derive(Debug, Clone)]
 pub(super) enum Item {
-    /// A string, number, boolean or date; and as it was typed, where it came from a `--set` (`run.name=7` names a run `7`).
+    /// A string, number, boolean or date. If it came from a `--set`, also the text that was typed: `run.name=7` parses as a
+    /// number, but names a run `7`.
     Scalar(Value, Option<Arc<str>>),
     List(Vec<Node>),
     Table(BTreeMap<String, Node>),
 }
 
 impl Node {
-    /// Parses a document; `file` is what messages call it.
+    /// Parses a document. `file` is its name in messages.
     pub(super) fn parse(text: &str, file: &str) -> Result<Self, RecipeError> {
         let file = Arc::from(file);
         let line = |byte: usize| text.as_bytes().iter().take(byte).filter(|&&byte| byte == b'\n').count() + 1;
@@ -63,19 +64,19 @@ impl Node {
         Ok(Self { place: Location::File(file.clone()), item })
     }
 
-    /// Lays `section.key=value` over the tree. The value is TOML; what is not (a bare word, a path) is a string.
+    /// Applies `section.key=value`. The value is TOML; a value that does not parse, such as a bare word or a path, is a string.
     pub(super) fn set(&mut self, assignment: &str) -> Result<(), RecipeError> {
         let place = Location::Set(assignment.into());
         let syntax = |problem: &str| RecipeError::Syntax { place: place.to_string(), problem: problem.to_owned() };
         let (path, text) =
-            assignment.split_once('=').ok_or_else(|| syntax("there is no `=`: write section.key=value"))?;
+            assignment.split_once('=').ok_or_else(|| syntax("it has no `=`: write `section.key=value`"))?;
         let (path, text) = (path.trim(), text.trim());
         if !path.contains('.') {
-            return Err(syntax("the key needs its section: write section.key=value"));
+            return Err(syntax("the key needs its section: write `section.key=value`"));
         }
         let value = match toml::from_str::<toml::Table>(&format!("value = {text}")) {
             Ok(mut table) if table.len() == 1 => table.remove("value"),
-            // An open bracket, brace or quote was meant as TOML.
+            // A text that starts with a bracket, brace or quote is meant as TOML, so it is an error and not a string.
             Err(error) if text.starts_with(['[', '{', '"', '\'']) => {
                 return Err(syntax(&format!("`{text}` is not a TOML value: {}", error.message())));
             }
@@ -94,7 +95,26 @@ impl Node {
         Ok(())
     }
 
-    /// The entry of a table; anything else than a table becomes an empty one. A new entry is an empty table, too.
+    /// Moves the value of a key that was renamed to its name of today.
+    pub(super) fn rename(&mut self, old: &str, new: &str) -> Result<(), RecipeError> {
+        let names = old.split_once('.').zip(new.split_once('.'));
+        let Some(((section, old_key), (_, new_key))) = names else { return Ok(()) };
+        let Item::Table(sections) = &mut self.item else { return Ok(()) };
+        let Some(Self { item: Item::Table(keys), .. }) = sections.get_mut(section) else { return Ok(()) };
+        let Some(value) = keys.remove(old_key) else { return Ok(()) };
+        let place = value.place.to_string();
+        match keys.insert(new_key.to_owned(), value) {
+            None => Ok(()),
+            Some(_) => Err(RecipeError::Invalid {
+                place,
+                key: old.to_owned(),
+                problem: format!("is the former name of `{new}`, which is set as well"),
+                hint: Some(format!("keep `{new}` only")),
+            }),
+        }
+    }
+
+    /// The entry of a table, created as an empty table if it is absent. A value that is not a table becomes an empty one first.
     fn entry(&mut self, key: &str, place: &Location) -> &mut Self {
         let empty = || Self { place: place.clone(), item: Item::Table(BTreeMap::new()) };
         if !matches!(self.item, Item::Table(_)) {
@@ -102,11 +122,11 @@ impl Node {
         }
         match &mut self.item {
             Item::Table(table) => table.entry(key.to_owned()).or_insert_with(empty),
-            _ => unreachable!("it was made a table"),
+            _ => unreachable!("a value that is not a table was replaced by one"),
         }
     }
 
-    /// Lays one table over another; anything else is replaced.
+    /// Merges the table `above` into this one; any other value is replaced.
     fn merge(&mut self, above: Self) {
         match (&mut self.item, above.item) {
             (Item::Table(below), Item::Table(entries)) => {
@@ -118,7 +138,7 @@ impl Node {
                         }
                     }
                 }
-                // The section keeps its line; what was laid over it knows that it was.
+                // The section keeps its line; the entries that came from `above` have their own places.
             }
             (_, item) => *self = Self { place: above.place, item },
         }
@@ -133,7 +153,7 @@ impl Node {
         })
     }
 
-    /// The place of a key; that of its section, or of the file, where the key is a default.
+    /// The place of a key, or if it is not written that of its section, or of the file.
     pub(super) fn place(&self, path: &str) -> &Location {
         match (self.get(path), path.rfind(['.', '['])) {
             (Some(node), _) => &node.place,
@@ -142,7 +162,7 @@ impl Node {
         }
     }
 
-    /// The value as one writes it in TOML, or as it was typed.
+    /// The value as TOML, or as it was typed in a `--set`.
     pub(super) fn as_written(&self) -> String {
         match &self.item {
             Item::Scalar(_, Some(text)) => text.to_string(),
@@ -160,7 +180,7 @@ impl Node {
         }
     }
 
-    /// A value with one place for all of it.
+    /// A value all of whose parts have the same place.
     fn of_value(value: Value, place: &Location) -> Self {
         let item = match value {
             Value::Array(list) => Item::List(list.into_iter().map(|value| Self::of_value(value, place)).collect()),
@@ -173,7 +193,7 @@ impl Node {
     }
 }
 
-/// The node of a parsed value. A table's entries stand where their keys do.
+/// The node of a parsed value at the place `at`. The place of a table's entry is that of its key.
 fn node(value: Spanned<DeValue<'_>>, at: Location, place: &dyn Fn(usize) -> Location) -> Result<Node, toml::de::Error> {
     let item = match value.get_ref() {
         DeValue::Table(_) | DeValue::Array(_) => match value.into_inner() {
@@ -185,7 +205,7 @@ fn node(value: Spanned<DeValue<'_>>, at: Location, place: &dyn Fn(usize) -> Loca
                 };
                 Item::List(list.into_iter().map(element).collect::<Result<_, _>>()?)
             }
-            _ => unreachable!("it was one of the two"),
+            _ => unreachable!("the outer match admits tables and arrays only"),
         },
         _ => Item::Scalar(Value::deserialize(value.into_deserializer())?, None),
     };
@@ -209,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn values_know_their_lines() {
+    fn every_value_has_its_line() {
         let text = "# a recipe\n[train]\n\nsteps = 3\n[schedule]\n[[schedule.stages]]\nto = 1\n";
         let tree = Node::parse(text, "r").unwrap();
         assert_eq!(*tree.place("train.steps"), Location::Line("r".into(), 4));
@@ -220,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn set_takes_toml_or_a_bare_word() {
+    fn set_accepts_toml_or_a_bare_word() {
         let mut tree = Node::parse("", "r").unwrap();
         for set in ["a.b=1e-3", "a.c=bytes", "a.d=[1, 2]", "a.e=", "a.f=\"x\"", "a.g=/tmp/x", "a.h=x # y"] {
             tree.set(set).unwrap();
@@ -238,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn set_reaches_into_inner_tables() {
+    fn set_changes_a_key_of_an_inner_table() {
         let mut tree = Node::parse("[model]\nrope = { factor = 2, type = \"yarn\" }\n", "r").unwrap();
         tree.set("model.rope.factor=4").unwrap();
         let rope = value(&tree, "model.rope");
@@ -248,7 +268,20 @@ mod tests {
     }
 
     #[test]
-    fn broken_toml_names_the_line() {
+    fn a_renamed_key_is_moved_and_both_names_at_once_are_an_error() {
+        let mut tree = Node::parse("[model]\nold = 1\n", "r").unwrap();
+        tree.rename("model.old", "model.new").unwrap();
+        tree.rename("none.old", "none.new").unwrap();
+        assert_eq!(value(&tree, "model.new"), Value::Integer(1));
+        assert!(tree.get("model.old").is_none());
+        assert_eq!(*tree.place("model.new"), Location::Line("r".into(), 2));
+        tree.set("model.old=2").unwrap();
+        let error = tree.rename("model.old", "model.new").unwrap_err().to_string();
+        assert_eq!(error, "--set model.old=2: `model.old` is the former name of `model.new`, which is set as well");
+    }
+
+    #[test]
+    fn invalid_toml_is_an_error_with_its_line() {
         let error = Node::parse("[train]\nsteps = = 3\n", "r.toml").unwrap_err().to_string();
         assert!(error.starts_with("r.toml:2: "), "{error}");
     }

@@ -13,14 +13,14 @@ use super::reader::read_flattened;
 use super::run::optional_path;
 use super::schema::merged;
 
-/// `[lora]`: where the section is there, the model is frozen and low-rank adapters learn in its place. A recipe has the keys of
-/// [`LoraConfig`] beside `path`.
+/// `[lora]`: with this section the model is frozen, and low-rank adapters are trained instead. Its keys are `path` and those
+/// of [`LoraConfig`].
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct LoraRecipe {
-    /// An adapter to start from.
+    /// The folder of an adapter to start from; `None` for new adapters.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// What the adapters are.
+    /// Rank, scale, dropout and targets of the adapters.
     #[serde(flatten)]
     pub adapters: LoraConfig,
 }
@@ -29,7 +29,8 @@ pub struct LoraRecipe {
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default)]
 struct Keys {
-    /// An adapter to start from; rank, scale and targets are its own then. Default: a fresh one.
+    /// The folder of an adapter to start from, as peft or an earlier run wrote it; its rank, scale and targets are used then.
+    /// Default: new adapters, which change nothing at first.
     #[serde(deserialize_with = "optional_path")]
     path: Option<PathBuf>,
 }
@@ -48,7 +49,11 @@ impl JsonSchema for LoraRecipe {
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
         let parts = [Keys::json_schema(generator), LoraConfig::json_schema(generator)];
-        merged("Where the section is there, the model is frozen and low-rank adapters learn in its place.", parts)
+        merged(
+            "With this section the model is frozen, and low-rank adapters (LoRA, arXiv 2106.09685) are trained instead. \
+             Checkpoints contain the adapters only.",
+            parts,
+        )
     }
 }
 
@@ -58,27 +63,27 @@ impl LoraRecipe {
         check.require("lora.rank", (1..=4096).contains(&rank), || format!("is {rank}; it must be from 1 to 4096"));
         check.require("lora.alpha", alpha > 0.0, || format!("is {alpha}; it must be above 0"));
         check.require("lora.dropout", (0.0..1.0).contains(&dropout), || {
-            format!("is {dropout}; it must be from 0 to below 1")
+            format!("is {dropout}; it must be at least 0 and below 1")
         });
-        check.require("lora.targets", !self.adapters.targets.is_empty(), || "names nothing to adapt".into());
-        // What does not go together with a frozen model.
+        check.require("lora.targets", !self.adapters.targets.is_empty(), || "is empty".into());
+        // The rest of the recipe must not change the frozen model.
         check.require("model.path", recipe.model.path.is_some(), || {
-            "is absent, but `[lora]` needs weights to stand beside".into()
+            "is missing, but `[lora]` needs the weights of a base model".into()
         });
         check.require("optimizer.qk_clip", recipe.optimizer.qk_clip().is_none(), || {
-            "scales weights that `[lora]` freezes; leave it at 0".into()
+            "changes weights that `[lora]` freezes; set it to 0".into()
         });
         let stages = recipe.schedule.stages.iter().filter_map(|stage| stage.bias_update_rate);
         let moves_bias = stages.chain([recipe.moe.bias_update_rate]).any(|rate| rate > 0.0);
         check.require("moe.bias_update_rate", !moves_bias, || {
-            "moves the routers of a model that `[lora]` freezes; leave it at 0".into()
+            "changes the routers of a model that `[lora]` freezes; set it to 0".into()
         });
         check.require("train.freeze", recipe.train.freeze.is_empty(), || {
-            "says nothing beside `[lora]`, which freezes the whole model".into()
+            "has no effect with `[lora]`, which freezes the whole model".into()
         });
     }
 
-    /// The model's own form of these settings.
+    /// These settings as the model takes them.
     pub(crate) fn config(&self) -> LoraConfig {
         self.adapters.clone()
     }

@@ -1,18 +1,19 @@
-//! Recipes: one strict TOML file says everything about a run.
+//! Recipes: one strict TOML file describes a run completely.
 //!
-//! A section is a struct with serde's derives; its field names are the keys, its `Default` has the defaults, its docs are what
-//! editors and `docs/src/reference/recipe.md` show, and its `check` has what a type cannot say. Reading has two parts:
+//! A section is a struct with serde's derives. Its field names are the keys, its `Default` has the defaults, its doc comments
+//! are what editors and the reference page show, and its `check` has the rules that a type cannot express. Reading has two
+//! parts:
 //!
-//! 1. [`Draft::parse`] reads text, lays `--set section.key=value` over it, and checks every key by itself and beside the others. It
-//!    touches no disk. An unknown key, a wrong type or an impossible value is an error that names the key and the line.
-//! 2. [`Draft::resolve`] finds the model that the recipe names, and what follows from it: the folder of the weights, or the whole
-//!    shape; the longest sequence; the tokenizer.
+//! 1. [`Draft::parse`] reads text, applies each `--set section.key=value`, and checks every key on its own and with the others,
+//!    without access to the disk. An unknown key, a wrong type or an impossible value is an error that names key and line.
+//! 2. [`Draft::resolve`] finds the model that the recipe names, and what follows from it: the folder of the weights or the
+//!    complete shape, the longest sequence, the tokenizer.
 //!
-//! [`Recipe::load`] does both. [`Recipe::to_toml`] writes the resolved recipe with every default spelled out; reading that gives the
-//! same recipe.
+//! [`Recipe::load`] does both. [`Recipe::to_toml`] writes the resolved recipe with every default; reading that text returns
+//! the same recipe.
 //!
-//! Paths and globs are relative to the working directory, except a `[model] preset` that is a file, which is
-//! relative to the recipe that names it. Zero means "no limit" or "never" where the key says so.
+//! Paths and globs are relative to the working directory, except for a `model.preset` that is a file, which is relative to the
+//! recipe. 0 means "no limit" or "never" for the keys whose description says so.
 
 mod check;
 mod data;
@@ -31,6 +32,7 @@ mod train;
 
 use std::path::{Path, PathBuf};
 
+use moonlight_model::ModelConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -39,7 +41,7 @@ pub use distributed::DistributedRecipe;
 pub use error::RecipeError;
 pub use eval::EvalConfig;
 pub use lora::LoraRecipe;
-pub use model::{ModelDtype, ModelRecipe, Quantize};
+pub use model::{ModelDtype, ModelRecipe, Quantize, named_config};
 pub use optimizer::{OptimizerName, OptimizerRecipe};
 pub use run::{DeviceName, RunConfig, SampleConfig};
 pub use schema::schema;
@@ -51,55 +53,81 @@ use document::Node;
 use crate::data::MAX_STEP_TOKENS;
 use crate::schedule::{AccumulationChange, ScheduleConfig};
 
-/// A resolved recipe: what `moonlight train` was asked to do.
+/// Keys that were renamed, as `section.key`, with their names today. Recipes and checkpoints of earlier versions have the old
+/// names and mean the same.
+pub(crate) const RENAMED_KEYS: &[(&str, &str)] = &[("model.quantise", "model.quantize")];
+
+/// A resolved recipe: everything that `moonlight train` needs to know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// The run's name, folder, seed and device.
+    /// The run's name, its folder, its seed and its device.
     #[serde(default)]
     pub run: RunConfig,
-    /// Where the model comes from.
+    /// The weights to start from, or the shape to initialize.
     #[serde(default)]
     pub model: ModelRecipe,
-    /// What the model reads.
+    /// The files that the model learns from.
     #[serde(default)]
     pub data: DataConfig,
     /// Muon or AdamW, and their settings.
     #[serde(default)]
     pub optimizer: OptimizerRecipe,
-    /// The learning rate over the steps.
+    /// The learning rate and the batch over the steps.
     #[serde(default)]
     pub schedule: ScheduleConfig,
-    /// Steps, batches, validation, checkpoints.
+    /// Steps, batches, validation, checkpoints, memory and what is logged.
     #[serde(default)]
     pub train: TrainConfig,
-    /// The balance of the experts.
+    /// How the load of the experts is balanced.
     #[serde(default)]
     pub moe: MoeRecipe,
-    /// Adapters beside a frozen model; absent where the model itself is trained.
+    /// Low-rank adapters; `None` if the model itself is trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<LoraRecipe>,
-    /// Several workers; absent where there is one.
+    /// Several ranks; `None` for one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distributed: Option<DistributedRecipe>,
-    /// What the trained model writes at the end.
+    /// The text that the trained model writes at the end.
     #[serde(default)]
     pub sample: SampleConfig,
-    /// What the model is asked before and after.
+    /// Tasks before the first step and after the last.
     #[serde(default)]
     pub eval: EvalConfig,
 }
 
-/// A recipe as it was written, checked as far as that can be done without looking for its model.
+/// A recipe as it was written, checked as far as possible without its model.
 #[derive(Debug)]
 pub struct Draft {
     recipe: Recipe,
     document: Node,
-    /// The folder that it was read from.
+    /// The folder that contains the recipe.
     folder: Option<PathBuf>,
 }
 
+/// A recipe for a plan: with the shape of its model, without its weights, tokenizer and data.
+#[derive(Debug)]
+pub struct ShapedRecipe {
+    /// The recipe. Its paths need not exist.
+    pub recipe: Recipe,
+    /// The shape of its model.
+    pub config: ModelConfig,
+    /// Where the shape is from, if not from the recipe's own keys or weights: the rest of a sentence.
+    pub assumed: Option<String>,
+}
+
 impl Draft {
+    /// [`parse`](Self::parse) of a file.
+    ///
+    /// # Errors
+    ///
+    /// [`RecipeError`], which names the key and the place.
+    pub fn load(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| RecipeError::Read { path: path.to_owned(), problem: error.to_string() })?;
+        Self::parse(&text, path, sets)
+    }
+
     /// Reads the text of a recipe from `path`, lays each `section.key=value` of `sets` over it, fills in defaults and checks it.
     ///
     /// # Errors
@@ -110,7 +138,10 @@ impl Draft {
         for set in sets {
             document.set(set)?;
         }
-        // A misspelt key is often a required one: it is reported before the absence of the latter.
+        for (old, new) in RENAMED_KEYS {
+            document.rename(old, new)?;
+        }
+        // First, because a misspelled key is often a required one: the hint to its spelling helps more than that it is missing.
         if let Some(unknown) = schema::unknown_key(&document) {
             return Err(unknown);
         }
@@ -122,21 +153,17 @@ impl Draft {
         Ok(Self { recipe, document, folder: path.parent().map(Path::to_owned) })
     }
 
-    /// The recipe with its model found and with the defaults that follow from it: looks at the disk and in the Hub's cache, and
-    /// fetches nothing.
+    /// Finds the recipe's model and fills in the defaults that follow from it. Reads the disk and the Hub's cache, and downloads
+    /// nothing.
     ///
     /// # Errors
     ///
-    /// [`RecipeError`] for a model that cannot be found or is none, and for what does not go with it.
+    /// [`RecipeError`] for a model that is absent or invalid, and for keys that it does not support.
     pub fn resolve(self) -> Result<Recipe, RecipeError> {
         let Self { mut recipe, document, folder } = self;
         let mut check = Check::new(&document);
         if let Some(config) = recipe.model.resolve(folder.as_deref(), &mut check) {
-            let longest = config.max_position_embeddings;
-            if !check.has("data.sequence_length") {
-                recipe.data.sequence_length = recipe.data.sequence_length.min(longest);
-            }
-            recipe.data.check_length(longest, &mut check);
+            recipe.data.fit_length(config.max_position_embeddings, &mut check);
         }
         if !check.has("data.tokenizer") {
             recipe.data.tokenizer = TokenizerName::default_for(recipe.data.format, recipe.model.path.as_deref());
@@ -144,18 +171,36 @@ impl Draft {
         check.finish()?;
         Ok(recipe)
     }
+
+    /// The recipe with the shape of its model and nothing else: neither weights nor data nor a tokenizer need to be there.
+    ///
+    /// The shape is that of `named` (as [`named_config`] reads it) if given; else the recipe's own; else that of the `config.json` at
+    /// `model.path`; else, if there is none, that of `model.preset`. Only a shape without `vocab_size` opens the tokenizer.
+    ///
+    /// # Errors
+    ///
+    /// [`RecipeError`] for a shape that cannot be found, and for what does not go with it.
+    pub fn resolve_shape(self, named: Option<&str>) -> Result<ShapedRecipe, RecipeError> {
+        let Self { mut recipe, document, folder } = self;
+        let mut check = Check::new(&document);
+        let shaped = recipe.model.resolve_shape(named, folder.as_deref(), &recipe.data.tokenizer, &mut check);
+        if let Some((config, _)) = &shaped {
+            recipe.data.fit_length(config.max_position_embeddings, &mut check);
+        }
+        check.finish()?;
+        let (config, assumed) = shaped.expect("a shape that is not found is a problem");
+        Ok(ShapedRecipe { recipe, config, assumed })
+    }
 }
 
 impl Recipe {
-    /// Reads a recipe, lays each `section.key=value` of `sets` over it, fills in defaults, checks it and finds its model.
+    /// Reads a recipe, applies each `section.key=value` of `sets`, fills in defaults, checks it and finds its model.
     ///
     /// # Errors
     ///
     /// [`RecipeError`], which names the key and the place.
     pub fn load(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| RecipeError::Read { path: path.to_owned(), problem: error.to_string() })?;
-        Self::parse(&text, path, sets)
+        Draft::load(path, sets)?.resolve()
     }
 
     /// Like [`load`](Recipe::load), from text that was read from `path`.
@@ -182,12 +227,12 @@ impl Recipe {
             self.train.steps = self.schedule.stages.iter().map(|stage| stage.steps).sum();
         }
         if !written.has("moe.bias_update_rate") && self.model.path.is_some() {
-            // The report's last stage and DeepSeek-V3's freeze the bias; fine-tuning starts from there.
+            // DeepSeek-V3 and Moonlight froze the bias in their last stage, and fine-tuning continues from there.
             self.moe.bias_update_rate = 0.0;
         }
     }
 
-    /// Everything that can be wrong but for the model.
+    /// Checks everything that does not depend on the model.
     fn check(&self, check: &mut Check<'_>) {
         self.run.check(check);
         self.model.check(self.lora.is_some(), check);
@@ -203,18 +248,18 @@ impl Recipe {
         if let Some(distributed) = &self.distributed {
             distributed.check(check);
             check.require("train.fuse_update", !self.train.fuse_update, || {
-                "updates each layer by the gradients of one worker; with `[distributed]` they are summed first".into()
+                "updates each layer before gradients are summed over ranks; leave it out with `[distributed]`".into()
             });
         }
         self.sample.check(check);
         self.eval.check(check);
-        // How long the schedule of a run of epochs is depends on its data.
+        // With `epochs` the number of steps is known only after the data are read; `Schedule::new` checks it then.
         if self.train.steps > 0 || self.train.epochs == 0.0 {
             schedule::check_length(&self.schedule, self.optimizer.learning_rate, self.train.steps, check);
         }
     }
 
-    /// That a step's tokens, which are laid out before it, are not more than can be.
+    /// Checks that a step's tokens, which are all in memory before it starts, are at most `MAX_STEP_TOKENS`.
     fn check_step(&self, check: &mut Check<'_>) {
         let TrainConfig { batch_size, gradient_accumulation, .. } = self.train;
         let sequence = [batch_size, self.data.sequence_length];
@@ -231,12 +276,12 @@ impl Recipe {
         }
     }
 
-    /// The recipe with the steps that its epochs of `sequences` sequences are; as it is where it has no `epochs`. The last
-    /// step may go on into the next epoch.
+    /// Computes `train.steps` from `train.epochs`, if that is set, for epochs of `sequences` sequences. The last step may
+    /// continue into the next epoch.
     ///
     /// # Errors
     ///
-    /// Steps that the recipe gives as well and that are others, or more steps than any run has.
+    /// [`RecipeError`] if the recipe has another number of steps as well, or if there are less than 1 or too many.
     pub fn with_steps(mut self, sequences: u64) -> Result<Self, RecipeError> {
         let TrainConfig { steps, epochs, batch_size, gradient_accumulation, .. } = self.train;
         if epochs == 0.0 {
@@ -253,26 +298,26 @@ impl Recipe {
         if !(1.0..9e15).contains(&found) {
             return Err(here(
                 "train.epochs",
-                format!("is {epochs:e}, which are {found:e} steps"),
-                "give `train.steps`",
+                format!("is {epochs:e}, which is {found:e} steps"),
+                "set `train.steps` instead",
             ));
         }
         self.train.steps = found as u64;
         if ![0, self.train.steps].contains(&steps) {
-            let problem = format!("is {steps}, but `train.epochs = {epochs}` of these data are {found} steps");
+            let problem = format!("is {steps}, but `train.epochs = {epochs}` is {found} steps with these data");
             return Err(here("train.steps", problem, "leave one of the two out"));
         }
         Ok(self)
     }
 
-    /// The recipe as TOML, every default spelled out.
+    /// The recipe as TOML, with every default.
     pub fn to_toml(&self) -> String {
-        // A recipe holds nothing that TOML cannot: no nulls, no numbers beyond i64 that the reader would accept.
+        // TOML holds every recipe: `None` is skipped, and the reader accepts no integer beyond i64.
         toml::to_string(self).unwrap_or_else(|error| format!("# this recipe cannot be written as TOML: {error}\n"))
     }
 }
 
-/// The steps that so many batches are, `passes` each, but for the changes on the way.
+/// The number of steps for `batches` micro-batches: `passes` a step, until the first of `changes`.
 fn steps_of(batches: f64, mut passes: usize, changes: &[AccumulationChange]) -> f64 {
     let (mut steps, mut left) = (0.0, batches);
     for change in changes {

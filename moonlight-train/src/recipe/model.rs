@@ -12,33 +12,33 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::RecipeError;
 use super::check::Check;
 use super::reader::read_flattened;
 use super::run::optional_path;
 use super::schema::merged;
+use super::{RecipeError, TokenizerName};
 use crate::hints::checkpoint_hint;
 
-/// Where the model comes from: the `path` of weights, or a shape to be initialised from scratch.
+/// `[model]`: weights at a `path`, or a shape whose weights are initialized.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct ModelRecipe {
-    /// The dtype of the weights.
+    /// The dtype of the weights during training.
     pub dtype: ModelDtype,
-    /// The bits of frozen weights.
+    /// How the frozen weights of a LoRA run are quantized.
     pub quantize: Quantize,
-    /// The folder of weights to start from, with their `config.json`; `None` for a shape.
+    /// The folder of the weights to start from, with their `config.json`; `None` for a shape.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// A shape by name; `None` once it is spelled out.
+    /// The name of a shape; `None` once the recipe is resolved, when `shape` has all its keys.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preset: Option<String>,
     /// Keys of `config.json`: the shape, or what differs from the preset.
     #[serde(flatten)]
     pub shape: Map<String, Value>,
-    /// Where the recipe says so.
+    /// The line of the recipe that errors about the model name.
     #[serde(skip)]
     place: String,
-    /// Keeps the folder at `path` from being removed, where it is a checkpoint of a run.
+    /// A lock on the folder at `path`: another run does not remove it, if it is a checkpoint of that run.
     #[serde(skip)]
     held: Option<ModelDir>,
 }
@@ -47,32 +47,34 @@ pub struct ModelRecipe {
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default)]
 struct Keys {
-    /// The dtype of the weights while they are trained.
+    /// The dtype of the weights during training. `--dtype` overrides it.
     dtype: ModelDtype,
-    /// The bits of the frozen projections beside which `[lora]` trains; embedding, head, norms and routers stay in `dtype`.
-    #[serde(alias = "quantise")]
+    /// How the frozen projections of a LoRA run are quantized, to need less memory; embedding, head, norms and routers stay in
+    /// `dtype`. Needs `[lora]`.
     quantize: Quantize,
-    /// Weights to start from: a folder with their `config.json`, the folder of a run (its newest checkpoint), or `org/name` in the Hub's
-    /// cache (its snapshot).
+    /// Weights to start from: a folder with `config.json` and safetensors files, the folder of a run (its newest checkpoint),
+    /// or `org/name` in the Hub's cache. Excludes `preset` and the keys of `config.json`.
     #[serde(deserialize_with = "optional_path")]
     path: Option<PathBuf>,
-    /// A shape by name, or a TOML or JSON file of `config.json`'s keys, relative to the recipe. Any key of `config.json` may be laid
-    /// over it; those keys alone are a shape, too.
+    /// A shape whose weights are initialized: a name such as `moonlight-16b-a3b`, or a TOML or JSON file with keys of
+    /// `config.json`, relative to the recipe. Keys of `config.json` in this section override those of the preset; without a
+    /// preset they are the shape. With
+    /// `path`, the shape that `moonlight plan` assumes where the weights are absent.
     preset: Option<String>,
 }
 
-/// The dtype of weights while they are trained.
+/// The dtype of weights during training.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ModelDtype {
-    /// f32 on the CPU, elsewhere as stored.
+    /// f32 on the CPU, and the dtype of the files on a GPU.
     #[default]
     Auto,
-    /// 32 bits.
+    /// 32-bit floating point.
     F32,
-    /// 16 bits, of which 8 are significant.
+    /// bfloat16, 16 bits: the range of f32 with 8 significant bits. Half the memory of f32.
     Bf16,
-    /// 16 bits, of which 11 are significant.
+    /// IEEE half precision, 16 bits: 11 significant bits, but a range of 6e-8 to 65504.
     F16,
 }
 
@@ -88,21 +90,21 @@ impl ModelDtype {
     }
 }
 
-/// The bits of frozen weights.
+/// How frozen weights are quantized.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantize {
-    /// As many as the dtype has.
+    /// Not at all.
     #[default]
     None,
-    /// 8 bits, with a scale for each block.
+    /// To 8-bit integers with a scale for each block, about half of bf16's memory.
     Int8,
-    /// 4 bits, with a scale for each block.
+    /// To 4-bit integers with a scale for each block, about a quarter of bf16's memory.
     Int4,
 }
 
 impl Quantize {
-    /// The model's own form of this setting; `None` for weights in full.
+    /// The setting as the model takes it; `None` for weights that are not quantized.
     pub fn bits(self) -> Option<QuantBits> {
         match self {
             Self::None => None,
@@ -128,7 +130,7 @@ impl JsonSchema for ModelRecipe {
         let keys = shape_keys();
         let others: Map<String, Value> = keys
             .iter()
-            .map(|&key| (key.to_owned(), json!({"description": "As in the published `config.json`."})))
+            .map(|&key| (key.to_owned(), json!({"description": "As in a published `config.json`."})))
             .collect();
         let mut shape = merged(
             "",
@@ -144,14 +146,14 @@ impl JsonSchema for ModelRecipe {
             properties.retain(|key, _| keys.contains(&key.as_str()));
         }
         merged(
-            "Where the model comes from: the `path` of weights, a `preset`, or a shape in the words of `config.json`.",
+            "The model: the `path` of weights to start from, a `preset`, or a shape by the keys of `config.json`.",
             [Keys::json_schema(generator), shape],
         )
     }
 }
 
 impl PartialEq for ModelRecipe {
-    /// Where it was written makes no difference.
+    /// Compares the values, and not where they were written.
     fn eq(&self, other: &Self) -> bool {
         let parts = |it: &Self| (it.dtype, it.quantize, it.path.clone(), it.preset.clone(), it.shape.clone());
         parts(self) == parts(other)
@@ -165,19 +167,18 @@ impl ModelRecipe {
                 let problem = "cannot change the shape of the weights at `model.path`";
                 check.invalid(&format!("model.{key}"), problem, None);
             }
-            check.require("model.preset", self.preset.is_none(), || "and `model.path` exclude each other".into());
         } else if self.preset.is_none() && self.shape.is_empty() {
-            check.missing("model.path", "`path` of weights to start from, `preset`, or the keys of a config.json");
+            check.missing("model.path", "write the `path` of weights, a `preset`, or the keys of a `config.json`");
         }
         if !frozen && self.quantize != Quantize::None {
-            let problem = "is for weights that stand still, and without `[lora]` they are what is trained";
+            let problem = "is for frozen weights, but without `[lora]` the weights are trained";
             let hint = "add a `[lora]` section, or train in `dtype = \"bf16\"`";
             check.invalid("model.quantize", problem, Some(hint.into()));
         }
     }
 
-    /// Finds the weights at `path`, or spells out the shape with every default of `config.json`; a preset that is a file is looked for in
-    /// `folder` first. The model's configuration, of any vocabulary where neither shape nor weights say one.
+    /// Finds the weights at `path`, or completes the shape with the defaults of `config.json`. A preset that is a file is
+    /// searched in `folder` first. Returns the model's config; its vocabulary is a placeholder if the shape has none.
     pub(super) fn resolve(&mut self, folder: Option<&Path>, check: &mut Check<'_>) -> Option<ModelConfig> {
         self.place = check.place(if self.path.is_some() { "model.path" } else { "model" });
         if let Some(path) = &mut self.path {
@@ -186,10 +187,11 @@ impl ModelRecipe {
                     *path = found.to_path_buf();
                     self.held = Some(found);
                 }
-                Err(error) => check.invalid("model.path", format!("is wrong: {error}"), checkpoint_hint(&error)),
+                Err(error) => check.invalid("model.path", format!("cannot be used: {error}"), checkpoint_hint(&error)),
             }
         }
-        if let Some(name) = self.preset.take() {
+        // Next to weights a preset only says what to plan with while they are absent.
+        if let Some(name) = self.preset.take().filter(|_| self.path.is_none()) {
             match preset_shape(&name, folder) {
                 Ok(preset) => {
                     let over = std::mem::replace(&mut self.shape, preset);
@@ -216,12 +218,85 @@ impl ModelRecipe {
         }
     }
 
+    /// The model's configuration for a plan, and where it is from if that is not the recipe's own shape or the weights at `path`, which
+    /// need not be there.
+    pub(super) fn resolve_shape(
+        &mut self,
+        named: Option<&str>,
+        folder: Option<&Path>,
+        tokenizer: &TokenizerName,
+        check: &mut Check<'_>,
+    ) -> Option<(ModelConfig, Option<String>)> {
+        self.place = check.place(if self.path.is_some() { "model.path" } else { "model" });
+        let preset = self.preset.clone().filter(|_| self.path.is_some());
+        let found = self.path.as_deref().map(resolve_model);
+        let found = found.and_then(Result::ok).filter(|dir| dir.join("config.json").exists());
+        if let (None, Some(dir)) = (named, found) {
+            // Weights that are there say themselves what they are.
+            self.path = Some(dir.to_path_buf());
+            let config = self.config(0).map_err(|error| check.problem(error)).ok()?;
+            return Some((config, None));
+        }
+        let (place, name, assumed) = match (named, &self.path, preset) {
+            (Some(name), ..) => {
+                ("--model-config".to_owned(), name.to_owned(), format!("the shape of the model is that of `{name}`"))
+            }
+            (None, Some(path), Some(preset)) => {
+                let local = folder.map(|folder| folder.join(&preset)).filter(|path| path.is_file());
+                let name = local.map_or(preset.clone(), |path| path.to_string_lossy().into_owned());
+                let path = path.display();
+                let assumed = format!("`{path}` is not there; the shape is that of the preset `{preset}`");
+                (check.place("model.preset"), name, assumed)
+            }
+            (None, Some(path), None) => {
+                let hint = "name the shape as `model.preset` or with `--model-config`: a preset, or a config.json";
+                check.invalid("model.path", format!("is `{}`, which is not there", path.display()), Some(hint.into()));
+                return None;
+            }
+            (None, None, _) => return self.own_shape(folder, tokenizer, check).map(|config| (config, None)),
+        };
+        match named_config(&name) {
+            Ok(config) => Some((config, Some(assumed))),
+            Err(problem) => {
+                check.problem(RecipeError::Invalid { place, key: name, problem, hint: None });
+                None
+            }
+        }
+    }
+
+    /// The shape that the recipe itself gives, with the vocabulary of the tokenizer unless it has a `vocab_size`.
+    fn own_shape(
+        &mut self,
+        folder: Option<&Path>,
+        tokenizer: &TokenizerName,
+        check: &mut Check<'_>,
+    ) -> Option<ModelConfig> {
+        self.resolve(folder, check)?;
+        let vocab_size = match self.shape.contains_key("vocab_size") {
+            true => 0,
+            false => match tokenizer.open() {
+                Ok(tokenizer) => tokenizer.as_ref().map_or(0, Tokenizer::vocab_size),
+                Err(error) => {
+                    let hint = "set `model.vocab_size`, which no tokenizer is needed for";
+                    check.invalid("data.tokenizer", format!("cannot be opened: {error}"), Some(hint.into()));
+                    return None;
+                }
+            },
+        };
+        if vocab_size == 0 && !self.shape.contains_key("vocab_size") {
+            let source = ConfigError::Missing { field: "vocab_size" };
+            check.problem(RecipeError::Model { place: self.place.clone(), source });
+            return None;
+        }
+        self.config(vocab_size).map_err(|error| check.problem(error)).ok()
+    }
+
     /// The model's configuration: the shape's own `vocab_size`, or else the tokenizer's, `vocab_size` (0 for unknown).
     ///
     /// # Errors
     ///
-    /// [`RecipeError`] for a shape that is not one, for a folder without a `config.json`, and for a model whose
-    /// vocabulary is smaller than the tokenizer's.
+    /// [`RecipeError`] for an invalid shape, for a folder without a `config.json`, and for a model whose vocabulary is smaller
+    /// than the tokenizer's.
     pub fn config(&self, vocab_size: usize) -> Result<ModelConfig, RecipeError> {
         let model = |source: ConfigError| RecipeError::Model { place: self.place.clone(), source };
         let config = match &self.path {
@@ -231,18 +306,20 @@ impl ModelRecipe {
                     place: self.place.clone(),
                     key: "model.path".into(),
                     problem: format!("is `{}`, but `{}` cannot be read: {error}", folder.display(), file.display()),
-                    hint: Some("it must be a folder with config.json and safetensors files".into()),
+                    hint: Some("name a folder with `config.json` and safetensors files".into()),
                 })?;
                 let config = ModelConfig::from_json(&text).map_err(model)?;
-                // Whether a head is tied is also the files' to say; what is wrong with them is said where they are loaded.
+                // Whether the head is tied depends on the weight files too: they may lack the head. Errors in them are
+                // reported when they are loaded.
                 let opened = config.tie_word_embeddings.then(|| Checkpoint::open(folder).ok()).flatten();
                 opened.map_or(config, |checkpoint| checkpoint.config().clone())
             }
             None => {
                 let mut shape = self.shape.clone();
-                // Any vocabulary will do to look at the rest of the shape.
-                let unknown = if vocab_size == 0 { u32::MAX as usize } else { vocab_size };
-                shape.entry("vocab_size").or_insert_with(|| unknown.into());
+                // While the vocabulary is unknown, a placeholder lets the rest of the shape be checked. The largest one is
+                // never smaller than a tokenizer's.
+                let placeholder = if vocab_size == 0 { u32::MAX as usize } else { vocab_size };
+                shape.entry("vocab_size").or_insert_with(|| placeholder.into());
                 ModelConfig::from_value(Value::Object(shape)).map_err(model)?
             }
         };
@@ -255,12 +332,12 @@ impl ModelRecipe {
         Ok(config)
     }
 
-    /// The configuration of a model that speaks the tokenizer's tokens: [`config`](ModelRecipe::config), with the
-    /// tokenizer's first and last token where a shape names none.
+    /// The config of a model for the tokenizer: [`config`](ModelRecipe::config), with the tokenizer's BOS and EOS if the shape
+    /// has none.
     ///
     /// # Errors
     ///
-    /// As [`config`](ModelRecipe::config); and a shape without `vocab_size` where there is no tokenizer.
+    /// As [`config`](ModelRecipe::config), and for a shape without `vocab_size` if there is no tokenizer.
     pub fn config_for(&self, tokenizer: Option<&Tokenizer>) -> Result<ModelConfig, RecipeError> {
         let vocab_size = tokenizer.map_or(0, Tokenizer::vocab_size);
         if self.path.is_some() {
@@ -280,7 +357,7 @@ impl ModelRecipe {
         Ok(config)
     }
 
-    /// Replaces the shape by what it means, every default of `config.json` spelled out.
+    /// Replaces the shape by that of `config`, in which every default of `config.json` is written out.
     fn spell_out(&mut self, config: &ModelConfig) {
         if self.path.is_some() {
             return;
@@ -291,7 +368,7 @@ impl ModelRecipe {
     }
 }
 
-/// The keys of `config.json` that shape a model, but for some.
+/// The keys of `config.json` that shape a model, except those in `without`.
 fn shape_of(config: &ModelConfig, without: &[&str]) -> Map<String, Value> {
     let Value::Object(mut shape) = config.to_value() else { return Map::new() };
     let keys = shape_keys();
@@ -299,16 +376,42 @@ fn shape_of(config: &ModelConfig, without: &[&str]) -> Map<String, Value> {
     shape
 }
 
+/// The configuration that `name` stands for: a preset, a `config.json`, a TOML file of its keys, or a model's directory. Of a
+/// directory only the `config.json` is read.
+///
+/// # Errors
+///
+/// The rest of a sentence that begins with the name.
+pub fn named_config(name: &str) -> Result<ModelConfig, String> {
+    let dir = resolve_model(name).map(ModelDir::into_path).unwrap_or_else(|_| name.into());
+    let file = dir.join("config.json");
+    let file = if file.is_file() { file } else { PathBuf::from(name) };
+    match file.extension().and_then(|extension| extension.to_str()) {
+        Some("json") => {
+            let text = std::fs::read_to_string(&file).map_err(|error| format!("cannot be read: {error}"))?;
+            ModelConfig::from_json(&text).map_err(|error| format!("is not a model's configuration: {error}"))
+        }
+        Some("toml") => {
+            let mut shape = preset_shape(&file.to_string_lossy(), None)?;
+            shape.entry("model_type").or_insert_with(|| "deepseek_v3".into());
+            ModelConfig::from_value(Value::Object(shape))
+                .map_err(|error| format!("is not a model's configuration: {error}"))
+        }
+        _ if dir.is_dir() => Err("is a directory without `config.json`".into()),
+        _ => ModelConfig::preset(name).map_err(|error| format!("is unknown: {error}")),
+    }
+}
+
 /// The shape that a preset names: one of the model crate's, or a TOML or JSON file of `config.json`'s keys.
 fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>, String> {
     let is_toml = name.ends_with(".toml");
     if !is_toml && !name.ends_with(".json") {
         let config = ModelConfig::preset(name).map_err(|error| format!("is unknown: {error}"))?;
-        // Which tokens begin and end a text is the tokenizer's to say.
+        // BOS and EOS are those of the tokenizer that the data use.
         return Ok(shape_of(&config, &["bos_token_id", "eos_token_id"]));
     }
-    let beside = folder.map(|folder| folder.join(name)).filter(|path| path.exists());
-    let file = beside.unwrap_or_else(|| PathBuf::from(name));
+    let next_to_recipe = folder.map(|folder| folder.join(name)).filter(|path| path.exists());
+    let file = next_to_recipe.unwrap_or_else(|| PathBuf::from(name));
     let text =
         std::fs::read_to_string(&file).map_err(|error| format!("`{}` cannot be read: {error}", file.display()))?;
     let mut shape: Map<String, Value> = if is_toml {
@@ -321,14 +424,14 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
         return Err(format!("`{name}` has the unknown key `{key}`"));
     }
     if !is_toml {
-        // The file is a model's `config.json`.
+        // A JSON file is a model's `config.json`, in which absent keys have the defaults of its class in transformers.
         fill_class_defaults(&mut shape);
     }
     if shape.contains_key("text_config") {
         let config = ModelConfig::from_value(Value::Object(shape)).map_err(|error| format!("`{name}`: {error}"))?;
         return Ok(shape_of(&config, &[]));
     }
-    // Keys that are not known are kept, for the configuration to refuse. The name of the class follows from `model_type`.
+    // Unknown keys are kept, so that `ModelConfig` refuses them. `architectures` follows from `model_type`.
     shape.retain(|key, value| key != "architectures" && ignore_reason(key).is_none() && !value.is_null());
     Ok(shape)
 }

@@ -11,34 +11,34 @@ use super::check::Check;
 use super::reader::read_flattened;
 use super::schema::merged;
 
-const DESCRIPTION: &str = "Muon or AdamW. Its keys are those of `MuonConfig` and `AdamWConfig`, in one table. Defaults are those of \
-                           \"Muon is Scalable for LLM Training\".";
+const DESCRIPTION: &str = "Muon or AdamW. The keys are those of `MuonConfig` and `AdamWConfig` in one table; the defaults are those \
+                           of \"Muon is Scalable for LLM Training\" (arXiv 2502.16982).";
 
-/// Which optimizer takes the matrices.
+/// The optimizer of the weight matrices.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerName {
-    /// Muon for matrices, AdamW for embeddings, head, norms and biases.
+    /// Muon for weight matrices, AdamW for embeddings, head, norms and biases.
     #[default]
     Muon,
-    /// AdamW for everything.
+    /// AdamW for every parameter.
     AdamW,
 }
 
 /// `[optimizer]`: Muon or AdamW, and their settings.
 ///
-/// A recipe has the keys of all of them in one table; `weight_decay` and `rounding` are both optimizers'.
+/// A recipe has the keys of both optimizers in one table; `weight_decay` and `rounding` apply to both.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OptimizerRecipe {
-    /// Which optimizer takes the matrices.
+    /// The optimizer of the weight matrices.
     pub name: OptimizerName,
-    /// The peak learning rate of both.
+    /// The peak learning rate of both optimizers.
     pub learning_rate: f64,
-    /// The largest attention logit that is left as it is; 0 for no QK-clip.
+    /// QK-clip's threshold on attention logits; 0 for no QK-clip.
     pub qk_clip: f64,
-    /// Muon's settings.
+    /// Settings of Muon; not used with `name = "adamw"`.
     pub muon: MuonConfig,
-    /// AdamW's settings.
+    /// Settings of AdamW, which with `name = "muon"` takes the parameters that are not matrices.
     pub adamw: AdamWConfig,
 }
 
@@ -46,20 +46,23 @@ pub struct OptimizerRecipe {
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 struct Keys {
-    /// Which optimizer takes the matrices.
+    /// The optimizer of the weight matrices.
     name: OptimizerName,
-    /// The peak learning rate, for Muon and AdamW alike; Muon at the report's scale takes AdamW's rates, from 2e-4 to 2e-3. Required.
+    /// The peak learning rate, from 0, of Muon and AdamW alike. With the scale `report` Muon takes AdamW's rates, from 2e-4 to
+    /// 2e-3. Required.
     learning_rate: f64,
-    /// Decoupled weight decay, of every parameter, norms included: `W <- W - lr * weight_decay * W`.
+    /// Decoupled weight decay, from 0, of every parameter including norms: `W <- W - lr * weight_decay * W`.
     weight_decay: f64,
-    /// How parameters in half precision take an update; nothing to f32 parameters. `master` by default, since updates are often smaller
-    /// than half a step of bf16.
+    /// How parameters in half precision take an update; it has no effect on f32 parameters. The default `master` keeps an f32
+    /// copy, because many updates are smaller than half the spacing of bf16 numbers and would be rounded away.
     rounding: Rounding,
-    /// The factor of the scales `report`, `update_norm` and `hidden_size`: `0.2` in `0.2 sqrt(max(A, B))`. Default: 0.2.
+    /// The factor of the scales `report`, `update_norm` and `hidden_size`, above 0: the `0.2` in `0.2 sqrt(max(A, B))`, which is
+    /// the RMS of Muon's update. Default: 0.2, to match the RMS of AdamW's.
     #[serde(skip_serializing_if = "Option::is_none")]
     update_rms: Option<f64>,
-    /// The largest attention logit that is left as it is; heads above it are scaled down after the step (MuonClip, Kimi K2, where it is
-    /// 100). Costs the logits of every step once more. 0 is off.
+    /// QK-clip (MuonClip, Kimi K2, which uses 100): the largest attention logit, from 0, to leave unchanged. Query and key
+    /// weights of heads above it are scaled down after the step. Use it if attention logits grow without bound; it measures
+    /// the logits in every step, which takes time. 0 turns it off.
     qk_clip: f64,
 }
 
@@ -101,7 +104,8 @@ impl Serialize for OptimizerRecipe {
                 table.entry(key).or_insert(value);
             }
         }
-        // The factor is `update_rms`, and a hidden size that is not given is the model's.
+        // The factor is written as `update_rms`, and a hidden size of 0 stands for the model's, so the name of the scale is
+        // enough.
         if !matches!(muon.scale, UpdateScale::HiddenSize { hidden: 1.., .. })
             && let Some(Value::Object(scale)) = table.get("scale")
             && let Some(word) = scale.keys().next().cloned()
@@ -144,20 +148,20 @@ impl OptimizerRecipe {
 
     pub(super) fn check(&self, check: &mut Check<'_>) {
         if !check.has("optimizer.learning_rate") {
-            let hint = "Muon at the report's scale takes AdamW's rates: from 2e-4 to 2e-3";
+            let hint = "write one from 2e-4 to 2e-3: with the default scale Muon takes AdamW's rates";
             check.missing("optimizer.learning_rate", hint);
         }
         let Self { learning_rate, qk_clip, .. } = *self;
         let MuonConfig { weight_decay, momentum, .. } = self.muon;
         let AdamWConfig { betas, epsilon, .. } = self.adamw;
         check.require("optimizer.learning_rate", learning_rate >= 0.0, || {
-            format!("is {learning_rate}; a rate must not be negative")
+            format!("is {learning_rate}; it must be at least 0")
         });
         check.require("optimizer.weight_decay", weight_decay >= 0.0, || {
-            format!("is {weight_decay}; it must not be negative")
+            format!("is {weight_decay}; it must be at least 0")
         });
         check.require("optimizer.momentum", (0.0..1.0).contains(&momentum), || {
-            format!("is {momentum}; it must be from 0 to below 1")
+            format!("is {momentum}; it must be at least 0 and below 1")
         });
         let steps = self.newton_schulz_steps();
         check.require("optimizer.newton_schulz_steps", (1..=100).contains(&steps), || {
@@ -167,23 +171,23 @@ impl OptimizerRecipe {
         let key = if check.has("optimizer.update_rms") { "optimizer.update_rms" } else { "optimizer.scale" };
         check.require(key, rms > 0.0, || format!("is {rms}; it must be above 0"));
         check.require("optimizer.betas", betas.iter().all(|beta| (0.0..1.0).contains(beta)), || {
-            format!("is {betas:?}; each must be from 0 to below 1")
+            format!("is {betas:?}; each must be at least 0 and below 1")
         });
         check.require("optimizer.epsilon", epsilon > 0.0, || format!("is {epsilon}; it must be above 0"));
-        check.require("optimizer.qk_clip", qk_clip >= 0.0, || format!("is {qk_clip}; it must not be negative"));
+        check.require("optimizer.qk_clip", qk_clip >= 0.0, || format!("is {qk_clip}; it must be at least 0"));
     }
 
-    /// QK-clip, if it is asked for.
+    /// QK-clip's settings, if it is on.
     pub(crate) fn qk_clip(&self) -> Option<QkClip> {
         (self.qk_clip > 0.0).then_some(QkClip { threshold: self.qk_clip })
     }
 
-    /// Iterations of Muon's orthogonalisation.
+    /// Newton-Schulz iterations of a step.
     pub(crate) fn newton_schulz_steps(&self) -> usize {
         self.muon.steps.unwrap_or_else(|| self.muon.coefficients.default_steps())
     }
 
-    /// Which optimizer takes which parameters of a model with this hidden size, and its settings.
+    /// The rules that assign parameters to optimizers, for a model with this hidden size.
     pub(crate) fn rules(&self, hidden: usize) -> ParameterRules {
         let Self { muon, adamw, .. } = self;
         match self.name {
@@ -196,7 +200,7 @@ impl OptimizerRecipe {
     }
 }
 
-/// The factor of a scale that has one.
+/// The factor of a scale, if it has one.
 fn update_rms(scale: &UpdateScale) -> Option<f64> {
     match *scale {
         UpdateScale::Report { factor }

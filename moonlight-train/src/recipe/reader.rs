@@ -1,8 +1,8 @@
-//! Serde's data model over a recipe's tree: types are checked, and what is wrong is named with its key and its line.
+//! A serde deserializer over the tree of a recipe. It checks types, and its errors name the key and its line.
 //!
-//! The names of keys and of choices come from the types that are read (`#[derive(Deserialize)]`); there is no other list.
-//! Beside serde's rules: a whole number may be written as `1e6`; a list of strings may be written as its only one; a bare
-//! word stands for a choice with settings of its own where these all have defaults (`scale = "report"`).
+//! The names of keys and choices come from the types that are read (`#[derive(Deserialize)]`); there is no other list of them.
+//! It accepts more than serde's derives do: an integer may be written as `1e6`; a list of one string as that string; and the
+//! name of a choice alone if all of its settings have defaults (`scale = "report"`).
 
 use std::cell::RefCell;
 use std::fmt;
@@ -14,11 +14,11 @@ use toml::Value;
 use super::RecipeError;
 use super::document::{Item, Node};
 
-/// Reads a value of any type from a tree.
+/// Reads a value of any type from the tree.
 ///
 /// # Errors
 ///
-/// [`RecipeError::Missing`] and [`RecipeError::Invalid`], of the first key that is wrong.
+/// [`RecipeError::Missing`] or [`RecipeError::Invalid`], for the first key that is wrong.
 pub(super) fn read<'de, T: Deserialize<'de>>(root: &'de Node) -> Result<T, RecipeError> {
     T::deserialize(Reader { node: root, path: String::new(), parts: None }).map_err(|error| match error.problem {
         Problem::Missing(key) => RecipeError::Missing { place: error.place, key, hint: String::new() },
@@ -29,11 +29,11 @@ pub(super) fn read<'de, T: Deserialize<'de>>(root: &'de Node) -> Result<T, Recip
 
 const TWO_TO_53: f64 = 9_007_199_254_740_992.0;
 
-/// The name by which [`read_flattened`] makes itself known to the reader.
+/// The name of the newtype by which [`read_flattened`] asks the reader to share a table.
 const FLATTENED: &str = "$flat";
 
-/// Reads a tuple of structs from the keys of one table: each struct takes those of its keys that none before it took, and a map
-/// takes those that are left. What `#[serde(flatten)]` is for, which would lose the places of errors.
+/// Reads a tuple of structs from the keys of one table. Each struct gets those of its keys that no struct before it has, and a
+/// map gets the rest. `#[serde(flatten)]` does the same, but buffers the values and loses their lines.
 pub(super) fn read_flattened<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
     struct Parts<T>(std::marker::PhantomData<T>);
     impl<'de, T: Deserialize<'de>> Visitor<'de> for Parts<T> {
@@ -50,7 +50,7 @@ pub(super) fn read_flattened<'de, T: Deserialize<'de>, D: Deserializer<'de>>(des
     deserializer.deserialize_newtype_struct(FLATTENED, Parts(std::marker::PhantomData))
 }
 
-/// What is wrong with a value, and where, once that is known.
+/// What is wrong with a value, and where; place and path are empty until [`Reader::locate`] fills them in.
 #[derive(Debug)]
 struct Error {
     place: String,
@@ -60,11 +60,11 @@ struct Error {
 
 #[derive(Debug)]
 enum Problem {
-    /// A key that the type cannot do without; its whole name once that is known.
+    /// A required key, by its full name once that is known.
     Missing(String),
     /// What the value must be.
     Expected(String),
-    /// The rest of a sentence that begins with the key, and a hint.
+    /// The rest of a sentence that starts with the key, and a hint.
     Custom(String, Option<String>),
 }
 
@@ -73,7 +73,7 @@ impl Error {
         Self { place: String::new(), path: String::new(), problem }
     }
 
-    /// Another value than `expected`, which is a type in serde's words.
+    /// A value of another type than `expected`, in serde's words.
     fn expected(expected: &str) -> Self {
         let words = match expected {
             "u64" | "usize" => "a whole number from 0",
@@ -85,10 +85,10 @@ impl Error {
         Self::new(Problem::Expected(words.to_owned()))
     }
 
-    /// `name` is none of the choices.
+    /// The error for a `name` that is not one of the choices `names`.
     fn choice(name: &str, names: &[&str]) -> Self {
         let problem = format!("is `{name}`; it must be one of: {}", names.join(", "));
-        let nearest = nearest(name, names.iter().copied()).map(|name| format!("the nearest is `{name}`"));
+        let nearest = nearest(name, names.iter().copied()).map(|name| format!("write `{name}` if that is meant"));
         Self::new(Problem::Custom(problem, nearest))
     }
 }
@@ -130,11 +130,11 @@ impl de::Error for Error {
     }
 
     fn duplicate_field(field: &'static str) -> Self {
-        Self::custom(format_args!("has `{field}` twice, once under another name"))
+        Self::custom(format_args!("has `{field}` twice, once by another name"))
     }
 }
 
-/// The candidate that is spelled most like `name`.
+/// The candidate whose spelling is most similar to `name`.
 pub(super) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
     candidates
         .map(|candidate| (strsim::normalized_damerau_levenshtein(name, candidate), candidate))
@@ -142,17 +142,17 @@ pub(super) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>)
         .map(|(_, candidate)| candidate.to_owned())
 }
 
-/// A place in the tree from which a value is read.
+/// Deserializes the value of one node.
 struct Reader<'de, 'p> {
     node: &'de Node,
     /// `section.list[0].key`.
     path: String,
-    /// Within [`read_flattened`]: the keys that are taken.
+    /// Within [`read_flattened`]: the keys of the structs that were read already.
     parts: Option<&'p RefCell<Vec<&'static str>>>,
 }
 
 impl<'de> Reader<'de, '_> {
-    /// Says of an error from this value where it is, unless one further in has said so.
+    /// Adds this value's place and path to an error, unless a reader further inside has added its own.
     fn locate<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
         result.map_err(|mut error| {
             if error.place.is_empty() {
@@ -186,7 +186,7 @@ impl<'de> Reader<'de, '_> {
         }
     }
 
-    /// The entries of a table, in an order of the caller's.
+    /// Reads the entries of a table in the given order.
     fn entries<V: Visitor<'de>>(self, entries: Vec<(&'de str, &'de Node)>, visitor: V) -> Result<V::Value, Error> {
         let readers: Vec<_> =
             entries.into_iter().map(|(key, node)| (key, self.inner(node, format_args!("{key}")))).collect();
@@ -212,7 +212,7 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
             Item::Scalar(value, _) => {
                 let result = match value {
                     Value::Integer(number) => visitor.visit_i64(*number),
-                    // `1e6` is a whole number, too. 2^53: beyond it a float no longer counts by ones.
+                    // `1e6` is a whole number too. From 2^53 on, f64 skips whole numbers, so what was meant is unknown.
                     Value::Float(number) if number.fract() == 0.0 && (0.0..TWO_TO_53).contains(number) => {
                         visitor.visit_i64(*number as i64)
                     }
@@ -261,7 +261,7 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
         self.locate(visitor.visit_seq(Elements(elements.into_iter())))
     }
 
-    /// The tuples of recipes are all of numbers.
+    /// All tuples of recipes are lists of numbers, except for those of [`read_flattened`].
     fn deserialize_tuple<V: Visitor<'de>>(self, length: usize, visitor: V) -> Result<V::Value, Error> {
         if let Some(taken) = self.parts {
             let part = |_| Reader { node: self.node, path: self.path.clone(), parts: Some(taken) };
@@ -309,7 +309,7 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
         let (name, settings) = match (&self.node.item, self.text()) {
             (_, Some(name)) => (name, None),
             (Item::Table(table), _) if table.len() == 1 => {
-                let (name, node) = table.iter().next().expect("it has one entry");
+                let (name, node) = table.iter().next().expect("the table has one entry");
                 (name.as_str(), Some(node))
             }
             _ => return self.locate(Err(Error::expected(&format!("one of: {}", variants.join(", "))))),
@@ -331,7 +331,8 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
 }
 
 impl<'de> Reader<'de, 'static> {
-    /// Reads a value. What a type finds wrong after the value was taken (`deserialize_with`, `try_from`) is located here.
+    /// Reads a value. Errors of `deserialize_with` and `try_from`, which are raised after the value was read, get their place
+    /// here.
     fn read<S: DeserializeSeed<'de>>(self, seed: S) -> Result<S::Value, Error> {
         let place = Reader { node: self.node, path: self.path.clone(), parts: None };
         place.locate(seed.deserialize(self))
@@ -341,7 +342,7 @@ impl<'de> Reader<'de, 'static> {
 /// The entries of a table.
 struct Entries<'de> {
     left: std::vec::IntoIter<(&'de str, Reader<'de, 'static>)>,
-    /// That of the key that was read last.
+    /// The value of the key that was read last.
     value: Option<Reader<'de, 'static>>,
 }
 
@@ -370,7 +371,7 @@ impl<'de> de::SeqAccess<'de> for Elements<'de> {
     }
 }
 
-/// A choice among several, with settings of its own or without.
+/// A variant of an enum, with or without settings.
 struct Choice<'de> {
     name: &'de str,
     settings: Option<Reader<'de, 'static>>,
@@ -392,7 +393,7 @@ impl<'de> de::VariantAccess<'de> for Choice<'de> {
     fn unit_variant(self) -> Result<(), Error> {
         match self.settings {
             None => Ok(()),
-            Some(reader) => reader.locate(Err(de::Error::custom("has no settings: write its name alone"))),
+            Some(reader) => reader.locate(Err(de::Error::custom("has no settings: write the name only"))),
         }
     }
 

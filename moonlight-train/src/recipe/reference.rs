@@ -1,4 +1,4 @@
-//! `configs/recipe.schema.json` and `docs/src/reference/recipe.md`, made from the schema, and the test that they are current.
+//! Generates the JSON schema of recipes and the reference page of all keys, and checks that both files are current.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -7,18 +7,21 @@ use serde_json::Value;
 
 use super::schema;
 
-/// Set to write the files instead of comparing them.
+/// The environment variable that makes the tests write the files instead of comparing them.
 const UPDATE: &str = "UPDATE_RECIPE_REFERENCE";
+/// The files, relative to the repository.
+const SCHEMA_FILE: &str = "configs/recipe.schema.json";
+const PAGE_FILE: &str = "docs/src/reference/recipe.md";
 
-fn is_current(file: &str, made: &str) {
+fn assert_current(file: &str, generated: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file);
     if std::env::var_os(UPDATE).is_some() {
-        std::fs::write(&path, made).unwrap();
+        std::fs::write(&path, generated).unwrap();
     }
-    let kept = std::fs::read_to_string(&path).unwrap_or_default();
+    let current = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(
-        kept == made,
-        "`{file}` is not what the types of recipes say. Write it anew with:\n\n    \
+        current == generated,
+        "`{file}` differs from what the types of recipes generate. Update it with:\n\n    \
          {UPDATE}=1 cargo test -p moonlight-train --lib recipe::reference\n"
     );
 }
@@ -26,15 +29,15 @@ fn is_current(file: &str, made: &str) {
 #[test]
 fn the_schema_is_current() {
     let text = serde_json::to_string_pretty(&schema()).unwrap();
-    is_current("configs/recipe.schema.json", &(text + "\n"));
+    assert_current(SCHEMA_FILE, &(text + "\n"));
 }
 
 #[test]
 fn the_reference_page_is_current() {
-    is_current("docs/src/reference/recipe.md", &page(&schema().to_value()));
+    assert_current(PAGE_FILE, &page(&schema().to_value()));
 }
 
-/// Every recipe says which schema an editor checks it by.
+/// Every recipe names the schema by which an editor checks it.
 #[test]
 fn recipes_name_their_schema() {
     for file in super::tests::toml_files("configs") {
@@ -44,49 +47,51 @@ fn recipes_name_their_schema() {
 }
 
 const HEAD: &str = "\
-<!-- Made from the types of recipes (moonlight-train/src/recipe): change their docs, not this page. -->
+<!-- Generated from the doc comments in moonlight-train/src/recipe; edit those, and not this page. -->
 
-# Recipes
+# Recipe keys
 
-A recipe is a TOML file that says everything about a run; `moonlight train RECIPE.toml` runs it. Every key has a default but the few that are
-*required*. `--set section.key=value` lays a value over the file's. An unknown key, a wrong type or an impossible value is an error that names
-the key and the line. The run's folder keeps a `recipe.toml` in which every default is spelled out.
+Here you find every key of a recipe: what it does, its type, its default and its range.
 
-Editors with the taplo language server (Even Better TOML) complete and check the keys of a recipe that begins with the line
+A recipe is a TOML file that describes a run completely; `moonlight train RECIPE.toml` runs it. Every key has a default, except for the few that are
+required. `--set section.key=value` overrides a value of the file. An unknown key, a wrong type or an impossible value is an error that names the key
+and the line. The run's folder contains a `recipe.toml` with every default written out.
+
+Editors with the taplo language server (Even Better TOML) complete and check the keys of a recipe whose first line is
 `#:schema recipe.schema.json`, a path relative to the recipe or a URL.
 ";
 
 /// The page of all keys.
 fn page(root: &Value) -> String {
     let mut page = String::from(HEAD);
-    for (section, said) in properties(root) {
-        let told = parts(said, root);
-        let description = told.iter().rev().find_map(|part| part["description"].as_str()).unwrap_or_default();
+    for (section, schema) in properties(root) {
+        let parts = resolved(schema, root);
+        let description = parts.iter().rev().find_map(|part| part["description"].as_str()).unwrap_or_default();
         writeln!(page, "\n## `[{section}]`\n\n{}\n", line(description)).unwrap();
         let mut plain = Vec::new();
-        for (key, said) in told.iter().flat_map(|part| properties(part)) {
-            // The keys of a published config.json have no docs of ours.
-            match said.as_object().is_some_and(|said| said.len() == 1) {
+        for (key, schema) in parts.iter().flat_map(|part| properties(part)) {
+            // Keys that only some architectures have are described in `config.json` files, and listed by name.
+            match schema.as_object().is_some_and(|schema| schema.len() == 1) {
                 true => plain.push(format!("`{key}`")),
-                false => entry(&mut page, key, said, root, 0),
+                false => entry(&mut page, key, schema, root, 0),
             }
         }
         if !plain.is_empty() {
-            writeln!(page, "* as in the published `config.json`: {}", plain.join(", ")).unwrap();
+            writeln!(page, "* as in a published `config.json`: {}", plain.join(", ")).unwrap();
         }
     }
     page
 }
 
-/// A line for a key, and one for each of its choices or of the keys within it.
-fn entry(page: &mut String, key: &str, said: &Value, root: &Value, depth: usize) {
-    let parts = parts(said, root);
+/// Writes a line for a key, and one for each of its choices and inner keys.
+fn entry(page: &mut String, key: &str, schema: &Value, root: &Value, depth: usize) {
+    let parts = resolved(schema, root);
     let indent = "  ".repeat(depth);
     let of = |key: &str| parts.iter().find_map(|part| part[key].as_str()).map(line);
     let description = of("description").unwrap_or_default();
-    // Some defaults follow from other keys, and some docs say theirs.
-    let told = description.contains("Default:") || description.contains("Required.");
-    let default = parts.iter().find_map(|part| part.get("default")).filter(|value| !told && is_plain(value));
+    // A default that depends on other keys is in the description.
+    let has_default = description.contains("Default:") || description.contains("Required.");
+    let default = parts.iter().find_map(|part| part.get("default")).filter(|value| !has_default && is_plain(value));
     let default = default.map(|value| format!(", default `{value}`")).unwrap_or_default();
     writeln!(page, "{indent}* `{key}` ({}{default}): {description}", kind(&parts, root)).unwrap();
     let choices = parts.iter().flat_map(|part| ["oneOf", "anyOf"].map(|of| part[of].as_array())).flatten().flatten();
@@ -96,17 +101,17 @@ fn entry(page: &mut String, key: &str, said: &Value, root: &Value, depth: usize)
         for name in names.iter().filter_map(Value::as_str) {
             writeln!(page, "{indent}  * `\"{name}\"`: {description}").unwrap();
         }
-        for (name, said) in properties(choice) {
+        for (name, schema) in properties(choice) {
             writeln!(page, "{indent}  * `{{ {name} = ... }}`: {description}").unwrap();
-            for (key, said) in self::parts(said, root).iter().flat_map(|part| properties(part)) {
-                entry(page, key, said, root, depth + 2);
+            for (key, schema) in resolved(schema, root).iter().flat_map(|part| properties(part)) {
+                entry(page, key, schema, root, depth + 2);
             }
         }
     }
     let items = parts.iter().filter_map(|part| part.get("items")).filter(|items| items.is_object());
-    let items = items.flat_map(|items| self::parts(items, root));
-    for (key, said) in parts.iter().copied().chain(items).flat_map(properties) {
-        entry(page, key, said, root, depth + 1);
+    let items = items.flat_map(|items| resolved(items, root));
+    for (key, schema) in parts.iter().copied().chain(items).flat_map(properties) {
+        entry(page, key, schema, root, depth + 1);
     }
 }
 
@@ -114,17 +119,17 @@ fn properties(schema: &Value) -> impl Iterator<Item = (&String, &Value)> {
     schema["properties"].as_object().into_iter().flatten()
 }
 
-/// A schema and what it refers to.
-fn parts<'a>(schema: &'a Value, root: &'a Value) -> Vec<&'a Value> {
+/// A schema, and every schema that it refers to or combines.
+fn resolved<'a>(schema: &'a Value, root: &'a Value) -> Vec<&'a Value> {
     let referred = schema["$ref"].as_str().and_then(|path| root.pointer(path.strip_prefix('#')?));
     let all = schema["allOf"].as_array().into_iter().flatten();
     // `Option<T>`: T, or null.
     let optional = schema["anyOf"].as_array().filter(|any| any.iter().any(|schema| schema["type"] == "null"));
     let inner = referred.into_iter().chain(all).chain(optional.into_iter().flatten());
-    std::iter::once(schema).chain(inner.flat_map(|schema| parts(schema, root))).collect()
+    std::iter::once(schema).chain(inner.flat_map(|schema| resolved(schema, root))).collect()
 }
 
-/// What may be written, in words.
+/// The type of a value, in words.
 fn kind(parts: &[&Value], root: &Value) -> String {
     let words = |name: &str| match name {
         "integer" => Some("whole number"),
@@ -142,12 +147,12 @@ fn kind(parts: &[&Value], root: &Value) -> String {
     let Some(word) = types.filter_map(words).next() else { return "a choice".into() };
     let items: Vec<_> = parts.iter().filter_map(|part| part.get("items")).filter(|items| items.is_object()).collect();
     match (word, items.first()) {
-        ("list", Some(items)) => format!("list of {}s", kind(&self::parts(items, root), root)),
+        ("list", Some(items)) => format!("list of {}s", kind(&resolved(items, root), root)),
         _ => word.to_owned(),
     }
 }
 
-/// Whether a default says more than that there is nothing.
+/// Whether a default is worth showing: not null, empty or a table.
 fn is_plain(value: &Value) -> bool {
     match value {
         Value::Null | Value::Object(_) => false,

@@ -9,18 +9,22 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use super::check::Check;
 use moonlight_infer::expand_env;
 
-/// The run's name, folder, seed and device.
+/// The run's name, its folder, its seed and its device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// The run's folder is `{dir}/{name}`. Default: the recipe's file name without its ending.
+    /// The name of the run; its folder is `{dir}/{name}`. Change it to start another run with the same recipe. Default: the
+    /// file name of the recipe without its extension.
     pub name: String,
-    /// The folder of all runs.
+    /// The folder that contains the folders of all runs; `~` and `$NAME` are expanded. Several machines need one that all of
+    /// them share.
     #[serde(deserialize_with = "path")]
     pub dir: PathBuf,
-    /// Seeds the initial weights and the order of the data.
+    /// The seed of the initial weights, the order of the data, dropout and stochastic rounding. The same seed repeats a run
+    /// bit for bit on the CPU; another one shows how much a result depends on chance.
     pub seed: u64,
-    /// `cpu`, `cuda[:N]`, `wgpu[:N]`, `vulkan[:N]` or `metal`, or `auto` for the first that the build has.
+    /// The device to train on: `cpu`, `cuda[:N]`, `wgpu[:N]`, `vulkan[:N]` or `metal`, with `N` counted from 0, or `auto` for
+    /// the first of these that the build contains and the machine has. `--device` overrides it.
     pub device: DeviceName,
 }
 
@@ -36,13 +40,13 @@ impl RunConfig {
         check.require("run.name", is_folder_name(name), || format!("is `{name}`, which cannot name a folder"));
     }
 
-    /// The folder of this run: `{dir}/{name}`.
+    /// The run's folder: `{dir}/{name}`.
     pub fn folder(&self) -> PathBuf {
         self.dir.join(&self.name)
     }
 }
 
-/// The name of a device, as `--device` takes it. Whether there is such a device is known when it is opened.
+/// The name of a device, as `--device` takes it. Whether the device exists is checked when it is opened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String")]
 pub struct DeviceName(String);
@@ -63,41 +67,43 @@ impl Deref for DeviceName {
     }
 }
 
-/// Reads a path with `~` and variables expanded.
+/// Reads a path, and expands `~` and environment variables.
 pub(super) fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
     let text = String::deserialize(deserializer)?;
     expand_env(&text).map(PathBuf::from).map_err(|name| de::Error::custom(unset(&text, &name)))
 }
 
-/// The same, of a path that need not be there.
+/// Like [`path`], for a key that may be absent.
 pub(super) fn optional_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
     path(deserializer).map(Some)
 }
 
-/// What is wrong with a path in which an environment variable is named that is not set.
+/// The problem of a path with an environment variable that is not set.
 fn unset(text: &str, name: &str) -> String {
-    format!("is `{text}`, but the environment has no `{name}`")
+    format!("is `{text}`, but the environment variable `{name}` is not set")
 }
 
 fn is_folder_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }
 
-/// What the trained model writes at the end of the run.
+/// The text that the trained model writes at the end of the run, a first look at what it has learned.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SampleConfig {
-    /// The beginning of the text; empty for no sample.
+    /// The start of the text; empty for no sample.
     pub prompt: String,
-    /// The most tokens that are added to it.
+    /// The largest number of tokens to add.
     pub max_new_tokens: usize,
-    /// Divides the logits; 0 always takes the likeliest token.
+    /// The sampling temperature, from 0: logits are divided by it. Lower values give likelier text; 0 always takes the most
+    /// likely token.
     pub temperature: f64,
-    /// Draw from the likeliest tokens that hold this much probability.
+    /// Nucleus sampling, above 0 and at most 1: tokens are drawn from the most likely ones whose probabilities add up to
+    /// this. 1 turns it off.
     pub top_p: f64,
-    /// Draw from this many of the likeliest tokens; 0 for all.
+    /// Tokens are drawn from this many of the most likely ones; 0 for all.
     pub top_k: usize,
-    /// Seeds the draws.
+    /// The seed of the sampling.
     pub seed: u64,
 }
 

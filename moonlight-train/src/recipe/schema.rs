@@ -1,5 +1,5 @@
-//! The JSON schema of recipes, made from the types that are read: for editors, for the reference page, and to find keys that
-//! nothing reads.
+//! The JSON schema of recipes, generated from the types that are read: for editors, for the reference page, and to find unknown
+//! keys.
 
 use std::sync::LazyLock;
 
@@ -21,14 +21,15 @@ pub fn schema() -> Schema {
     schema
 }
 
-/// A list of strings may be written as its only one.
+/// A list of one string may be written as that string.
 fn strings_or_one(schema: &mut Schema) {
     if schema.get("type") == Some(&json!("array")) && schema.get("items") == Some(&json!({"type": "string"})) {
         schema.insert("type".into(), json!(["array", "string"]));
     }
 }
 
-/// The schema of structs that are read from one table by [`read_flattened`](super::reader::read_flattened): a key is the first's that has it.
+/// The schema of structs that [`read_flattened`](super::reader::read_flattened) reads from one table. A key belongs to the
+/// first struct that has it.
 pub(super) fn merged<const N: usize>(description: &str, parts: [Schema; N]) -> Schema {
     let mut properties = Map::new();
     for part in parts {
@@ -42,16 +43,16 @@ pub(super) fn merged<const N: usize>(description: &str, parts: [Schema; N]) -> S
     })
 }
 
-/// What a schema says of tables and lists: its alternatives taken together.
+/// The keys of a table and the elements of a list that a schema allows, over all of its alternatives.
 #[derive(Default)]
-struct Known<'a> {
+struct AllowedKeys<'a> {
     keys: Vec<(&'a str, &'a Value)>,
     items: Vec<&'a Value>,
-    /// Whether other keys may stand there as well.
+    /// Whether any other key is allowed too.
     open: bool,
 }
 
-impl<'a> Known<'a> {
+impl<'a> AllowedKeys<'a> {
     fn of(schemas: &[&'a Value], root: &'a Value) -> Self {
         let mut known = Self::default();
         schemas.iter().for_each(|schema| known.add(schema, root));
@@ -64,7 +65,7 @@ impl<'a> Known<'a> {
         let choices = ["allOf", "anyOf", "oneOf"].into_iter().filter_map(|of| schema[of].as_array()).flatten();
         referred.into_iter().chain(choices).for_each(|schema| self.add(schema, root));
         self.keys
-            .extend(schema["properties"].as_object().into_iter().flatten().map(|(key, said)| (key.as_str(), said)));
+            .extend(schema["properties"].as_object().into_iter().flatten().map(|(key, value)| (key.as_str(), value)));
         self.items.extend(schema.get("items"));
         self.open |= !matches!(schema.get("additionalProperties"), None | Some(Value::Bool(false)));
     }
@@ -73,22 +74,22 @@ impl<'a> Known<'a> {
         self.keys.iter().map(|(key, _)| *key)
     }
 
-    /// What is said of one of the keys.
+    /// The schemas of one key.
     fn inner(&self, name: &str) -> Vec<&'a Value> {
-        self.keys.iter().filter(|(key, _)| *key == name).map(|(_, said)| *said).collect()
+        self.keys.iter().filter(|(key, _)| *key == name).map(|(_, schema)| *schema).collect()
     }
 }
 
-/// The first key, by line, that nothing reads; a section before all others.
+/// The error for the first unknown key by line. Unknown sections come first.
 pub(super) fn unknown_key(document: &Node) -> Option<RecipeError> {
     let root = &*SCHEMA;
-    let sections = Known::of(&[root], root);
+    let sections = AllowedKeys::of(&[root], root);
     let Item::Table(written) = &document.item else { return None };
     let mut unknown: Vec<_> = written.iter().filter(|(name, _)| sections.inner(name).is_empty()).collect();
     unknown.sort_by_key(|(_, node)| !matches!(node.item, Item::Table(_)));
     // `(section, key)` of every key of every section.
     let keys = || {
-        let of = |name| Known::of(&sections.inner(name), root).keys.into_iter().map(move |(key, _)| (name, key));
+        let of = |name| AllowedKeys::of(&sections.inner(name), root).keys.into_iter().map(move |(key, _)| (name, key));
         sections.names().flat_map(of)
     };
     if let Some((name, node)) = unknown.first() {
@@ -125,7 +126,7 @@ pub(super) fn unknown_key(document: &Node) -> Option<RecipeError> {
     found.into_iter().next().map(|(_, error)| error)
 }
 
-/// The unknown keys of a section, or of a table or list within it; `elsewhere` is another section's key of that name.
+/// Finds the unknown keys of a section, or of a table or list in it. `elsewhere` looks up the name in the other sections.
 fn unknown_in(
     node: &Node,
     schemas: &[&Value],
@@ -134,16 +135,16 @@ fn unknown_in(
     elsewhere: &dyn Fn(&str) -> Option<String>,
     found: &mut Vec<(Location, RecipeError)>,
 ) {
-    let known = Known::of(schemas, root);
+    let known = AllowedKeys::of(schemas, root);
     match &node.item {
         Item::Table(table) => {
             for (key, node) in table {
                 let inner = known.inner(key);
-                let whole = format!("{path}.{key}");
+                let full_name = format!("{path}.{key}");
                 if !inner.is_empty() {
-                    unknown_in(node, &inner, root, &whole, elsewhere, found);
+                    unknown_in(node, &inner, root, &full_name, elsewhere, found);
                 } else if !known.open {
-                    // A section's keys are named whole, those of tables within it are not.
+                    // The nearest key is given with its section, but inside a table of a section by its name only.
                     let near = nearest(key, known.names());
                     let nearest = match path.contains(['.', '[']) {
                         true => near,
@@ -151,7 +152,7 @@ fn unknown_in(
                     };
                     let known = known.names().map(str::to_owned).collect();
                     let place = node.place.to_string();
-                    found.push((node.place.clone(), RecipeError::UnknownKey { place, key: whole, nearest, known }));
+                    found.push((node.place.clone(), RecipeError::UnknownKey { place, key: full_name, nearest, known }));
                 }
             }
         }

@@ -83,7 +83,7 @@ fn the_resolved_recipe_reads_back_equal() {
 }
 
 #[test]
-fn unknown_keys_are_named_with_line_and_neighbour() {
+fn an_unknown_key_is_an_error_with_its_line_and_the_nearest_key() {
     let text = SMALL.replace("steps = 10", "stesp = 10");
     let error = parse(&text, &[]).unwrap_err();
     assert_eq!(
@@ -105,7 +105,7 @@ fn unknown_keys_are_named_with_line_and_neighbour() {
 }
 
 #[test]
-fn set_wins_over_the_file() {
+fn set_overrides_the_file() {
     let sets = ["optimizer.learning_rate=2e-3", "run.name=7", "model.num_hidden_layers=2", "data.train=x.txt"];
     let recipe = parse(SMALL, &sets).unwrap();
     assert_eq!((recipe.optimizer.learning_rate, recipe.run.name.as_str()), (2e-3, "7"));
@@ -117,10 +117,10 @@ fn set_wins_over_the_file() {
 }
 
 #[test]
-fn impossible_values_name_their_key() {
+fn an_invalid_value_is_an_error_with_its_key() {
     for (set, expected) in [
         ("train.batch_size=0", "`train.batch_size` is 0; it must be at least 1"),
-        ("optimizer.learning_rate=-1", "`optimizer.learning_rate` is -1; a rate must not be negative"),
+        ("optimizer.learning_rate=-1", "`optimizer.learning_rate` is -1; it must be at least 0"),
         ("optimizer.name=sgd", "`optimizer.name` is `sgd`; it must be one of: muon, adamw"),
         (
             "data.sequence_length=4097",
@@ -131,11 +131,11 @@ fn impossible_values_name_their_key() {
         ("data.format=talk", "`data.format` is `talk`; it must be one of: text, tokens, chat"),
         ("data.broken=ignore", "`data.broken` is `ignore`; it must be one of: error, skip"),
         ("data.too_long=cut", "`data.too_long` is `cut`; it must be one of: error, truncate, skip"),
-        ("data.tokenizer=none", "`data.tokenizer` is `none`, but text needs one"),
-        ("data.train=[]", "`data.train` names no files"),
-        ("data.train=a[", "`data.train` has `a[`, which is not a glob"),
-        ("data.train=$NO_SUCH_THING/x", "the environment has no `NO_SUCH_THING`"),
-        ("schedule.warmup_steps=11", "`schedule.warmup_steps` is 11, more than the schedule's 10 steps"),
+        ("data.tokenizer=none", "`data.tokenizer` is `none`, but text needs a tokenizer"),
+        ("data.train=[]", "`data.train` is empty"),
+        ("data.train=a[", "`data.train` contains `a[`, which is not a glob"),
+        ("data.train=$NO_SUCH_THING/x", "the environment variable `NO_SUCH_THING` is not set"),
+        ("schedule.warmup_steps=11", "`schedule.warmup_steps` is 11, more than the 10 steps of the schedule"),
         ("schedule.final_fraction=2", "`schedule.final_fraction` is 2"),
         ("run.name=a/b", "`run.name` is `a/b`, which cannot name a folder"),
         ("model.num_hidden_layers=0", "[model]: the model configuration's `num_hidden_layers` must be at least 1"),
@@ -167,12 +167,12 @@ fn impossible_values_name_their_key() {
 }
 
 #[test]
-fn epochs_are_steps_when_the_data_are_known() {
+fn epochs_become_steps_once_the_data_are_known() {
     let text = SMALL.replace("steps = 10", "epochs = 2\nbatch_size = 4\ngradient_accumulation = 3");
     let steps = |sets: &[&str], sequences| parse(&text, sets).unwrap().with_steps(sequences).map(|it| it.train.steps);
-    // A warm-up that no steps are known for is left alone until they are.
+    // While the number of steps is unknown, the warm-up is not checked against it.
     assert_eq!(parse(&text, &["schedule.warmup_steps=5"]).unwrap().train.steps, 0);
-    // 2 * 60 sequences in batches of 4 are 30 passes of which 3 are a step.
+    // 2 * 60 sequences in micro-batches of 4 are 30 passes, and 3 passes are a step.
     assert_eq!(steps(&[], 60), Ok(10));
     assert_eq!(steps(&[], 61), Ok(11));
     assert_eq!(steps(&["train.epochs=0.1"], 60), Ok(1));
@@ -181,23 +181,23 @@ fn epochs_are_steps_when_the_data_are_known() {
         "schedule.accumulation=[{from_step=2, gradient_accumulation=1}, {from_step=5, gradient_accumulation=5}]";
     assert_eq!(steps(&[changes], 60), Ok(2 + 3 + 5));
     assert_eq!(steps(&[changes], 16), Ok(2 + 2));
-    // What is written says both, and is read again; other steps are an error.
+    // The written recipe has both keys and reads back; another number of steps is an error.
     let resolved = parse(&text, &[]).unwrap().with_steps(60).unwrap();
     let again = Recipe::parse(&resolved.to_toml(), Path::new("recipe.toml"), &[]).unwrap();
     assert_eq!((&again, again.train.epochs), (&resolved, 2.0));
     assert_eq!(again.with_steps(60).unwrap(), resolved);
     let error = steps(&["train.steps=9"], 60).unwrap_err();
     assert!(
-        error.to_string().contains("`train.steps` is 9, but `train.epochs = 2` of these data are 10 steps"),
+        error.to_string().contains("`train.steps` is 9, but `train.epochs = 2` is 10 steps with these data"),
         "{error}"
     );
-    assert!(steps(&["train.epochs=1e300"], 60).unwrap_err().to_string().contains("`train.epochs` is 1e300, which are"));
-    assert!(message(&text, &["train.epochs=-1"]).contains("`train.epochs` is -1; it must be from 0"));
+    assert!(steps(&["train.epochs=1e300"], 60).unwrap_err().to_string().contains("`train.epochs` is 1e300, which is"));
+    assert!(message(&text, &["train.epochs=-1"]).contains("`train.epochs` is -1; it must be at least 0"));
     assert_eq!(parse(SMALL, &[]).unwrap().with_steps(60).unwrap().train.steps, 10);
 }
 
 #[test]
-fn absent_keys_are_named() {
+fn a_missing_required_key_is_named() {
     for (line, key) in [
         ("steps = 10", "train.steps"),
         ("learning_rate = 1e-3", "optimizer.learning_rate"),
@@ -210,7 +210,7 @@ fn absent_keys_are_named() {
 }
 
 #[test]
-fn the_vocabulary_is_the_shapes_or_else_the_tokenizers() {
+fn the_vocabulary_is_that_of_the_shape_or_else_of_the_tokenizer() {
     let tokenizer = Tokenizer::open("bytes").unwrap();
     let preset = parse(SMALL, &[]).unwrap().model.config_for(Some(&tokenizer)).unwrap();
     assert_eq!((preset.vocab_size, preset.eos_token_id), (8192, vec![257]));
@@ -229,7 +229,7 @@ fn the_vocabulary_is_the_shapes_or_else_the_tokenizers() {
 }
 
 #[test]
-fn a_preset_may_be_a_file_beside_the_recipe() {
+fn a_preset_may_be_a_file_next_to_the_recipe() {
     let folder = tempfile::tempdir().unwrap();
     let shape = moonlight_model::ModelConfig::preset("bench-small").unwrap().to_json();
     std::fs::write(folder.path().join("shape.json"), shape).unwrap();
@@ -240,7 +240,7 @@ fn a_preset_may_be_a_file_beside_the_recipe() {
     assert_eq!((config.num_hidden_layers, config.vocab_size), (3, 8192));
 }
 
-/// A JSON file is a `config.json`, whose absent keys mean what they mean in transformers; a TOML file is a shape of recipes.
+/// A JSON file is a `config.json`, whose absent keys have the defaults of transformers; a TOML file has those of recipes.
 #[test]
 fn a_preset_in_json_has_the_defaults_of_its_class() {
     let folder = tempfile::tempdir().unwrap();
@@ -251,7 +251,7 @@ fn a_preset_in_json_has_the_defaults_of_its_class() {
         .for_each(|key| drop(map.remove(*key)));
     map.retain(|_, value| !value.is_null());
     let toml = toml::to_string(&*map).unwrap();
-    // What TOML cannot say: no latent of queries.
+    // TOML has no null, which stands for "no query latent".
     map.insert("q_lora_rank".into(), serde_json::Value::Null);
     for (file, text, factor) in [("shape.json", shape.to_string(), 2.5), ("shape.toml", toml, 1.0)] {
         std::fs::write(folder.path().join(file), text).unwrap();
@@ -272,12 +272,12 @@ pub(super) fn toml_files(folder: &str) -> Vec<PathBuf> {
 }
 
 #[test]
-fn every_recipe_of_the_repository_is_one() {
+fn every_recipe_of_the_repository_is_valid() {
     let files = toml_files("configs");
     assert!(files.len() >= 3, "{files:?}");
     for file in files {
         let text = std::fs::read_to_string(&file).unwrap();
-        // Fine-tuning starts from weights; a shape stands in for those that are not on this machine.
+        // The weights that fine-tuning starts from are not on this machine, so their `config.json` is enough here.
         let folder = tempfile::tempdir().unwrap();
         let shape = moonlight_model::ModelConfig::preset("moonlight-16b-a3b").unwrap().to_json();
         std::fs::write(folder.path().join("config.json"), shape).unwrap();
@@ -293,7 +293,7 @@ fn every_recipe_of_the_repository_is_one() {
             let sets = [&sets[..], &[option.to_owned()]].concat();
             let recipe = match Recipe::load(&file, &sets) {
                 Ok(recipe) => recipe,
-                // A layer's own update and several workers exclude each other.
+                // `train.fuse_update` and several ranks exclude each other.
                 Err(error) => {
                     assert!(error.to_string().contains("`train.fuse_update`"), "{option}: {error}");
                     continue;
@@ -305,7 +305,7 @@ fn every_recipe_of_the_repository_is_one() {
     }
 }
 
-/// A value for each option of Muon, AdamW and of several workers that a recipe could not set before.
+/// A value for each option of Muon, AdamW and distributed training that recipes of earlier versions could not set.
 const OPTIONS: [&str; 24] = [
     "optimizer.momentum_warmup={ start = 0.85, steps = 300 }",
     "optimizer.momentum_dtype=bf16",
@@ -385,7 +385,10 @@ fn options_of_choices_are_checked() {
         ("schedule.stages=[{ to = 1.0 }]", "the recipe lacks `schedule.stages[0].steps`"),
         ("data.train=[1]", "`data.train[0]` must be a string, not 1"),
         ("train.plots=yes", "`train.plots` must be true or false, not yes"),
-        ("run.dir=$NO_SUCH_THING/x", "`run.dir` is `$NO_SUCH_THING/x`, but the environment has no `NO_SUCH_THING`"),
+        (
+            "run.dir=$NO_SUCH_THING/x",
+            "`run.dir` is `$NO_SUCH_THING/x`, but the environment variable `NO_SUCH_THING` is not set",
+        ),
         ("run.device=", "`run.device` is empty; write `auto` for the default device"),
         ("run=3", "the key needs its section"),
     ] {
@@ -396,12 +399,12 @@ fn options_of_choices_are_checked() {
         message(&format!("{SMALL}[sample]\n\ntop_k = -1\n"), &[]).starts_with("runs/small.toml:15: `sample.top_k`")
     );
     let error = parse(SMALL, &["optimizer.name=moun"]).unwrap_err();
-    assert_eq!(error.hint().as_deref(), Some("the nearest is `muon`"));
+    assert_eq!(error.hint().as_deref(), Some("write `muon` if that is meant"));
 }
 
-/// A recipe is read without a look at the disk; what it names is looked for when it is resolved.
+/// Parsing does not access the disk; what a recipe names is looked up when it is resolved.
 #[test]
-fn parsing_looks_at_no_disk() {
+fn parsing_does_not_access_the_disk() {
     for model in ["path = \"/no/such/folder\"", "path = \"no/such-model\"", "preset = \"no-such-file.toml\""] {
         let text = SMALL.replace("preset = \"bench-small\"", model);
         let draft = Draft::parse(&text, Path::new("runs/small.toml"), &[]).unwrap();
@@ -410,12 +413,12 @@ fn parsing_looks_at_no_disk() {
     }
 }
 
-/// Recipes of runs that were written before the keys were read by serde.
+/// Recipes of runs of earlier versions.
 #[test]
-fn recipes_of_older_runs_mean_the_same() {
+fn recipes_of_earlier_versions_mean_the_same() {
     let mut seen = 0;
     let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/compat");
-    let runs = ["bf16", "lora", "pretrain", "workers"].map(|run| runs.join(run).join("recipe.toml"));
+    let runs = ["bf16", "lora", "pretrain", "distributed"].map(|run| runs.join(run).join("recipe.toml"));
     for file in toml_files("moonlight-train/tests/old_recipes").into_iter().chain(runs) {
         let text = std::fs::read_to_string(&file).unwrap();
         let old: toml::Table = toml::from_str(&text).unwrap();
@@ -426,12 +429,15 @@ fn recipes_of_older_runs_mean_the_same() {
         let set = format!("model.path={}", folder.path().display());
         let sets = if tunes { vec![set] } else { Vec::new() };
         let recipe = Recipe::load(&file, &sets).unwrap_or_else(|error| panic!("{error}"));
-        // What the older program wrote is written again, to the digit.
+        // Every value is written back exactly, under the key's name of today.
         let new: toml::Table = toml::from_str(&recipe.to_toml()).unwrap();
         for (section, keys) in &old {
             for (key, value) in keys.as_table().unwrap() {
                 if (section.as_str(), key.as_str()) != ("model", "path") {
-                    assert_eq!(new[section].get(key), Some(value), "{}: {section}.{key}", file.display());
+                    let name = format!("{section}.{key}");
+                    let renamed = RENAMED_KEYS.iter().find(|(old, _)| *old == name).map(|(_, new)| *new);
+                    let key = renamed.and_then(|new| new.split_once('.')).map_or(key.as_str(), |(_, key)| key);
+                    assert_eq!(new[section].get(key), Some(value), "{}: {name}", file.display());
                 }
             }
         }
@@ -442,7 +448,7 @@ fn recipes_of_older_runs_mean_the_same() {
     assert_eq!(seen, 10);
 }
 
-/// Muon and AdamW by the keys that a recipe had before it had all of theirs.
+/// Muon and AdamW by the keys that recipes of earlier versions had.
 fn as_the_older_program_read(keys: &toml::Value) -> (MuonConfig, AdamWConfig) {
     let number = |key: &str| keys[key].as_float().unwrap();
     let word = |key: &str| keys[key].as_str().unwrap();
@@ -493,7 +499,7 @@ fn as_the_older_program_read(keys: &toml::Value) -> (MuonConfig, AdamWConfig) {
 }
 
 #[test]
-fn every_shape_of_the_repository_is_one() {
+fn every_shape_of_the_repository_is_valid() {
     let millions = |name: &str| match name {
         "moonlight-1b" => 900.0..1100.0,
         "muon-report-545m" => 500.0..570.0,

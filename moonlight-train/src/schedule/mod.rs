@@ -1,37 +1,37 @@
 //! The learning rate over the steps.
 //!
-//! Step `s`, counted from 0, of a warm-up of `w` steps takes `(s + 1) / w` of the peak: the first step already learns,
-//! step `w - 1` is at the peak, and the decay begins with step `w`. A decay from step `a` to a schedule's end `n` takes,
-//! at step `s`, the point `(s + 1 - a) / (n - a)` of its line or cosine, so that the last step has the final rate.
-//! This is the convention of stages as well: the last step of a stage has the stage's rate.
+//! Steps count from 0. Step `s` of a warm-up of `w` steps has the rate `peak * (s + 1) / w`: the first step already learns,
+//! step `w - 1` has the peak, and the decay starts with step `w`. A decay from step `a` to the schedule's end `n` has at step
+//! `s` the point `(s + 1 - a) / (n - a)` of its line or cosine, so that the last step has the final rate. Stages follow the
+//! same convention: the last step of a stage has the stage's rate.
 
 mod config;
 
 pub use config::{AccumulationChange, ScheduleConfig, ScheduleName, Stage, StageShape};
 
-/// Why a schedule is impossible.
+/// A schedule that does not fit into its steps.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{key}` {problem}")]
 pub struct ScheduleError {
-    /// The recipe's key.
+    /// The key of the recipe.
     pub key: &'static str,
-    /// What is wrong, as the rest of a sentence.
+    /// What is wrong, as the rest of a sentence that starts with the key.
     pub problem: String,
 }
 
-/// The learning rate, and what else the stages of a run may change, for each step.
+/// The learning rate of each step, and the other settings that change during a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
     segments: Vec<Segment>,
-    /// The rate that the first segment begins with.
+    /// The rate before the first segment.
     initial: f64,
     accumulation: Vec<AccumulationChange>,
 }
 
-/// A stretch of steps over which the rate moves from one value to another.
+/// Consecutive steps in which the rate changes from one value to another.
 #[derive(Debug, Clone, PartialEq)]
 struct Segment {
-    /// The first step after it.
+    /// The first step after the segment.
     end: u64,
     steps: u64,
     from: f64,
@@ -43,11 +43,11 @@ struct Segment {
 impl Schedule {
     /// The schedule of a run of `steps` steps with the peak `learning_rate`.
     ///
-    /// The stages of `name = "stages"` have rates of their own; `learning_rate` is not used then.
+    /// With `name = "stages"` the stages have their own rates, and `learning_rate` is not used.
     ///
     /// # Errors
     ///
-    /// [`ScheduleError`] where warm-up and decay do not fit into the steps.
+    /// [`ScheduleError`] if warm-up and decay do not fit into the steps.
     pub fn new(config: &ScheduleConfig, learning_rate: f64, steps: u64) -> Result<Self, ScheduleError> {
         let total = if config.total_steps > 0 { config.total_steps } else { steps };
         let warmup = config.warmup_steps;
@@ -62,7 +62,7 @@ impl Schedule {
             return Ok(schedule);
         }
         if warmup > total {
-            let problem = format!("is {warmup}, more than the schedule's {total} steps");
+            let problem = format!("is {warmup}, more than the {total} steps of the schedule");
             return Err(ScheduleError { key: "schedule.warmup_steps", problem });
         }
         if warmup == 0 {
@@ -93,7 +93,7 @@ impl Schedule {
         Ok(schedule)
     }
 
-    /// Appends a segment that starts at the rate of the last one; nothing for 0 steps.
+    /// Appends a segment that starts at the rate of the last one; none for 0 steps.
     fn push(&mut self, steps: u64, to: f64, shape: StageShape) {
         if steps == 0 {
             return;
@@ -103,7 +103,7 @@ impl Schedule {
         self.segments.push(Segment { end, steps, from, to, shape, bias_update_rate: None });
     }
 
-    /// The segment of a step; the last one has no end.
+    /// The segment of a step. Steps after the end of the schedule belong to the last one.
     fn segment(&self, step: u64) -> Option<&Segment> {
         self.segments.iter().find(|segment| step < segment.end).or(self.segments.last())
     }
@@ -116,19 +116,19 @@ impl Schedule {
         let Segment { from, to, .. } = *segment;
         match segment.shape {
             StageShape::Constant => to,
-            // The ends are exact: no rounding between `from` and `to`.
+            // Exactly `to`, which the formulas below reach only up to rounding.
             _ if done >= 1.0 => to,
             StageShape::Linear => from + (to - from) * done,
             StageShape::Cosine => to + (from - to) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
         }
     }
 
-    /// Forward passes for the step, where the schedule says so; else `[train] gradient_accumulation` holds.
+    /// Micro-batches of step `step`, if the schedule sets them; otherwise `train.gradient_accumulation` applies.
     pub fn gradient_accumulation(&self, step: u64) -> Option<usize> {
         self.accumulation.iter().rfind(|change| change.from_step <= step).map(|change| change.gradient_accumulation)
     }
 
-    /// The rate of the experts' bias after the step, where its stage says so; else `[moe] bias_update_rate` holds.
+    /// The bias update rate after step `step`, if its stage sets one; otherwise `moe.bias_update_rate` applies.
     pub fn bias_update_rate(&self, step: u64) -> Option<f64> {
         self.segment(step)?.bias_update_rate
     }

@@ -46,7 +46,7 @@ fn without_warm_up_the_decay_begins_at_the_peak() {
 }
 
 #[test]
-fn wsd_is_stable_then_falls() {
+fn wsd_is_stable_and_then_decays() {
     let config = ScheduleConfig { warmup_steps: 10, decay_steps: 20, ..config(ScheduleName::Wsd) };
     let schedule = Schedule::new(&config, 1.0, 100).unwrap();
     assert_eq!((schedule.rate(9), schedule.rate(10), schedule.rate(79)), (1.0, 1.0, 1.0));
@@ -56,7 +56,7 @@ fn wsd_is_stable_then_falls() {
 }
 
 #[test]
-fn stages_follow_each_other() {
+fn a_stage_starts_at_the_last_rate_of_the_one_before() {
     let stage = |steps, to, shape| Stage { steps, to, shape, bias_update_rate: None };
     let mut stages = vec![
         stage(10, 4.2e-4, StageShape::Linear),
@@ -75,14 +75,14 @@ fn stages_follow_each_other() {
 }
 
 #[test]
-fn a_run_may_stop_within_a_longer_schedule() {
+fn a_run_may_stop_before_the_end_of_its_schedule() {
     let config = ScheduleConfig { total_steps: 100, ..config(ScheduleName::Linear) };
     let schedule = Schedule::new(&config, 1.0, 20).unwrap();
     assert_eq!(schedule.rate(19), 0.8);
 }
 
 #[test]
-fn what_does_not_fit_is_named() {
+fn a_warm_up_or_decay_that_does_not_fit_is_an_error() {
     let warmup = ScheduleConfig { warmup_steps: 11, ..config(ScheduleName::Cosine) };
     assert_eq!(Schedule::new(&warmup, 1.0, 10).unwrap_err().key, "schedule.warmup_steps");
     let decay = ScheduleConfig { warmup_steps: 5, decay_steps: 6, ..config(ScheduleName::Wsd) };
@@ -95,7 +95,7 @@ fn a_run_of_no_steps_has_a_rate() {
 }
 
 #[test]
-fn the_batch_may_change_on_the_way() {
+fn gradient_accumulation_may_change_during_a_run() {
     let change = |from_step, gradient_accumulation| AccumulationChange { from_step, gradient_accumulation };
     let config = ScheduleConfig { accumulation: vec![change(10, 4), change(20, 2)], ..config(ScheduleName::Constant) };
     let schedule = Schedule::new(&config, 1.0, 30).unwrap();

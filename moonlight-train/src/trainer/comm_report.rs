@@ -28,7 +28,7 @@ pub(super) fn comm_report(
     sent: BytesSent,
     steps: u64,
 ) -> Result<String, TrainError> {
-    let worker = optimizer.communicator();
+    let comm = optimizer.communicator();
     let (state, momentum_state) = optimizer.state_bytes();
     let own = RankBytes {
         gradients: sent.reduce_scatter,
@@ -38,8 +38,8 @@ pub(super) fn comm_report(
         state,
         momentum_state,
     };
-    let all = all_gather(worker, &own)?;
-    let ranks = worker.size() as f64;
+    let all = all_gather(comm, &own)?;
+    let ranks = comm.size() as f64;
     let mean = |bytes: fn(&RankBytes) -> u64| all.iter().map(|rank| bytes(rank) as f64).sum::<f64>() / ranks;
     let largest = |bytes: fn(&RankBytes) -> u64| all.iter().map(|rank| bytes(rank) as f64).fold(0.0, f64::max);
     let a_step = |bytes: fn(&RankBytes) -> u64| mean(bytes) / steps.max(1) as f64;
@@ -55,7 +55,7 @@ pub(super) fn comm_report(
          over a sharded AdamW:      {:.4} (the report: from 1 to (4 + 2 + 4) / (4 + 4) = 1.25)\n\
          optimizer state of a rank: mean {}, maximum {} ({:.3} times the mean), {} over all ranks\n\
          momentum of a rank:        mean {}, maximum {} ({:.3} times the mean)",
-        worker.size(),
+        comm.size(),
         megabytes(a_step(|rank| rank.gradients)),
         megabytes(a_step(|rank| rank.momentum)),
         megabytes(a_step(|rank| rank.parameters)),

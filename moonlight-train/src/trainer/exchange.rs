@@ -87,21 +87,21 @@ macro_rules! exchange_fields {
 pub(super) use exchange_fields;
 
 /// The values of all ranks, in the order of the ranks.
-pub(super) fn all_gather<T: Exchange>(worker: &Communicator, local: &T) -> Result<Vec<T>, CollectiveError> {
+pub(super) fn all_gather<T: Exchange>(comm: &Communicator, local: &T) -> Result<Vec<T>, CollectiveError> {
     let mut numbers = Vec::new();
     local.encode(&mut numbers);
-    let all = worker.all_gather_f64(numbers)?;
+    let all = comm.all_gather_f64(numbers)?;
     Ok(all.iter().map(|numbers| T::decode(local, &mut numbers.iter().copied())).collect())
 }
 
 /// Whether `local` is true on any rank.
-pub(super) fn any(worker: &Communicator, local: bool) -> Result<bool, CollectiveError> {
-    Ok(all_gather(worker, &local)?.contains(&true))
+pub(super) fn any(comm: &Communicator, local: bool) -> Result<bool, CollectiveError> {
+    Ok(all_gather(comm, &local)?.contains(&true))
 }
 
 /// Succeeds if all ranks succeeded. A rank that failed returns its own error, the others [`TrainError::RemoteFailure`].
-pub(super) fn agree<T>(worker: &Communicator, local: Result<T, TrainError>) -> Result<T, TrainError> {
-    let failed = any(worker, local.is_err())?;
+pub(super) fn agree<T>(comm: &Communicator, local: Result<T, TrainError>) -> Result<T, TrainError> {
+    let failed = any(comm, local.is_err())?;
     match local {
         Ok(_) if failed => Err(TrainError::RemoteFailure),
         local => local,
@@ -109,20 +109,20 @@ pub(super) fn agree<T>(worker: &Communicator, local: Result<T, TrainError>) -> R
 }
 
 /// The number of rank 0, if it has one.
-pub(super) fn broadcast_number(worker: &Communicator, local: Option<u64>) -> Result<Option<u64>, CollectiveError> {
-    let is_some = all_gather(worker, &local.is_some())?[0];
-    let number = all_gather(worker, &local.unwrap_or_default())?[0];
+pub(super) fn broadcast_number(comm: &Communicator, local: Option<u64>) -> Result<Option<u64>, CollectiveError> {
+    let is_some = all_gather(comm, &local.is_some())?[0];
+    let number = all_gather(comm, &local.unwrap_or_default())?[0];
     Ok(is_some.then_some(number))
 }
 
 /// The text of rank 0, if it has one.
-pub(super) fn broadcast_text(worker: &Communicator, local: Option<&str>) -> Result<Option<String>, CollectiveError> {
+pub(super) fn broadcast_text(comm: &Communicator, local: Option<&str>) -> Result<Option<String>, CollectiveError> {
     let local = local.unwrap_or_default().as_bytes();
-    let length = all_gather(worker, &(local.len() as u64))?[0] as usize;
+    let length = all_gather(comm, &(local.len() as u64))?[0] as usize;
     // Collectives carry f64 and no bytes; an f64 holds every u32 exactly.
     let mut words: Vec<u64> = local.chunks(4).map(word).collect();
     words.resize(length.div_ceil(4), 0);
-    let words = all_gather(worker, &words)?.swap_remove(0);
+    let words = all_gather(comm, &words)?.swap_remove(0);
     let mut bytes: Vec<u8> = words.iter().flat_map(|&word| (word as u32).to_le_bytes()).collect();
     bytes.truncate(length);
     Ok((length > 0).then(|| String::from_utf8_lossy(&bytes).into_owned()))
@@ -144,11 +144,11 @@ mod tests {
 
     /// The results of `run` on each of three ranks.
     fn on_three<T: Send>(run: impl Fn(&Communicator) -> T + Sync) -> Vec<T> {
-        let workers: Vec<Communicator> =
+        let communicators: Vec<Communicator> =
             InProcess::collectives(3, Duration::from_secs(20)).into_iter().map(Communicator::new).collect();
         std::thread::scope(|scope| {
             let run = &run;
-            let threads: Vec<_> = workers.iter().map(|worker| scope.spawn(move || run(worker))).collect();
+            let threads: Vec<_> = communicators.iter().map(|comm| scope.spawn(move || run(comm))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         })
     }
@@ -172,7 +172,7 @@ mod tests {
             failed: rank == 1,
         };
         let expected: Vec<Example> = (0..3).map(example).collect();
-        for all in on_three(|worker| all_gather(worker, &example(worker.rank())).unwrap()) {
+        for all in on_three(|comm| all_gather(comm, &example(comm.rank())).unwrap()) {
             assert_eq!(all, expected);
         }
         assert_eq!(all_gather(&Communicator::single_rank(), &expected[1]).unwrap(), expected[1..2]);
@@ -181,13 +181,12 @@ mod tests {
     #[test]
     fn every_rank_gets_the_value_of_rank_0() {
         for text in [None, Some("a"), Some("/a/folder with an ö, longer than a word")] {
-            for received in on_three(|worker| broadcast_text(worker, text.filter(|_| worker.rank() == 0)).unwrap()) {
+            for received in on_three(|comm| broadcast_text(comm, text.filter(|_| comm.rank() == 0)).unwrap()) {
                 assert_eq!(received.as_deref(), text);
             }
         }
         for number in [None, Some(0), Some(1 << 40)] {
-            for received in on_three(|worker| broadcast_number(worker, number.filter(|_| worker.rank() == 0)).unwrap())
-            {
+            for received in on_three(|comm| broadcast_number(comm, number.filter(|_| comm.rank() == 0)).unwrap()) {
                 assert_eq!(received, number);
             }
         }
@@ -196,7 +195,7 @@ mod tests {
     #[test]
     fn if_one_rank_fails_all_of_them_do() {
         let failed = || TrainError::Killed;
-        let results = on_three(|worker| agree(worker, if worker.rank() == 1 { Err(failed()) } else { Ok(()) }));
+        let results = on_three(|comm| agree(comm, if comm.rank() == 1 { Err(failed()) } else { Ok(()) }));
         for (rank, result) in results.into_iter().enumerate() {
             match result {
                 Err(TrainError::Killed) => assert_eq!(rank, 1),

@@ -161,8 +161,8 @@ impl ProcessGroup {
         (0..self.recipe.devices).map(target).collect()
     }
 
-    /// A worker for each device of this process.
-    fn workers(&self, targets: &[ComputeDevice], across: Vec<Arc<dyn Collective>>) -> Vec<Communicator> {
+    /// A communicator for each device of this process, over all ranks of the run.
+    fn communicators(&self, targets: &[ComputeDevice], across: Vec<Arc<dyn Collective>>) -> Vec<Communicator> {
         let devices: Vec<Device> = targets.iter().map(|target| target.device.clone()).collect();
         if devices.len() == 1 {
             return across.into_iter().take(1).map(Communicator::new).collect();
@@ -206,8 +206,8 @@ impl ProcessGroup {
             validate_every: setup.recipe.train.validate_every,
             log_every: setup.recipe.train.log_every,
         };
-        let workers = self.workers(&targets, across);
-        let ranks: Vec<(Communicator, ComputeDevice)> = workers.into_iter().zip(targets).collect();
+        let communicators = self.communicators(&targets, across);
+        let ranks: Vec<(Communicator, ComputeDevice)> = communicators.into_iter().zip(targets).collect();
         let trainers = setup.into_trainers(&ranks, self.distributed);
         let (trainers, report_inputs) = agree(&between, trainers)?;
         drop(between);
@@ -233,19 +233,19 @@ impl ProcessGroup {
         for mut trainer in trainers {
             let sender = sender.clone();
             thread::spawn(move || {
-                let worker = trainer.communicator().clone();
+                let comm = trainer.communicator().clone();
                 // The first rank alone reports and sees the user's interrupt; the loop passes the interrupt on.
                 let mut no_reporters: Vec<Box<dyn Reporter>> = Vec::new();
-                let result = run_guarded(&worker, || train_loop(&mut trainer, &mut no_reporters, &Interrupter::new()));
+                let result = run_guarded(&comm, || train_loop(&mut trainer, &mut no_reporters, &Interrupter::new()));
                 // The receiver may be gone if another rank failed first.
-                let _ = sender.send((worker.rank(), result));
+                let _ = sender.send((comm.rank(), result));
             });
         }
         drop(sender);
-        let worker = first.communicator().clone();
-        let result = run_guarded(&worker, || train_loop(&mut first, &mut reporters, interrupter));
+        let comm = first.communicator().clone();
+        let result = run_guarded(&comm, || train_loop(&mut first, &mut reporters, interrupter));
         drop(reporters); // a dashboard restores the terminal before an error is printed
-        let mut results = vec![(worker.rank(), result)];
+        let mut results = vec![(comm.rank(), result)];
         let mut deadline: Option<Instant> = None;
         while results.len() <= others {
             if results.iter().any(|(_, result)| result.is_err()) {
@@ -259,8 +259,8 @@ impl ProcessGroup {
                 Err(_) => break,
             }
         }
-        let mut outcome = self.outcome(results, &worker)?;
-        outcome.trained = (worker.rank() == 0).then(|| report_inputs.with_model(first.model.into_inner()));
+        let mut outcome = self.outcome(results, &comm)?;
+        outcome.trained = (comm.rank() == 0).then(|| report_inputs.with_model(first.model.into_inner()));
         Ok(outcome)
     }
 
@@ -269,7 +269,7 @@ impl ProcessGroup {
     fn outcome(
         &self,
         results: Vec<(usize, Result<Outcome, TrainError>)>,
-        worker: &Communicator,
+        comm: &Communicator,
     ) -> Result<Outcome, TrainError> {
         let mut first = None;
         let mut cause: Option<(u8, usize, TrainError)> = None;
@@ -292,7 +292,7 @@ impl ProcessGroup {
             // The lowest rank that can report does, and aborts the job before the others report the same error.
             thread::sleep(report_delay(&error, rank));
             error.report();
-            worker.abort(&error.to_string());
+            comm.abort(&error.to_string());
         }
         Err(error)
     }
@@ -350,8 +350,8 @@ fn check_weights(between: &Communicator, model: &CausalLm) -> Result<(), TrainEr
 }
 
 /// Runs a rank's loop. If it ends in an error or a panic, the other ranks of the process leave their collectives.
-fn run_guarded<T>(worker: &Communicator, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
-    if worker.size() == 1 {
+fn run_guarded<T>(comm: &Communicator, run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+    if comm.size() == 1 {
         return run(); // no other rank waits for it, and a panic stays a panic
     }
     // The panic's message was printed by the thread that panicked.
@@ -360,7 +360,7 @@ fn run_guarded<T>(worker: &Communicator, run: impl FnOnce() -> Result<T, TrainEr
     if let Err(error) = &result
         && !is_known_to_all(error)
     {
-        worker.abort_local(&error.to_string());
+        comm.abort_local(&error.to_string());
     }
     result
 }

@@ -177,7 +177,7 @@ impl RankTrainer {
     pub(super) fn validate(&mut self) -> Result<Option<Metrics>, TrainError> {
         let model = self.model.valid();
         let device = self.device.clone().inner();
-        let worker = self.communicator();
+        let comm = self.communicator();
         let train = &self.recipe.train;
         let limit = if train.validate_batches == 0 { usize::MAX } else { train.validate_batches };
         // Batch `i` goes to rank `i % world_size`. All losses are gathered and then summed in the order of the batches, so
@@ -185,7 +185,7 @@ impl RankTrainer {
         let mut losses = Vec::new();
         for (index, batch) in self.dataset.valid_batches(train.batch_size).take(limit).enumerate() {
             let batch = batch?;
-            losses.push(match index % worker.size() == worker.rank() {
+            losses.push(match index % comm.size() == comm.rank() {
                 true => BatchLoss {
                     loss_sum: {
                         let scale = mask_scale(batch.predicted());
@@ -197,10 +197,10 @@ impl RankTrainer {
                 false => BatchLoss { loss_sum: 0.0, predicted: 0.0 },
             });
         }
-        let all = all_gather(worker, &losses)?;
+        let all = all_gather(comm, &losses)?;
         let (mut loss_sum, mut predicted) = (0.0, 0.0);
         for index in 0..losses.len() {
-            let batch = &all[index % worker.size()][index];
+            let batch = &all[index % comm.size()][index];
             loss_sum += batch.loss_sum;
             predicted += batch.predicted;
         }

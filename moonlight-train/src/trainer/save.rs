@@ -19,28 +19,28 @@ pub(super) fn save(
     optimizer: &MuonAdamW,
     state: &TrainerState,
 ) -> Result<PathBuf, TrainError> {
-    let worker = optimizer.communicator();
-    if worker.rank() > 0 {
-        let Some(dir) = broadcast_text(worker, None)? else { return Err(TrainError::RemoteFailure) };
+    let comm = optimizer.communicator();
+    if comm.rank() > 0 {
+        let Some(dir) = broadcast_text(comm, None)? else { return Err(TrainError::RemoteFailure) };
         let written = {
-            let _busy = worker.busy();
+            let _busy = comm.busy();
             write_part(Path::new(&dir), optimizer)
         };
-        agree(worker, written)?;
-        agree(worker, Ok(()))?;
+        agree(comm, written)?;
+        agree(comm, Ok(()))?;
         return Ok(checkpoints.path(state.step));
     }
     let mut writer = RankZeroWriter { optimizer, announced: false, disagreed: false };
     let saved = {
-        let _busy = worker.busy();
+        let _busy = comm.busy();
         checkpoints.save(model, &mut writer, state)
     };
     if !writer.announced {
         // The save failed before it had a folder, and the other ranks wait for its name.
-        broadcast_text(worker, None)?;
+        broadcast_text(comm, None)?;
         return saved;
     }
-    if writer.disagreed { saved } else { agree(worker, saved) }
+    if writer.disagreed { saved } else { agree(comm, saved) }
 }
 
 /// Rank 0's side: announces the new folder to the other ranks, and waits for their parts.
@@ -70,12 +70,12 @@ impl StateWriter for RankZeroWriter<'_> {
 }
 
 fn write_part(dir: &Path, optimizer: &MuonAdamW) -> Result<(), TrainError> {
-    let worker = optimizer.communicator();
-    let path = Checkpoints::part(dir, worker.rank(), worker.size());
+    let comm = optimizer.communicator();
+    let path = Checkpoints::part(dir, comm.rank(), comm.size());
     if !dir.exists() {
         return Err(TrainError::Request {
-            problem: format!("worker {} does not see the folder `{}` that worker 0 made", worker.rank(), dir.display()),
-            hint: Some("runs on several machines need a `run.dir` that all of them share".into()),
+            problem: format!("rank {} cannot see the folder `{}` that rank 0 created", comm.rank(), dir.display()),
+            hint: Some("use a `run.dir` that all machines share".into()),
         });
     }
     storage::announce(Call::Write(&path)).map_err(TrainError::write(&path))?;

@@ -159,7 +159,7 @@ impl Setup {
             .map(|(_, target)| self.model.clone().fork(&target.device.clone().autodiff()))
             .collect();
         models.insert(0, self.model);
-        for ((worker, target), model) in ranks.iter().zip(models) {
+        for ((comm, target), model) in ranks.iter().zip(models) {
             let mut data = self.dataset.train_stream(self.recipe.train.batch_size);
             if self.resumed.is_some() {
                 data.seek(self.state.data)?;
@@ -169,7 +169,7 @@ impl Setup {
                 dataset: self.dataset.clone(),
                 data: Prefetcher::new(data),
                 model: ModelCell::new(model),
-                optimizer: optimizer(&self.assignment, &self.recipe, worker.clone(), self.resumed.as_ref())?,
+                optimizer: optimizer(&self.assignment, &self.recipe, comm.clone(), self.resumed.as_ref())?,
                 assignment: self.assignment.clone(),
                 device: target.device.clone().autodiff(),
                 checkpoints: self.checkpoints.clone(),
@@ -242,11 +242,11 @@ impl ReportInputs {
 fn optimizer(
     assignment: &Assignment,
     recipe: &Recipe,
-    worker: Communicator,
+    comm: Communicator,
     resumed: Option<&FoundCheckpoint>,
 ) -> Result<MuonAdamW, TrainError> {
     let config = recipe.distributed.clone().unwrap_or_default().config();
-    let options = OptimizerOptions::new().with_communicator(worker).with_distributed(config);
+    let options = OptimizerOptions::new().with_communicator(comm).with_distributed(config);
     let Some(found) = resumed else { return Ok(assignment.build(options)?) };
     let files = found.optimizer();
     assignment.load(&files, options).map_err(|error| match error {

@@ -55,20 +55,20 @@ pub(crate) fn step(
     if totals.predicted == 0.0 {
         return Ok(StepResult::default());
     }
-    let worker = optimizer.communicator().clone();
+    let comm = optimizer.communicator().clone();
     let result = match settings.update {
         UpdateMode::DuringBackward => {
             let mut sink = UpdatingSink::new(model, optimizer, settings.learning_rate);
             let mut local = run_micro_batches(&mut sink, batches, totals, settings, device)?;
             local.gradient_squares = sink.squares();
-            local.all_reduce(&worker)?
+            local.all_reduce(&comm)?
         }
         UpdateMode::AfterBackward => {
             let mut sink = ReducingSink::new(model, optimizer);
             let mut local = run_micro_batches(&mut sink, batches, totals, settings, device)?;
             sink.finish();
             local.gradient_squares = optimizer.local_sum_of_squares(&**model)?;
-            let result = local.all_reduce(&worker)?;
+            let result = local.all_reduce(&comm)?;
             let scale = clip_factor(settings.gradient_clip, result.gradient_norm());
             model.update(|model| optimizer.apply(settings.learning_rate, scale, model))?;
             result

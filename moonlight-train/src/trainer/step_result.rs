@@ -31,8 +31,8 @@ impl StepTotals {
     }
 
     /// The sums over all ranks.
-    pub(crate) fn all_reduce(self, worker: &Communicator) -> Result<Self, StepError> {
-        let all = all_gather(worker, &self)?;
+    pub(crate) fn all_reduce(self, comm: &Communicator) -> Result<Self, StepError> {
+        let all = all_gather(comm, &self)?;
         Ok(Self {
             predicted: all.iter().map(|totals| totals.predicted).sum(),
             sequences: all.iter().map(|totals| totals.sequences).sum(),
@@ -90,10 +90,10 @@ impl StepResult {
     /// in the order of the ranks.
     ///
     /// A non-finite loss or gradient is an error on every rank.
-    pub(crate) fn all_reduce(self, worker: &Communicator) -> Result<Self, StepError> {
-        let all = all_gather(worker, &self)?;
+    pub(crate) fn all_reduce(self, comm: &Communicator) -> Result<Self, StepError> {
+        let all = all_gather(comm, &self)?;
         if let Some((rank, share)) = all.iter().enumerate().find(|(_, share)| !share.loss.is_finite()) {
-            let rank = (worker.size() > 1).then_some(rank);
+            let rank = (comm.size() > 1).then_some(rank);
             return Err(NonFinite { what: "loss", value: share.loss, rank }.into());
         }
         let whole = all.into_iter().reduce(|mut whole, share| {

@@ -1,14 +1,14 @@
-//! The keys of `quantization_config`: each is read, or changes nothing of what weights are, or is refused by name.
+//! The keys of `quantization_config`: each is read, or does not affect the weights, or is refused by name.
 
 use serde_json::{Map, Value};
 
 use super::block;
 
-/// The methods whose weights are read. Of another one the tensors decide: they are read where they are plain.
+/// The methods whose settings are checked. With another method the tensors decide: unquantized ones are read.
 const METHODS: [&str; 4] = ["compressed-tensors", "fbgemm_fp8", "fp8", "modelopt"];
 
-/// Keys that are read, and those about activations, caches, which modules were quantized (the tensors say it) and how a
-/// program computes.
+/// Keys that are read, and those that concern activations, caches, which modules are quantized (the tensors show it)
+/// and how a program computes.
 const KEYS: &[&str] = &[
     "activation_scale_ub",
     "activation_scheme",
@@ -38,10 +38,10 @@ const KEYS: &[&str] = &[
     "weight_block_size",
 ];
 
-/// Keys of one of the `config_groups`.
+/// Keys of an entry of `config_groups`.
 const GROUP: &[&str] = &["format", "input_activations", "output_activations", "targets", "weights"];
 
-/// Keys of its `weights`.
+/// Keys of the entry's `weights`.
 const WEIGHTS: &[&str] = &[
     "actorder",
     "block_structure",
@@ -57,7 +57,7 @@ const WEIGHTS: &[&str] = &[
     "zp_dtype",
 ];
 
-/// The values that are followed, of keys that have others. `format`s of integers in bytes are refused with the others.
+/// The supported values of keys that have others. A `format` of int8 weights is refused for their type.
 const SUPPORTED_VALUES: &[(&str, &[&str])] = &[
     ("expert_dtype", &["fp8"]),
     ("fmt", &["e4m3", "e4m3fn", "float8_e4m3fn"]),
@@ -65,11 +65,11 @@ const SUPPORTED_VALUES: &[(&str, &[&str])] = &[
     ("quant_algo", &["FP8", "FP8_BLOCK_SCALES", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"]),
     ("strategy", &["block", "channel", "group", "tensor"]),
     ("type", &["float", "int"]),
-    // Groups in the order of the columns, whatever order they were rounded in.
+    // The order in which columns were rounded has no effect on the result, except `group`, which permutes them.
     ("actorder", &["static", "weight"]),
 ];
 
-/// What a `quantization_config` asks for that is not followed, each as a sentence without its full stop.
+/// The unsupported settings of a `quantization_config`, each as a sentence without a full stop.
 pub(super) fn unsupported(quantization: &Value) -> Vec<String> {
     let mut found = Vec::new();
     let Some(map) = quantization.as_object() else {
@@ -86,9 +86,9 @@ pub(super) fn unsupported(quantization: &Value) -> Vec<String> {
     for key in ["sparsity_config", "transform_config"] {
         if let Some(value) = map.get(key).filter(|value| !is_nothing(value)) {
             let what = if key == "sparsity_config" {
-                "stores weights by where they are not zero"
+                "stores only nonzero weights"
             } else {
-                "turns weights and activations"
+                "rotates weights and activations"
             };
             found.push(format!("`quantization_config.{key}` is {}: it {what}", shown(value)));
         }
@@ -105,14 +105,14 @@ pub(super) fn unsupported(quantization: &Value) -> Vec<String> {
     found
 }
 
-/// So many sentences are enough.
+/// The most problems that are reported.
 const MOST: usize = 32;
 
 fn group(name: &str, value: &Value, found: &mut Vec<String>) {
     let place = format!("config_groups.{}.", cut(name));
     let Some(map) = value.as_object() else {
         found.push(format!(
-            "`quantization_config.config_groups.{}` names a preset, which is not spelled out",
+            "`quantization_config.config_groups.{}` names a preset; presets are not supported",
             cut(name)
         ));
         return;
@@ -124,26 +124,26 @@ fn group(name: &str, value: &Value, found: &mut Vec<String>) {
     sides(weights, "block_structure", &place, found);
     if let Some(dynamic) = weights.get("dynamic").filter(|value| !is_nothing(value)) {
         found.push(format!(
-            "`quantization_config.{place}dynamic` is {}: weights have their scales in the file",
+            "`quantization_config.{place}dynamic` is {}; only scales stored in the file are supported",
             shown(dynamic)
         ));
     }
 }
 
-/// Keys that are not known, and values of keys that have others than are followed.
+/// Reports unknown keys and unsupported values.
 fn keys(map: &Map<String, Value>, known: &[&str], place: &str, found: &mut Vec<String>) {
     for (key, value) in map.iter().filter(|(_, value)| !value.is_null()) {
         if found.len() >= MOST {
             return;
         }
         if !known.contains(&key.as_str()) {
-            found.push(format!("`quantization_config.{place}{}` is not known", cut(key)));
+            found.push(format!("unknown key `quantization_config.{place}{}`", cut(key)));
         } else if let Some((_, values)) = SUPPORTED_VALUES.iter().find(|(name, _)| name == key)
             && !value.as_str().is_some_and(|value| values.contains(&value))
             && !(key == "actorder" && value == &Value::Bool(false))
         {
             let known = values.join(", ");
-            found.push(format!("`quantization_config.{place}{key}` is {}; known are {known}", shown(value)));
+            found.push(format!("`quantization_config.{place}{key}` is {}; supported are {known}", shown(value)));
         }
     }
 }
@@ -154,7 +154,7 @@ fn sides(map: &Map<String, Value>, key: &str, place: &str, found: &mut Vec<Strin
     }
 }
 
-/// Null, false, empty, or an object of these (`dense` for the format of a sparsity).
+/// Whether a value is null, false, empty, or an object of these (for a sparsity, also the format `dense`).
 fn is_nothing(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -233,7 +233,7 @@ mod tests {
         for (over, weights, named) in [
             (json!({"transform_config": hadamard}), json!({}), "transform_config` is "),
             (json!({"sparsity_config": {"format": "sparse-24-bitmask"}}), json!({}), "sparsity_config` is "),
-            (json!({"format": "marlin-24"}), json!({}), "format` is \"marlin-24\"; known are dense"),
+            (json!({"format": "marlin-24"}), json!({}), "format` is \"marlin-24\"; supported are dense"),
             (json!({"format": "int-quantized"}), json!({}), "format` is"),
             (json!({"format": "nvfp4-pack-quantized"}), json!({}), "format` is"),
             (json!({}), json!({"actorder": "group"}), "config_groups.group_0.weights.actorder` is \"group\""),
@@ -242,11 +242,11 @@ mod tests {
             (json!({}), json!({"strategy": "tensor_group"}), "weights.strategy` is"),
             (json!({}), json!({"type": "fp"}), "weights.type` is"),
             (json!({}), json!({"block_structure": "16"}), "weights.block_structure` is"),
-            (json!({}), json!({"rotation": 3}), "weights.rotation` is not known"),
+            (json!({}), json!({"rotation": 3}), "weights.rotation`"),
             (json!({"weight_block_size": [0, 32]}), json!({}), "weight_block_size` is [0,32]"),
             (json!({"fmt": "e5m2"}), json!({}), "fmt` is"),
             (json!({"expert_dtype": "fp4"}), json!({}), "expert_dtype` is"),
-            (json!({"hadamard": true}), json!({}), "`quantization_config.hadamard` is not known"),
+            (json!({"hadamard": true}), json!({}), "unknown key `quantization_config.hadamard`"),
         ] {
             let found = unsupported(&compressed(over.clone(), weights.clone()));
             assert!(matches!(&found[..], [one] if one.contains(named)), "{over} {weights}: {found:?}");

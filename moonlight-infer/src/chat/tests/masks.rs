@@ -1,4 +1,4 @@
-//! What is learned of conversations, by templates in the manner of published ones.
+//! The learned spans of conversations under templates like published ones.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::templates::folder;
 use super::*;
 
-/// The bytes, and as special tokens what a template spells as such.
+/// The `bytes-chat` tokenizer, with everything that looks like a special token in a template as one.
 fn tokenizer_of(source: &str) -> Tokenizer {
     let mut names = BTreeSet::new();
     for (begin, end) in [("<|", "|>"), ("<｜", "｜>"), ("[|", "|]"), ("[/", "]")] {
@@ -31,7 +31,7 @@ fn tokenizer_of(source: &str) -> Tokenizer {
     Tokenizer::from_json(json.to_string().as_bytes()).unwrap()
 }
 
-/// A template, by a tokenizer that knows its tokens or none of them.
+/// A template with a tokenizer that has its special tokens, or none of them.
 struct Learner {
     encoder: ChatEncoder,
     specials: Vec<(String, u32)>,
@@ -49,7 +49,7 @@ impl Learner {
         Self { encoder: ChatEncoder::new(template, tokenizer), specials }
     }
 
-    /// The text of a record, and what is learned of it, `|` between the parts.
+    /// The text of a record, and its learned parts joined by `|`.
     fn learned(&self, record: &Value) -> Result<[String; 2], ChatError> {
         let weighted_tokens = self.encoder.weighted_tokens(&self.encoder.parse(record.to_string().as_bytes())?)?;
         let mut texts = [Vec::new(), Vec::new()];
@@ -87,7 +87,7 @@ fn answer(words: &str) -> Value {
     json!({"role": "assistant", "content": words})
 }
 
-/// A call of a tool, with words before it or none.
+/// A tool call, with content or without.
 fn call(words: &str) -> Value {
     let call =
         json!({"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "where"}}});
@@ -113,10 +113,9 @@ fn thought(thought: &str, words: &str) -> Value {
     answer(&format!("<think>\n{thought}\n</think>\n\n{words}"))
 }
 
-/// The data of most collections of reasoning: what is thought is in the content. Templates drop it of earlier turns, and
-/// some of all.
+/// Most reasoning data sets have the reasoning in the content. Templates drop it from earlier turns, some from all.
 #[test]
-fn thoughts_within_the_content_are_learned_as_they_are_written() {
+fn reasoning_in_the_content_is_learned_where_the_template_writes_it() {
     let record = talk(&[user("Q"), thought("r1", "A"), user("R"), thought("r2", "B")]);
     for (name, expected) in [
         ("qwen3", "A<|im_end|>|<think>\nr2\n</think>\n\nB<|im_end|>"),
@@ -129,21 +128,21 @@ fn thoughts_within_the_content_are_learned_as_they_are_written() {
     ] {
         assert_eq!(learned_by(name, &record), expected, "{name}");
     }
-    // Of the only turn.
+    // A single turn.
     let record = talk(&[user("Q"), thought("r", "A")]);
     assert_eq!(learned_by("deepseek_r1", &record), "\n\nA<|end_of_sentence|>");
     assert_eq!(learned_by("qwen3", &record), "<think>\nr\n</think>\n\nA<|im_end|>");
-    // A question that the template looks at: it takes it for the answer of a tool.
+    // A question that the template takes for the result of a tool.
     let answered = user("<tool_response>\nR\n</tool_response>");
     let record = talk(&[user("Q"), thought("r1", "A"), user("P"), thought("r2", "B"), answered, thought("r3", "C")]);
     let expected = "A<|im_end|>|<think>\nr2\n</think>\n\nB<|im_end|>|<think>\nr3\n</think>\n\nC<|im_end|>";
     assert_eq!(learned_by("qwen3", &record), expected);
-    // One that is nothing but a thought, which is dropped.
+    // A turn of reasoning only, which is dropped.
     let record = talk(&[user("Q"), thought("r", ""), user("R"), answer("B")]);
     assert_eq!(learned_by("qwen3", &record), "<|im_end|>|<think>\n\n</think>\n\nB<|im_end|>");
 }
 
-/// In the manner of Gemma 4: a call, its answer and the words beside the call are one turn.
+/// Like Gemma 4: a tool call, its result and the content of the call are one turn.
 const ONE_TURN: &str = "{%- for m in messages -%}{%- if m.role != 'tool' -%}\
     {%- if not (loop.previtem and loop.previtem.role == 'tool') -%}<|im_user|>{{ m.role }}<|im_middle|>{%- endif -%}\
     {%- for c in m.tool_calls or [] -%}<call>{{ c.function.name }}</call>{%- endfor -%}\
@@ -152,17 +151,21 @@ const ONE_TURN: &str = "{%- for m in messages -%}{%- if m.role != 'tool' -%}\
     {%- if add_generation_prompt and messages[-1].role != 'tool' -%}<|im_user|>assistant<|im_middle|>{%- endif -%}";
 
 #[test]
-fn the_words_of_a_tool_are_never_learned() {
+fn the_result_of_a_tool_is_never_learned() {
     let learner = Learner::new(ONE_TURN, true);
     let record = |words: &str| talk_with_tools(&[user("Q"), call(words), result("SECRET"), answer("A")]);
     assert_eq!(learner.learned(&record("")).unwrap()[1], "<call>look</call>|A<|im_end|>");
     let error = learner.learned(&record("let me look")).unwrap_err();
-    assert!(error.to_string().contains("of message 2: the words of message 3 lie among them"), "{error}");
+    let error_text = error.to_string();
+    assert!(
+        error_text.contains("of message 2 ") && error_text.contains("the text of message 3 is within it"),
+        "{error}"
+    );
     assert!(error.hint().unwrap().contains("{% generation %}"));
-    // The header of the answer names the function once more.
+    // The header of the result names the function, too.
     let call_of = " to=functions.look<|channel|>commentary json<|message|>{\"at\": \"where\"}<|call|>";
     assert_eq!(learned_by("gpt_oss", &record("")), format!("{call_of}|<|channel|>final<|message|>A<|return|>"));
-    // The header of the assistant begins as any other does.
+    // The header of the assistant starts like that of any other role.
     for knows in [true, false] {
         let learner = Learner::new(&template("seed_oss"), knows);
         let learned = learner.learned(&record("a")).unwrap()[1].clone();
@@ -171,15 +174,15 @@ fn the_words_of_a_tool_are_never_learned() {
 }
 
 #[test]
-fn an_end_that_only_the_last_turn_does_not_have() {
+fn an_end_token_of_the_last_turn_alone() {
     let record = talk(&[user("Q"), answer("A"), user("R"), answer("B")]);
     let expected = "<|channel|>final<|message|>A<|end|>|<|channel|>final<|message|>B<|return|>";
     assert_eq!(learned_by("gpt_oss", &record), expected);
 }
 
-/// What a turn has beyond the header of a plain answer is learned.
+/// Everything after the header of a plain answer is learned.
 #[test]
-fn calls_are_learned_from_their_beginning_to_their_end() {
+fn tool_calls_are_learned_from_start_to_end() {
     let calls = talk_with_tools(&[user("Q"), call("")]);
     let mistral = "[TOOL_CALLS] [{\"name\": \"look\", \"arguments\": {\"at\": \"where\"}, \"id\": \"call00001\"}]</s>";
     assert_eq!(learned_by("mistral_v3", &calls), mistral);
@@ -194,26 +197,27 @@ fn calls_are_learned_from_their_beginning_to_their_end() {
     assert!(learned_by("xlam", &answered).starts_with("look(at='where')]|A"));
 }
 
-/// A prompt that opens a thought, and turns without one.
+/// The generation prompt opens reasoning, and the turns have none.
 #[test]
 fn no_header_is_learned() {
     let record = talk(&[user("Q"), answer("A")]);
     assert_eq!(learned_by("qwq", &record), "A<|im_end|>");
     assert_eq!(learned_by("deepseek_r1", &record), "A<|end_of_sentence|>");
-    // A call that the template does not write is the record's fault, not the template's.
+    // A call that the template does not write is an error of the record.
     let error = Learner::new(&template("qwq"), true).learned(&talk_with_tools(&[user("Q"), call("")])).unwrap_err();
-    assert!(error.to_string().contains("does not read its `tool_calls`"), "{error}");
+    assert!(error.to_string().contains("does not read `tool_calls`"), "{error}");
 }
 
 #[test]
-fn line_ends_of_a_template_are_line_feeds() {
+fn line_ends_of_a_template_become_line_feeds() {
     let template =
         ChatTemplate::from_source("a\r\n{% for m in messages %}\r\n{{ m.content }}\rb{{ '\\r' }}\r\n{% endfor %}");
     let text = template.unwrap().render(&[Message::new("user", "Q\r\n")], false).unwrap();
     assert_eq!(text, "a\nQ\r\n\nb\r\n");
 }
 
-/// Every word once, with a letter that says whose it is.
+/// Conversations in which every word is unique and names its author: `u`ser, `s`ystem, `t`ool, `a`ssistant, `r`easoning,
+/// ar`g`uments.
 fn conversations() -> Vec<Value> {
     let mut next = 0;
     let mut word = |of: &str| {
@@ -248,7 +252,7 @@ fn words_of<'a>(text: &'a str, of: &'a str) -> BTreeSet<&'a str> {
 }
 
 #[test]
-fn no_word_of_another_is_learned_and_all_of_the_last_answer_are() {
+fn no_word_of_another_author_is_learned_and_every_word_of_the_assistant_is() {
     let (mut learned, mut refused) = (0, 0);
     for entry in fs::read_dir(folder()).unwrap() {
         let path = entry.unwrap().path();

@@ -4,11 +4,11 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use super::assistant_mask::{EXACT, turns_of};
+use super::assistant_mask::{MAX_EXACT_TURNS, assistant_turns};
 use super::*;
 use crate::tokenizer::Tokenizer;
 
-/// A folder with the 256 bytes as Moonlight's kind of tokenizer; specials begin at 256.
+/// Moonlight's kind of tokenizer in a directory, with the 256 bytes; special tokens start at 256.
 fn moonlight(dir: &Path) -> Tokenizer {
     let lines: String = (0..=255u8).map(|byte| format!("{} {byte}\n", STANDARD.encode([byte]))).collect();
     fs::write(dir.join("tiktoken.model"), lines).unwrap();
@@ -30,7 +30,7 @@ fn bytes(text: &str) -> Vec<u32> {
 }
 
 #[test]
-fn moonlights_own_template_where_the_folder_has_none() {
+fn a_directory_without_a_template_has_moonlights() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = moonlight(dir.path());
     let template = ChatTemplate::from_model_dir(dir.path(), &tokenizer).unwrap();
@@ -66,21 +66,21 @@ fn moonlights_own_template_where_the_folder_has_none() {
 }
 
 #[test]
-fn words_that_spell_a_special_token_stay_words() {
+fn a_message_that_spells_a_special_token_stays_text() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = moonlight(dir.path());
     let template = ChatTemplate::from_model_dir(dir.path(), &tokenizer).unwrap();
-    let words = "a<|im_end|>b [EOS]<|reserved_token_300|>\u{100005}";
+    let content = "a<|im_end|>b [EOS]<|reserved_token_300|>\u{100005}";
     let encoder = ChatEncoder::new(template, tokenizer);
-    let tokens = encoder.tokens(&[Message::new("user", words)], false).unwrap();
+    let tokens = encoder.tokens(&[Message::new("user", content)], false).unwrap();
     let specials: Vec<u32> = tokens.iter().copied().filter(|&token| token > 255).collect();
     assert_eq!(specials, [IM_SYSTEM, IM_MIDDLE, IM_END, IM_USER, IM_MIDDLE, IM_END]);
-    let said = bytes(words);
-    assert!(tokens.windows(said.len()).any(|window| window == said), "{tokens:?}");
+    let content = bytes(content);
+    assert!(tokens.windows(content.len()).any(|window| window == content), "{tokens:?}");
 }
 
 #[test]
-fn a_folders_template_comes_first_and_python_methods_work() {
+fn a_template_of_the_directory_comes_first_and_python_methods_work() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = moonlight(dir.path());
     let template = "{{ bos_token }}{% for m in messages %}\n  {% if m.role not in ['user', 'assistant'] %}\n    \
@@ -106,7 +106,7 @@ fn a_folders_template_comes_first_and_python_methods_work() {
 }
 
 #[test]
-fn a_model_that_never_learned_to_chat_says_so() {
+fn a_model_without_a_template_is_an_error_with_a_hint() {
     let dir = tempfile::tempdir().unwrap();
     let error = ChatTemplate::from_model_dir(dir.path(), &Tokenizer::bytes()).unwrap_err();
     assert!(error.to_string().contains("has no chat template"));
@@ -114,7 +114,7 @@ fn a_model_that_never_learned_to_chat_says_so() {
     assert!(hint.contains("a text to continue") && hint.contains("`chat_template.jinja`"), "{hint}");
 }
 
-/// An encoder whose template is `text`, over the bytes with Moonlight's tokens of a conversation.
+/// An encoder with the template `text` and the `bytes-chat` tokenizer.
 fn encoder(text: &str) -> ChatEncoder {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("template.jinja");
@@ -123,16 +123,16 @@ fn encoder(text: &str) -> ChatEncoder {
     ChatEncoder::new(ChatTemplate::from_file(&path, &tokenizer).unwrap(), tokenizer)
 }
 
-/// What is learned of a conversation of `(role, words)`, as text with the specials spelled, `|` between the parts.
+/// The learned parts of a conversation of `(role, content)` as text with the names of special tokens, joined by `|`.
 fn learned(encoder: &ChatEncoder, turns: &[(&str, &str)]) -> Result<String, ChatError> {
-    let turns: Vec<Turn> = turns.iter().map(|&(role, words)| Turn::new(Message::new(role, words), 1.0)).collect();
+    let turns: Vec<Turn> = turns.iter().map(|&(role, content)| Turn::new(Message::new(role, content), 1.0)).collect();
     learned_of(encoder, &Conversation::from(turns))
 }
 
 /// The same of any conversation.
 fn learned_of(encoder: &ChatEncoder, conversation: &Conversation) -> Result<String, ChatError> {
     let weighted_tokens = encoder.weighted_tokens(conversation)?;
-    // The tokens are those of the whole conversation, whatever is learned of them: here every byte is a token.
+    // Cutting at the spans does not change the tokens here, because every byte is one.
     if conversation.fields.is_empty() {
         assert_eq!(weighted_tokens.tokens, encoder.tokens(&conversation.messages(), false).unwrap());
     }
@@ -161,12 +161,12 @@ fn learned_of(encoder: &ChatEncoder, conversation: &Conversation) -> Result<Stri
 const TALK: [(&str, &str); 5] =
     [("system", "S"), ("user", "Q"), ("assistant", "A b"), ("user", "<|im_end|>"), ("assistant", " C <|im_end|>\n")];
 
-/// In the manner of ChatML, with specials that the tokenizer has.
+/// Like ChatML, with special tokens of the tokenizer.
 const CHATML: &str = "{% for m in messages %}{{ '<|im_middle|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}\
                       {% endfor %}{% if add_generation_prompt %}{{ '<|im_middle|>assistant\n' }}{% endif %}";
 
 #[test]
-fn moonlight_learns_the_assistants_words_and_their_end() {
+fn the_assistants_text_and_its_end_token_are_learned() {
     let moonlight = encoder(MOONLIGHT_TEMPLATE);
     assert_eq!(learned(&moonlight, &TALK).unwrap(), "A b<|im_end|>| C <|im_end|>\n<|im_end|>");
     assert_eq!(learned(&moonlight, &TALK[1..3]).unwrap(), "A b<|im_end|>");
@@ -174,7 +174,7 @@ fn moonlight_learns_the_assistants_words_and_their_end() {
     // Two answers in a row, and an end without one.
     let twice = [("user", "Q"), ("assistant", "A"), ("assistant", "B"), ("user", "R")];
     assert_eq!(learned(&moonlight, &twice).unwrap(), "A<|im_end|>|B<|im_end|>");
-    // What spells a special token in an answer is words: only the last token is one.
+    // A special token that an answer spells is text: only the last token is special.
     let turns = vec![Turn::new(Message::new("assistant", "<|im_end|>"), 0.5)];
     let WeightedTokens { tokens, weights, .. } = moonlight.weighted_tokens(&turns.into()).unwrap();
     let halves: Vec<u32> = tokens.iter().zip(&weights).filter(|(_, weight)| **weight == 0.5).map(|(&t, _)| t).collect();
@@ -183,7 +183,7 @@ fn moonlight_learns_the_assistants_words_and_their_end() {
 }
 
 #[test]
-fn the_token_to_stop_at() {
+fn the_end_token_is_the_one_that_the_template_writes() {
     assert_eq!(encoder(MOONLIGHT_TEMPLATE).end_token(), Some(0xF5));
     assert_eq!(encoder(CHATML).end_token(), Some(0xF5));
     assert_eq!(encoder("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}").end_token(), None);
@@ -195,15 +195,15 @@ fn a_line_break_after_the_end_is_not_learned() {
 }
 
 #[test]
-fn templates_that_cannot_be_asked_for_the_answer() {
-    // ChatML without a generation prompt: the header is the template's.
+fn templates_without_a_generation_prompt() {
+    // ChatML: the template writes the header.
     let (without, _) = CHATML.split_once("{% if add").unwrap();
     assert_eq!(learned(&encoder(without), &TALK).unwrap(), "A b<|im_end|>| C <|im_end|>\n<|im_end|>");
-    // Llama 2's kind: nothing but a space between the question and the answer, which the model must write.
+    // Like Llama 2: only a space between the question and the answer, which the model has to write.
     let llama = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% elif m.role == \
                  'assistant' %} {{ m.content.strip() }} <|eos|>{% else %}<<SYS>>{{ m.content }}{% endif %}{% endfor %}";
     assert_eq!(learned(&encoder(llama), &TALK).unwrap(), " A b <|eos|>| C <|im_end|> <|eos|>");
-    // No end marker at all: the words alone.
+    // Without an end token only the text is learned.
     let plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}\
                  assistant: {% endif %}";
     assert_eq!(learned(&encoder(plain), &TALK).unwrap(), "A b| C <|im_end|>");
@@ -213,51 +213,52 @@ fn templates_that_cannot_be_asked_for_the_answer() {
 fn templates_that_trim_and_templates_that_rewrite() {
     let trims = CHATML.replace("m.content", "m.content.strip()");
     assert_eq!(learned(&encoder(&trims), &TALK).unwrap(), "A b<|im_end|>|C <|im_end|><|im_end|>");
-    // The last answer has a tag before it, and no earlier one: no text begins with that of an earlier turn.
+    // The last answer has a tag before it, earlier ones do not: no rendering is a prefix of another.
     let rewrites = "{% for m in messages %}{{ '<|im_middle|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}\
                     <last>{% endif %}{{ m.content + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}\
                     {{ '<|im_middle|>assistant\n' }}{% endif %}";
     assert_eq!(learned(&encoder(rewrites), &TALK).unwrap(), "A b<|im_end|>|<last> C <|im_end|>\n<|im_end|>");
-    // The same without an end marker: the next turn's beginning is none.
+    // The same without an end token: the start of the next turn is not one.
     let no_end = rewrites.replace("m.content + '<|im_end|>'", "m.content");
     assert_eq!(learned(&encoder(&no_end), &TALK).unwrap(), "A b|<last> C <|im_end|>");
-    // Words turned around cannot be found where an earlier turn is rewritten.
-    let turned = rewrites.replace("m.content +", "m.content|reverse +");
-    let error = learned(&encoder(&turned), &TALK).unwrap_err();
-    assert!(error.to_string().contains("message 3: it rewrites the conversation"), "{error}");
+    // Reversed text cannot be found where an earlier turn is rewritten.
+    let reversed = rewrites.replace("m.content +", "m.content|reverse +");
+    let error = learned(&encoder(&reversed), &TALK).unwrap_err();
+    assert!(error.to_string().contains("of message 3 is not found"), "{error}");
+    assert!(error.to_string().contains("the template rewrites the conversation"), "{error}");
     assert!(error.hint().unwrap().contains("{% generation %}"));
 }
 
 #[test]
-fn generation_blocks_say_what_is_learned() {
+fn generation_blocks_are_learned() {
     let text = "{% for m in messages %}\n  {%- if m.role == 'assistant' %}\n<|im_middle|>\n    {%- generation -%}\n    \
                 {{ m.content }}<|im_end|>\n    {% endgeneration %}\n  {%- else %}\n[{{ m.content }}]\n  {%- endif %}\n\
                 {% endfor %}";
-    // To the letter, the line break before the closing tag included.
+    // Verbatim, with the line break before the closing tag.
     assert_eq!(learned(&encoder(text), &TALK).unwrap(), "A b<|im_end|>\n| C <|im_end|>\n<|im_end|>\n");
     let trimmed = text.replace("<|im_end|>\n    {% endgeneration", "<|im_end|>\n    {%- endgeneration");
     assert_eq!(learned(&encoder(&trimmed), &TALK).unwrap(), "A b<|im_end|>| C <|im_end|>\n<|im_end|>");
-    let never = text.replace("== 'assistant'", "== 'nobody'");
+    let never = text.replace("== 'assistant'", "== 'moderator'");
     let error = learned(&encoder(&never), &TALK).unwrap_err().to_string();
-    assert!(error.contains("no `{% generation %}` blocks for 2 messages"), "{error}");
+    assert!(error.contains("writes no `{% generation %}` block for 2 assistant messages"), "{error}");
 }
 
 #[test]
-fn a_template_that_fails_says_why() {
+fn the_exception_of_a_template_is_reported() {
     let refuses = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}{{ \
                    m.content }}{% endfor %}";
     let error = learned(&encoder(refuses), &TALK).unwrap_err().to_string();
-    assert!(error.contains("does not take this conversation: no system here"), "{error}");
+    assert!(error.contains("does not accept this conversation: no system here"), "{error}");
     assert!(learned(&encoder(refuses), &TALK[1..3]).is_ok());
     assert!(encoder(refuses).parse(br#"{"messages": [{"role": "system", "content": "x"}]}"#).is_err());
 }
 
-/// What follows the prompt is what is learned: token for token what the model will be asked for.
+/// The tokens before a learned span are those of the prompt at inference.
 #[test]
-fn the_prompt_is_the_beginning_of_what_is_learned_from() {
+fn the_prompt_is_a_prefix_of_the_learned_conversation() {
     for text in [MOONLIGHT_TEMPLATE, CHATML] {
         let encoder = encoder(text);
-        let messages: Vec<Message> = TALK.iter().map(|&(role, words)| Message::new(role, words)).collect();
+        let messages: Vec<Message> = TALK.iter().map(|&(role, content)| Message::new(role, content)).collect();
         let turns: Vec<Turn> = messages.iter().map(|message| Turn::new(message.clone(), 1.0)).collect();
         let WeightedTokens { tokens, weights, .. } = encoder.weighted_tokens(&turns.into()).unwrap();
         let prompt = encoder.tokens(&messages[..4], true).unwrap();
@@ -266,7 +267,7 @@ fn the_prompt_is_the_beginning_of_what_is_learned_from() {
     }
 }
 
-/// Templates that others could send with a model: none ends the process, takes its memory or keeps it for long.
+/// Hostile templates: none ends the process, takes its memory or runs for long.
 mod hostile {
     use std::time::{Duration, Instant};
 
@@ -277,7 +278,7 @@ mod hostile {
         (0..count).map(|index| Message::new(role(index), format!("words of turn {index}\n"))).collect()
     }
 
-    /// What comes of a template; within five seconds.
+    /// The output of a template, within five seconds.
     fn answer(text: &str) -> Result<String, String> {
         let began = Instant::now();
         let rendered = ChatTemplate::from_source(text).and_then(|template| template.render(&messages(4), true));
@@ -294,7 +295,7 @@ mod hostile {
     const STEPS: &str = "exceeds the limit of 1000000 steps for 4 messages";
 
     #[test]
-    fn loops_without_end() {
+    fn endless_loops() {
         let loops: String = ["a", "b", "c"].iter().map(|x| format!("{{% for {x} in range(100000) %}}")).collect();
         refused(&format!("{loops}{}x", "{% endfor %}".repeat(3)), STEPS);
         refused(&format!("{loops}{}{}", "a".repeat(32), "{% endfor %}".repeat(3)), STEPS);
@@ -305,7 +306,7 @@ mod hostile {
     }
 
     #[test]
-    fn texts_and_lists_without_measure() {
+    fn huge_texts_and_lists() {
         refused(&"{{ ('a' * 90000000) }}{{ ('a' * 90000000) * 1 }}".repeat(60), STEPS);
         refused("{{ ('a'*100000)|replace('a','a'*10000) }}", STEPS);
         refused("{{ ('a'*100000).replace('a','a'*10000) }}", STEPS);
@@ -340,9 +341,9 @@ mod hostile {
         refused(&format!("{twice}{{{{ x in 'abc' }}}}"), "exceeds the limit of");
     }
 
-    /// A namespace that holds itself has no end, and lists in lists go as deep as a stack is long.
+    /// A namespace that contains itself is infinite, and nested lists are as deep as the stack allows.
     #[test]
-    fn values_without_end() {
+    fn infinite_and_deep_values() {
         for end in ["{{ ns }}", "{{ ns|tojson }}", "{{ 'a' ~ ns.x }}", "{{ ns == ns.x }}", "{{ ns|items|list }}"] {
             for value in
                 ["ns", "[ns]", "{'a': ns}", "ns|items", "ns.items()", "dict(ns)", "ns if true else 1", "(ns, 1)"]
@@ -360,7 +361,7 @@ mod hostile {
         }
         refused(
             "{% set ns = namespace() %}{% for a in range(900) %}{% set ns.x = [ns.x] %}{% endfor %}",
-            "limit of 64 in each other",
+            "limit of 64 levels",
         );
         refused("{% macro f(n) %}{{ f(n+1) }}{% endmacro %}{{ f(0) }}", "recursion limit");
         let _ = answer("{% macro f(n) %}{{ f(n|batch(1)|batch(1)|batch(1)|list) }}{% endmacro %}{{ f([1]) }}");
@@ -371,7 +372,7 @@ mod hostile {
     }
 
     #[test]
-    fn sources_that_are_too_deep() {
+    fn deeply_nested_sources() {
         let tokens = "exceeds the limit of 4096 tokens";
         refused(&format!("{{{{ {}1 }}}}", "-".repeat(200_000)), tokens);
         refused(&format!("{{{{ 'x'{} }}}}", "|upper".repeat(100_000)), tokens);
@@ -387,7 +388,7 @@ mod hostile {
             "limit of 1000 `elif` branches",
         );
         refused(&"a".repeat(1 << 21), "more than the limit of 1048576");
-        // As deep as is allowed.
+        // Just within the limits.
         for deep in [
             format!("{{{{ {}1 }}}}", "-".repeat(4_090)),
             format!("{{{{ 'x'{} }}}}", "|upper".repeat(2_000)),
@@ -402,7 +403,7 @@ mod hostile {
     }
 
     #[test]
-    fn what_a_template_says_reaches_no_terminal_raw() {
+    fn control_characters_of_templates_and_records_are_escaped_in_messages() {
         refused("{{ raise_exception('\u{1b}[2J\u{7}no') }}", "\\u{1b}[2J\\u{7}no");
         let line = "{\"messages\": [{\"role\": \"\\u001b[2J\", \"content\": \"\"}]}";
         let error = Conversation::parse(line.as_bytes(), |_| false).unwrap_err().to_string();
@@ -411,9 +412,9 @@ mod hostile {
         assert!(error.contains("it has `\\u{1b}[2J`"), "{error}");
     }
 
-    /// What people do in templates goes on: lists in namespaces, literals, arithmetic, macros.
+    /// The guards leave ordinary code alone: lists in namespaces, literals, arithmetic, macros.
     #[test]
-    fn ordinary_programs_pass() {
+    fn ordinary_templates_pass() {
         for (text, expected) in [
             (
                 "{% set ns = namespace(l=[], n=1) %}{% for m in messages %}{% set ns.l = ns.l + [m.role] %}{% set ns.n = ns.n * 2 %}{% endfor %}{{ ns.l|join(',') }} {{ ns.n }}",
@@ -445,7 +446,7 @@ mod hostile {
         }
     }
 
-    /// Templates in the manner of DeepSeek's, Qwen's and Moonlight's, over ten thousand messages.
+    /// Templates like DeepSeek's, Qwen's and Moonlight's, with ten thousand messages.
     #[test]
     fn long_conversations_pass() {
         let qwen = "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}\
@@ -479,9 +480,9 @@ mod hostile {
     }
 }
 
-/// Turns of a long conversation by comparison with some, and each by itself.
+/// The spans of a long conversation by patterns are those of the exact methods.
 #[test]
-fn long_conversations_are_learned_from_alike() {
+fn patterns_find_the_spans_of_the_exact_methods() {
     let llama = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% elif m.role == \
                  'assistant' %} {{ m.content.strip() }} <|eos|>{% else %}<<SYS>>{{ m.content }}{% endif %}{% endfor %}";
     let plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}\
@@ -503,13 +504,13 @@ fn long_conversations_are_learned_from_alike() {
             .collect();
         for text in [MOONLIGHT_TEMPLATE, CHATML, llama, plain, without, rewrites, &trims] {
             let encoder = encoder(text);
-            let given = encoder.core().given(messages.iter(), Map::new()).unwrap();
-            let (finder, turns) = (encoder.core().finder(), turns_of(&given));
-            assert!(turns.len() > EXACT);
-            let rendered = finder.template.render_input(&given, &given.values, false, ["", ""]).unwrap();
-            let regions = finder.regions(&given, given.messages.len(), &rendered);
-            let each = finder.spans_one_by_one(&given, &turns, &rendered, &regions);
-            let (Ok(each), Ok(found)) = (each, finder.spans_by_pattern(&given, &turns, &rendered, &regions)) else {
+            let input = encoder.core().template_input(messages.iter(), Map::new()).unwrap();
+            let (finder, turns) = (encoder.core().finder(), assistant_turns(&input));
+            assert!(turns.len() > MAX_EXACT_TURNS);
+            let rendered = finder.template.render_input(&input, &input.values, false, ["", ""]).unwrap();
+            let regions = finder.regions(&input, input.messages.len(), &rendered);
+            let each = finder.exact_spans(&input, &turns, &rendered, &regions);
+            let (Ok(each), Ok(found)) = (each, finder.spans_by_pattern(&input, &turns, &rendered, &regions)) else {
                 continue;
             };
             if let Some(found) = found {
@@ -527,7 +528,7 @@ fn ten_thousand_turns_take_seconds() {
         .flat_map(|index| {
             [("user", format!("question {index}"), 0.0), ("assistant", format!("answer {index} \n"), 1.0)]
         })
-        .map(|(role, words, weight)| Turn::new(Message::new(role, words), weight))
+        .map(|(role, content, weight)| Turn::new(Message::new(role, content), weight))
         .collect();
     let turns = Conversation::from(turns);
     for text in [MOONLIGHT_TEMPLATE, CHATML] {
@@ -538,15 +539,15 @@ fn ten_thousand_turns_take_seconds() {
         assert_eq!(learned, expected);
         assert!(began.elapsed().as_secs() < 15, "{:?}", began.elapsed());
     }
-    // A template that rewrites each turn by how many follow.
+    // This template writes into each turn how many follow, so that every turn needs a rendering of its own.
     let counts = "{% for m in messages %}{{ m.role }}{{ loop.revindex }}{{ m.content|reverse }}<|im_end|>{% endfor %}";
     let error = encoder(counts).weighted_tokens(&turns).unwrap_err();
-    assert!(error.to_string().contains("the limit is 8000000 messages in all"), "{error}");
+    assert!(error.to_string().contains("renders 200000000 messages, more than the limit of 8000000"), "{error}");
     assert!(error.hint().unwrap().contains("{% generation %}"));
 }
 
 #[test]
-fn files_of_templates_are_read_through_one_door() {
+fn links_out_of_the_directory_of_a_template_are_refused() {
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join("model");
     std::fs::create_dir(&dir).unwrap();
@@ -554,14 +555,14 @@ fn files_of_templates_are_read_through_one_door() {
     assert_eq!(ChatTemplate::from_model_dir(&dir, &tokenizer).unwrap().source(), &TemplateSource::Moonlight);
     std::fs::write(dir.join("tokenizer_config.json"), "{\"chat_template\": ").unwrap();
     let error = ChatTemplate::from_model_dir(&dir, &tokenizer).unwrap_err().to_string();
-    assert!(error.contains("tokenizer_config.json` is broken: it is not JSON"), "{error}");
+    assert!(error.contains("tokenizer_config.json` is invalid: it is not JSON"), "{error}");
     std::fs::remove_file(dir.join("tokenizer_config.json")).unwrap();
     #[cfg(unix)]
     for name in ["chat_template.jinja", "tokenizer_config.json"] {
         std::fs::write(home.path().join("secret"), "{}").unwrap();
         std::os::unix::fs::symlink("../secret", dir.join(name)).unwrap();
         let error = ChatTemplate::from_model_dir(&dir, &tokenizer).unwrap_err().to_string();
-        assert!(error.contains(&format!("{name}` is broken: it is a symbolic link")), "{error}");
+        assert!(error.contains(&format!("{name}` is invalid: it is a symbolic link")), "{error}");
         std::fs::remove_file(dir.join(name)).unwrap();
         std::os::unix::fs::symlink("/dev/zero", dir.join(name)).unwrap();
         assert!(ChatTemplate::from_model_dir(&dir, &tokenizer).is_err());
@@ -571,7 +572,7 @@ fn files_of_templates_are_read_through_one_door() {
 }
 
 #[test]
-fn a_special_token_without_a_text_is_none() {
+fn a_special_token_without_text_is_ignored() {
     let mut json: serde_json::Value = serde_json::from_slice(&Tokenizer::bytes_chat().files()[0].contents).unwrap();
     json["added_tokens"]
         .as_array_mut()
@@ -585,7 +586,7 @@ fn a_special_token_without_a_text_is_none() {
 }
 
 #[test]
-fn a_tag_that_ends_where_it_begins_is_an_error_and_no_panic() {
+fn a_tag_without_content_does_not_panic() {
     for source in ["{%}", "{%%}", "{% generation", "{%-%}", "{%}{% generation %}x{% endgeneration %}"] {
         let _ = ChatTemplate::from_source(source).map(|template| template.text().to_owned());
     }

@@ -1,10 +1,10 @@
-//! Records as people keep them: what of them reaches the template, what is learned, and what is refused.
+//! Records as data sets store them: what reaches the template, what is learned, and what is refused.
 
 use serde_json::{Value, json};
 
 use super::*;
 
-/// In the manner of templates that know tools and reasoning.
+/// A template with tools and reasoning.
 const TOOLS: &str = "{%- if tools -%}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson }}<|im_end|>{%- endif -%}\
     {%- for m in messages -%}{%- if m['role'] == 'user' -%}<|im_user|>{%- elif m['role'] == 'assistant' -%}<|im_assistant|>\
     {%- else -%}<|im_system|>{%- endif -%}{{- m.get('name') or m['role'] -}}<|im_middle|>\
@@ -52,7 +52,7 @@ fn every_field_of_a_message_reaches_the_template() {
     );
     assert_eq!(learned, "<call>w:0 w {\"town\":\"Celle\"}</call><|im_end|>|<think>it says 7</think>Seven.<|im_end|>");
     assert_eq!(unread, ["id", "messages[].time"]);
-    // OpenAI's own form of a turn that calls, and its reasoning by another name; tools and calls as texts of JSON.
+    // Null content as OpenAI writes it with tool calls, reasoning under another name, tools and calls as strings of JSON.
     for content in [json!(null), json!("")] {
         record["messages"][1]["content"] = content;
         assert_eq!(read(&encoder, &record).unwrap(), (text.clone(), learned.clone(), unread.clone()));
@@ -63,7 +63,7 @@ fn every_field_of_a_message_reaches_the_template() {
     record["tools"] = record["tools"].to_string().into();
     record["messages"][1]["tool_calls"] = record["messages"][1]["tool_calls"].to_string().into();
     assert_eq!(read(&encoder, &record).unwrap(), (text.clone(), learned.clone(), unread.clone()));
-    // Nulls of tables, in messages and calls, are as if they were not there.
+    // Nulls, which tables have, count as absent.
     record["documents"] = Value::Null;
     record["conversations"] = Value::Null;
     for message in record["messages"].as_array_mut().unwrap() {
@@ -74,7 +74,7 @@ fn every_field_of_a_message_reaches_the_template() {
     assert_eq!(read(&encoder, &record).unwrap(), (text, learned, unread));
 }
 
-/// What a template without tools would leave out of what is learned is refused; what it leaves out elsewhere is reported.
+/// A call that the template does not write would be learned as an empty answer. With text next to it, it is only reported.
 #[test]
 fn a_call_that_the_template_does_not_write_is_refused() {
     let encoder = encoder(&CHATML.replace("m.content", "(m.content or '')"));
@@ -82,7 +82,7 @@ fn a_call_that_the_template_does_not_write_is_refused() {
     let of = |content: Value| json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": content, "tool_calls": call}]});
     for content in [json!(""), json!(null)] {
         let error = read(&encoder, &of(content)).unwrap_err();
-        let expected = "message 2 says nothing but calls a tool, and the chat template does not read its `tool_calls`";
+        let expected = "message 2 has only tool calls, and the chat template does not read `tool_calls`";
         assert_eq!(error, expected);
     }
     assert_eq!(read(&encoder, &of("I look".into())).unwrap().2, ["messages[].tool_calls"]);
@@ -90,7 +90,7 @@ fn a_call_that_the_template_does_not_write_is_refused() {
         {"role": "assistant", "content": "", "reasoning_content": "so"}]});
     assert_eq!(
         read(&encoder, &thinks).unwrap_err(),
-        "message 2 says nothing but what the assistant thinks, and the chat template does not read its `reasoning_content`"
+        "message 2 has only reasoning, and the chat template does not read `reasoning_content`"
     );
     let nothing =
         json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": null, "id": 3}]});
@@ -98,7 +98,7 @@ fn a_call_that_the_template_does_not_write_is_refused() {
 }
 
 #[test]
-fn sharegpt_becomes_openais_form() {
+fn sharegpt_is_converted_to_openais_format() {
     let encoder = encoder(TOOLS);
     let tools = "[{\"name\": \"w\", \"description\": \"d\"}]";
     let record = json!({
@@ -130,14 +130,14 @@ fn sharegpt_becomes_openais_form() {
     );
     let error = read(&encoder, &with("function_call", "w(1)")).unwrap_err();
     assert!(error.starts_with("`conversations[1]` is a call that is not JSON"), "{error}");
-    // A system prompt of the conversation's own comes first, and that of the record is reported.
+    // A system message of the conversation takes precedence over that of the record, which is reported.
     let mut both = with("gpt", "A");
     both["system"] = "other".into();
     both["conversations"].as_array_mut().unwrap().insert(0, json!({"from": "system", "value": "S"}));
     let (text, _, unread) = read(&encoder, &both).unwrap();
     assert!(text.starts_with("<|im_system|>system<|im_middle|>S<|im_end|><|im_user|>"), "{text}");
     assert_eq!(unread, ["system"]);
-    // A template that knows no tools knows no answers of them.
+    // A template without tools does not know the role of their results.
     let plain = encoder_of_moonlight();
     assert!(read(&plain, &record).unwrap_err().contains("unknown role `observation`"));
 }
@@ -147,7 +147,7 @@ fn encoder_of_moonlight() -> ChatEncoder {
 }
 
 #[test]
-fn a_system_prompt_beside_the_messages_is_their_first() {
+fn a_system_prompt_of_the_record_becomes_the_first_message() {
     for key in ["messages", "conversations"] {
         let record = json!({"system": "Answer in one word.", key: [
             {"role": "user", "content": "Capital of Spain?"}, {"role": "assistant", "content": "Madrid."}]});
@@ -158,7 +158,7 @@ fn a_system_prompt_beside_the_messages_is_their_first() {
 }
 
 #[test]
-fn turns_that_are_marked_are_not_learned() {
+fn turns_with_a_weight_of_zero_are_not_learned() {
     let of = |mark: Value| {
         let mut old = json!({"role": "assistant", "content": "old"});
         old.as_object_mut().unwrap().extend(mark.as_object().unwrap().clone());
@@ -184,11 +184,11 @@ fn turns_that_are_marked_are_not_learned() {
     let mut user = of(json!({}));
     user["messages"][0]["train"] = true.into();
     let error = read(&encoder_of_moonlight(), &user).unwrap_err();
-    assert!(error.contains("`messages[0]` is to be learned by its `train`"), "{error}");
+    assert!(error.contains("`messages[0]` is marked as learned by `train`"), "{error}");
 }
 
 #[test]
-fn a_prompt_is_given_and_its_completion_learned() {
+fn only_the_completion_of_a_prompt_is_learned() {
     let record = json!({
         "prompt": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "R"}],
         "completion": [{"role": "assistant", "content": "B"}],
@@ -197,24 +197,24 @@ fn a_prompt_is_given_and_its_completion_learned() {
     assert!(text.contains("A<|im_end|>"), "{text}");
     assert_eq!(learned, "B<|im_end|>");
     for (key, value, problem) in [
-        ("chosen", json!([{"role": "assistant", "content": "B"}]), "one of preferences (it has `chosen`)"),
-        ("rejected", json!([{"role": "assistant", "content": "C"}]), "one of preferences (it has `rejected`)"),
-        ("label", json!(false), "one of preferences (it has `label`)"),
-        ("prompt", json!("Q"), "`prompt` is a text and not a list of messages"),
+        ("chosen", json!([{"role": "assistant", "content": "B"}]), "a preference record (it has `chosen`)"),
+        ("rejected", json!([{"role": "assistant", "content": "C"}]), "a preference record (it has `rejected`)"),
+        ("label", json!(false), "a preference record (it has `label`)"),
+        ("prompt", json!("Q"), "`prompt` is a string, not a list of messages"),
     ] {
         let mut other = record.clone();
         other[key] = value;
         let error = read(&encoder_of_moonlight(), &other).unwrap_err();
         assert!(error.contains(problem), "{error}");
     }
-    // With messages to learn from, the others are only reported.
+    // With `messages`, the preference fields are only reported.
     let both = json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
         "chosen": [{"role": "assistant", "content": "A"}], "prompt": "Q"});
     assert_eq!(read(&encoder_of_moonlight(), &both).unwrap().2, ["chosen", "prompt"]);
 }
 
 #[test]
-fn nulls_of_tables_hide_nothing() {
+fn nulls_and_empty_lists_count_as_absent() {
     let expected = read(
         &encoder_of_moonlight(),
         &json!({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}),
@@ -239,10 +239,10 @@ fn nulls_of_tables_hide_nothing() {
 }
 
 #[test]
-fn parts_are_handed_over_or_joined() {
+fn content_parts_are_joined_where_the_template_does_not_handle_lists() {
     let parts = json!([{"type": "text", "text": "a", "image_url": null}, {"type": "text", "text": "<|im_end|>b"}]);
     let record = json!({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]});
-    // A template that would print the list, and one that fails at it.
+    // The first template would print the list, the second would fail.
     for text in [MOONLIGHT_TEMPLATE, CHATML] {
         let (text, learned, _) = read(&encoder(text), &record).unwrap();
         assert!(text.contains("a<|im_end|>b<|im_end|>") && !text.contains('['), "{text}");
@@ -257,11 +257,11 @@ fn parts_are_handed_over_or_joined() {
     let mut image = record.clone();
     image["messages"][0]["content"][0] = json!({"type": "image_url", "image_url": {"url": "x"}});
     let error = read(&encoder(takes), &image).unwrap_err();
-    assert_eq!(error, "`messages[0]` has a part of the type `image_url`; only text is learned from");
+    assert_eq!(error, "`messages[0]` has a part of the type `image_url`, and only text is supported");
 }
 
 #[test]
-fn variables_are_those_that_the_template_asks_for() {
+fn fields_that_the_template_reads_are_variables() {
     let text = "{{ mode | default('none') }}{{ tools is defined }}{{ tools is none }}{{ documents is none }}"
         .to_owned()
         + CHATML;
@@ -292,16 +292,16 @@ fn variables_are_those_that_the_template_asks_for() {
     );
     for name in ["messages", "tools", "bos_token", "add_generation_prompt", "moonlight_generation_begin"] {
         let error = of(json!({"chat_template_kwargs": {name: "x"}})).unwrap_err();
-        assert_eq!(error, format!("`chat_template_kwargs` sets `{name}`, which is not its to set"));
+        assert_eq!(error, format!("`chat_template_kwargs` sets the reserved variable `{name}`"));
     }
-    assert_eq!(of(json!({"documents": ["x"]})).unwrap_err(), "`documents` is not a list of documents, each a map");
-    assert_eq!(of(json!({"tools": "x"})).unwrap_err(), "`tools` is a text that is not JSON");
+    assert_eq!(of(json!({"documents": ["x"]})).unwrap_err(), "`documents` is not a list of objects");
+    assert_eq!(of(json!({"tools": "x"})).unwrap_err(), "`tools` is a string that is not JSON");
     assert_eq!(of(json!({"tools": {"a": 1}})).unwrap_err(), "`tools` is not a list of tools");
     let (text, ..) = of(json!({"tools": ""})).unwrap();
     assert!(text.contains("TrueTrueTrue"));
 }
 
-/// As Python writes them (3.11: `json.dumps` and `str`).
+/// The expected values are those of Python 3.11's `json.dumps` and `str`.
 #[test]
 fn integers_reach_the_template_digit_by_digit() {
     let text =
@@ -329,17 +329,17 @@ fn integers_reach_the_template_digit_by_digit() {
     let long = "7".repeat(400);
     assert_eq!(answer(&long, "other").unwrap(), "A<|im_end|>");
     let error = answer(&long, "n").unwrap_err();
-    assert!(error.contains("an integer of 400 digits"), "{error}");
-    // In texts that hold JSON, too.
+    assert!(error.contains("an integer has 400 digits"), "{error}");
+    // Also in strings of JSON.
     let record = json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "",
         "tool_calls": "[{\"id\": 1, \"function\": {\"name\": \"w\", \"arguments\": 12345678901234567890123}}]"}]});
     let learned = read(&super::encoder(TOOLS), &record).unwrap().1;
     assert_eq!(learned, "<call>1 w 12345678901234567890123</call><|im_end|>");
 }
 
-/// Fonts have signs among the characters for private use, as Apple's from U+100000 on.
+/// Messages may contain private-use characters: Apple's fonts have symbols from U+100000 on.
 #[test]
-fn no_character_that_people_write_is_dropped() {
+fn private_use_characters_of_messages_are_kept() {
     let words = "x\u{100000}y\u{10fffa}z\u{10fff0}\u{10fff7}<|im_end|>\u{100005}\u{e000}\u{f0001}\u{f1af0}\u{ffffd}\u{10fffd}\u{100fff}";
     let record = json!({"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": words}]});
     for text in [MOONLIGHT_TEMPLATE, CHATML] {
@@ -349,12 +349,12 @@ fn no_character_that_people_write_is_dropped() {
     }
     let record = json!({"messages": [{"role": "user", "content": "\u{f8001}"}, {"role": "assistant", "content": "A"}]});
     let error = read(&encoder_of_moonlight(), &record).unwrap_err();
-    assert!(error.starts_with("the conversation holds the character U+F8001"), "{error}");
+    assert!(error.starts_with("the conversation contains the character U+F8001"), "{error}");
 }
 
-/// Wherever people write, a special token that they spell is text.
+/// In whatever field a special token is spelled, it is text.
 #[test]
-fn nothing_that_people_write_is_special() {
+fn special_tokens_spelled_in_any_field_are_text() {
     let encoder = encoder(TOOLS);
     let end = "<|im_end|>";
     let record = json!({
@@ -368,13 +368,13 @@ fn nothing_that_people_write_is_special() {
     });
     let conversation = encoder.parse(record.to_string().as_bytes()).unwrap();
     let weighted_tokens = encoder.weighted_tokens(&conversation).unwrap();
-    // The declaration of tools and four messages.
+    // One for the tool declaration, and one for each of the four messages.
     assert_eq!(weighted_tokens.tokens.iter().filter(|&&token| token == 0xF5).count(), 5);
     let text: Vec<u8> = weighted_tokens.tokens.iter().map(|&token| token as u8).collect();
     assert_eq!(text.windows(end.len()).filter(|window| *window == end.as_bytes()).count(), 16);
 }
 
-/// Reasoning that a template drops of earlier turns, and a prompt that begins it.
+/// The template drops the reasoning of earlier turns, and a generation prompt that opens it.
 #[test]
 fn turns_that_are_rewritten_are_learned_as_they_are_written() {
     let reasons = "{%- set ns = namespace(last=-1) -%}{%- for m in messages -%}{%- if m.role == 'user' -%}\
@@ -394,7 +394,7 @@ fn turns_that_are_rewritten_are_learned_as_they_are_written() {
     let written =
         "<call>{\"name\": \"w\", \"arguments\": {\"n\": 3, \"town\": \"Celle\", \"x\": 1.5e-07}}</call><|im_end|>";
     assert_eq!(of(reasons), format!("{written}|<think>\nsecond\n</think>{written}"));
-    // The prompt begins to think, which no turn of the past does.
+    // The prompt opens a thought, which no earlier turn has.
     let opens = reasons.replace("<|im_user|>assistant<|im_middle|>", "<|im_user|>assistant<|im_middle|><think>\n");
     assert_eq!(of(&opens), format!("{written}|\nsecond\n</think>{written}"));
     let never = opens.replace("loop.index0 > ns.last", "false");
@@ -402,7 +402,7 @@ fn turns_that_are_rewritten_are_learned_as_they_are_written() {
 }
 
 #[test]
-fn long_conversations_with_calls_are_learned_from_alike() {
+fn patterns_find_the_spans_of_turns_with_tool_calls() {
     let mut messages = Vec::new();
     for index in 0..60 {
         messages.push(json!({"role": "user", "content": format!("Q{index}")}));
@@ -416,17 +416,17 @@ fn long_conversations_with_calls_are_learned_from_alike() {
     let encoder = encoder(TOOLS);
     let record = json!({ "messages": messages });
     let conversation = encoder.parse(record.to_string().as_bytes()).unwrap();
-    let given = encoder.core().given(conversation.messages().iter(), Map::new()).unwrap();
-    let (finder, turns) = (encoder.core().finder(), turns_of(&given));
-    assert!(turns.len() > EXACT);
-    let text = finder.template.render_input(&given, &given.values, false, ["", ""]).unwrap();
-    let regions = finder.regions(&given, given.messages.len(), &text);
-    let each = finder.spans_one_by_one(&given, &turns, &text, &regions).unwrap();
-    assert_eq!(finder.spans_by_pattern(&given, &turns, &text, &regions).unwrap(), Some(each));
+    let input = encoder.core().template_input(conversation.messages().iter(), Map::new()).unwrap();
+    let (finder, turns) = (encoder.core().finder(), assistant_turns(&input));
+    assert!(turns.len() > MAX_EXACT_TURNS);
+    let text = finder.template.render_input(&input, &input.values, false, ["", ""]).unwrap();
+    let regions = finder.regions(&input, input.messages.len(), &text);
+    let each = finder.exact_spans(&input, &turns, &text, &regions).unwrap();
+    assert_eq!(finder.spans_by_pattern(&input, &turns, &text, &regions).unwrap(), Some(each));
 }
 
 #[test]
-fn blocks_that_are_not_one_for_each_turn() {
+fn several_generation_blocks_of_a_turn_need_equal_weights() {
     let text = "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.reasoning_content %}<|im_user|>{% generation %}\
         {% set x = 'in' %}{{ m.reasoning_content }}{% endgeneration %}{{ x }}{% endif %}<|im_middle|>{% generation %}{{ m.content }}\
         {% endgeneration %}{% else %}[{{ m.content }}]{% endif %}{% endfor %}";
@@ -436,11 +436,11 @@ fn blocks_that_are_not_one_for_each_turn() {
     assert_eq!(read(&encoder(text), &record).unwrap().1, "so|A|B");
     record["messages"][1]["weight"] = 0.into();
     let error = read(&encoder(text), &record).unwrap_err();
-    assert!(error.contains("3 `{% generation %}` blocks for 2 messages"), "{error}");
+    assert!(error.contains("3 `{% generation %}` blocks for 2 assistant messages"), "{error}");
 }
 
 #[test]
-fn the_template_for_tools_is_the_one_that_is_called_so() {
+fn the_template_named_tool_use_renders_conversations_with_tools() {
     let dir = tempfile::tempdir().unwrap();
     let config =
         json!({"chat_template": [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOLS}]});

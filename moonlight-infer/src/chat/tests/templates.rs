@@ -1,11 +1,11 @@
-//! Templates in the manner of published ones, and expressions, held against what transformers makes of them
-//! (`scripts/check_templates.py` writes it down).
+//! Templates like published ones, and expressions, compared with what transformers renders (written by
+//! `scripts/check_templates.py`).
 
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
-use super::super::template_input::TemplateInput;
+use super::super::template_input::{TemplateInput, with_reasoning};
 use super::*;
 
 pub(super) fn folder() -> PathBuf {
@@ -16,7 +16,7 @@ fn rendered() -> Value {
     serde_json::from_slice(&fs::read(folder().join("rendered.json")).unwrap()).unwrap()
 }
 
-/// A tokenizer's folder with the names of its tokens, and an encoder of a template in it.
+/// An encoder with a template, and with the names of special tokens that the templates use.
 fn encoder_of(source: &str, tokens: &Value) -> ChatEncoder {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("tokenizer_config.json"), tokens.to_string()).unwrap();
@@ -25,15 +25,14 @@ fn encoder_of(source: &str, tokens: &Value) -> ChatEncoder {
     ChatEncoder::new(template, Tokenizer::bytes_chat())
 }
 
-/// Messages and variables of a record, as they are.
-fn given(record: &Map<String, Value>) -> TemplateInput {
+/// The messages and variables of a record, unchanged.
+fn template_input(record: &Map<String, Value>) -> TemplateInput {
     let mut variables = record.clone();
     let messages = variables.remove("messages").unwrap();
     variables.insert("date_string".into(), "26 Jul 2024".into());
     let fields = |message: &Value| message.as_object().unwrap().clone();
     let messages = messages.as_array().unwrap().iter().map(|message| Message::from_fields(fields(message)).unwrap());
-    let messages =
-        messages.map(|message| super::super::template_input::with_reasoning(message.fields().clone())).collect();
+    let messages = messages.map(|message| with_reasoning(message.fields().clone())).collect();
     TemplateInput::new(messages, variables)
 }
 
@@ -45,9 +44,9 @@ fn templates_are_rendered_as_transformers_renders_them() {
         let source = fs::read_to_string(folder().join(name).with_extension("jinja")).unwrap();
         let encoder = encoder_of(&source, &all["tokens"]);
         for (conversation, cases) in cases.as_object().unwrap() {
-            let given = given(all["conversations"][conversation].as_object().unwrap());
+            let input = template_input(all["conversations"][conversation].as_object().unwrap());
             for (prompt, expected) in [false, true].into_iter().zip(cases.as_array().unwrap()) {
-                let ours = encoder.template().render_input(&given, &given.values, prompt, ["", ""]);
+                let ours = encoder.template().render_input(&input, &input.values, prompt, ["", ""]);
                 count += 1;
                 match (ours, expected["text"].as_str()) {
                     (Ok(text), Some(expected)) => assert_eq!(text, expected, "{name}: {conversation}"),
@@ -55,7 +54,7 @@ fn templates_are_rendered_as_transformers_renders_them() {
                     (ours, _) => panic!("{name}: {conversation}: {ours:?} and {expected}"),
                 }
                 let Some(spans) = expected["spans"].as_array().filter(|spans| !spans.is_empty()) else { continue };
-                let (text, ours) = encoder.core().finder().spans(&given).unwrap();
+                let (text, ours) = encoder.core().finder().spans(&input).unwrap();
                 let characters = |at: usize| text[..at].chars().count() as u64;
                 let ours: Vec<[u64; 2]> = ours.iter().map(|span| [span.start, span.end].map(characters)).collect();
                 assert_eq!(serde_json::json!(ours), serde_json::json!(spans), "{name}: {conversation}");
@@ -68,15 +67,15 @@ fn templates_are_rendered_as_transformers_renders_them() {
 }
 
 #[test]
-fn expressions_are_what_they_are_in_python() {
+fn expressions_have_the_values_of_python() {
     let all = rendered();
     let (mut equal, mut known) = (0, 0);
     for case in all["expressions"].as_array().unwrap() {
         let source = case["source"].as_str().unwrap();
         let variables = all["variables"].as_object().unwrap().clone();
-        let given = TemplateInput::new(Vec::new(), variables);
+        let input = TemplateInput::new(Vec::new(), variables);
         let ours = ChatTemplate::from_source(source)
-            .and_then(|template| template.render_input(&given, &given.values, false, ["", ""]));
+            .and_then(|template| template.render_input(&input, &input.values, false, ["", ""]));
         let is = match (&ours, case["text"].as_str()) {
             (Ok(text), Some(expected)) if text == expected => None,
             (Err(_), None) => None,
@@ -91,7 +90,7 @@ fn expressions_are_what_they_are_in_python() {
 }
 
 #[test]
-fn every_template_is_learned_from_or_says_why_not() {
+fn the_last_answer_is_learned_with_every_template() {
     let all = rendered();
     let mut learned_from = 0;
     for name in all["templates"].as_object().unwrap().keys() {
@@ -109,7 +108,7 @@ fn every_template_is_learned_from_or_says_why_not() {
                 .map(|(token, _)| *token as u8)
                 .collect();
             let ours = String::from_utf8_lossy(&ours).into_owned();
-            // The last words of the assistant are in what is learned.
+            // The last answer is within the learned text.
             let last = read.turns.iter().rfind(|turn| turn.message.role() == "assistant").unwrap();
             if let Some(words) = last.message.text() {
                 let words = words.rsplit("</think>").next().unwrap().trim();
@@ -122,12 +121,12 @@ fn every_template_is_learned_from_or_says_why_not() {
 }
 
 #[test]
-fn the_date_is_todays() {
+fn strftime_now_is_the_current_date() {
     let render = |format: &str| {
         ChatTemplate::from_source(&format!("{{{{ strftime_now('{format}') }}}}")).unwrap().render(&[], false)
     };
     assert_eq!(render("%Y-%m-%d").unwrap(), chrono::Local::now().format("%Y-%m-%d").to_string());
-    assert!(render("%Q").unwrap_err().to_string().contains("does not know a part of `%Q`"));
+    assert!(render("%Q").unwrap_err().to_string().contains("does not support `%Q`"));
     assert!(ChatTemplate::from_source("{{ strftime_now('%d %b %Y') }}").unwrap().uses_date());
     assert!(!ChatTemplate::from_source(MOONLIGHT_TEMPLATE).unwrap().uses_date());
 }

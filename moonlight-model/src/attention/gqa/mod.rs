@@ -1,4 +1,4 @@
-//! Grouped-query attention (arXiv 2305.13245), as Llama and Qwen2 have it.
+//! Grouped-query attention (arXiv 2305.13245), for Llama and Qwen2.
 
 mod shape;
 
@@ -17,38 +17,38 @@ use crate::projection::{Projection, projections_of_fields};
 
 pub use shape::{GqaShape, SlidingWindow, WindowLayers};
 
-/// The configuration of a [`GroupedQueryAttention`], by the names of `config.json`.
+/// The config of a [`GroupedQueryAttention`]; names are those of `config.json`.
 #[derive(Config, Debug, PartialEq)]
 pub struct GroupedQueryAttentionConfig {
-    /// Width of the hidden states.
+    /// Width of input and output.
     pub hidden_size: usize,
     /// Number of query heads.
     pub num_attention_heads: usize,
-    /// Number of key and value heads; divides the number of query heads.
+    /// Number of key and value heads; must divide the number of query heads.
     pub num_key_value_heads: usize,
-    /// Width of a head; even.
+    /// Width of a head; must be even, because the rotary embedding rotates pairs.
     pub head_dim: usize,
-    /// Factor on the scores; by default `head_dim^-1/2`.
+    /// Factor on the scores; `None` for `head_dim^-1/2`.
     pub softmax_scale: Option<f64>,
-    /// Biases on query, key and value.
+    /// Whether query, key and value projections have biases.
     #[config(default = false)]
     pub qkv_bias: bool,
-    /// Bias on the output projection.
+    /// Whether the output projection has a bias.
     #[config(default = false)]
     pub o_bias: bool,
-    /// How many of the last tokens a token sees, itself among them; all of them by default.
+    /// Number of tokens that a token sees, itself included; `None` for all tokens before it.
     pub sliding_window: Option<usize>,
-    /// Standard deviation of fresh weights.
+    /// Standard deviation of initialized weights.
     #[config(default = 0.02)]
     pub initializer_range: f64,
 }
 
 impl GroupedQueryAttentionConfig {
-    /// An attention with fresh parameters, drawn when they are first used.
+    /// Initializes an attention layer. A parameter is drawn when it is first read.
     ///
     /// # Panics
     ///
-    /// When the key heads do not divide the query heads, `head_dim` is odd (positions turn pairs), or a window is empty.
+    /// If the key heads do not divide the query heads, `head_dim` is odd, or the sliding window is 0.
     pub fn init(&self, device: &Device) -> GroupedQueryAttention {
         self.build(Init::new(device))
     }
@@ -57,8 +57,8 @@ impl GroupedQueryAttentionConfig {
         let (hidden, heads, key_heads, width) =
             (self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim);
         assert!(heads.is_multiple_of(key_heads), "{key_heads} key heads do not divide {heads} heads");
-        assert!(width.is_multiple_of(2), "head_dim is {width}: positions turn pairs");
-        assert!(self.sliding_window != Some(0), "a sliding window of no token");
+        assert!(width.is_multiple_of(2), "head_dim is {width}, but the rotary embedding rotates pairs");
+        assert!(self.sliding_window != Some(0), "the sliding window is 0");
         let (queries, keys) = (heads * width, key_heads * width);
         let projection =
             |role, shape, bias| init.projection(ProjectionRole::Attention(role), shape, bias, self.initializer_range);
@@ -76,18 +76,32 @@ impl GroupedQueryAttentionConfig {
     }
 }
 
-/// Several query heads share each key and value head (arXiv 2305.13245).
+/// Causal attention in which several query heads share each key and value head (arXiv 2305.13245).
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use moonlight_model::rope::RotaryEmbedding;
+/// use moonlight_model::{ForwardContext, GroupedQueryAttentionConfig, RopeConfig};
+///
+/// let device = Device::default();
+/// // Hidden size 64; 4 query heads and 2 key heads of width 16; adjacent halves rotated, as in Llama.
+/// let attention = GroupedQueryAttentionConfig::new(64, 4, 2, 16).init(&device);
+/// let rotary = RotaryEmbedding::new(&RopeConfig::new().with_interleave(false), 16);
+/// let x = Tensor::<3>::random([2, 10, 64], Distribution::Default, &device);
+/// let y = attention.forward(x, &ForwardContext::new(&rotary, [2, 10], &device));
+/// assert_eq!(y.dims(), [2, 10, 64]);
+/// ```
 ///
 /// Should be created with [`GroupedQueryAttentionConfig`].
 #[derive(Module, Debug)]
 pub struct GroupedQueryAttention {
-    /// `[hidden, heads * width]`.
+    /// `[hidden, heads * head_dim]`.
     pub q_proj: Projection,
-    /// `[hidden, key heads * width]`.
+    /// `[hidden, key heads * head_dim]`.
     pub k_proj: Projection,
-    /// `[hidden, key heads * width]`.
+    /// `[hidden, key heads * head_dim]`.
     pub v_proj: Projection,
-    /// `[heads * width, hidden]`.
+    /// `[heads * head_dim, hidden]`.
     pub o_proj: Projection,
     heads: usize,
     key_heads: usize,
@@ -97,20 +111,21 @@ pub struct GroupedQueryAttention {
 }
 
 impl GroupedQueryAttention {
-    /// Attends causally over whole sequences.
+    /// Causal attention over whole sequences.
     ///
     /// # Shapes
     ///
-    /// `[batch, sequence, hidden]` to the same.
+    /// - x, output: `[batch, sequence, hidden]`
     ///
     /// # Panics
     ///
-    /// When the context is of another batch or sequence length, or has no positions.
+    /// If the context has another batch size or sequence length, or no positions.
     pub fn forward(&self, x: Tensor<3>, context: &ForwardContext) -> Tensor<3> {
         super::kind::forward(self, x, context)
     }
 
-    /// Attends over whole sequences; `kept` takes keys and values for the cache, where it is asked for.
+    /// Attends over whole sequences. If `kept` is given, it receives keys and values,
+    /// `[batch, sequence, key heads, 2 head_dim]`, for the cache.
     fn attend(
         &self,
         x: Tensor<2>,
@@ -123,6 +138,7 @@ impl GroupedQueryAttention {
             *kept = Some(key_value.clone());
         }
         let statistics = context.probes_logits().then(|| {
+            // Every query head gets a copy of its key head, which only the statistics need.
             let group = self.heads / self.key_heads;
             let key = key_value.clone().slice_dim(3, 0..self.width);
             let key = key.reshape([batch, sequence, self.key_heads, 1, self.width]);
@@ -141,6 +157,7 @@ impl GroupedQueryAttention {
         let key = self.k_proj.forward(x.clone()).reshape(shape(self.key_heads));
         let value = self.v_proj.forward(x).reshape(shape(self.key_heads));
         let key = context.rotation().apply(key, 0);
+        // Key and value of a head side by side: a row of the cache, and one tensor for the kernel.
         (context.rotation().apply(query, 0), Tensor::cat(vec![key, value], 3))
     }
 }
@@ -176,7 +193,7 @@ impl AttentionModule for GroupedQueryAttention {
     }
 
     fn qk_clip_projections_mut(&mut self) -> QkClipProjections<'_> {
-        // Whole keys are shared by the heads of a group, so that the query takes all of the factor.
+        // The heads of a group share their key, so a factor for one head can only go into its query.
         QkClipProjections { query: &mut self.q_proj, key_value: None, nope: 0, rope: self.width, value: 0 }
     }
 }

@@ -1,4 +1,4 @@
-//! Grouped-query attention's part of the configuration.
+//! [`GqaShape`]: the keys of `config.json` for grouped-query attention.
 
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
@@ -12,31 +12,31 @@ use crate::config::limits::{MAX_HEADS, MAX_LENGTH, check_size, require};
 use crate::config::model_type::ModelType;
 use crate::config::rope::RopeConfig;
 
-/// Grouped-query attention, by its keys in `config.json`.
+/// The keys of `config.json` for grouped-query attention.
 #[derive(Config, Debug, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct GqaShape {
-    /// Number of key and value heads; divides the number of query heads.
+    /// Number of key and value heads; must divide the number of query heads.
     pub num_key_value_heads: usize,
-    /// Width of a head.
+    /// Width of a head; must be even.
     pub head_dim: usize,
-    /// Biases on query, key and value.
+    /// Whether query, key and value projections have biases.
     #[config(default = false)]
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub qkv_bias: bool,
-    /// Bias on the output projection.
+    /// Whether the output projection has a bias.
     #[config(default = false)]
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub o_bias: bool,
-    /// Layers that see a part of the context (Qwen2).
+    /// The sliding window of some layers (Qwen2).
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub sliding_window: Option<SlidingWindow>,
 }
 
-/// Layers whose tokens see the last tokens alone.
+/// A sliding window: in some layers a token sees the last `tokens` tokens only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SlidingWindow {
-    /// How many tokens a token sees, itself among them.
+    /// Number of tokens that a token sees, itself included.
     pub tokens: usize,
     /// Which layers have the window.
     pub layers: WindowLayers,
@@ -45,17 +45,17 @@ pub struct SlidingWindow {
 /// Which layers have a sliding window.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WindowLayers {
-    /// This one and all after it (`max_window_layers`).
+    /// All layers from this index on (`max_window_layers`).
     From(usize),
-    /// Those that are true, layer by layer (`layer_types`).
+    /// The layers with `true`, one entry for each layer (`layer_types`).
     Listed(Vec<bool>),
 }
 
 impl SlidingWindow {
-    /// The keys that say it.
+    /// The keys that describe the window.
     const KEYS: [&str; 4] = ["layer_types", "max_window_layers", "sliding_window", "use_sliding_window"];
 
-    /// Whether layer `layer` has the window.
+    /// Whether the layer has the window.
     pub fn is_in_layer(&self, layer: usize) -> bool {
         match &self.layers {
             WindowLayers::From(first) => layer >= *first,
@@ -63,8 +63,9 @@ impl SlidingWindow {
         }
     }
 
-    /// By transformers' rule (`Qwen2Config`): the layers of `layer_types` that are `sliding_attention`, or those from
-    /// `max_window_layers` on, where `use_sliding_window` is true. The keys stay in `map`, for a file to have them again.
+    /// Follows transformers' `Qwen2Config`: if `use_sliding_window` is true, the window belongs to the layers that `layer_types`
+    /// lists as `sliding_attention`, or without `layer_types` to those from `max_window_layers` on. The keys stay in `map`, so
+    /// that writing the config restores them.
     fn read(map: &Map<String, Value>) -> Result<Option<Self>, ConfigError> {
         let mut keys = Keys { map: Map::new() };
         for key in Self::KEYS {
@@ -87,7 +88,7 @@ impl SlidingWindow {
         if tokens.is_none() && kinds.as_ref().is_some_and(|kinds| kinds.contains(&true)) {
             return Err(ConfigError::Unsupported {
                 key: "layer_types".into(),
-                problem: "has layers of `sliding_attention`, and no `sliding_window` is in use".into(),
+                problem: "has `sliding_attention` layers, but no `sliding_window` is in use".into(),
                 hint: None,
             });
         }
@@ -115,7 +116,7 @@ impl SlidingWindow {
 const DEFAULT_WINDOW_LAYERS: usize = 28;
 
 impl GqaShape {
-    /// The keys of `config.json` that it is read from.
+    /// The keys that are read.
     pub(in crate::attention) const KEYS: &[&str] = &[
         "attention_bias",
         "head_dim",
@@ -132,14 +133,14 @@ impl GqaShape {
         hidden_size: usize,
         num_attention_heads: usize,
     ) -> Result<Self, ConfigError> {
-        // Qwen2 has biases on query, key and value whatever its file says.
+        // Qwen2 always has biases on query, key and value, and none on the output; `attention_bias` has no effect.
         let bias = model_type != ModelType::Qwen2 && keys.boolean("attention_bias")?.unwrap_or(false);
         Ok(Self {
             num_key_value_heads: keys.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads),
             head_dim: match keys.optional_size("head_dim")? {
                 Some(head_dim) => head_dim,
                 None if num_attention_heads > 0 => hidden_size / num_attention_heads,
-                None => 0,
+                None => 0, // `validate` refuses it by name
             },
             qkv_bias: model_type == ModelType::Qwen2 || bias,
             o_bias: bias,
@@ -150,7 +151,7 @@ impl GqaShape {
         })
     }
 
-    /// The attention of a model's layers.
+    /// The config of the attention of one layer.
     pub(in crate::attention) fn config(&self, model: &ModelWidths<'_>) -> GroupedQueryAttentionConfig {
         GroupedQueryAttentionConfig {
             hidden_size: model.hidden_size,
@@ -180,7 +181,7 @@ impl AttentionKind for GqaShape {
         if model_type == ModelType::Llama {
             put("attention_bias", json!(self.o_bias));
         }
-        // What the file said stands there already, unless the window is another one now.
+        // `map` still has the keys of the file. They are replaced only if the window was changed after reading.
         if !SlidingWindow::read(map).is_ok_and(|window| window == self.sliding_window) {
             match &self.sliding_window {
                 Some(window) => window.write(map),
@@ -199,7 +200,7 @@ impl AttentionKind for GqaShape {
             check_size(window.tokens, "sliding_window", MAX_LENGTH)?;
         }
         require(self.head_dim.is_multiple_of(2), "head_dim", || {
-            format!("is {}, but the rotary embedding turns pairs: it must be even", self.head_dim)
+            format!("is {}, but must be even: the rotary embedding rotates pairs", self.head_dim)
         })
     }
 

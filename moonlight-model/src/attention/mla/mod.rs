@@ -20,42 +20,43 @@ use crate::projection::{Projection, projections_of_fields};
 
 pub use shape::MlaShape;
 
-/// The configuration of a [`MultiHeadLatentAttention`], by the names of `config.json`.
+/// The config of a [`MultiHeadLatentAttention`]; names are those of `config.json`.
 #[derive(Config, Debug, PartialEq)]
 pub struct MultiHeadLatentAttentionConfig {
-    /// Width of the hidden states.
+    /// Width of input and output.
     pub hidden_size: usize,
     /// Number of heads.
     pub num_attention_heads: usize,
-    /// Width of the latent that keys and values are expanded from, and that the cache holds.
+    /// Width of the latent that is cached and that keys and values are expanded from.
     pub kv_lora_rank: usize,
-    /// Width of a head's query and key without position.
+    /// Width of the part of a head's query and key without position.
     pub qk_nope_head_dim: usize,
-    /// Width of a head's query, and of the one shared key, that carry the position; even.
+    /// Width of the part with position, of a head's query and of the one key that all heads share; must be even, because the
+    /// rotary embedding rotates pairs.
     pub qk_rope_head_dim: usize,
-    /// Width of a head's value.
+    /// Width of the value of a head.
     pub v_head_dim: usize,
-    /// Width of the query latent; without one queries are projected directly, as in Moonlight.
+    /// Width of the query latent; `None` to project queries directly, as in Moonlight.
     pub q_lora_rank: Option<usize>,
-    /// Factor on the scores; by default `(qk_nope_head_dim + qk_rope_head_dim)^-1/2`.
+    /// Factor on the scores; `None` for `(qk_nope_head_dim + qk_rope_head_dim)^-1/2`.
     pub softmax_scale: Option<f64>,
-    /// Epsilon of the two latent norms.
+    /// Epsilon of the norms of the latents.
     #[config(default = 1e-6)]
     pub latent_norm_eps: f64,
-    /// Biases on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj`.
+    /// Whether `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have biases.
     #[config(default = false)]
     pub attention_bias: bool,
-    /// Standard deviation of fresh weights.
+    /// Standard deviation of initialized weights.
     #[config(default = 0.02)]
     pub initializer_range: f64,
 }
 
 impl MultiHeadLatentAttentionConfig {
-    /// An attention with fresh parameters, drawn when they are first used.
+    /// Initializes an attention layer. A parameter is drawn when it is first read.
     ///
     /// # Panics
     ///
-    /// When `qk_rope_head_dim` is odd: positions turn pairs.
+    /// If `qk_rope_head_dim` is odd.
     pub fn init(&self, device: &Device) -> MultiHeadLatentAttention {
         self.build(Init::new(device))
     }
@@ -63,7 +64,7 @@ impl MultiHeadLatentAttentionConfig {
     pub(crate) fn build(&self, init: Init<'_>) -> MultiHeadLatentAttention {
         let (hidden, heads, bias) = (self.hidden_size, self.num_attention_heads, self.attention_bias);
         let (nope, rope, value) = (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim);
-        assert!(rope.is_multiple_of(2), "qk_rope_head_dim is {rope}: positions turn pairs");
+        assert!(rope.is_multiple_of(2), "qk_rope_head_dim is {rope}, but the rotary embedding rotates pairs");
         let (queries, latent) = (heads * (nope + rope), self.kv_lora_rank);
         let norm = |width| RmsNorm::build(width, self.latent_norm_eps, init);
         let projection =
@@ -89,15 +90,18 @@ impl MultiHeadLatentAttentionConfig {
     }
 }
 
-/// Keys and values of all heads are expanded from one latent a token, and one key that carries the position is shared
-/// by all heads (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19).
+/// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19): keys and values of all heads are expanded
+/// from one latent a token, and one key with the position is shared by all heads. Only the latent and the shared key are
+/// cached.
+///
+/// See [`ForwardContext`] for an example.
 ///
 /// Should be created with [`MultiHeadLatentAttentionConfig`].
 #[derive(Module, Debug)]
 pub struct MultiHeadLatentAttention {
-    /// `[hidden, heads * (nope + rope)]`; absent where queries have a latent.
+    /// `[hidden, heads * (nope + rope)]`; `None` if queries have a latent.
     pub q_proj: Option<Projection>,
-    /// `[hidden, q_lora_rank]`.
+    /// `[hidden, q_lora_rank]`; `None`, as the two below, if queries have no latent.
     pub q_a_proj: Option<Projection>,
     /// `[q_lora_rank]`.
     pub q_a_layernorm: Option<RmsNorm>,
@@ -107,7 +111,7 @@ pub struct MultiHeadLatentAttention {
     pub kv_a_proj_with_mqa: Projection,
     /// `[kv_lora_rank]`.
     pub kv_a_layernorm: RmsNorm,
-    /// `[kv_lora_rank, heads * (nope + value)]`: for each head its key, then its value.
+    /// `[kv_lora_rank, heads * (nope + value)]`: for each head the key, then the value.
     pub kv_b_proj: Projection,
     /// `[heads * value, hidden]`.
     pub o_proj: Projection,
@@ -120,20 +124,21 @@ pub struct MultiHeadLatentAttention {
 }
 
 impl MultiHeadLatentAttention {
-    /// Attends causally over whole sequences; see [`ForwardContext`] for an example.
+    /// Causal attention over whole sequences.
     ///
     /// # Shapes
     ///
-    /// `[batch, sequence, hidden]` to the same.
+    /// - x, output: `[batch, sequence, hidden]`
     ///
     /// # Panics
     ///
-    /// When the context is of another batch or sequence length, or has no positions.
+    /// If the context has another batch size or sequence length, or no positions.
     pub fn forward(&self, x: Tensor<3>, context: &ForwardContext) -> Tensor<3> {
         super::kind::forward(self, x, context)
     }
 
-    /// Attends over whole sequences; `latents` takes what the cache keeps of each token, where it is asked for.
+    /// Attends over whole sequences, with keys and values expanded. If `latents` is given, it receives the cache rows,
+    /// `[batch, sequence, kv_lora_rank + rope]`.
     fn attend(
         &self,
         x: Tensor<2>,
@@ -148,7 +153,7 @@ impl MultiHeadLatentAttention {
             *latents = Some(Tensor::cat(vec![latent, shared_key.clone()], 2));
         }
         let pair = self.nope + self.value;
-        let key_value = self.kv_b_proj.forward(latent).reshape([batch, sequence, self.heads, pair]);
+        let key_value = self.kv_b_proj.forward(latent).reshape([batch, sequence, self.heads, pair]); // keys, then values
         let statistics = context.probes_logits().then(|| {
             let own = key_value.clone().slice_dim(3, 0..self.nope);
             let shared = shared_key.clone().reshape([batch, sequence, 1, self.rope]);
@@ -156,11 +161,11 @@ impl MultiHeadLatentAttention {
             logit_stats(query.clone(), Tensor::cat(vec![own, shared], 3), self.scale, None, context)
         });
         let output = latent_attention(query, key_value, shared_key, context.attention_spec(self.scale, None));
-        let output = output.reshape([batch * sequence, self.heads * self.value]);
+        let output = output.reshape([batch * sequence, self.heads * self.value]); // [tokens, heads * value]
         (self.o_proj.forward(output), statistics)
     }
 
-    /// Queries with their positions, `[batch, sequence, heads, nope + rope]`.
+    /// Rotated queries, `[batch, sequence, heads, nope + rope]`.
     fn query(&self, x: Tensor<2>, context: &ForwardContext) -> Tensor<4> {
         let query = match (&self.q_proj, &self.q_a_proj, &self.q_a_layernorm, &self.q_b_proj) {
             (Some(whole), ..) => whole.forward(x),
@@ -171,9 +176,9 @@ impl MultiHeadLatentAttention {
         context.rotation().apply(query, self.nope)
     }
 
-    /// The normalised latent `[tokens, latent]` and the shared key with its position `[batch, sequence, rope]`.
+    /// The normalized latent, `[tokens, latent]`, and the rotated shared key, `[batch, sequence, rope]`.
     fn latent(&self, x: Tensor<2>, context: &ForwardContext) -> (Tensor<2>, Tensor<3>) {
-        let compressed = self.kv_a_proj_with_mqa.forward(x);
+        let compressed = self.kv_a_proj_with_mqa.forward(x); // [tokens, latent + rope]
         let latent = compressed.clone().slice_dim(1, 0..self.latent);
         let shared = compressed.slice_dim(1, self.latent..self.latent + self.rope);
         let shared = shared.reshape([context.batch(), context.sequence(), 1, self.rope]);
@@ -181,15 +186,15 @@ impl MultiHeadLatentAttention {
         (self.kv_a_layernorm.forward(latent), shared)
     }
 
-    /// The two halves of `kv_b_proj` laid out for decoding, made once for a cache: `[heads, nope, latent]` and
-    /// `[heads, latent, value]`.
+    /// The key half `[heads, nope, latent]` and the value half `[heads, latent, value]` of `kv_b_proj`, made once for each cache.
+    /// Weights must not change while a cache is in use.
     fn absorbed(&self, cache: &mut LayerCache) -> [Tensor<3>; 2] {
         let halves = cache.prepared.get_or_insert_with(|| {
             let weight = self.kv_b_proj.effective_weight();
-            let weight = weight.reshape([self.latent, self.heads, self.nope + self.value]).swap_dims(0, 1);
-            let key = weight.clone().slice_dim(2, 0..self.nope).swap_dims(1, 2);
+            let weight = weight.reshape([self.latent, self.heads, self.nope + self.value]).swap_dims(0, 1); // [heads, latent, ..]
+            let key = weight.clone().slice_dim(2, 0..self.nope).swap_dims(1, 2); // [heads, nope, latent]
             let value = weight.slice_dim(2, self.nope..self.nope + self.value);
-            // A product needs contiguous rows: this copies them, once for all tokens.
+            // Both are strided views, which the grouped product would copy for every token. Two reshapes copy them once.
             let copied = |tensor: Tensor<3>| {
                 let [heads, rows, columns] = tensor.dims();
                 tensor.reshape([heads * rows, columns]).reshape([heads, rows, columns])
@@ -207,11 +212,10 @@ impl AttentionModule for MultiHeadLatentAttention {
         self.attend(x, context, None)
     }
 
-    /// Attends to the cache and the new tokens without expanding a single old key or value.
+    /// Attends to cached and new tokens without expanding keys or values (arXiv 2405.04434, section 2.1.2).
     ///
-    /// A score is `q_nope . (W_uk c) = (W_uk^T q_nope) . c`, so `kv_b_proj`'s key half is applied to the query, and
-    /// likewise its value half to the weighted sum of latents (arXiv 2405.04434, section 2.1.2). The first tokens of
-    /// empty sequences are cheaper to expand.
+    /// A score is `q_nope . (W_uk c) = (W_uk^T q_nope) . c`, so the key half of `kv_b_proj` is applied to the query, and
+    /// likewise its value half to the weighted sum of latents. For prompts of empty sequences expanding is cheaper.
     fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2> {
         let (count, heads, latent, rope) = (new.tokens.sequence(), self.heads, self.latent, self.rope);
         if new.is_prefill() {
@@ -226,10 +230,12 @@ impl AttentionModule for MultiHeadLatentAttention {
         let shared_key = shared_key.reshape([count, rope]);
         cache.write(Tensor::cat(vec![new_latent, shared_key], 1).reshape([count, 1, latent + rope]), &new.spans);
         let [absorbed_key, absorbed_value] = self.absorbed(cache);
+        // Each head multiplies by its own matrix: the grouped product with a head as a group.
         let by_head = Arc::new(GroupLayout::uniform(heads, count));
 
         let own = query.clone().slice_dim(2, 0..self.nope).swap_dims(0, 1).reshape([heads * count, self.nope]);
         let own = grouped_matmul(own, absorbed_key, &by_head).reshape([heads, count, latent]).swap_dims(0, 1);
+        // [count, heads, latent + rope], as wide as a row of the cache
         let query = Tensor::cat(vec![own, query.slice_dim(2, self.nope..self.nope + rope)], 2);
         let spec = CachedAttentionSpec {
             scale: self.scale as f32,
@@ -238,15 +244,19 @@ impl AttentionModule for MultiHeadLatentAttention {
             window: None,
             spans: new.spans.clone(),
         };
-        let mixed = cached_attention(query, cache.rows(), spec); // [count, heads, latent]
-        let mixed = mixed.swap_dims(0, 1).reshape([heads * count, latent]);
-        let output = grouped_matmul(mixed, absorbed_value, &by_head).reshape([heads, count, self.value]);
+        let latents = cached_attention(query, cache.rows(), spec); // [count, heads, latent]
+        let latents = latents.swap_dims(0, 1).reshape([heads * count, latent]);
+        let output = grouped_matmul(latents, absorbed_value, &by_head).reshape([heads, count, self.value]);
         self.o_proj.forward(output.swap_dims(0, 1).reshape([count, heads * self.value]))
     }
 
     fn qk_clip_projections_mut(&mut self) -> QkClipProjections<'_> {
         QkClipProjections {
-            query: self.q_proj.as_mut().or(self.q_b_proj.as_mut()).expect("queries are made by one of the two"),
+            query: self
+                .q_proj
+                .as_mut()
+                .or(self.q_b_proj.as_mut())
+                .expect("`build` makes one of the two query projections"),
             key_value: Some(&mut self.kv_b_proj),
             nope: self.nope,
             rope: self.rope,

@@ -1,4 +1,4 @@
-//! Multi-head latent attention's part of the configuration.
+//! [`MlaShape`]: the keys of `config.json` for multi-head latent attention.
 
 use burn::config::Config;
 use serde_json::{Map, Value, json};
@@ -11,36 +11,36 @@ use crate::config::limits::{MAX_HEADS, MAX_WIDTH, check_positive_number, check_s
 use crate::config::model_type::ModelType;
 use crate::config::rope::{RopeConfig, yarn_mscale};
 
-/// What transformers builds the latent norms with, whatever `rms_norm_eps` says.
+/// The epsilon that transformers gives the latent norms, whatever `rms_norm_eps` is.
 const DEFAULT_LATENT_NORM_EPS: f64 = 1e-6;
 
-/// Multi-head latent attention, by its keys in `config.json`.
+/// The keys of `config.json` for multi-head latent attention.
 #[derive(Config, Debug, PartialEq)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct MlaShape {
-    /// Width of the query latent; `None` projects queries directly (Moonlight).
+    /// Width of the query latent; null to project queries directly (Moonlight).
     pub q_lora_rank: Option<usize>,
-    /// Width of the latent that keys and values are expanded from, and that the cache holds.
+    /// Width of the latent that is cached and that keys and values are expanded from.
     pub kv_lora_rank: usize,
-    /// Width of a head's query and key without position.
+    /// Width of the part of a head's query and key without position.
     pub qk_nope_head_dim: usize,
-    /// Width of a head's query, and of the one shared key, that carry the position.
+    /// Width of the part with position, of a head's query and of the one key that all heads share; must be even.
     pub qk_rope_head_dim: usize,
-    /// Width of a head's value.
+    /// Width of the value of a head.
     pub v_head_dim: usize,
-    /// Epsilon of the two latent norms. transformers and the published remote code leave it at 1e-6 whatever
-    /// `rms_norm_eps` says; vLLM and SGLang use `rms_norm_eps`. The default follows transformers; the JSON key
-    /// is `kv_norm_eps`, ours alone.
+    /// Epsilon of the norms of the latents. transformers and the published remote code use 1e-6 whatever `rms_norm_eps` is;
+    /// vLLM and SGLang use `rms_norm_eps`. The default follows transformers. The key `kv_norm_eps` exists only in this
+    /// project.
     #[config(default = "DEFAULT_LATENT_NORM_EPS")]
     #[cfg_attr(feature = "schema", schemars(rename = "kv_norm_eps"))]
     pub latent_norm_eps: f64,
-    /// Biases on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj`.
+    /// Whether `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have biases.
     #[config(default = false)]
     pub attention_bias: bool,
 }
 
 impl MlaShape {
-    /// The keys of `config.json` that it is read from.
+    /// The keys that are read.
     pub(in crate::attention) const KEYS: &[&str] = &[
         "attention_bias",
         "kv_lora_rank",
@@ -63,7 +63,7 @@ impl MlaShape {
         })
     }
 
-    /// The attention of a model's layers.
+    /// The config of the attention of one layer.
     pub(in crate::attention) fn config(&self, model: &ModelWidths<'_>) -> MultiHeadLatentAttentionConfig {
         MultiHeadLatentAttentionConfig {
             hidden_size: model.hidden_size,
@@ -95,6 +95,7 @@ impl AttentionKind for MlaShape {
         if self.latent_norm_eps != DEFAULT_LATENT_NORM_EPS {
             put("kv_norm_eps", json!(self.latent_norm_eps));
         }
+        // Published files have the key, though latent attention does not use it.
         map.entry("num_key_value_heads").or_insert_with(|| json!(heads));
     }
 
@@ -108,7 +109,7 @@ impl AttentionKind for MlaShape {
         check_size(self.v_head_dim, "v_head_dim", MAX_HEADS)?;
         check_positive_number(self.latent_norm_eps, "kv_norm_eps")?;
         require(self.qk_rope_head_dim.is_multiple_of(2), "qk_rope_head_dim", || {
-            format!("is {}, but the rotary embedding turns pairs: it must be even", self.qk_rope_head_dim)
+            format!("is {}, but must be even: the rotary embedding rotates pairs", self.qk_rope_head_dim)
         })
     }
 
@@ -118,7 +119,7 @@ impl AttentionKind for MlaShape {
             query: heads * (nope + rope),
             key_value: heads * (nope + value),
             output: heads * value,
-            // The latent before its norm is in one tensor with the shared key; then the normed one, and the rotated key.
+            // Twice, before and after: the latent is normalized, and the shared key, in the same tensor before, is rotated.
             latent: 2 * (self.kv_lora_rank + rope) + 2 * self.q_lora_rank.unwrap_or(0),
             cache: [1, self.kv_lora_rank + rope],
             head: nope + rope,
@@ -132,6 +133,7 @@ impl AttentionKind for MlaShape {
 
     fn softmax_scale(&self, rope: &RopeConfig) -> f64 {
         let scale = ((self.qk_nope_head_dim + self.qk_rope_head_dim) as f64).powf(-0.5);
+        // Squared, as in DeepSeek's remote code: `softmax_scale * mscale * mscale`.
         match rope.yarn().and_then(|yarn| Some((yarn.factor, yarn.mscale_all_dim?))) {
             Some((factor, all_dim)) if all_dim != 0.0 => scale * yarn_mscale(factor, all_dim).powi(2),
             _ => scale,

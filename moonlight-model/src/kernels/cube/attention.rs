@@ -1,16 +1,16 @@
-//! Causal attention by blocks of queries and keys: neither forward nor backward ever holds a `T x T` tensor.
+//! Causal attention by blocks of queries and keys, without a `[sequence, sequence]` tensor in the forward or backward pass.
 //!
-//! The forward is FlashAttention's (arXiv 2205.14135): a cube takes [`BLOCK`] queries of one head through the keys that
-//! they may see, [`BLOCK`] at a time, and keeps a running maximum and sum of each query's softmax. The backward computes
-//! the scores again from the logarithms of the sums, once for the queries' gradient and once for that of keys and
-//! values, so that no two cubes add to one number (FlashAttention-2, arXiv 2307.08691). Blocks of keys that lie after a
-//! block of queries, or before its first document, are not visited.
+//! The forward pass is FlashAttention (arXiv 2205.14135): a cube takes [`BLOCK`] queries of one head, visits the keys that they
+//! see [`BLOCK`] at a time, and keeps a running maximum and sum for the softmax of each query. The backward pass computes the
+//! scores again from the logarithms of the sums, once for the gradient of queries and once for that of keys and values, so
+//! that no two cubes add to the same value (FlashAttention-2, arXiv 2307.08691). Blocks of keys after a block of queries, or
+//! before its first document, are not visited.
 //!
-//! Loops over a block's numbers are left to the compiler to unroll: a software Vulkan driver takes long over the
-//! code of all rounds.
+//! Loops over the values of a block are not marked `#[unroll]`: a software Vulkan driver takes long to compile the unrolled
+//! code.
 //!
-//! Everything is a product of blocks of 32 x 32 numbers in shared memory: three of them take 12.7 KB, of the 16 KB that
-//! WebGPU promises. Sums are in f32 whatever the tensors are.
+//! All work is products of 32 x 32 blocks in shared memory. Three blocks take 12.7 KB of the 16 KB that WebGPU guarantees. Sums
+//! are in f32 for every dtype.
 
 use burn::backend::Cube;
 use burn::backend::ops::FloatTensorOps;
@@ -70,7 +70,7 @@ impl AttentionKernel for Cube {
         let shared_key = saved.shared_key.as_ref().map(|_| shared_key);
         let saved = BackwardInputs { query, key_value, shared_key, log_sum, grad: output_grad, delta };
         let (query, key_value, shared) = grad(saved, spec);
-        // All heads add up to the gradient of the key that they share.
+        // Each head wrote its own part of the gradient of the shared key, which is their sum.
         let shared = shared.map(|parts| {
             let [batch, _, sequence, width] = parts.meta.shape().dims();
             let sum = Self::float_sum_dim(to_float_tensor(parts), 1);
@@ -80,45 +80,47 @@ impl AttentionKernel for Cube {
     }
 }
 
-/// Queries, keys and columns of a block.
+/// Queries, keys and columns in a block.
 const BLOCK: usize = 32;
-/// Units of a cube across a block and down it.
+/// Units of a cube across the columns of a block, and down its rows.
 const ACROSS: usize = 8;
 const DOWN: usize = 16;
 const UNITS: usize = ACROSS * DOWN;
-/// A unit's patch of a block: rows that lie together, columns [`ACROSS`] apart.
+/// The patch of a block that a unit computes: consecutive rows, and columns [`ACROSS`] apart, so that neighboring units access
+/// neighboring columns.
 const PATCH_ROWS: usize = BLOCK / DOWN;
 const PATCH_COLUMNS: usize = BLOCK / ACROSS;
 const PATCH: usize = PATCH_ROWS * PATCH_COLUMNS;
-/// From one row of a block in shared memory to the next: one more than it has, so that rows begin in different banks.
+/// The distance between rows of a block in shared memory: one more than the columns, so that rows begin in different banks.
 const PITCH: usize = BLOCK + 1;
 const SHARED: usize = BLOCK * PITCH;
-/// Stands for the score of a key that a query may not see: finite, for a block may have none that it may see.
+/// The score of a key that a query does not see. It is finite, because a query may see no key of a block: with minus infinity the
+/// running maximum would be infinite, and `exp(score - maximum)` NaN.
 const MASKED: f32 = -1e30;
 
-/// What the kernels are compiled for.
+/// The compile-time sizes of the kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct HeadShape {
     heads: usize,
     key_heads: usize,
-    /// Width of the key that is a key head's own.
+    /// Width of the part of a key that is a key head's own.
     own: usize,
-    /// Width of the key that all heads share.
+    /// Width of the part of a key that all heads share.
     shared: usize,
     value: usize,
-    /// Whether sequences have documents.
+    /// Whether there are document starts or a window; if not, `starts` is not read.
     documents: bool,
 }
 
 impl HeadShape {
     /// # Panics
     ///
-    /// When the shapes or dtypes of an attention do not fit each other.
+    /// If the shapes or dtypes of an attention do not fit each other.
     fn new(query: &CubeTensor, key_value: &CubeTensor, shared_key: Option<&CubeTensor>, spec: &AttentionSpec) -> Self {
         let [batch, sequence, heads, width] = query.meta.shape().dims();
         let (key_heads, pair) = (key_value.meta.shape()[2], key_value.meta.shape()[3]);
         let shared = shared_key.map_or(0, |shared| shared.meta.shape()[2]);
-        assert!(shared < width && width - shared < pair, "a head has a key of its own and a value");
+        assert!(shared < width && width - shared < pair, "a head must have a key part of its own and a value");
         assert_shape(query, [batch, sequence, heads, width]);
         assert_shape(key_value, [batch, sequence, key_heads, pair]);
         assert_dtype(key_value, query.dtype);
@@ -126,9 +128,9 @@ impl HeadShape {
             assert_shape(shared_key, [batch, sequence, shared]);
             assert_dtype(shared_key, query.dtype);
         }
-        assert!(heads.is_multiple_of(key_heads), "key heads divide heads");
+        assert!(heads.is_multiple_of(key_heads), "key heads must divide heads");
         let starts = spec.starts.as_ref().map_or(batch * sequence, |starts| starts.len());
-        assert!(starts == batch * sequence, "there is a document start for each query");
+        assert!(starts == batch * sequence, "there must be one document start for each query");
         let own = width - shared;
         Self { heads, key_heads, own, shared, value: pair - own, documents: spec.starts.is_some() }
     }
@@ -138,7 +140,7 @@ impl HeadShape {
     }
 }
 
-/// A block of queries and a block of keys that meet.
+/// A block of queries and a block of keys.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 struct BlockPair {
@@ -152,18 +154,19 @@ struct BlockPair {
     sequence: usize,
 }
 
+/// Uploads the first keys of all queries; a buffer of one value if there are none, because WebGPU has no empty buffers.
 fn starts(like: &CubeTensor, spec: &AttentionSpec) -> BufferArg {
     upload(like, spec.starts.as_ref().map_or(&[0], |starts| starts.as_slice()))
 }
 
-/// A cube for each block of positions of each head.
+/// One cube for each block of positions of each head.
 fn cube_per_block(sequence: usize, heads: usize, batch: usize) -> (CubeCount, CubeDim) {
     let count = CubeCount::Static(sequence.div_ceil(BLOCK) as u32, heads as u32, batch as u32);
     (count, CubeDim::new_1d(UNITS as u32))
 }
 
-/// The output `[batch, sequence, heads, value]` and the logarithms of the softmax denominators
-/// `[batch, heads, sequence]`, see `reference::attention_forward`.
+/// The output, `[batch, sequence, heads, value]`, and the logarithms of the softmax denominators, `[batch, heads, sequence]`; see
+/// `reference::attention_forward`.
 fn forward(
     query: CubeTensor,
     key_value: CubeTensor,
@@ -173,7 +176,7 @@ fn forward(
     let heads = HeadShape::new(&query, &key_value, shared_key.as_ref(), spec);
     let (batch, sequence) = (query.meta.shape()[0], query.meta.shape()[1]);
     let (query, key_value) = (into_contiguous(query), into_contiguous(key_value));
-    // A kernel has all its arguments: without a shared key it is not read.
+    // A kernel needs a buffer for each argument; without a shared key this one is not read.
     let shared_key = shared_key.map_or_else(|| query.clone(), into_contiguous);
     let output = empty(&query, [batch, sequence, heads.heads, heads.value], query.dtype);
     let log_sum = empty(&query, [batch, heads.heads, sequence], DType::F32);
@@ -198,8 +201,8 @@ fn forward(
     (output, log_sum)
 }
 
-/// What the gradients are made of: the forward's inputs and `log_sum`, the gradient of its output, and `delta`, f32
-/// `[batch, sequence, heads]`, the product of that gradient and the output, summed over a head.
+/// The inputs of the backward pass: the inputs of the forward pass and its `log_sum`, the gradient of the output, and `delta`, f32
+/// `[batch, sequence, heads, 1]`, the sum over a head of the products of that gradient and the output.
 struct BackwardInputs {
     query: CubeTensor,
     key_value: CubeTensor,
@@ -209,8 +212,8 @@ struct BackwardInputs {
     delta: CubeTensor,
 }
 
-/// Gradients for the query, for keys and values, and of each key head for the shared key, f32
-/// `[batch, key_heads, sequence, shared]`.
+/// Gradients for the query, for keys and values, and the parts of each key head of the gradient for the shared key, f32
+/// `[batch, key heads, sequence, shared]`.
 fn grad(saved: BackwardInputs, spec: &AttentionSpec) -> (CubeTensor, CubeTensor, Option<CubeTensor>) {
     let heads = HeadShape::new(&saved.query, &saved.key_value, saved.shared_key.as_ref(), spec);
     let (batch, sequence) = (saved.query.meta.shape()[0], saved.query.meta.shape()[1]);
@@ -223,12 +226,12 @@ fn grad(saved: BackwardInputs, spec: &AttentionSpec) -> (CubeTensor, CubeTensor,
     assert_dtype(&log_sum, DType::F32);
     assert_shape(&grad, [batch, sequence, heads.heads, heads.value]);
     assert_dtype(&grad, query.dtype);
-    // Summed over a head, of which one number is left.
+    // A sum over the last dimension, which Burn keeps.
     assert_shape(&delta, [batch, sequence, heads.heads, 1]);
     assert_dtype(&delta, DType::F32);
     let grad_query = empty(&query, [batch, sequence, heads.heads, heads.width()], query.dtype);
     let grad_key_value = empty(&query, [batch, sequence, heads.key_heads, heads.own + heads.value], query.dtype);
-    // WebGPU has no empty buffer.
+    // WebGPU has no empty buffers.
     let grad_shared = empty(&query, [batch, heads.key_heads, sequence, heads.shared.max(1)], DType::F32);
     let dtype = elem_type(&query);
     // SAFETY: as in `forward`; sums and products of a query are read at a position moved below `sequence`, and the shapes and
@@ -290,7 +293,7 @@ fn forward_kernel<F: Float>(
         first_key[i] = start_of(starts, batch, first + row + i, sequence, heads);
     }
 
-    // Starts never decrease along a sequence, so the block's first query sees furthest back.
+    // Starts never decrease along a sequence, so the first query of the block sees the earliest key.
     let mut key = start_of(starts, batch, first, sequence, heads) / BLOCK * BLOCK;
     let end = min(first + BLOCK, sequence);
     while key < end {
@@ -307,7 +310,8 @@ fn forward_kernel<F: Float>(
                 scores[(row + i) * PITCH + column + j * ACROSS] = score;
             }
         }
-        sync_cube();
+        sync_cube(); // all scores of the block are written
+        // The units that share a row each compute its maximum and sum over the whole row, so that all have them.
         let mut shrink = Array::<f32>::new(PATCH_ROWS);
         #[unroll]
         for i in 0..PATCH_ROWS {
@@ -318,7 +322,7 @@ fn forward_kernel<F: Float>(
             shrink[i] = (largest[i] - most).exp();
             largest[i] = most;
         }
-        sync_cube();
+        sync_cube(); // all scores are read before they are replaced by probabilities
         #[unroll]
         for i in 0..PATCH_ROWS {
             #[unroll]
@@ -328,9 +332,10 @@ fn forward_kernel<F: Float>(
                 scores[(row + i) * PITCH + column + j * ACROSS] = probability;
             }
         }
-        sync_cube();
+        sync_cube(); // all probabilities of the block are written
         #[unroll]
         for i in 0..PATCH_ROWS {
+            // What was summed so far is relative to the old maximum.
             let mut total = totals[i] * shrink[i];
             for j in 0..BLOCK {
                 total += scores[(row + i) * PITCH + j];
@@ -496,7 +501,7 @@ fn key_grad_kernel<F: Float>(
                 sync_cube();
             }
             first += BLOCK;
-            // Where the first query of a block does not see back to these keys, no later one does.
+            // If the first query of a block does not see these keys, no later query does.
             seen = false;
             if first < sequence {
                 seen = start_of(starts, batch, first, sequence, heads) <= last;
@@ -535,7 +540,7 @@ fn key_grad_kernel<F: Float>(
     }
 }
 
-/// The first row and the first column of a unit's patch.
+/// The first row and the first column of the patch of a unit.
 #[cube]
 fn patch_origin() -> (usize, usize) {
     (UNIT_POS as usize / ACROSS * PATCH_ROWS, UNIT_POS as usize % ACROSS)
@@ -551,7 +556,7 @@ fn zeros(#[comptime] count: usize) -> Array<f32> {
     array
 }
 
-/// The first key that a query may see.
+/// The first key that a query sees. Queries after the end of the sequence get that of the last query.
 #[cube]
 fn start_of(starts: &[u32], batch: usize, query: usize, sequence: usize, #[comptime] heads: HeadShape) -> usize {
     let mut start = 0usize;
@@ -561,7 +566,7 @@ fn start_of(starts: &[u32], batch: usize, query: usize, sequence: usize, #[compt
     start
 }
 
-/// The products of queries and keys.
+/// The patch of a unit of `queries x keys^T`.
 #[cube]
 fn key_products<F: Float>(
     left: &mut Shared<[f32]>,
@@ -584,7 +589,7 @@ fn key_products<F: Float>(
     patch
 }
 
-/// The products of the output's gradient and the values.
+/// The patch of a unit of `output gradient x values^T`.
 #[cube]
 fn value_products<F: Float>(
     left: &mut Shared<[f32]>,
@@ -605,8 +610,8 @@ fn value_products<F: Float>(
     patch
 }
 
-/// The probabilities of the softmax, computed again from the logarithms of its sums, and the gradients of the products of
-/// queries and keys: what both gradient kernels begin with.
+/// The patches of a unit of the probabilities, computed again from the logarithms of the softmax denominators, and of the gradients
+/// of the scores. Both gradient kernels begin with it.
 #[cube]
 fn softmax_grad<F: Float>(
     left: &mut Shared<[f32]>,
@@ -628,7 +633,7 @@ fn softmax_grad<F: Float>(
     #[unroll]
     for i in 0..PATCH_ROWS {
         let at = blocks.query + row + i;
-        let known = min(at, blocks.sequence - 1);
+        let known = min(at, blocks.sequence - 1); // in bounds; queries after the end are masked below
         let first_key = start_of(starts, blocks.batch, at, blocks.sequence, heads);
         let log_sum = log_sum[(blocks.batch * heads.heads + blocks.head) * blocks.sequence + known];
         let delta = delta[(blocks.batch * blocks.sequence + known) * heads.heads + blocks.head];
@@ -644,7 +649,7 @@ fn softmax_grad<F: Float>(
     (probabilities, grad_scores)
 }
 
-/// Writes each unit's patch to a block.
+/// Writes the patch of each unit to a block.
 #[cube]
 fn store_patch(block: &mut Shared<[f32]>, patch: &Array<f32>) {
     let (row, column) = patch_origin();
@@ -657,8 +662,8 @@ fn store_patch(block: &mut Shared<[f32]>, patch: &Array<f32>) {
     }
 }
 
-/// Fills a block with a chunk of the columns of the queries' positions in `[batch, sequence, heads, width]`; zero beyond
-/// the ends.
+/// Fills a block with chunk `chunk` of the columns of one head at the positions of the queries, from `[batch, sequence, heads, width]`;
+/// zero outside the tensor, so that products need no bounds.
 #[cube]
 fn load_head<F: Float>(
     block: &mut Shared<[f32]>,
@@ -680,7 +685,7 @@ fn load_head<F: Float>(
     }
 }
 
-/// Fills a block with a chunk of the columns of the keys: a key head's own part, then the shared one.
+/// Fills a block with chunk `chunk` of the columns of the keys: the key head's own part, then the shared part.
 #[cube]
 fn load_keys<F: Float>(
     block: &mut Shared<[f32]>,
@@ -700,7 +705,7 @@ fn load_keys<F: Float>(
             if to < heads.own {
                 value = f32::cast_from(key_value[(position * heads.key_heads + blocks.key_head) * pair + to]);
             }
-            // Never so without a shared key.
+            // Never true without a shared key.
             if to >= heads.own && to < comptime!(heads.own + heads.shared) {
                 value = f32::cast_from(shared_key[position * heads.shared + to - heads.own]);
             }
@@ -709,7 +714,7 @@ fn load_keys<F: Float>(
     }
 }
 
-/// Fills a block with a chunk of the columns of the values.
+/// Fills a block with chunk `chunk` of the columns of the values.
 #[cube]
 fn load_values<F: Float>(
     block: &mut Shared<[f32]>,
@@ -732,7 +737,7 @@ fn load_values<F: Float>(
     }
 }
 
-/// Adds to a patch the products of the rows of two blocks, `left x right^T`.
+/// Adds `left x right^T` to the patch of each unit.
 #[cube]
 fn add_transposed_product(left: &mut Shared<[f32]>, right: &mut Shared<[f32]>, patch: &mut Array<f32>) {
     let (row, column) = patch_origin();
@@ -753,7 +758,7 @@ fn add_transposed_product(left: &mut Shared<[f32]>, right: &mut Shared<[f32]>, p
     }
 }
 
-/// Adds to the patch of a chunk the product of two blocks, `left x right` or `left^T x right`.
+/// Adds `left x right`, or `left^T x right`, to chunk `chunk` of the patches of each unit.
 #[cube]
 fn add_product(
     left: &Shared<[f32]>,

@@ -1,7 +1,7 @@
-//! The loss of each row of logits and its gradient: a cube for each row, which keeps no probabilities.
+//! Cross-entropy of rows of logits and its gradient, one cube for each row, without a tensor of probabilities.
 //!
-//! Targets lie on the device and are not read back to be checked. One outside the vocabulary gives NaN, which the kernels are
-//! handed: not every shading language has one.
+//! Targets are on the device and are not read back to be checked: a target outside the vocabulary gives NaN. The NaN is an argument
+//! of the kernels, because not every shading language has a constant for it.
 
 use burn::backend::Cube;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -45,8 +45,8 @@ fn forward(logits: CubeTensor, targets: CubeTensor) -> CubeTensor {
     same_device(&targets, &logits);
     let out = empty(&logits, [rows], DType::F32);
     let dtypes = [elem_type(&logits), elem_type(&targets)];
-    // SAFETY: `row_of_cube` keeps a cube's row below `rows`, the loops keep columns below `vocab`, and so does the kernel a target
-    // before it indexes by it. The contiguous tensors have these shapes, as was asserted, and are read as their dtypes.
+    // SAFETY: `row_of_cube` keeps the row of a cube below `rows`, the loops keep columns below `vocab`, and the kernel checks a target
+    // before it indexes by it. The contiguous tensors have these shapes, as asserted, and are read as their dtypes.
     unsafe { launch!(forward_kernel, cube_per_row(rows), [logits, targets, out], rows, vocab, f32::NAN, dtypes) };
     out
 }
@@ -67,7 +67,7 @@ fn grad(logits: CubeTensor, targets: CubeTensor, grad: CubeTensor) -> CubeTensor
     out
 }
 
-/// The largest logit of a row, and the sum of all exponentials relative to it.
+/// The largest logit of a row, and the sum of the exponentials relative to it.
 #[cube]
 fn softmax_of<F: Float>(logits: &[F], line: usize, vocab: usize) -> (f32, f32) {
     let mut scratch = Shared::<[f32]>::new_slice(UNITS);

@@ -1,5 +1,5 @@
-//! Dispatch of tokens to their experts' rows, and combination of these: a cube for each row that is written, which reads the
-//! rows that make it.
+//! Dispatch of tokens to rows of experts, and their combination. One cube writes one row and reads all rows that it depends on, so
+//! there are no atomic additions, whose order would change from run to run.
 
 use burn::backend::Cube;
 use burn::backend::tensor::FloatTensor;
@@ -64,13 +64,13 @@ fn dispatch(tokens: CubeTensor, layout: &GroupLayout) -> CubeTensor {
     assert_shape(&tokens, [layout.tokens(), width]);
     let out = empty(&tokens, [rows, width], tokens.dtype);
     let (sources, dtype) = (upload(&tokens, layout.token_of_row()), elem_type(&tokens));
-    // SAFETY: the kernel indexes rows by their number and tokens by `token_of_row`, which a layout keeps below `tokens`; both
-    // tensors have the shapes of the layout, as was asserted, and are contiguous.
+    // SAFETY: the kernel indexes rows by their index and tokens by `token_of_row`, which a layout keeps below `tokens`; both tensors
+    // have the shapes of the layout, as asserted, and are contiguous.
     unsafe { launch!(dispatch_kernel, cube_per_row(rows), [tokens, out], sources, rows, width, dtype) };
     out
 }
 
-/// The sum of each token's rows, weighted where there are weights: f32 `[tokens, k]`.
+/// The sum of the rows of each token, weighted if there are weights, f32 `[tokens, k]`.
 fn combine(rows: CubeTensor, weights: Option<CubeTensor>, layout: &GroupLayout) -> CubeTensor {
     let rows = into_contiguous(rows);
     let (tokens, width) = (layout.tokens(), rows.meta.shape()[1]);
@@ -81,17 +81,17 @@ fn combine(rows: CubeTensor, weights: Option<CubeTensor>, layout: &GroupLayout) 
     }
     let out = empty(&rows, [tokens, width], rows.dtype);
     let weighted = weights.is_some();
-    // A kernel has all its arguments: without weights it does not read them.
+    // A kernel needs a buffer for each argument; without weights this one is not read.
     let weights = weights.map_or_else(|| empty(&rows, [1], DType::F32), into_contiguous);
     let (sources, dtype) = (upload(&rows, layout.row_of_slot()), elem_type(&rows));
     let over = cube_per_row(tokens);
-    // SAFETY: the kernel indexes slots by `token * k + choice` and rows by `row_of_slot`, which a layout keeps below `rows`;
-    // rows, and weights where they are read, have the shapes of the layout, as was asserted, and all are contiguous.
+    // SAFETY: the kernel indexes slots by `token * k + choice` and rows by `row_of_slot`, which a layout keeps below `rows`; rows,
+    // and weights if they are read, have the shapes of the layout, as asserted, and all are contiguous.
     unsafe { launch!(combine_kernel, over, [rows, weights, out], sources, tokens, width, layout.k(), weighted, dtype) };
     out
 }
 
-/// Gradients of the weighted sum for the rows and for the weights.
+/// Gradients of the weighted sum, for the rows and for the weights.
 fn combine_grad(
     rows: CubeTensor,
     weights: CubeTensor,
@@ -109,9 +109,9 @@ fn combine_grad(
     let grad_weights = empty(&rows, [layout.tokens(), layout.k()], DType::F32);
     let (sources, dtype) = (upload(&rows, layout.row_of_slot()), elem_type(&rows));
     let (over, slots) = (cube_per_row(layout.rows()), layout.rows());
-    // SAFETY: the kernel indexes slots by their number, tokens by `slot / k` and rows by `row_of_slot`, a permutation in every
-    // layout, so that each row is written by one cube (or by cubes that write the same). Shapes and dtypes are as was
-    // asserted, and all tensors are contiguous.
+    // SAFETY: the kernel indexes slots by their index, tokens by `slot / k` and rows by `row_of_slot`, a permutation in every layout,
+    // so each row is written by one cube (or by several that write the same values). Shapes and dtypes are as asserted, and all
+    // tensors are contiguous.
     unsafe {
         launch!(
             combine_grad_kernel,

@@ -1,11 +1,9 @@
-//! The grouped expert product: one launch for all experts, where Burn's operations take a slice, a product and a
-//! copy for each.
+//! The grouped product of experts: one launch for all experts, instead of a slice, a product and a copy for each.
 //!
-//! A cube (a workgroup, a block of threads) computes a tile of [`TILE`] x [`TILE`] numbers, each of its units a patch of
-//! [`PATCH`] x [`PATCH`] in registers, from strips of [`DEPTH`] numbers of both factors in shared memory: the blocking of
-//! every dense product on a GPU (Volkov and Demmel, SC'08). Products of half types are summed in f32 and rounded once.
-//! Which rows are whose is counted on the host, which knows the layout, and goes to the device as a list of tiles. An
-//! expert without rows has no tile; for the weights' gradient it has tiles that are written with zeros.
+//! A cube computes a tile of [`TILE`] x [`TILE`] values, each of its units a patch of [`PATCH`] x [`PATCH`] in registers, from strips of
+//! [`DEPTH`] values of both factors in shared memory: the usual blocking of a dense product on a GPU (Volkov and Demmel, SC'08).
+//! Half types are summed in f32 and rounded once. The host, which has the layout, sends a list of tiles to the device. An
+//! expert without rows has no tile; in the gradient of the weights its tiles are written with zeros.
 
 use burn::backend::Cube;
 use burn::backend::tensor::FloatTensor;
@@ -60,34 +58,33 @@ impl GroupedMatmulKernel for Cube {
     }
 }
 
-/// Rows and columns of the tile of one cube.
+/// Rows and columns of the tile of a cube.
 const TILE: usize = 64;
-/// Numbers that are summed between two fillings of shared memory. With these sizes the two strips take 8.3 KB, of the
-/// 16 KB that WebGPU promises.
+/// Values that are summed between two fills of shared memory. With these sizes the two strips take 8.3 KB of the 16 KB that WebGPU
+/// guarantees.
 const DEPTH: usize = 16;
-/// Units along each side of a cube: 256 in all, which WebGPU promises.
+/// Units along each side of a cube: 256 units, the most that WebGPU guarantees.
 const SIDE: usize = 16;
 const UNITS: usize = SIDE * SIDE;
-/// Rows and columns of the patch of one unit.
+/// Rows and columns of the patch of a unit.
 const PATCH: usize = TILE / SIDE;
-/// Distance in shared memory from one step of the depth to the next; one more than a tile has, so that units that
-/// write one row's numbers meet different banks.
+/// The distance in shared memory between steps of the depth: one more than a tile has, so that units that write the values of one
+/// row use different banks.
 const PITCH: usize = TILE + 1;
 
-/// From this many rows of an expert on, a product with matrix units beats a launch's cost: at 64 rows these kernels take
-/// about as long as three launches on a data-centre GPU. Reckoned, not measured.
+/// From this many rows for each expert on, a product with matrix units is worth a launch for each expert: at 64 rows these kernels
+/// take about as long as three launches on a data-center GPU. This is an estimate, not a measurement.
 const MANY_ROWS: usize = 64;
 
-/// Whether these kernels are the choice: they do not use the matrix units (tensor cores) that Burn's product of half
-/// types does, which is what counts once the experts have many rows.
+/// Whether these kernels are expected to be faster than the reference. Burn's product of half types uses matrix units (tensor cores),
+/// which these kernels do not; that decides once experts have many rows.
 fn is_faster(rows: &CubeTensor, layout: &GroupLayout) -> bool {
     let active_experts = layout.offsets().windows(2).filter(|range| range[0] < range[1]).count();
     let matrix_units = !rows.client.properties().features.matmul.cmma.is_empty();
     rows.dtype == DType::F32 || !matrix_units || layout.rows() < MANY_ROWS * active_experts
 }
 
-/// Each expert's rows by its matrix, `[rows, in] x [experts, in, out]`, or by its transpose, `[rows, out]` to
-/// `[rows, in]`.
+/// The rows of each expert times its matrix, `[rows, in] x [experts, in, out]`, or times its transpose, `[rows, out]` to `[rows, in]`.
 fn grouped_product(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, transposed: bool) -> CubeTensor {
     let (rows, weight) = (with_contiguous_rows(rows), with_contiguous_rows(weight));
     let [_, input, output] = weight.meta.shape().dims::<3>();
@@ -99,9 +96,9 @@ fn grouped_product(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, t
     let tiles = row_tiles(layout);
     let count = CubeCount::Static(columns.div_ceil(TILE) as u32, (tiles.len() / 3) as u32, 1);
     let (client, tiles) = (rows.client.clone(), upload(&rows, &tiles));
-    // SAFETY: the kernel indexes rows by the tiles' row bounds, which are those of the layout's groups; groups by their
-    // number; and depth and columns up to the shapes of rows and result. All tensors have these shapes and one dtype, as was
-    // asserted above, and `with_contiguous_rows` made their last dimensions contiguous, which the kernel takes the others' strides to.
+    // SAFETY: the kernel indexes rows within the bounds of a tile, which are those of a group of the layout; groups by their
+    // index; depth and columns up to the shapes of rows and result. All tensors have these shapes and one dtype, as asserted
+    // above. `with_contiguous_rows` made their last dimensions contiguous, and for the others the kernel uses their strides.
     unsafe {
         grouped_product_kernel::launch_unchecked(
             &client,
@@ -119,7 +116,7 @@ fn grouped_product(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, t
     out
 }
 
-/// `rows^T x grad` of each expert, `[experts, in, out]`.
+/// `rows^T x grad` for each expert, `[experts, in, out]`.
 fn weight_grad(rows: CubeTensor, grad: CubeTensor, layout: &GroupLayout) -> CubeTensor {
     let (rows, grad) = (with_contiguous_rows(rows), with_contiguous_rows(grad));
     let (input, output) = (rows.meta.shape()[1], grad.meta.shape()[1]);
@@ -130,8 +127,8 @@ fn weight_grad(rows: CubeTensor, grad: CubeTensor, layout: &GroupLayout) -> Cube
     let offsets: Vec<u32> = layout.offsets().iter().map(|&offset| offset as u32).collect();
     let count = CubeCount::Static(output.div_ceil(TILE) as u32, input.div_ceil(TILE) as u32, layout.groups() as u32);
     let (client, offsets) = (rows.client.clone(), upload(&rows, &offsets));
-    // SAFETY: the kernel indexes rows of both factors from one of the layout's offsets to the next, which never decrease and
-    // end with the number of rows, and columns up to the factors' widths. Shapes and dtypes are as was asserted above, and
+    // SAFETY: the kernel indexes rows of both factors from one offset of the layout to the next, which never decrease and end
+    // with the number of rows, and columns up to the widths of the factors. Shapes and dtypes are asserted above, and
     // `with_contiguous_rows` made the last dimensions contiguous.
     unsafe {
         weight_grad_kernel::launch_unchecked(
@@ -149,7 +146,7 @@ fn weight_grad(rows: CubeTensor, grad: CubeTensor, layout: &GroupLayout) -> Cube
     out
 }
 
-/// For each tile of rows its expert, its first row and the end of the expert's rows.
+/// For each tile of rows three values: the expert, the first row of the tile, and the end of the expert's rows.
 fn row_tiles(layout: &GroupLayout) -> Vec<u32> {
     let mut tiles = Vec::new();
     for (expert, range) in layout.offsets().windows(2).enumerate() {
@@ -235,8 +232,8 @@ fn zeros() -> Array<f32> {
     sums
 }
 
-/// Fills `strip`, `[DEPTH, TILE]`, with steps `at..` of the depth of rows or columns `first..` of a factor; zero beyond
-/// their ends. The depth runs along the factor's lines or across them.
+/// Fills `strip`, `[DEPTH, TILE]`, with steps `at..` of the depth of rows or columns `first..` of a factor; zero outside it. With
+/// `along`, the depth runs along the rows of the factor, without it down its columns.
 #[cube]
 fn load<F: Float>(
     strip: &mut Shared<[f32]>,
@@ -249,7 +246,7 @@ fn load<F: Float>(
     end: usize,
     #[comptime] along: bool,
 ) {
-    // Neighbouring units read neighbouring numbers.
+    // Neighboring units read neighboring values, so that reads from memory are coalesced.
     let across = comptime!(if along { DEPTH } else { TILE });
     for round in 0..comptime!(DEPTH * TILE / UNITS) {
         let index = UNIT_POS as usize + round * UNITS;
@@ -269,7 +266,7 @@ fn load<F: Float>(
     }
 }
 
-/// Adds the product of two strips to a unit's patch: rows that lie together, columns [`SIDE`] apart.
+/// Adds the product of two strips to the patch of each unit, which is consecutive rows, and columns [`SIDE`] apart.
 #[cube]
 fn multiply(left: &Shared<[f32]>, right: &Shared<[f32]>, sums: &mut Array<f32>) {
     let (row, column) = (UNIT_POS as usize / SIDE * PATCH, UNIT_POS as usize % SIDE);
@@ -291,6 +288,7 @@ fn multiply(left: &Shared<[f32]>, right: &Shared<[f32]>, sums: &mut Array<f32>) 
     }
 }
 
+/// Writes the patch of each unit, except what is outside the tile's rows and columns.
 #[cube]
 fn store<F: Float>(
     sums: &Array<f32>,

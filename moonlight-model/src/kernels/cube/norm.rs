@@ -1,4 +1,4 @@
-//! RMSNorm and its gradients: a cube for each row.
+//! RMSNorm and its gradients, one cube for each row.
 
 use burn::backend::Cube;
 use burn::backend::ops::FloatTensorOps;
@@ -39,7 +39,7 @@ impl RmsNormKernel for Cube {
     }
 }
 
-/// Rows whose parts of the gain's gradient one unit adds up.
+/// Rows over which one unit sums the gradient of the gain.
 const CHUNK: usize = 64;
 
 fn forward(x: CubeTensor, gain: CubeTensor, epsilon: f32) -> CubeTensor {
@@ -49,13 +49,13 @@ fn forward(x: CubeTensor, gain: CubeTensor, epsilon: f32) -> CubeTensor {
     assert_shape(&gain, [width]);
     let out = empty(&x, [rows, width], x.dtype);
     let dtypes = [elem_type(&x), elem_type(&gain)];
-    // SAFETY: `row_of_cube` keeps a cube's row below `rows`, and the loops their columns below `width`; the contiguous tensors have
-    // these shapes, as was asserted, and are read as the dtypes that they have.
+    // SAFETY: `row_of_cube` keeps the row of a cube below `rows`, and the loops keep columns below `width`; the contiguous tensors
+    // have these shapes, as asserted, and are read as the dtypes that they have.
     unsafe { launch!(forward_kernel, cube_per_row(rows), [x, gain, out], rows, width, epsilon, dtypes) };
     out
 }
 
-/// The gradient for `x`, and parts of that for the gain, f32 `[parts, width]`, whose sum it is.
+/// The gradient for `x`, and partial sums of the gradient for the gain, f32 `[parts, width]`.
 fn grad(x: CubeTensor, gain: CubeTensor, grad: CubeTensor, epsilon: f32) -> (CubeTensor, CubeTensor) {
     let (x, gain, grad) = (into_contiguous(x), into_contiguous(gain), into_contiguous(grad));
     let [rows, width] = x.meta.shape().dims();
@@ -70,8 +70,7 @@ fn grad(x: CubeTensor, gain: CubeTensor, grad: CubeTensor, epsilon: f32) -> (Cub
     let dtypes = [elem_type(&x), elem_type(&gain)];
     let columns = CubeCount::Static(width.div_ceil(UNITS) as u32, parts as u32, 1);
     let over = (columns, CubeDim::new_1d(UNITS as u32));
-    // SAFETY: as in `forward`; and the second kernel keeps a unit's column below `width`, and its rows, from its part's first
-    // on, below `rows`.
+    // SAFETY: as in `forward`; the second kernel keeps the column of a unit below `width`, and its rows below `rows`.
     unsafe {
         launch!(grad_kernel, cube_per_row(rows), [x, gain, grad, grad_x, inverse], rows, width, epsilon, dtypes);
         launch!(gain_grad_kernel, over, [x, grad, inverse, grad_gain], rows, width, dtypes[0]);
@@ -101,9 +100,9 @@ fn forward_kernel<F: Float, G: Float>(
     let inverse = 1f32 / (sum_of_units(&mut scratch, square) / f32::cast_from(width) + epsilon).sqrt();
     let mut at = UNIT_POS as usize;
     while at < width {
-        // Rounded before the product with the gain, as the published code does.
-        let normalised = F::cast_from(f32::cast_from(x[line + at]) * inverse);
-        out[line + at] = normalised * F::cast_from(gain[at]);
+        // Rounded before it is multiplied by the gain, as in the published code.
+        let normalized = F::cast_from(f32::cast_from(x[line + at]) * inverse);
+        out[line + at] = normalized * F::cast_from(gain[at]);
         at += UNITS;
     }
 }
@@ -137,9 +136,9 @@ fn grad_kernel<F: Float, G: Float>(
     let mean = sum_of_units(&mut scratch, dot) * inverse / count;
     let mut at = UNIT_POS as usize;
     while at < width {
-        let normalised = f32::cast_from(x[line + at]) * inverse;
+        let normalized = f32::cast_from(x[line + at]) * inverse;
         let scaled = f32::cast_from(grad[line + at]) * f32::cast_from(gain[at]);
-        grad_x[line + at] = F::cast_from((scaled - normalised * mean) * inverse);
+        grad_x[line + at] = F::cast_from((scaled - normalized * mean) * inverse);
         at += UNITS;
     }
     if UNIT_POS == 0 {

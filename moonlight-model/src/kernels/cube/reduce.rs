@@ -1,42 +1,45 @@
-//! One cube to a row: how the rows are spread over cubes, and how the units of a cube come to one number.
+//! Kernels with one cube for each row: the assignment of rows to cubes, and reductions over the units of a cube.
 
 use cubecl::prelude::*;
 
-/// Units of a cube that works on a row.
+/// Units of a cube.
 pub(super) const UNITS: usize = 128;
 
-/// A cube for each row. WebGPU counts to 65,535 in each direction, so there may be more cubes than rows.
+/// One cube for each row. WebGPU allows 65,535 cubes in each dimension, so many rows take two dimensions, and there may be more cubes
+/// than rows.
 pub(super) fn cube_per_row(rows: usize) -> (CubeCount, CubeDim) {
     let across = rows.clamp(1, 32_768);
     let count = CubeCount::Static(across as u32, rows.div_ceil(across) as u32, 1);
     (count, CubeDim::new_1d(UNITS as u32))
 }
 
-/// The row of this cube. Cubes beyond the last row do that one again, for all of a cube must meet where it waits.
+/// The row of this cube. Surplus cubes repeat the last row and write the same values: leaving the kernel early would skip
+/// synchronization points.
 #[cube]
 pub(super) fn row_of_cube(rows: usize) -> usize {
     min(CUBE_POS, rows - 1)
 }
 
-/// How two numbers become one.
+/// The operation of a reduction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Reduction {
     Sum,
     Largest,
 }
 
-/// The sum of all units' numbers, for all units.
+/// The sum over all units, returned to all units.
 #[cube]
 pub(super) fn sum_of_units(scratch: &mut Shared<[f32]>, value: f32) -> f32 {
     reduce_units(scratch, value, Reduction::Sum)
 }
 
-/// The largest of all units' numbers, for all units.
+/// The maximum over all units, returned to all units.
 #[cube]
 pub(super) fn largest_of_units(scratch: &mut Shared<[f32]>, value: f32) -> f32 {
     reduce_units(scratch, value, Reduction::Largest)
 }
 
+/// A tree reduction in shared memory. Its order is fixed, so the result is the same in every run.
 #[cube]
 fn reduce_units(scratch: &mut Shared<[f32]>, value: f32, #[comptime] reduction: Reduction) -> f32 {
     let unit = UNIT_POS as usize;
@@ -55,6 +58,7 @@ fn reduce_units(scratch: &mut Shared<[f32]>, value: f32, #[comptime] reduction: 
         half /= 2;
     }
     let reduced = scratch[0];
+    // No unit may write `scratch` for the next reduction before all have read this one.
     sync_cube();
     reduced
 }

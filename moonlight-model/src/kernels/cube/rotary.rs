@@ -1,4 +1,4 @@
-//! Rotary positions, in one pass.
+//! Rotary embedding, in one pass.
 
 use burn::backend::Cube;
 use burn::backend::tensor::FloatTensor;
@@ -24,7 +24,7 @@ impl RotaryKernel for Cube {
     }
 }
 
-/// How a head is rotated.
+/// The compile-time sizes of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct HeadRotation {
     heads: usize,
@@ -39,7 +39,10 @@ fn forward(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, spec: &RotationSpec)
     let shape: [usize; 4] = x.meta.shape().dims();
     let rotation = HeadRotation { heads: shape[2], width: shape[3], start: spec.start, interleave: spec.interleave };
     let [batch, sequence, _, width] = shape;
-    assert!(spec.start < width && (width - spec.start).is_multiple_of(2), "the rotated part of a head is pairs");
+    assert!(
+        spec.start < width && (width - spec.start).is_multiple_of(2),
+        "the rotated part of a head must be a number of pairs"
+    );
     assert_shape(&x, shape);
     for angles in [&cos, &sin] {
         assert_shape(angles, [batch * sequence, (width - spec.start) / 2]);
@@ -48,9 +51,8 @@ fn forward(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, spec: &RotationSpec)
     let out = empty(&x, shape, x.dtype);
     let count = shape.iter().product();
     let dtypes = [elem_type(&x), elem_type(&cos)];
-    // SAFETY: a unit whose number is below `count` indexes `x` and the result by it, and by that of the other number of its
-    // pair, which lies in the same head; the angles by token and pair. The contiguous tensors have these shapes, as was
-    // asserted.
+    // SAFETY: a unit with an index below `count` indexes `x` and the result by it, and by the index of the other value of its pair,
+    // which is in the same head; cos and sin by token and pair. The contiguous tensors have these shapes, as asserted.
     unsafe { launch!(forward_kernel, unit_per_value(&x, count), [x, cos, sin, out], count, rotation, dtypes) };
     out
 }
@@ -79,7 +81,7 @@ fn forward_kernel<F: Float, G: Float>(
             };
             let apart = comptime!(if rotation.interleave { 1 } else { pairs });
             let angle = ABSOLUTE_POS / comptime!(rotation.width * rotation.heads) * pairs + pair;
-            // The angles are rounded to the dtype of x before the products, as the published code does.
+            // Cos and sin are rounded to the dtype of x before the products, as in the published code.
             let (cos, sin) = (F::cast_from(cos[angle]), F::cast_from(sin[angle]));
             let own = x[ABSOLUTE_POS] * cos;
             if second == 0 {

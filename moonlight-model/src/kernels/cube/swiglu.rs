@@ -41,13 +41,13 @@ fn forward(gate: CubeTensor, up: CubeTensor) -> CubeTensor {
     assert_dtype(&up, gate.dtype);
     let out = empty(&gate, [rows, width], gate.dtype);
     let count = rows * width;
-    // SAFETY: a unit whose number is below `count` indexes by it contiguous tensors of `count` numbers of one dtype, as was
-    // asserted; the others do nothing.
+    // SAFETY: a unit with an index below `count` uses it to index contiguous tensors of `count` values and one dtype, as asserted;
+    // other units do nothing.
     unsafe { launch!(forward_kernel, unit_per_value(&gate, count), [gate, up, out], count, elem_type(&gate)) };
     out
 }
 
-/// Gradients for gate and up, see `reference::swiglu_grad`.
+/// Gradients for gate and up; see `reference::swiglu_grad`.
 fn grad(gate: CubeTensor, up: CubeTensor, grad: CubeTensor) -> (CubeTensor, CubeTensor) {
     let (gate, up, grad) = (into_contiguous(gate), into_contiguous(up), into_contiguous(grad));
     let [rows, width] = gate.meta.shape().dims();

@@ -1,6 +1,6 @@
-//! Holds the kernels against the reference, which runs on the CPU in f32.
+//! Compares the kernels with the reference, which runs on the CPU in f32.
 //!
-//! These tests need a device, so they run when they are asked for: `-- --ignored cube`. Without a device they fail.
+//! The tests need a device, so they are ignored by default; run them by `-- --ignored cube`. Without a device they fail.
 
 use burn::backend::cubecl::Device;
 use burn::backend::ops::FloatTensorOps;
@@ -15,15 +15,15 @@ use super::super::reference::{self, AttentionSaved};
 use super::super::*;
 use super::tensor::{buffers, int_buffer};
 
-/// What the largest value of a result allows its values to be off.
+/// The largest allowed error, relative to the largest value of a result.
 const TOLERANCE: f32 = 1e-5;
 
-/// The first device that the build's runtimes have.
+/// The first device of the runtimes in this build.
 fn device() -> Device {
-    Device::enumerate_all().into_iter().next().expect("these tests need a device that CubeCL knows; there is none")
+    Device::enumerate_all().into_iter().next().expect("these tests need a CubeCL device")
 }
 
-/// Numbers that differ from place to place and from tensor to tensor, between -1 and 1.
+/// Values in -1..1 that depend on index and seed.
 fn numbers<const D: usize>(shape: [usize; D], seed: usize) -> TensorData {
     let count: usize = shape.iter().product();
     let values: Vec<f32> = (0..count)
@@ -36,7 +36,7 @@ fn numbers<const D: usize>(shape: [usize; D], seed: usize) -> TensorData {
     TensorData::new(values, shape)
 }
 
-/// A run in which the reference stands in for the kernels would show nothing.
+/// If the kernels refused these dtypes, the other tests would compare the reference with itself.
 #[test]
 #[ignore = "needs a CubeCL device"]
 fn the_kernels_take_f32_and_the_devices_integers() {
@@ -59,21 +59,21 @@ fn values<B: Backend>(tensor: FloatTensor<B>) -> (Vec<usize>, Vec<f32>) {
     (shape, data.convert::<f32>().try_into_vec().expect("the data was converted to f32"))
 }
 
-/// How far the results are apart, of the largest value.
+/// Asserts that results differ by less than [`TOLERANCE`] of the largest value.
 #[track_caller]
 fn close(name: &str, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>) {
     let ((shape, fast), (expected_shape, expected)) = (values::<Cube>(fast), values::<Flex>(expected));
     assert_eq!(shape, expected_shape, "{name}");
-    // A gradient that is zero but for rounding has no size of its own to compare with.
+    // A gradient that is zero up to rounding has no magnitude to compare with, hence the minimum of 0.1.
     let largest = expected.iter().fold(0.1_f32, |most, value| most.max(value.abs()));
     let worst = fast.iter().zip(&expected).map(|(fast, value)| (fast - value).abs());
-    // A NaN must not pass for small.
+    // `max` ignores NaN, so that a NaN would pass.
     let worst = worst.fold(0.0, |most: f32, off| if off.is_nan() { f32::INFINITY } else { most.max(off) }) / largest;
     println!("{name} {shape:?}: {worst:.1e} of the largest");
     assert!(worst < TOLERANCE, "{name} {shape:?}: {worst:.1e} of the largest value");
 }
 
-/// Expert 0 has half of all rows, the last none, and of the others each some.
+/// A layout with half of all rows for expert 0, none for the last expert, and some for each of the others.
 fn layout(tokens: usize, experts: usize) -> GroupLayout {
     let choices: Vec<u32> = (0..tokens).flat_map(|token| [0, 1 + (token * 7 % (experts - 2)) as u32]).collect();
     GroupLayout::from_choices(&choices, 2, experts)
@@ -83,7 +83,7 @@ fn layout(tokens: usize, experts: usize) -> GroupLayout {
 #[ignore = "needs a CubeCL device"]
 fn grouped_products() {
     let (cube, flex) = (device(), Default::default());
-    // Less than a tile, sizes that no tile divides, tiles exactly, and an expert with many tiles.
+    // Less than a tile, sizes that are not multiples of a tile, exact tiles, and an expert with many tiles.
     for (tokens, experts, input, output) in
         [(1, 3, 1, 1), (3, 9, 5, 4), (75, 5, 33, 70), (64, 4, 64, 128), (300, 6, 130, 65)]
     {
@@ -114,7 +114,7 @@ fn grouped_products() {
 fn half_types_are_summed_in_f32_and_rounded_once() {
     let (cube, flex) = (device(), Default::default());
     let layout = layout(75, 5);
-    // Numbers that f16 holds, so that only the results are rounded.
+    // Inputs are exact in f16, so that only the results are rounded.
     let exact = |shape: &[usize], seed| {
         let wide = numbers([shape.iter().product()], seed);
         let values: Vec<f32> = wide.iter::<f32>().map(|value| (value * 64.0).round() / 64.0).collect();
@@ -126,7 +126,7 @@ fn half_types_are_summed_in_f32_and_rounded_once() {
         let ((_, fast), (_, expected)) = (values::<Cube>(fast), values::<Flex>(expected));
         for (fast, expected) in fast.iter().zip(&expected) {
             let off = (fast - expected).abs();
-            // Half a unit in the last of f16's 11 bits, and the sum's own rounding.
+            // Half a unit in the last place of the 11 bits of an f16, and the rounding of the f32 sum.
             assert!(off <= expected.abs() / 2048.0 + 1e-5, "{name}: {fast} for {expected}");
         }
     };
@@ -153,7 +153,7 @@ fn half_types_are_summed_in_f32_and_rounded_once() {
 
 #[test]
 #[ignore = "needs a CubeCL device"]
-fn a_grouped_product_reads_tensors_as_they_lie() {
+fn a_grouped_product_reads_strided_tensors() {
     let (cube, flex) = (device(), Default::default());
     let layout = layout(20, 4);
     let (rows, weight) = (numbers([7, 40], 1), numbers([4, 9, 7], 2));
@@ -169,7 +169,7 @@ fn a_grouped_product_reads_tensors_as_they_lie() {
     );
 }
 
-/// Documents of several lengths in each of `batch` sequences, or none.
+/// Attention without documents, with a sliding window, and with documents of another length in each sequence.
 fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 3] {
     let starts: Vec<u32> = (0..batch)
         .flat_map(|row| {
@@ -221,7 +221,7 @@ fn attention_agrees(query: &TensorData, key_value: &TensorData, shared: Option<&
 #[test]
 #[ignore = "needs a CubeCL device"]
 fn attention() {
-    // One token, blocks exactly, and beyond them; heads within a block of columns and beyond it.
+    // One token, exact blocks, and more; heads narrower and wider than a block of columns.
     for (batch, sequence, own, shared, value) in [(2, 1, 6, 4, 7), (2, 64, 5, 2, 4), (3, 131, 40, 24, 33)] {
         for spec in specs(batch, sequence) {
             let query = numbers([batch, sequence, 4, own + shared], 1);
@@ -369,7 +369,7 @@ fn cross_entropy() {
     }
 }
 
-/// Seconds of the first run, which compiles, and of the best of three more.
+/// The seconds of the first run, which compiles the kernels, and of the fastest of three more.
 fn seconds(device: &Device, run: impl Fn()) -> (f64, f64) {
     let once = || {
         let began = Instant::now();
@@ -381,11 +381,11 @@ fn seconds(device: &Device, run: impl Fn()) -> (f64, f64) {
     (first, (0..3).map(|_| once()).fold(f64::INFINITY, f64::min))
 }
 
-/// Prints each kernel's time beside the reference's on the same device, forward with gradients. Those that work in
-/// blocks in shared memory come first; they are not expected to be faster where a CPU plays the device.
+/// Prints the time of each kernel and of the reference on the same device. The first four use blocks in shared memory, which are not
+/// expected to be faster on a software device.
 #[test]
 #[ignore = "needs a CubeCL device, and minutes on one in software"]
-fn kernels_of_one_pass_are_faster_than_the_reference() {
+fn one_pass_kernels_are_faster_than_the_reference() {
     let device = device();
     // A layer of the small benchmark model, 512 tokens.
     let (tokens, hidden, width, experts, vocab) = (512, 512, 352, 32, 8192);

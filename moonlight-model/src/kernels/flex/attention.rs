@@ -1,8 +1,11 @@
-//! Causal attention by blocks of queries: neither forward nor backward ever holds a `T x T` tensor.
+//! Causal attention by blocks of queries, without a `[sequence, sequence]` tensor in the forward or backward pass.
 //!
-//! A task is one key head of one sequence. For each block of queries the scores against the keys it may see are
-//! computed into a scratch block, and in the backward pass computed again from the logarithms of the softmax
-//! denominators (FlashAttention-2, arXiv 2307.08691, without its tiling of keys: a block of scores fits the cache).
+//! For each block of queries, the scores against all keys that it sees are computed into a scratch block; the backward pass
+//! computes them again from the logarithms of the softmax denominators. This is FlashAttention-2 (arXiv 2307.08691) without
+//! tiling of keys, which is not needed because a block of scores fits into the cache.
+//!
+//! A forward task is one query head of one sequence, a backward task one key head of one sequence: the gradients of a key
+//! head are sums over its query heads, taken by one task in a fixed order.
 
 use std::ops::Range;
 
@@ -50,26 +53,26 @@ impl AttentionKernel for Flex {
     }
 }
 
-/// Queries of one block.
+/// Queries of a block.
 const QUERY_BLOCK: usize = 64;
 
-/// Shapes and inputs of one attention.
+/// Shapes and inputs of an attention.
 struct AttentionInputs<'a, E> {
     batch: usize,
     sequence: usize,
     heads: usize,
     key_heads: usize,
-    /// Width of a head's query.
+    /// Width of a query and a complete key, `own + shared`.
     width: usize,
-    /// Width of the key that is a key head's own.
+    /// Width of the part of a key that is a key head's own.
     own: usize,
-    /// Width of the key that all heads share; `width = own + shared`.
+    /// Width of the part of a key that all heads share; 0 without a shared key.
     shared: usize,
     /// Width of a value.
     value: usize,
-    query: &'a [E],
-    key_value: &'a [E],
-    shared_key: &'a [E],
+    query: &'a [E],      // [batch, sequence, heads, width]
+    key_value: &'a [E],  // [batch, sequence, key heads, own + value]
+    shared_key: &'a [E], // [batch, sequence, shared]
     spec: &'a AttentionSpec,
 }
 
@@ -104,17 +107,17 @@ impl<'a, E: Element> AttentionInputs<'a, E> {
         self.own + self.value
     }
 
-    /// Where positions of a sequence lie among those of all sequences.
+    /// The rows of positions of a sequence in `[batch * sequence, ..]`.
     fn rows(&self, batch: usize, positions: &Range<usize>) -> Range<usize> {
         batch * self.sequence + positions.start..batch * self.sequence + positions.end
     }
 
-    /// The first key that a query of the sequence may see.
+    /// The first key that a query sees.
     fn start(&self, batch: usize, query: usize) -> usize {
         self.spec.starts.as_ref().map_or(0, |starts| starts[batch * self.sequence + query] as usize)
     }
 
-    /// One query head's rows `rows` of `tensor`, `[batch, sequence, heads, width]`; `scratch` is there for a copy.
+    /// The rows `rows` of one query head in `tensor`, `[batch, sequence, heads, width]`, as f32; bf16 is converted into `scratch`.
     fn head<'b>(
         &self,
         tensor: &'b [E],
@@ -127,25 +130,25 @@ impl<'a, E: Element> AttentionInputs<'a, E> {
         E::view(&tensor[first..], rows.len(), width, self.heads * width, scratch)
     }
 
-    /// The blocks of queries of a sequence, each with the keys that any of its queries may see.
+    /// The blocks of queries of a sequence, each with the range of keys that any of its queries sees.
     fn blocks(&self, batch: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
         (0..self.sequence).step_by(QUERY_BLOCK).map(move |first| {
             let end = self.sequence.min(first + QUERY_BLOCK);
-            // Starts never decrease along a sequence, so the block's first query sees furthest back.
+            // Starts never decrease along a sequence, so the first query of the block sees the earliest key.
             (first..end, self.start(batch, first)..end)
         })
     }
 }
 
-/// Keys and values of one key head of one sequence in f32, copied out of where all heads lie side by side: each is read
-/// once for every block of queries.
+/// Keys and values of one key head of one sequence, copied to contiguous f32. In the inputs, heads alternate within each token; the
+/// copy pays off because every block of queries reads the keys and values before it.
 struct KeyHead {
     sequence: usize,
     width: usize,
     value: usize,
-    /// `[sequence, width]`: a head's own part, then the shared one.
+    /// `[sequence, width]`: the head's own part, then the shared part.
     keys: Vec<f32>,
-    /// `[width, sequence]`.
+    /// `[width, sequence]`: the right operand of `queries x keys^T`.
     transposed_keys: Vec<f32>,
     /// `[sequence, value]`.
     values: Vec<f32>,
@@ -200,6 +203,7 @@ fn forward<E: Element>(
     let AttentionInputs { batch, sequence, heads, width, value, .. } = inputs;
     let output = DisjointVec::<E>::new(batch * sequence * heads * value);
     let mut log_sums = vec![0.0; batch * heads * sequence];
+    // A task for each query head: dividing by the rows of `log_sums` gives each task its own part of that as well.
     log_sums.par_chunks_mut(sequence).enumerate().for_each(|(task, log_sums)| {
         let (batch, head) = (task / heads, task % heads);
         let key_head = head / (heads / inputs.key_heads);
@@ -207,7 +211,7 @@ fn forward<E: Element>(
         let mut scratch = vec![0.0; QUERY_BLOCK.min(sequence) * sequence];
         let (mut wide_queries, mut wide_output) = (Vec::new(), Vec::new());
         for (rows, keys) in inputs.blocks(batch) {
-            let scores = &mut scratch[..rows.len() * keys.len()];
+            let scores = &mut scratch[..rows.len() * keys.len()]; // [rows, keys]
             let mut out = MatrixMut::strided(scores, rows.len(), keys.len(), keys.len());
             let queries = inputs.head(inputs.query, (batch, head), width, &rows, &mut wide_queries);
             multiply(&mut out, queries, head_kv.transposed_keys(&keys), spec.scale, Write::Set);
@@ -226,13 +230,13 @@ fn forward<E: Element>(
     (tensor_of(output, [batch, sequence, heads, value]), tensor(log_sums, [batch, heads, sequence]))
 }
 
-/// The columns of a head where heads of a width lie side by side.
+/// The columns of head `head` in rows of concatenated heads.
 fn head_columns(head: usize, width: usize) -> Range<usize> {
     head * width..(head + 1) * width
 }
 
-/// Turns the scores `first..=last` of one query into probabilities, all others into zero, and gives the logarithm of
-/// the softmax denominator.
+/// Replaces the scores `first..=last` of a query by probabilities and all others by zero; returns the logarithm of the softmax
+/// denominator.
 fn softmax(scores: &mut [f32], first: usize, last: usize) -> f32 {
     scores[..first].fill(0.0);
     scores[last + 1..].fill(0.0);
@@ -261,7 +265,8 @@ fn grad<E: Element>(
 
     let grad_query = DisjointVec::<E>::new(batch * sequence * heads * width);
     let grad_key_value = DisjointVec::<E>::new(batch * sequence * key_heads * (own + value));
-    // Every key head adds to the shared key's gradient: each into its own part, summed below in a fixed order.
+    // All key heads contribute to the gradient of the shared key. Each writes a part of its own, and the parts are summed below in
+    // the order of heads, so that the result does not depend on which task ends first.
     let grad_shared = DisjointVec::<f32>::new(batch * key_heads * sequence * shared);
     let pair = own + value;
     (0..batch * key_heads).into_par_iter().for_each(|task| {
@@ -270,13 +275,14 @@ fn grad<E: Element>(
         let transposed_values = transposed(&head_kv.values, sequence, value);
         let mut probabilities = vec![0.0; QUERY_BLOCK.min(sequence) * sequence];
         let mut grad_scores = vec![0.0; QUERY_BLOCK.min(sequence) * sequence];
+        // In f32 until the end: a bf16 sum over blocks and heads would be rounded at every addition.
         let mut grad_keys = vec![0.0; sequence * width];
         let mut grad_values = vec![0.0; sequence * value];
         let (mut wide_queries, mut wide_grad, mut wide_out) = (Vec::new(), Vec::new(), Vec::new());
         let group = heads / key_heads;
         for head in key_head * group..(key_head + 1) * group {
             for (rows, keys) in inputs.blocks(batch) {
-                let (height, count) = (rows.len(), keys.len());
+                let (height, count) = (rows.len(), keys.len()); // the blocks below are [height, count]
                 let probabilities = &mut probabilities[..height * count];
                 let grad_scores = &mut grad_scores[..height * count];
                 let queries = inputs.head(inputs.query, (batch, head), width, &rows, &mut wide_queries);
@@ -295,6 +301,7 @@ fn grad<E: Element>(
                     probabilities[..first].fill(0.0);
                     probabilities[last + 1..].fill(0.0);
                     exp_in_place(&mut probabilities[first..=last], log_sums[(batch * heads + head) * sequence + row]);
+                    // dS = P o (dO V^T - D), see `reference::attention_grad`.
                     for (grad_score, &probability) in grad_scores.iter_mut().zip(probabilities.iter()) {
                         *grad_score = probability * (*grad_score - delta) * spec.scale;
                     }
@@ -340,7 +347,7 @@ fn grad<E: Element>(
     )
 }
 
-/// `[batch, heads, rest]` to `[batch, rest]`.
+/// Sums `[batch, heads, rest]` over heads, in their order.
 fn sum_heads(parts: &[f32], batch: usize, heads: usize) -> Vec<f32> {
     let rest = parts.len() / (batch * heads);
     let mut sums = vec![0.0; batch * rest];

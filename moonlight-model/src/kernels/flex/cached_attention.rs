@@ -1,8 +1,9 @@
-//! Attention of new tokens to a KV cache, read in place.
+//! Attention of new tokens to a KV cache, which is read in place.
 //!
-//! A task is a block of queries of one key head, or, where there are few queries, a segment of the keys: then each key
-//! is read once, by whichever thread is free, and the segments' sums are put together in order (FlashAttention-2,
-//! arXiv 2307.08691, split along the keys as flash-decoding does). Softmax denominators and sums are carried in f32.
+//! A task is a block of queries of one key head with all keys that they see, or with few queries a segment of those keys, as in
+//! flash-decoding: in decoding there is one query a sequence, and the keys are what can be divided among threads. The partial
+//! results of segments are combined in order (FlashAttention-2, arXiv 2307.08691), so the result does not depend on the number
+//! of threads. Softmax denominators and sums are in f32.
 
 use std::ops::Range;
 
@@ -31,43 +32,44 @@ impl CachedAttentionKernel for Flex {
     }
 }
 
-/// Queries of one task.
+/// Queries of a task.
 const QUERY_BLOCK: usize = 64;
-/// Keys whose scores are made at a time.
+/// Keys whose scores are computed at a time; also the keys of a segment.
 const KEY_BLOCK: usize = 256;
 
-/// Shapes and inputs.
+/// Shapes and inputs of a cached attention.
 struct CachedAttentionInputs<'a, E> {
     heads: usize,
     key_heads: usize,
     capacity: usize,
-    /// Values of a row of the cache.
+    /// Width of a cache row.
     row: usize,
-    query: &'a [E],
-    cache: &'a [E],
+    query: &'a [E], // [tokens, heads, key width]
+    cache: &'a [E], // [batch, key heads, capacity, row]
     spec: &'a CachedAttentionSpec,
 }
 
-/// The queries `rows` of a span and key head, counted token by token and for each token head by head, and the keys that
-/// they are held against.
+/// Some queries of a span and key head, and some of the keys that they see.
 struct Task {
     span: CacheSpan,
-    /// The span's first token among all new ones.
+    /// Index of the span's first token among all new tokens.
     token: usize,
     key_head: usize,
+    /// Queries of the span, numbered by token and within a token by the heads that share the key head.
     rows: Range<usize>,
+    /// Positions in the sequence.
     keys: Range<usize>,
-    /// Whether the keys are further ones of the queries of the task before.
+    /// Whether the task has the same queries as the one before it, with the keys that follow.
     continues: bool,
 }
 
-/// Sums over some keys, not yet divided by the softmax denominator.
+/// An attention over some of the keys, not yet divided by the softmax denominator. Two of them can be combined.
 struct PartialSoftmax {
     /// The largest score of each query.
     largest: Vec<f32>,
-    /// The denominator of each, relative to its largest score.
+    /// The softmax denominator of each query, relative to its largest score.
     sum: Vec<f32>,
-    /// `[queries, value]`.
+    /// `[queries, value]`: the sum of values weighted by exponentials, relative to the largest score.
     weighted: Vec<f32>,
 }
 
@@ -104,7 +106,7 @@ fn forward<E: Element>(query: &FlexTensor, cache: &FlexTensor, spec: &CachedAtte
 }
 
 impl<E: Element> CachedAttentionInputs<'_, E> {
-    /// Tasks by span, key head, queries and keys, the keys fastest.
+    /// All tasks, ordered by span, key head, queries and keys.
     fn tasks(&self) -> Vec<Task> {
         let mut tasks = Vec::new();
         let mut token = 0;
@@ -113,7 +115,7 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
             for key_head in 0..self.key_heads {
                 for first in (0..rows).step_by(QUERY_BLOCK) {
                     let block = first..rows.min(first + QUERY_BLOCK);
-                    // A window moves on with the queries: the first of them sees furthest back.
+                    // A window moves with the query, so the first query sees the earliest key and the last the latest.
                     let from = self.visible(span, block.start).start;
                     let end = self.visible(span, block.end - 1).end;
                     let segment = if rows <= QUERY_BLOCK { KEY_BLOCK } else { end };
@@ -132,22 +134,23 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
         tasks
     }
 
-    /// Queries that share a key head.
+    /// The number of heads that share a key head.
     fn group(&self) -> usize {
         self.heads / self.key_heads
     }
 
-    /// The keys that the query `row` of a span sees.
+    /// The positions of the keys that query `row` of a span sees.
     fn visible(&self, span: CacheSpan, row: usize) -> Range<usize> {
         let position = span.start + row / self.group();
         self.spec.first_key(position)..position + 1
     }
 
-    /// Where the query `row` of a task lies among all queries, `[tokens, heads]`.
+    /// The index of query `row` of a task in `[tokens * heads]`.
     fn query_row(&self, task: &Task, row: usize) -> usize {
         (task.token + row / self.group()) * self.heads + task.key_head * self.group() + row % self.group()
     }
 
+    /// Computes a task, [`KEY_BLOCK`] keys at a time.
     fn partial(&self, task: &Task) -> PartialSoftmax {
         let CachedAttentionSpec { scale, keys, values, .. } = self.spec;
         let (rows, key_width, value_width) = (task.rows.len(), keys.len(), values.len());
@@ -182,6 +185,7 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
                 let first = visible.start.saturating_sub(start).min(last);
                 scores[..first].fill(0.0);
                 scores[last..].fill(0.0);
+                // A query may see none of these keys; its weights are then all 0.
                 let seen = &mut scores[first..last];
                 if seen.is_empty() {
                     continue;
@@ -198,7 +202,7 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
 }
 
 impl PartialSoftmax {
-    /// Makes the sums of a query relative to a score that is as large or larger, and gives the factor.
+    /// Makes the sums of a query relative to `largest`, if it is larger than the score that they are relative to.
     fn rescale(&mut self, index: usize, largest: f32, width: usize) {
         if largest > self.largest[index] {
             let factor = (self.largest[index] - largest).exp();
@@ -208,7 +212,7 @@ impl PartialSoftmax {
         }
     }
 
-    /// Takes in the sums over further keys.
+    /// Adds the sums over the keys that follow.
     fn add(&mut self, other: Self, width: usize) {
         for index in 0..self.sum.len() {
             if other.sum[index] == 0.0 {

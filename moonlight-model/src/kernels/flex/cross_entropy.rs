@@ -1,4 +1,4 @@
-//! Cross-entropy of rows of logits.
+//! Cross-entropy of rows of logits, and its gradient.
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
@@ -34,11 +34,11 @@ impl CrossEntropyKernel for Flex {
     }
 }
 
-/// Targets of any integer type as indices into the vocabulary.
+/// Targets of any integer type as indices.
 ///
 /// # Panics
 ///
-/// When one is none.
+/// If a target is outside the vocabulary.
 fn indices(targets: &FlexTensor, vocab: usize) -> Vec<usize> {
     let index = |target: i64| match usize::try_from(target) {
         Ok(index) if index < vocab => index,
@@ -58,7 +58,8 @@ fn forward<E: Element>(logits: &FlexTensor, targets: &[usize]) -> FlexTensor {
                 widen(row, scratch);
                 let offset = largest(scratch);
                 let sum = exp_in_place(scratch, offset);
-                // The difference first: both terms are near each other for a confident model.
+                // The difference first: for a confident model the logit is close to the largest, and adding the small logarithm
+                // to a large offset first would lose its digits.
                 sum.ln() + (offset - row[target].wide())
             },
         )
@@ -73,7 +74,7 @@ fn grad<E: Element>(logits: &FlexTensor, targets: &[usize], grad: &FlexTensor) -
     out.par_chunks_mut(vocab)
         .zip(logits.par_chunks(vocab))
         .zip(targets.par_iter().zip(values(grad)))
-        .filter(|(_, (_, grad))| **grad != 0.0) // a masked token
+        .filter(|(_, (_, grad))| **grad != 0.0) // a masked token, whose row stays zero
         .for_each_init(
             || vec![0.0; vocab],
             |scratch, ((out, row), (&target, &grad))| {

@@ -1,4 +1,4 @@
-//! Dispatch of tokens to the rows of their experts, and the weighted combination of these back.
+//! Dispatch of tokens to rows of experts, and their weighted combination, each with its gradient.
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
@@ -49,7 +49,7 @@ impl DispatchKernel for Flex {
     }
 }
 
-/// Rows of one task.
+/// Rows of a task.
 const ROWS_PER_TASK: usize = 64;
 
 /// `out[row] = tokens[token of row]`.
@@ -67,7 +67,7 @@ fn dispatch<E: Element>(tokens: &FlexTensor, layout: &GroupLayout) -> FlexTensor
     tensor_of(out, [layout.rows(), width])
 }
 
-/// `out[token] = sum of grad over the token's rows`.
+/// `out[token] = sum over the rows of the token of grad`, in the order of choices.
 fn dispatch_grad<E: Element>(grad: &FlexTensor, layout: &GroupLayout) -> FlexTensor {
     let [_, width] = dims(grad);
     let grad = values_of::<E>(grad);
@@ -117,6 +117,7 @@ fn combine_grad<E: Element>(
 ) -> (FlexTensor, FlexTensor) {
     let [_, width] = dims(rows);
     let (rows, weights, grad) = (values_of::<E>(rows), values(weights), values_of::<E>(grad));
+    // By row and not by slot, so that tasks write contiguous rows of the gradient.
     let mut weight_of_row = vec![0.0; layout.rows()];
     for (&row, &weight) in layout.row_of_slot().iter().zip(weights) {
         weight_of_row[row as usize] = weight;

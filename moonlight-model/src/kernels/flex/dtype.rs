@@ -1,5 +1,4 @@
-//! The dtypes of tensors that the kernels take: f32, and bf16, which is widened where it is read and rounded where it is
-//! written.
+//! [`Element`]: the dtypes of the kernels, f32 and bf16. bf16 is converted to f32 where it is read and rounded where it is written.
 
 use std::mem::MaybeUninit;
 
@@ -9,18 +8,18 @@ use moonlight_simd::by_level;
 
 use super::matrix::{Matrix, MatrixMut};
 
-/// A type of values that the kernels take. Sums are carried in f32 and rounded once.
+/// A dtype of the kernels. All sums are in f32 and rounded once.
 pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
-    /// Rows that a task takes at a time, which bounds its scratch memory.
+    /// Rows of a task of a matrix product, which bounds the scratch memory of a thread.
     const ROWS_PER_TASK: usize;
-    /// Columns that a task takes at a time at most, for the same reason.
+    /// The most columns of such a task.
     const MAX_COLUMNS: usize;
 
-    /// The values, each rounded once.
+    /// Rounds each value.
     fn rounded(values: Vec<f32>) -> Vec<Self>;
 
-    /// The view of `rows x columns` that begins at the start of `values`, whose rows lie `row_stride` apart; `scratch` is
-    /// there for a copy.
+    /// A view in f32 of `rows x columns` from the start of `values`, whose rows are `row_stride` apart. bf16 is converted into
+    /// `scratch`; f32 is not copied.
     fn view<'a>(
         values: &'a [Self],
         rows: usize,
@@ -29,17 +28,17 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
         scratch: &'a mut Vec<f32>,
     ) -> Matrix<'a>;
 
-    /// The value in f32.
+    /// The value in f32, exactly.
     fn wide(self) -> f32;
 
-    /// The nearest value, ties to even; NaN stays NaN.
+    /// The nearest value, ties to even. NaN stays NaN.
     fn narrow(wide: f32) -> Self;
 
-    /// Writes to `target` what `fill` puts into an f32 view of its shape.
+    /// Lets `fill` write an f32 matrix of the shape of `target`, and stores it in `target`, rounded. f32 is written in place.
     ///
     /// # Panics
     ///
-    /// When `fill` leaves the view unwritten, so every element of `target` holds a value afterwards.
+    /// If `fill` does not write the matrix. So all of `target` is initialized afterwards.
     fn write(target: BlockMut<'_, MaybeUninit<Self>>, scratch: &mut Vec<f32>, fill: impl FnOnce(&mut MatrixMut<'_>));
 }
 
@@ -74,7 +73,7 @@ impl Element for f32 {
     fn write(target: BlockMut<'_, MaybeUninit<f32>>, _scratch: &mut Vec<f32>, fill: impl FnOnce(&mut MatrixMut<'_>)) {
         let mut out = MatrixMut::unwritten(target);
         fill(&mut out);
-        assert!(out.is_written(), "the view was not filled");
+        assert!(out.is_written(), "the matrix was not written");
     }
 }
 
@@ -85,7 +84,7 @@ impl Element for bf16 {
     fn rounded(values: Vec<f32>) -> Vec<bf16> {
         let mut rounded = Vec::with_capacity(values.len());
         round_into(&values, &mut rounded.spare_capacity_mut()[..values.len()]);
-        // SAFETY: there is the capacity, and `round_into` wrote a value to each place of a slice of this length.
+        // SAFETY: the vector has this capacity, and `round_into` wrote every element of a slice of this length.
         unsafe { rounded.set_len(values.len()) };
         rounded
     }
@@ -104,13 +103,14 @@ impl Element for bf16 {
         Matrix::new(scratch, rows, columns)
     }
 
-    // `bf16::to_f32` looks for NaN, which keeps a loop from being vectorised.
+    // Not `bf16::to_f32`, whose branch for NaN keeps loops from being vectorized. A bf16 is the upper half of an f32.
     #[inline(always)]
     fn wide(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
-    // Without a branch, for the same reason.
+    // Branchless for the same reason. Adding 0x7fff and the lowest kept bit carries into the kept bits if the dropped ones are
+    // above half, or are half and the kept bit is odd.
     #[inline(always)]
     fn narrow(wide: f32) -> bf16 {
         let bits = wide.to_bits();
@@ -134,7 +134,7 @@ impl Element for bf16 {
 }
 
 by_level! {
-    /// Writes the values in f32.
+    /// Converts values to f32.
     pub(super) fn widen[E: Element](values: &[E], wide: &mut [f32]) {
         for (wide, value) in wide.iter_mut().zip(values) {
             *wide = value.wide();
@@ -142,20 +142,21 @@ by_level! {
     }
 }
 
-/// Writes the values, each rounded once.
+/// Rounds values into a slice.
 ///
 /// # Panics
 ///
-/// When the slices differ in length.
+/// If the slices differ in length.
 pub(super) fn round<E: Element>(wide: &[f32], values: &mut [E]) {
     let values: *mut [E] = values;
-    // SAFETY: the slice is borrowed for writing, and `round_into` writes values alone, which `MaybeUninit` has the layout of.
+    // SAFETY: the slice is borrowed for writing, `MaybeUninit<E>` has the layout of `E`, and `round_into` writes initialized
+    // values only.
     round_into(wide, unsafe { &mut *(values as *mut [MaybeUninit<E>]) });
 }
 
-/// As [`round`], into memory that need not hold values yet: afterwards all of it does.
+/// [`round`] into memory that may be uninitialized; afterwards all of it is initialized.
 pub(super) fn round_into<E: Element>(wide: &[f32], values: &mut [MaybeUninit<E>]) {
-    assert_eq!(wide.len(), values.len(), "each value has a place");
+    assert_eq!(wide.len(), values.len(), "the slices differ in length");
     round_each(wide, values);
 }
 
@@ -172,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rounding_is_that_of_the_type() {
+    fn rounding_is_that_of_bf16() {
         moonlight_simd::testing::at_each_level("kernels: rounding", |_| rounding());
     }
 

@@ -1,7 +1,8 @@
-//! Products of very few rows, as decoding has them (GEMV and skinny GEMM): they cost reading the weights, which are read
-//! once, in order.
+//! Matrix products with few rows (GEMV and skinny GEMM), as in decoding. Their cost is reading the weights, so the weights are
+//! read once, in the order of memory.
 //!
-//! A task is a run of a matrix's rows, so that each thread reads memory straight on; the tasks' sums are added in order.
+//! A task is a range of rows of one weight matrix and computes a partial sum over them. The partial sums are added in the
+//! order of tasks, so that the result does not depend on the number of threads.
 
 use std::ops::Range;
 
@@ -12,22 +13,22 @@ use rayon::prelude::*;
 use super::dtype::Element;
 use super::tensor::tensor_of;
 
-/// Rows up to which this is quicker than packing the weight for a matrix product.
+/// Up to this number of rows a group is faster here than by packing the weight for a matrix product.
 const MAX_ROWS: usize = 8;
-/// Rows of weight of one task.
+/// Rows of the weight in a task.
 const DEPTH_PER_TASK: usize = 128;
-/// Rows of weight that are taken together where they are wide, which saves reading and writing the sums.
+/// Rows of a wide weight that are added to the sums together, which reads and writes the sums a quarter as often.
 const UNROLL: usize = 4;
-/// Columns up to which the sums stay in the nearest cache. One row of weight after the other then reads memory straight
-/// on, which is twice as fast as four places at once.
+/// Up to this width the sums stay in the L1 cache, and rows are added one at a time: reading one stream of memory is then twice as
+/// fast as reading four.
 const MAX_NARROW_WIDTH: usize = 2048;
 
-/// Whether each group has few rows.
+/// Whether every group has few rows.
 pub(super) fn applies(offsets: &[usize]) -> bool {
     offsets.windows(2).all(|bounds| bounds[1] - bounds[0] <= MAX_ROWS)
 }
 
-/// As `grouped_gemm::forward`, untransposed: `rows` is `[rows, input]`, `weight` a matrix `[input, output]` for each group.
+/// `grouped_gemm::forward` without transposition: `rows` is `[rows, input]`, `weight` `[groups, input, output]`.
 pub(super) fn forward<E: Element>(
     rows: &[E],
     weight: &[E],
@@ -46,7 +47,7 @@ pub(super) fn forward<E: Element>(
         .collect();
     let sum = |(group, range, depth): (usize, Range<usize>, Range<usize>)| {
         let weight = &weight[(group * input + depth.start) * output..][..depth.len() * output];
-        let mut sums = vec![0.0; range.len() * output];
+        let mut sums = vec![0.0; range.len() * output]; // [rows of the group, output]
         let rows: Vec<&[E]> = range.clone().map(|place| &rows[place * input..][depth.clone()]).collect();
         add_product(&mut sums, &rows, weight, output);
         (range, sums)
@@ -60,7 +61,7 @@ pub(super) fn forward<E: Element>(
     tensor_of(E::rounded(wide), [count, output])
 }
 
-/// Adds the product of `rows` and the rows of `weight`, each `width` wide.
+/// Adds to `sums`, `[rows, width]`, the product of `rows` and `weight`, whose rows have `width` columns.
 fn add_product<E: Element>(sums: &mut [f32], rows: &[&[E]], weight: &[E], width: usize) {
     let together = if width <= MAX_NARROW_WIDTH { 1 } else { UNROLL };
     for (index, lines) in weight.chunks(together * width).enumerate() {

@@ -1,4 +1,4 @@
-//! Grouped products: each group's rows by the group's own matrix. A plain product is that of one group.
+//! Grouped matrix products: the rows of each group times the matrix of the group. A plain product has one group.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -82,8 +82,8 @@ impl GroupedMatmulKernel for Flex {
     }
 }
 
-/// Where each group's rows begin, and after the last their number. Beginning with 0, and never decreasing: those of a
-/// [`GroupLayout`], or of one group.
+/// The first row of each group, followed by the number of rows. They begin with 0 and never decrease, because they come from a
+/// [`GroupLayout`] or from [`one_group`]; the parallel writes below rely on it.
 #[derive(Clone, Copy)]
 struct Offsets<'a>(&'a [usize]);
 
@@ -100,26 +100,27 @@ impl<'a> Offsets<'a> {
         self.0[self.groups()]
     }
 
-    /// Each group with its rows.
+    /// Each group with its range of rows.
     fn iter(self) -> impl Iterator<Item = (usize, Range<usize>)> {
         self.0.windows(2).map(|bounds| bounds[0]..bounds[1]).enumerate()
     }
 }
 
-/// The offsets of a single group of all rows.
+/// The offsets of a single group with all rows.
 fn one_group(rows: &FlexTensor) -> [usize; 2] {
     [0, dims::<2>(rows)[0]]
 }
 
-/// Columns of one task: narrower, and the rows are packed more often than need be; wider, and there are too few tasks.
+/// Columns of a task. With fewer, the rows are packed for the product more often than necessary; with more, there are too few tasks
+/// for the threads.
 const COLUMNS_PER_TASK: usize = 128;
-/// Groups from which on there are tasks enough without that.
+/// From this number of groups on, the groups alone make enough tasks, and columns need not be divided for that.
 const MANY_GROUPS: usize = 16;
-/// Rows times columns of a task of one of many groups. With few rows the time goes into reading the matrix, and that is
-/// quicker straight on.
+/// Rows times columns of a task if there are many groups. With few rows the time goes into reading the matrix, and wide tasks read
+/// longer runs of memory.
 const OUTPUTS_PER_TASK: usize = 128 * 256;
 
-/// The columns of a matrix as the tasks of one of `groups` groups take them, each with `rows` rows.
+/// The ranges of columns of the tasks of a group with `rows` rows, if there are `groups` groups.
 fn blocks<E: Element>(width: usize, rows: usize, groups: usize) -> impl Iterator<Item = Range<usize>> {
     let wide =
         (OUTPUTS_PER_TASK / rows.max(1)).next_multiple_of(COLUMNS_PER_TASK).clamp(COLUMNS_PER_TASK, E::MAX_COLUMNS);
@@ -127,7 +128,7 @@ fn blocks<E: Element>(width: usize, rows: usize, groups: usize) -> impl Iterator
     (0..width).step_by(columns).map(move |first| first..width.min(first + columns))
 }
 
-/// Copies of a task's operands in f32, where they are not f32 themselves. Kept by each thread.
+/// Copies of a task's operands in f32, for bf16. Each thread keeps its own, so that tasks do not allocate.
 #[derive(Default)]
 struct Scratch {
     lhs: Vec<f32>,
@@ -139,15 +140,15 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// `out[r] = rows[r] x weight[group of r]`, or with the transposed weight.
+/// `out[r] = rows[r] x weight[group of r]`, or with each matrix transposed.
 ///
-/// `rows` is `[rows, in]`; the last two dimensions of `weight` are `[in, out]`.
+/// `rows` is `[rows, in]` (`[rows, out]` if transposed); the last two dimensions of `weight` are `[in, out]`.
 fn forward<E: Element>(rows: &FlexTensor, weight: &FlexTensor, offsets: Offsets<'_>, transpose: bool) -> FlexTensor {
     let [count, width] = dims(rows);
     let (input, output) = matrix_dims(weight);
     let (from, to) = if transpose { (output, input) } else { (input, output) };
-    assert_eq!(width, from, "the rows are as wide as the weight's input");
-    assert_eq!(offsets.rows(), count, "every row is some group's");
+    assert_eq!(width, from, "the width of the rows must be the input width of the weight");
+    assert_eq!(offsets.rows(), count, "the groups must have all rows");
     let (rows, weight) = (values_of::<E>(rows), values_of::<E>(weight));
     if !transpose && gemv::applies(offsets.0) {
         return gemv::forward(rows, weight, offsets.0, (input, output));
@@ -160,12 +161,13 @@ fn forward<E: Element>(rows: &FlexTensor, weight: &FlexTensor, offsets: Offsets<
             tasks.extend(blocks.map(|columns| (group, start..end, columns)));
         }
     }
-    let product = DisjointVec::<E>::new(count * to);
+    // Not zeroed first: every element is written once.
+    let product = DisjointVec::<E>::new(count * to); // [rows, out]
     tasks.into_par_iter().with_max_len(1).for_each(|(group, range, columns)| {
         let weight = &weight[group * input * output..][..input * output];
         let rows = &rows[range.start * from..range.end * from];
-        // SAFETY: groups have no row in common, for offsets never decrease (`GroupLayout`'s constructors); nor have the
-        // steps of a group's rows, nor the blocks of columns. So no two tasks have an element in common.
+        // SAFETY: groups share no rows, because offsets never decrease (`GroupLayout`'s constructors); the steps through the rows
+        // of a group share none, and blocks share no columns. So no two tasks share an element.
         let target = unsafe { product.block(to, range.clone(), columns.clone()) };
         SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
             E::write(target, out, |out| {
@@ -183,8 +185,7 @@ fn forward<E: Element>(rows: &FlexTensor, weight: &FlexTensor, offsets: Offsets<
     tensor_of(unsafe { product.finish() }, [count, to])
 }
 
-/// `out[g] = rows of g^T x grad of g`, zero for a group without rows: `[groups, in, out]`, without the groups where
-/// `groups` is `None`.
+/// `out[g] = rows_g^T x grad_g`, zero for a group without rows: `[groups, in, out]`, or `[in, out]` if `groups` is `None`.
 fn weight_grad<E: Element>(
     rows: &FlexTensor,
     grad: &FlexTensor,
@@ -192,7 +193,7 @@ fn weight_grad<E: Element>(
     groups: Option<usize>,
 ) -> FlexTensor {
     let ([count, input], [grad_count, output]) = (dims(rows), dims(grad));
-    assert!(count == offsets.rows() && grad_count == count, "every row is some group's, and has a gradient");
+    assert!(count == offsets.rows() && grad_count == count, "the groups must have all rows, and each row a gradient");
     let (rows, grad) = (values_of::<E>(rows), values_of::<E>(grad));
     let tasks: Vec<_> = offsets
         .iter()
@@ -203,13 +204,14 @@ fn weight_grad<E: Element>(
         .collect();
     let gradient = DisjointVec::<E>::new(offsets.groups() * input * output);
     tasks.into_par_iter().with_max_len(1).for_each(|(group, range, columns)| {
-        // SAFETY: a task has a group's rows of the result, and of these a block of columns; each pair is there once.
+        // SAFETY: a task has a block of columns of the matrix of one group, and each pair of group and block is one task.
         let target = unsafe { gradient.block(output, group * input..(group + 1) * input, columns.clone()) };
         SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
             E::write(target, out, |out| {
                 if range.is_empty() {
                     out.clear();
                 }
+                // The rows of a group are summed by one task, in order: the sum does not depend on the threads.
                 for start in range.clone().step_by(E::ROWS_PER_TASK) {
                     let count = E::ROWS_PER_TASK.min(range.end - start);
                     let rows = E::view(&rows[start * input..], count, input, input, lhs);

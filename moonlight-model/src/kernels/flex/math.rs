@@ -1,23 +1,24 @@
-//! Vectorised elementary functions.
+//! Elementary functions and reductions that the compiler vectorizes.
 
 use moonlight_simd::by_level;
 
 use super::dtype::Element;
 
-/// `e^x` in f32, by range reduction and a polynomial of degree six; within 2 units in the last place of the exact
-/// value over the normal range, 0 below it and infinity above it. NaN stays NaN. Branchless, so loops over it vectorise.
+/// `e^x` in f32, by range reduction and a polynomial of degree six: within 2 units in the last place over the range of normal
+/// results, 0 below it, infinity above it. NaN stays NaN. It is branchless, so that loops over it are vectorized.
 #[inline(always)]
 #[expect(clippy::excessive_precision, reason = "the constants are the splitting of ln 2 and Cephes' coefficients")]
 pub(super) fn exp(x: f32) -> f32 {
-    // Adding and taking away 1.5 * 2^23 rounds to the nearest whole number.
+    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer: the sum has no bits for a fraction.
     const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts, of which the first times a small whole number is exact.
+    // ln 2 as a sum of two parts. The first has few bits, so that its product with a small integer is exact.
     const LN_2_HIGH: f32 = 0.693_359_375;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     let clamped = x.clamp(-88.0, 88.5);
+    // e^x = 2^whole * e^r with |r| <= ln 2 / 2
     let whole = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
     let r = clamped - whole * LN_2_HIGH - whole * LN_2_LOW;
-    // Cephes' expf.
+    // The polynomial of Cephes' expf.
     let mut p = 1.987_569_15e-4;
     p = p * r + 1.398_199_950_7e-3;
     p = p * r + 8.333_451_907_3e-3;
@@ -25,7 +26,7 @@ pub(super) fn exp(x: f32) -> f32 {
     p = p * r + 1.666_666_545_9e-1;
     p = p * r + 5.000_000_120_1e-1;
     let p = p * r * r + r + 1.0;
-    // 2^whole in two factors: whole may be 128, which one exponent cannot hold.
+    // 2^whole as a product of two powers: whole may be 128, and the largest exponent of an f32 is 127.
     let half = (whole * 0.5) as i32;
     let rest = whole as i32 - half;
     let scale = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
@@ -41,9 +42,10 @@ pub(super) fn sigmoid(x: f32) -> f32 {
 }
 
 by_level! {
-    /// Replaces each value by `e^(value - offset)` and gives their sum.
+    /// Replaces each value by `e^(value - offset)` and returns the sum.
     pub(super) fn exp_in_place[](values: &mut [f32], offset: f32) -> f32 {
-        // Sixteen running sums, so that the additions vectorise; their order is fixed, so the result is too.
+        // Sixteen running sums, so that the additions are vectorized. Their number does not depend on the vector width, so every
+        // level of instructions gives the same bits.
         let mut sums = [0.0f32; 16];
         let mut chunks = values.chunks_exact_mut(16);
         for chunk in &mut chunks {
@@ -62,7 +64,7 @@ by_level! {
 }
 
 by_level! {
-    /// The largest value, `-inf` for none; NaN if any is NaN.
+    /// The largest value, `-inf` for an empty slice; NaN if any value is NaN, so that non-finite scores are not hidden.
     pub(super) fn largest[](values: &[f32]) -> f32 {
         let pick = |a: f32, b: f32| if b > a || b.is_nan() { b } else { a };
         let mut lanes = [f32::NEG_INFINITY; 16];
@@ -78,7 +80,7 @@ by_level! {
 }
 
 by_level! {
-    /// The sum of the products.
+    /// The dot product, in sixteen running sums as in [`exp_in_place`].
     pub(super) fn dot[A: Element, B: Element](a: &[A], b: &[B]) -> f32 {
         let mut sums = [0.0f32; 16];
         let (chunks_a, chunks_b) = (a.chunks_exact(16), b.chunks_exact(16));

@@ -1,4 +1,4 @@
-//! Strided views of f32 matrices and their product.
+//! Strided views of f32 matrices, and their product.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use crate::disjoint::BlockMut;
 use moonlight_simd::gemm::{self, Operand};
 
-/// A matrix that is read: element `(i, j)` lies at `i * row_stride + j * column_stride`.
+/// A read-only matrix: element `(i, j)` is at `i * row_stride + j * column_stride`.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a> {
     values: *const f32,
@@ -22,9 +22,9 @@ impl<'a> Matrix<'a> {
     ///
     /// # Panics
     ///
-    /// When the view reaches past the end of `values`.
+    /// If the view exceeds `values`.
     pub(super) fn strided(values: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
-        assert!(rows == 0 || (rows - 1) * row_stride + columns <= values.len(), "the view leaves its slice");
+        assert!(rows == 0 || (rows - 1) * row_stride + columns <= values.len(), "the view exceeds its slice");
         Self { values: values.as_ptr(), rows, columns, row_stride, column_stride: 1, lifetime: PhantomData }
     }
 
@@ -44,13 +44,13 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// A matrix that is written, with unit column stride.
+/// A matrix that is written; its columns are contiguous.
 pub(super) struct MatrixMut<'a> {
     values: *mut f32,
     rows: usize,
     columns: usize,
     row_stride: usize,
-    /// Whether there are values yet, which may be added to.
+    /// Whether all elements are initialized, so that a product may be added to them.
     written: bool,
     lifetime: PhantomData<&'a mut [f32]>,
 }
@@ -63,7 +63,7 @@ impl<'a> MatrixMut<'a> {
         Self { values, rows, columns, row_stride, written: true, lifetime: PhantomData }
     }
 
-    /// A view of memory that holds no values yet.
+    /// A view of uninitialized memory.
     pub(super) fn unwritten(mut block: BlockMut<'a, MaybeUninit<f32>>) -> Self {
         Self {
             values: block.as_mut_ptr().cast(),
@@ -75,7 +75,7 @@ impl<'a> MatrixMut<'a> {
         }
     }
 
-    /// Whether every element holds a value.
+    /// Whether all elements are initialized.
     pub(super) fn is_written(&self) -> bool {
         self.written
     }
@@ -83,7 +83,7 @@ impl<'a> MatrixMut<'a> {
     /// Sets every element to zero.
     pub(super) fn clear(&mut self) {
         for row in 0..self.rows {
-            // SAFETY: both constructors take a view whose rows were asserted to lie in its memory, which is borrowed for
+            // SAFETY: both constructors take a view whose rows are within its memory, as asserted, and which is borrowed for
             // writing; zero bits are a valid f32.
             unsafe { self.values.add(row * self.row_stride).write_bytes(0, self.columns) };
         }
@@ -91,7 +91,7 @@ impl<'a> MatrixMut<'a> {
     }
 }
 
-/// What a product does with the values that are there.
+/// What a product does with the elements of its output.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Write {
     /// Overwrites them.
@@ -100,14 +100,14 @@ pub(super) enum Write {
     Add,
 }
 
-/// `out = scale * lhs * rhs`, or `out += …`, on the calling thread.
+/// `out = scale * lhs * rhs`, or `out += scale * lhs * rhs`, on the calling thread.
 ///
 /// # Panics
 ///
-/// When the shapes do not fit, or values are to be added to that are not there yet.
+/// If the shapes do not fit, or with [`Write::Add`] if `out` is not initialized.
 pub(super) fn multiply(out: &mut MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>, scale: f32, write: Write) {
     assert!(lhs.columns == rhs.rows && out.rows == lhs.rows && out.columns == rhs.columns, "shapes must fit");
-    assert!(write == Write::Set || out.written, "there is nothing to add to");
+    assert!(write == Write::Set || out.written, "the output is not initialized");
     let operand = |matrix: Matrix<'_>| Operand {
         values: matrix.values,
         row_stride: matrix.row_stride,
@@ -115,9 +115,9 @@ pub(super) fn multiply(out: &mut MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>
     };
     let keep = if write == Write::Add { 1.0 } else { 0.0 };
     let shape = [lhs.rows, lhs.columns, rhs.columns];
-    // SAFETY: the constructors of all three views asserted that they lie in their memory, `out`'s is borrowed for writing,
-    // and the shapes fit each other by the first assertion. `out` is read only where it is to be added to, which the second
-    // asserts that it can, and all of it is written, also where there is nothing to sum.
+    // SAFETY: the constructors of all three views asserted that they are within their memory, that of `out` is borrowed for
+    // writing, and the shapes fit each other by the first assertion. `out` is read only if it is added to, and then it is
+    // initialized by the second assertion. The product writes all of `out`, also if the inner dimension is 0.
     unsafe { gemm::multiply(shape, out.values, out.row_stride, operand(lhs), operand(rhs), keep, scale) };
     out.written = true;
 }
@@ -154,8 +154,8 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "nothing to add to")]
-    fn nothing_is_added_to_what_is_not_there() {
+    #[should_panic(expected = "not initialized")]
+    fn nothing_is_added_to_uninitialized_memory() {
         let memory = DisjointVec::<f32>::new(1);
         // SAFETY: it is the only claim.
         let mut out = MatrixMut::unwritten(unsafe { memory.block(1, 0..1, 0..1) });
@@ -163,8 +163,8 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "leaves its slice")]
-    fn a_view_beyond_its_slice_is_refused() {
+    #[should_panic(expected = "exceeds its slice")]
+    fn a_view_that_exceeds_its_slice_is_refused() {
         Matrix::strided(&[0.0; 10], 3, 3, 4);
     }
 }

@@ -1,4 +1,4 @@
-//! RMS normalisation of rows.
+//! RMSNorm of rows, and its gradients.
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
@@ -34,7 +34,8 @@ impl RmsNormKernel for Flex {
     }
 }
 
-/// Rows of one task; also of one partial sum of the gain's gradient, so it does not depend on the threads.
+/// Rows of a task. The gradient of the gain is the sum of one partial sum for each task, in order, so this constant fixes the order
+/// of that sum whatever the number of threads.
 const ROWS_PER_TASK: usize = 64;
 
 fn forward<E: Element>(x: &FlexTensor, gain: &FlexTensor, epsilon: f32) -> FlexTensor {
@@ -51,7 +52,7 @@ fn forward<E: Element>(x: &FlexTensor, gain: &FlexTensor, epsilon: f32) -> FlexT
 }
 
 by_level! {
-    /// The normalised value is rounded before the product with the gain, as the published code does.
+    /// The normalized value is rounded before it is multiplied by the gain, as in the published code.
     fn scale[E: Element](out: &mut [E], x: &[E], inverse: f32, gain: &[E]) {
         for ((out, x), gain) in out.iter_mut().zip(x).zip(gain) {
             *out = E::narrow(E::narrow(x.wide() * inverse).wide() * gain.wide());
@@ -75,13 +76,14 @@ fn grad<E: Element>(x: &FlexTensor, gain: &FlexTensor, grad: &FlexTensor, epsilo
                 for ((scaled, grad), gain) in scaled.iter_mut().zip(grad).zip(gain) {
                     *scaled = grad.wide() * gain.wide();
                 }
+                // mean(g gain n) of `reference::rms_norm_grad`
                 let mean = dot(&scaled, x) * inverse / width as f32;
                 for (((grad_x, &scaled), x), (grad_gain, grad)) in
                     grad_x.iter_mut().zip(&scaled).zip(x).zip(grad_gain.iter_mut().zip(grad))
                 {
-                    let normalised = x.wide() * inverse;
-                    *grad_x = E::narrow(inverse * (scaled - normalised * mean));
-                    *grad_gain += grad.wide() * normalised;
+                    let normalized = x.wide() * inverse;
+                    *grad_x = E::narrow(inverse * (scaled - normalized * mean));
+                    *grad_gain += grad.wide() * normalized;
                 }
             }
             grad_gain

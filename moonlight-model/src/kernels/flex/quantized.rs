@@ -1,4 +1,5 @@
-//! The product by quantized weights: one group's matrix at a time is dequantized, by all threads, and multiplied.
+//! Grouped products by quantized weights. All threads dequantize the matrix of one group, then all multiply by it: there is one
+//! dequantized matrix in memory at a time.
 
 use crate::disjoint::DisjointVec;
 use burn::backend::Flex;
@@ -41,12 +42,12 @@ impl QuantizedMatmulKernel for Flex {
     }
 }
 
-/// Blocks of one task of dequantizing.
+/// Quantization blocks of a dequantizing task.
 const BLOCKS_PER_TASK: usize = 64;
-/// Rows of one task of multiplying.
+/// Rows of a multiplying task.
 const ROWS_PER_TASK: usize = 64;
 
-/// `out[r] = rows[r] x weight[group of r]`, or with the transposed weight.
+/// `out[r] = rows[r] x weight[group of r]`, or with each matrix transposed.
 fn product<E: Element>(
     rows: &FlexTensor,
     quantized: &FlexTensor,
@@ -59,8 +60,8 @@ fn product<E: Element>(
     let ([_, bytes], [_, blocks]) = (dims(quantized), dims(scales));
     let QuantizedSpec { bits, input, output } = spec;
     let (from, to) = if transpose { (output, input) } else { (input, output) };
-    assert_eq!(width, from, "the rows are as wide as the weight's input");
-    let quantized: &[u8] = quantized.as_slice().expect("quantized values are u8, and were made contiguous");
+    assert_eq!(width, from, "the width of the rows must be the input width of the weight");
+    let quantized: &[u8] = quantized.as_slice().expect("quantized values are u8 and contiguous");
     let (rows, scales) = (values_of::<E>(rows), values(scales));
     let out = DisjointVec::<E>::new(count * to);
     let mut weight = vec![0.0; input * output];
@@ -77,8 +78,8 @@ fn product<E: Element>(
             let matrix = Matrix::new(&weight, input, output);
             let matrix = if transpose { matrix.transposed() } else { matrix };
             let inputs = E::view(inputs, height, from, from, lhs);
-            // SAFETY: a task has the whole rows of its part of the inputs, and groups have no row in common
-            // (`GroupLayout`'s constructors).
+            // SAFETY: a task has complete rows of its chunk of the inputs, and groups share no rows (`GroupLayout`'s
+            // constructors).
             let target = unsafe { out.block(to, first..first + height, 0..to) };
             E::write(target, wide, |out| multiply(out, inputs, matrix, 1.0, Write::Set));
         });
@@ -87,6 +88,7 @@ fn product<E: Element>(
     tensor_of(unsafe { out.finish() }, [count, to])
 }
 
+/// Writes the f32 values of one matrix to `weight`.
 fn dequantize(quantized: &[u8], scales: &[f32], bits: QuantBits, weight: &mut [f32]) {
     let size = bits.bytes(QUANT_BLOCK);
     weight.par_chunks_mut(BLOCKS_PER_TASK * QUANT_BLOCK).enumerate().for_each(|(task, weight)| {
@@ -97,7 +99,7 @@ fn dequantize(quantized: &[u8], scales: &[f32], bits: QuantBits, weight: &mut [f
             match bits {
                 QuantBits::Eight => weight.iter_mut().zip(quantized).for_each(|(weight, &byte)| *weight = value(byte)),
                 QuantBits::Four => {
-                    // The last block may be cut short.
+                    // The last block of a matrix may be shorter.
                     let (low, high) = weight.split_at_mut(weight.len().min(size));
                     low.iter_mut().zip(quantized).for_each(|(weight, byte)| *weight = value(byte & 15));
                     high.iter_mut().zip(quantized).for_each(|(weight, byte)| *weight = value(byte >> 4));

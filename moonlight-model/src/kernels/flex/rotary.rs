@@ -1,4 +1,4 @@
-//! The rotary embedding, in place in each head.
+//! Rotary embedding of the last dimensions of each head.
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
@@ -32,14 +32,14 @@ fn forward<E: Element>(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, spec:
     let token = heads * width;
     out.par_chunks_mut(token)
         .zip(x.par_chunks(token).zip(cos.par_chunks(pairs).zip(sin.par_chunks(pairs))))
-        .with_min_len(16)
+        .with_min_len(16) // tokens; one is too little work for a task
         .for_each(|(out, (x, (cos, sin)))| {
             for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
                 out[..spec.start].copy_from_slice(&x[..spec.start]);
                 let (out, x) = (&mut out[spec.start..], &x[spec.start..]);
                 for (pair, (&cos, &sin)) in cos.iter().zip(sin).enumerate() {
                     let (i, j) = if spec.interleave { (2 * pair, 2 * pair + 1) } else { (pair, pair + pairs) };
-                    // The angles are rounded before the products, as the published code does.
+                    // Cos and sin are rounded before the products, as in the published code.
                     let (cos, sin) = (E::narrow(cos).wide(), E::narrow(sin).wide());
                     let (a, b) = (x[i].wide(), x[j].wide());
                     out[i] = E::narrow(a * cos - b * sin);

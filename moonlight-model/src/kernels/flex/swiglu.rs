@@ -1,4 +1,4 @@
-//! `silu(gate) * up` in one pass.
+//! `silu(gate) * up` and its gradients, each in one pass.
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
@@ -29,7 +29,7 @@ impl SwigluKernel for Flex {
     }
 }
 
-/// Values of one task.
+/// Values of a task.
 const VALUES_PER_TASK: usize = 16 * 1024;
 
 fn forward<E: Element>(gate: &FlexTensor, up: &FlexTensor) -> FlexTensor {

@@ -1,4 +1,4 @@
-//! From Burn's tensors to slices of values, and back.
+//! Conversion between Burn's tensors and slices of values.
 
 use burn::backend::Flex;
 use burn::backend::flex::{FlexTensor, Layout};
@@ -9,8 +9,8 @@ use crate::kernels::Kernels;
 
 impl Kernels for Flex {}
 
-/// Runs a kernel on contiguous inputs in the dtype that they share, and the reference where that is neither f32 nor bf16.
-/// Inputs after `f32:` are in f32 whatever the others are.
+/// Runs a kernel on contiguous inputs if they share the dtype f32 or bf16, and the reference otherwise. Inputs after `f32:` must be f32
+/// in both cases.
 macro_rules! by_dtype {
     ([$($input:ident),+] $(f32: [$($wide:ident),+])?, $element:ident => $kernel:expr, $fallback:expr) => {{
         let wide = true $($(&& $wide.dtype() == burn::tensor::DType::F32)+)?;
@@ -33,7 +33,7 @@ macro_rules! by_dtype {
 }
 pub(super) use by_dtype;
 
-/// The dtype that all have.
+/// The dtype that all inputs have; `None` if they differ.
 pub(super) fn shared_dtype(dtypes: &[DType]) -> Option<DType> {
     let (&first, rest) = dtypes.split_first()?;
     rest.iter().all(|&dtype| dtype == first).then_some(first)
@@ -44,9 +44,9 @@ pub(super) fn values(tensor: &FlexTensor) -> &[f32] {
     values_of(tensor)
 }
 
-/// The values of a contiguous tensor, whose dtype the caller has looked at.
+/// The values of a contiguous tensor whose dtype is `E`'s.
 pub(super) fn values_of<E: Element>(tensor: &FlexTensor) -> &[E] {
-    tensor.as_slice().expect("`by_dtype` looked at the dtype and made the tensor contiguous")
+    tensor.as_slice().expect("`by_dtype` checks the dtype and makes the tensor contiguous")
 }
 
 /// The dimensions of a tensor of known rank.
@@ -54,7 +54,7 @@ pub(super) fn dims<const D: usize>(tensor: &FlexTensor) -> [usize; D] {
     tensor.layout().shape().dims()
 }
 
-/// As many zeros, in memory that the system hands out cleared where it can.
+/// Zeros, in pages that the system provides cleared if it can.
 pub(super) fn zeros<E: Element>(count: usize) -> Vec<E> {
     bytemuck::allocation::zeroed_vec(count)
 }

@@ -1,4 +1,4 @@
-//! Curves on a canvas, as SVG or PNG.
+//! Draws curves as SVG or PNG.
 
 use std::sync::OnceLock;
 
@@ -6,15 +6,16 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::register_font;
 
+/// Width and height, pixels.
 const SIZE: (u32, u32) = (900, 540);
 
-/// Values beyond are drawn here.
-const FARTHEST: f64 = 1e300;
+/// Larger values are drawn at this one: the span of an axis, its end minus its start, must be finite.
+const LIMIT: f64 = 1e300;
 
-/// So many points are marked.
-const FEW: usize = 50;
+/// Up to so many points of a curve are marked with dots.
+const MARKED_POINTS: usize = 50;
 
-/// The default palette of matplotlib since 2.0 ("tab10"), which is made to be told apart.
+/// The default palette of matplotlib since 2.0 ("tab10"), whose colors are easy to distinguish.
 const COLORS: [RGBColor; 10] = [
     RGBColor(31, 119, 180),
     RGBColor(255, 127, 14),
@@ -28,55 +29,55 @@ const COLORS: [RGBColor; 10] = [
     RGBColor(23, 190, 207),
 ];
 
-/// What kind of file.
+/// The format of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
-    /// Text, sharp at every size.
+    /// Vectors.
     Svg,
-    /// Pixels.
+    /// 8-bit RGB pixels.
     Png,
 }
 
-/// A curve.
+/// One line of the figure.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Curve {
-    /// Its name in the legend; empty for none.
+    /// The name in the legend; empty for no entry.
     pub(super) name: String,
-    /// Where it passes.
+    /// `(x, y)`, in the order in which they are joined.
     pub(super) points: Vec<(f64, f64)>,
-    /// Its place in the palette.
+    /// The index of its color in the palette, which is repeated.
     pub(super) color: usize,
-    /// Whether it is drawn in full, or pale behind another of its color.
+    /// Whether it is drawn in full color and width; else pale and thin.
     pub(super) strong: bool,
 }
 
-/// Draws curves, and gives the bytes of the file.
+/// Draws curves and returns the bytes of the file.
 pub(super) fn draw(title: &str, x_name: &str, curves: &[Curve], format: Format) -> Result<Vec<u8>, String> {
     font()?;
     match format {
         Format::Svg => {
             let mut svg = String::new();
             let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-            on(&area, title, x_name, curves)?;
+            draw_on(&area, title, x_name, curves)?;
             drop(area);
             Ok(svg.into_bytes())
         }
         Format::Png => {
             let mut pixels = vec![0; (SIZE.0 * SIZE.1 * 3) as usize];
             let area = BitMapBackend::with_buffer(&mut pixels, SIZE).into_drawing_area();
-            on(&area, title, x_name, curves)?;
+            draw_on(&area, title, x_name, curves)?;
             drop(area);
             png(&pixels).map_err(|error| error.to_string())
         }
     }
 }
 
-/// The letters come with the program: a bare machine has none that could be relied on.
+/// Registers the font that is compiled in: a server or container often has none.
 fn font() -> Result<(), String> {
     static REGISTERED: OnceLock<bool> = OnceLock::new();
     let registered =
         REGISTERED.get_or_init(|| register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular()).is_ok());
-    registered.then_some(()).ok_or_else(|| "the font cannot be read".into())
+    registered.then_some(()).ok_or_else(|| "the built-in font cannot be read".into())
 }
 
 fn png(pixels: &[u8]) -> Result<Vec<u8>, png::EncodingError> {
@@ -90,7 +91,7 @@ fn png(pixels: &[u8]) -> Result<Vec<u8>, png::EncodingError> {
     Ok(bytes)
 }
 
-fn on<B: DrawingBackend>(
+fn draw_on<B: DrawingBackend>(
     area: &DrawingArea<B, Shift>,
     title: &str,
     x_name: &str,
@@ -106,13 +107,13 @@ fn chart<B: DrawingBackend>(
     curves: &[Curve],
 ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
     area.fill(&WHITE)?;
-    // The span of an axis has to be a number as well, or the ticks on it are never found.
-    let within = |&(x, y): &(f64, f64)| (x.clamp(-FARTHEST, FARTHEST), y.clamp(-FARTHEST, FARTHEST));
+    // plotters never finishes its search for tick marks if the span of an axis overflows to infinity.
+    let within = |&(x, y): &(f64, f64)| (x.clamp(-LIMIT, LIMIT), y.clamp(-LIMIT, LIMIT));
     let all = || curves.iter().flat_map(|curve| curve.points.iter().map(within));
     let range = |of: fn(&(f64, f64)) -> f64| {
         let (low, high) =
             all().map(|point| of(&point)).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
-        // A flat curve still wants a height.
+        // A flat curve has a span of 0, which cannot be divided into ticks.
         let margin = if high > low { (high - low) * 0.04 } else { high.abs().max(1e-9) * 0.1 };
         low - margin..high + margin
     };
@@ -138,17 +139,17 @@ fn chart<B: DrawingBackend>(
             series.label(name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], line));
         }
     }
-    // A curve of few points is little without them, and one of a single point is nothing.
-    for curve in curves.iter().filter(|curve| curve.strong && curve.points.len() <= FEW) {
+    // A curve of one point has no line, and one of few points hides where they are.
+    for curve in curves.iter().filter(|curve| curve.strong && curve.points.len() <= MARKED_POINTS) {
         let color = COLORS[curve.color % COLORS.len()];
         chart.draw_series(curve.points.iter().map(|point| Circle::new(within(point), 3, color.filled())))?;
     }
     chart.configure_series_labels().border_style(BLACK.mix(0.3)).background_style(WHITE.mix(0.8)).draw()
 }
 
-/// A number on an axis that spans `range`, with as many digits as tell its neighbours apart.
+/// The label of a tick, with enough digits to distinguish it from the next one on an axis that spans `range`.
 fn label(value: f64, range: f64) -> String {
-    // What is nothing but the rounding of a zero.
+    // The tick at 0 is often a rounding error away from it.
     let value = if value.abs() < range * 1e-9 { 0.0 } else { value };
     match range {
         range if range < 1e-2 => format!("{value:.1e}"),
@@ -164,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_as_far_apart_as_numbers_can_be_are_drawn() {
+    fn the_largest_and_smallest_floats_are_drawn() {
         let most = f64::MAX;
         for points in [
             vec![(1.0, -most), (2.0, most)],

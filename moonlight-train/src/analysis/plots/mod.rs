@@ -1,7 +1,7 @@
-//! Plots of runs, drawn from their `metrics.jsonl`: those of one run at its end, and the curves of several over each other.
+//! Plots from `metrics.jsonl`: those that a run draws at its end, and the curves of several runs in one figure.
 
-mod compare;
 mod draw;
+mod runs;
 
 use std::fs;
 use std::path::Path;
@@ -11,8 +11,8 @@ use serde_json::Value;
 use crate::error::TrainError;
 use crate::metrics::METRICS;
 
-pub use compare::{Axis, RunComparison, plot_runs};
 use draw::{Curve, Format, draw};
+pub use runs::{Axis, RunComparison, plot_runs};
 
 /// Draws `loss.svg`, `lr.svg`, `grad_norm.svg` and, for a mixture of experts, `expert_load.svg` into `dir`.
 ///
@@ -47,7 +47,7 @@ pub fn write_plots(metrics: &Path, dir: &Path) -> Result<(), TrainError> {
     Ok(())
 }
 
-/// The values of a key over the steps.
+/// `(step, value)` of a key, for the records of a split.
 fn points(records: &[Value], split: &str, key: &str) -> Vec<(f64, f64)> {
     let of_split = records.iter().filter(|record| record["split"] == split);
     of_split.filter_map(|record| Some((record["step"].as_f64()?, record[key].as_f64()?))).collect()
@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dense_run_has_three_plots_and_one_step_is_enough() {
+    fn a_dense_run_of_one_step_gets_three_plots() {
         let home = tempfile::tempdir().unwrap();
         let metrics = home.path().join("metrics.jsonl");
         fs::write(&metrics, "{\"split\":\"train\",\"step\":1,\"loss\":2.5,\"lr\":0.0,\"grad_norm\":1.0}\n").unwrap();

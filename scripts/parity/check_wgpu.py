@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Compares the program on a WGPU device with the same program on the CPU: scores, a greedy continuation, training steps.
+
+    cargo build --workspace --features moonlight-train/wgpu
+    python3 scripts/parity/check_wgpu.py target/debug/moonlight [--device wgpu] [--steps 3]
+
+Any Vulkan driver works; without a GPU, Mesa's llvmpipe runs it in software (Debian: `mesa-vulkan-drivers`, 25.0 from bookworm-backports). There the
+first step takes minutes, because each shader is compiled when it is first used, and again in each process.
+
+The model is the quick start's after six steps on the CPU, on texts of this repository. Everything must agree within 1e-3 relative. Prints one
+line for each comparison; the exit code is 1 where one fails.
+
+Needs: only Python, and a Vulkan driver. Takes: half a minute with a release build, minutes with a debug build.
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import common
+
+ROOT = common.ROOT
+BUDGET = 1e-3
+TEXTS = ["pub fn newton_schulz(matrix: &Tensor<2>) -> Tensor<2> {", "Moonlight for Burn"]
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("program", help="`moonlight`, built with the feature `wgpu`")
+    parser.add_argument("--device", default="wgpu")
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        good = run(options, pathlib.Path(home))
+    sys.exit(0 if good else 1)
+
+
+def run(options, home):
+    train(options, home, "base", "cpu", 6, [ROOT / "configs/quickstart.toml"])
+    model = home / "base/quickstart/checkpoints/step-00000006"
+    data = home / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    results = {}
+    for device in ("cpu", options.device):
+        scores = home / f"{device}.jsonl"
+        call(options, "score", "--model", model, "--data", data, "--output", scores, "--device", device)
+        greedy = ["--max-new-tokens", 12, "--temperature", 0, "--json", "--device", device]
+        output = call(options, "generate", "--model", model, "--prompt", "pub fn ", *greedy)
+        train(options, home, device, device, options.steps, [recipe(home, model)])
+        metrics = (home / device / "from-base/metrics.jsonl").read_text().splitlines()
+        results[device] = {
+            "log-probabilities": [
+                p for line in scores.read_text().splitlines() for p in json.loads(line)["logprobs"][1:]
+            ],
+            "losses of steps": [line["loss"] for line in map(json.loads, metrics)],
+            "gradient norms": [line["grad_norm"] for line in map(json.loads, metrics) if line["split"] == "train"],
+            "continuation": json.loads(output)["tokens"],
+        }
+    cpu, other = results["cpu"], results[options.device]
+    good = True
+    for name, values in cpu.items():
+        if name == "continuation":
+            worst, fits = "identical", values == other[name]
+            worst = worst if fits else f"{values} and {other[name]}"
+        else:
+            worst = max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(values, other[name], strict=True))
+            fits, worst = worst < BUDGET, f"{worst:.1e} largest difference of {len(values)}"
+        good &= fits
+        print(f"{'ok' if fits else 'FAILED':6} {name}: {worst}")
+    return good
+
+
+def recipe(home, model):
+    path = home / "from-base.toml"
+    path.write_text(f"""
+[run]
+name = "from-base"
+[model]
+path = "{model}"
+[data]
+train = ["{ROOT}/README.md", "{ROOT}/ARCHITECTURE.md"]
+valid = ["{ROOT}/CONTRIBUTING.md"]
+tokenizer = "bytes"
+sequence_length = 64
+[optimizer]
+name = "muon"
+learning_rate = 2e-3
+weight_decay = 0.1
+[schedule]
+name = "constant"
+[train]
+batch_size = 2
+gradient_clip = 1.0
+validate_batches = 2
+[moe]
+bias_update_rate = 1e-3
+sequence_balance_weight = 1e-4
+""")
+    return path
+
+
+def train(options, home, folder, device, steps, recipes):
+    settings = {
+        "run.dir": f'"{home / folder}"',
+        "train.steps": steps,
+        "train.checkpoint_every": steps,
+        "train.validate_every": steps,
+        "train.validate_batches": 2,
+    }
+    if folder == "base":
+        settings |= {
+            "data.train": f'["{ROOT}/README.md", "{ROOT}/ARCHITECTURE.md"]',
+            "data.valid": f'["{ROOT}/CONTRIBUTING.md"]',
+            "schedule.warmup_steps": 2,
+            "schedule.decay_steps": 2,
+        }
+    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    call(options, "train", *recipes, "--device", device, *flags)
+
+
+def call(options, *arguments):
+    return common.call(options.program, *arguments)
+
+
+if __name__ == "__main__":
+    main()
