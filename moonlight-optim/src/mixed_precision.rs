@@ -141,7 +141,7 @@ pub(crate) fn round_stochastically<const D: usize>(x: Tensor<D>, dtype: DType) -
     let half_spacing = nearest.clone().abs().mul_scalar(1.01 / f64::from(1 << bits)).mul(error.clone().sign());
     let other = nearest.clone().add(half_spacing).cast(dtype).cast(wide);
     let distance = other.clone().sub(nearest.clone());
-    // For an exact, zero or non-finite value this is 0 / 0 or worse, a NaN. No draw is below NaN, so the value stays.
+    // An exact value gives 0 / 0 here, and a non-finite one NaN too. No draw is below NaN, so both stay as they are.
     let chance = error.div(distance);
     let draw = Tensor::<D>::random(x.shape(), Distribution::Uniform(0.0, 1.0), &x.device()).cast(wide);
     let moves = draw.lower(chance);

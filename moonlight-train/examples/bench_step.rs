@@ -1,11 +1,11 @@
-//! Times a whole training step of a preset, forward, backward and the report's optimizer, and prints one JSON line;
-//! `scripts/bench_step.py` runs it beside transformers with `torch.optim.Muon`.
+//! Times a training step of a preset (forward, backward and the report's optimizer), and prints one JSON line. `bench_step.py`
+//! compares it with transformers and `torch.optim.Muon`.
 //!
 //! `cargo run --release -p moonlight-train --example bench_step -- [repeats] [batch] [sequence] [micro-batches] [f32|bf16] [preset]`
 //!
-//! The step is the trainer's: its model with its loss, gradients summed over the micro-batches, the rules of the preset
-//! `moonlight` with equal matrices stepped together, the rule for the routers' bias. `f32|bf16` is the type of Newton-Schulz's
-//! products; everything else is f32.
+//! The step is that of the trainer: the model with its loss, gradients summed over micro-batches, the optimizer rules
+//! `moonlight`, which orthogonalize matrices of equal shape in batches, and the update of the router bias. `f32|bf16` is the
+//! dtype of Newton-Schulz's products; everything else is f32.
 
 use std::time::Instant;
 
@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut optimizer = assignment.build(OptimizerOptions::new())?;
     let batches = batches(&config, [micro_batches, batch, sequence], &device);
     let mut times = Vec::new();
-    // The first step draws the parameters and has no momentum yet.
+    // The first step initializes the parameters and the momentum, so it is not measured.
     for index in 0..=repeats {
         let took;
         (model, took) = step(model, &mut optimizer, &batches, &device)?;
@@ -62,7 +62,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// What a step took, seconds.
+/// The duration of a step and its parts, in seconds.
 #[derive(Clone, Copy)]
 struct Times {
     whole: f64,
@@ -103,7 +103,7 @@ fn step(
     let mut loads: Vec<Option<Vec<u64>>> = Vec::new();
     for batch in batches {
         let output = model.loss(batch, 0.0, Probe::default());
-        let _ = output.loss_sum.clone().into_scalar::<f32>(); // the trainer reads it as well
+        let _ = output.loss_sum.clone().into_scalar::<f32>(); // the trainer reads it too, and waits for the device
         let gradients = (output.loss_sum / predicted as f64).backward();
         let gradients = GradientsParams::from_grads(gradients, &model);
         let more = output.stats.expert_loads();
@@ -131,7 +131,7 @@ fn step(
     Ok((model, Times { whole, optimizer: whole - passed }))
 }
 
-/// The most memory that the process ever held, in MiB; `None` where `/proc` does not say.
+/// Peak resident memory of the process, in MiB; `None` on systems without `/proc`.
 fn peak_rss_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

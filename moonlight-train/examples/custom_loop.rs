@@ -4,9 +4,9 @@
 //! cargo run -p moonlight-train --example custom_loop
 //! ```
 //!
-//! It shows the five parts that every step has: batches, forward and backward with gradients summed over micro-batches,
-//! a learning rate, the optimizer, and the rule that keeps the experts' load even. What `moonlight train` adds (data
-//! pipeline, clipping, checkpoints, resume, several devices) is left out.
+//! It shows the five parts of a step: batches, forward and backward with gradients summed over micro-batches, a learning rate,
+//! the optimizer, and the update of the router bias, which balances the experts. What `moonlight train` adds (data pipeline,
+//! gradient clipping, checkpoints, resuming, several devices) is left out.
 
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -22,12 +22,12 @@ const MICRO_BATCHES: usize = 2;
 const BATCH: usize = 4;
 const SEQUENCE: usize = 64;
 const LEARNING_RATE: f64 = 1e-2;
-/// DeepSeek-V3's weight of the sequence-wise balance loss, and its speed of the routers' bias.
+/// The weight of the sequence-wise balance loss and the update rate of the router bias in DeepSeek-V3.
 const BALANCE_WEIGHT: f64 = 1e-4;
 const BIAS_RATE: f64 = 1e-3;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // `autodiff` makes a device whose tensors record what their gradients need.
+    // On an autodiff device, tensors record what their gradients need.
     let device = Device::default().autodiff();
     device.seed(1);
     let config = config()?;
@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // against the model, and the table says which parameter goes where.
     let assignment = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new()).assign(&model)?;
     println!("{assignment}\n");
-    // Equal matrices, such as those of all layers, are orthogonalised together.
+    // Matrices of equal shape, such as one projection of all layers, are orthogonalized in one batch.
     let mut optimizer = assignment.build(OptimizerOptions::new())?;
 
     let mut losses = Vec::with_capacity(STEPS);
@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for micro_batch in 0..MICRO_BATCHES {
             let batch = batch(step * MICRO_BATCHES + micro_batch, &device);
             let output = model.loss(&batch, BALANCE_WEIGHT, Probe::default());
-            // The loss of the step is the mean over all its tokens, so each micro-batch adds its sum over their number.
+            // The loss of the step is the mean over all its tokens: each micro-batch adds its sum, divided by their number.
             let mean = output.loss_sum / (MICRO_BATCHES * BATCH * SEQUENCE) as f64;
             loss += f64::from(mean.clone().into_scalar::<f32>());
             let objective = match output.balance_loss {
@@ -59,7 +59,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             add_loads(&mut expert_loads, output.stats.expert_loads());
         }
         model = optimizer.step(learning_rate(step), model, gradients.grads())?;
-        // No gradient moves this bias: it is raised for experts with few tokens and lowered for those with many.
+        // The bias has no gradient. It is raised for experts with few tokens and lowered for experts with many.
         model = model.update_router_bias(&expert_loads, BIAS_RATE);
         println!("step {:2}: loss {loss:.3} nats a byte, learning rate {:.1e}", step + 1, learning_rate(step));
         losses.push(loss);
@@ -87,7 +87,7 @@ fn config() -> Result<ModelConfig, moonlight_model::ConfigError> {
 
 /// `BATCH` windows of the text: tokens and, for each, the one that follows it, both `[BATCH, SEQUENCE]`.
 fn batch(index: usize, device: &Device) -> LmBatch {
-    // A prime stride visits places all over the text.
+    // With a prime stride the windows are spread over the text.
     let start = |row: usize| (index * BATCH + row) * 7919 % (TEXT.len() - SEQUENCE);
     let window = |shift: usize| {
         let rows = (0..BATCH).flat_map(|row| &TEXT[start(row) + shift..][..SEQUENCE]);
@@ -97,7 +97,7 @@ fn batch(index: usize, device: &Device) -> LmBatch {
     LmBatch {
         tokens: window(0),
         targets: window(1),
-        // Every prediction counts; 0 would leave one out, such as padding or a user's words.
+        // Every prediction counts. 0 would leave one out, such as padding or a user's message.
         loss_mask: Tensor::ones([BATCH, SEQUENCE], device),
         // Each sequence is one document.
         segments: None,
@@ -111,7 +111,7 @@ fn learning_rate(step: usize) -> f64 {
     LEARNING_RATE * warm_up * (0.1 + 0.45 * (1.0 + (std::f64::consts::PI * progress).cos()))
 }
 
-/// Adds the tokens that each expert of each layer was given; dense layers have none.
+/// Adds the number of tokens routed to each expert of each layer; `None` for dense layers.
 fn add_loads(sum: &mut Vec<Option<Vec<u64>>>, loads: Vec<Option<Vec<u64>>>) {
     if sum.is_empty() {
         *sum = loads;

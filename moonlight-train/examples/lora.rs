@@ -1,8 +1,8 @@
-//! LoRA in thirty lines: adapters beside a frozen model, trained, saved as peft lays them out, and loaded again.
+//! LoRA in thirty lines: adapters for a frozen model are trained, saved in peft's layout, and loaded again.
 //!
 //! `cargo run -p moonlight-train --example lora`
 //!
-//! `moonlight train` does this from a recipe with a `[lora]` section; here is what it comes to in a program.
+//! `moonlight train` does the same from a recipe with a `[lora]` section.
 
 use std::error::Error;
 use std::path::Path;
@@ -17,18 +17,18 @@ use moonlight_model::{CausalLm, LmBatch, Probe};
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/moonlight-like");
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // The base model, on a device that records gradients.
+    // The base model, on an autodiff device.
     let device = Device::flex().autodiff();
-    // In f32: a merge into bf16 weights would round the sum.
+    // In f32, because a merge into bf16 weights would round the sum.
     let base = load(Path::new(MODEL), &device, Some(DType::F32))?.model;
 
-    // `with_lora` freezes the base. `B` is zero in the beginning, so the model still computes what the base does.
+    // `with_lora` freezes the base. `B` is initialized with zeros, so the model computes the same as the base at first.
     let config = LoraConfig { rank: 4, alpha: 8.0, targets: vec!["attention".into()], ..LoraConfig::default() };
     let mut model = base.clone().with_lora(&config, 0)?;
     let batch = batch(&device);
     assert_eq!(loss(&model, &batch), loss(&base, &batch));
 
-    // The adapters are the only parameters that get gradients, hence the only ones that the optimizer knows.
+    // Only the adapters have gradients, so the optimizer has no other parameters.
     let mut optimizer = AdamWConfig::new().init();
     for step in 1..=10 {
         let output = model.loss(&batch, 0.0, Probe::default());
@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let again = load_adapter(base.clone(), directory.path())?;
     assert_eq!(again.adapters(), model.adapters(), "what was saved is what is loaded");
 
-    // Merged into the weights there is no adapter any more, and nothing to add at inference.
+    // After merging there is no adapter left, and nothing to add at inference.
     let merged = model.clone().merge();
     assert!(!merged.has_adapters());
     let (merged, adapted) = (loss(&merged, &batch), loss(&model, &batch));
@@ -52,7 +52,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Two sequences of eight tokens, and for each the token that follows it.
+/// Two sequences of eight tokens, and the next token of each.
 fn batch(device: &Device) -> LmBatch {
     let tokens = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]];
     let targets = [[1, 4, 1, 5, 9, 2, 6, 5], [7, 1, 8, 2, 8, 1, 8, 2]];
@@ -64,7 +64,7 @@ fn batch(device: &Device) -> LmBatch {
     }
 }
 
-/// Nats of the batch, summed.
+/// The sum of the losses of the batch, in nats.
 fn loss(model: &CausalLm, batch: &LmBatch) -> f32 {
     model.loss(batch, 0.0, Probe::default()).loss_sum.into_scalar::<f32>()
 }

@@ -1,4 +1,4 @@
-//! What a user can get wrong, and the one line that says so.
+//! Mistakes of users, and the one line by which each is reported.
 
 mod common;
 
@@ -20,7 +20,7 @@ fn refused(set: &str, expected: &str) {
 }
 
 #[test]
-fn recipes() {
+fn an_invalid_recipe_is_refused_before_a_folder_is_created() {
     refused("train.stepss=3", "unknown key `train.stepss` (the nearest known key is `train.steps`)");
     refused("train.steps=many", "`train.steps`");
     refused("train.batch_size=0", "`train.batch_size` is 0");
@@ -35,7 +35,7 @@ fn recipes() {
 }
 
 #[test]
-fn an_unknown_key_names_its_line() {
+fn an_unknown_key_is_an_error_with_its_line() {
     let home = Home::new();
     let path = home.path("recipe.toml");
     let recipe = fs::read_to_string(&path).unwrap().replace("batch_size = 2", "batchsize = 2");
@@ -47,7 +47,7 @@ fn an_unknown_key_names_its_line() {
 }
 
 #[test]
-fn recipes_that_are_not_there_or_not_toml() {
+fn a_missing_recipe_or_invalid_toml_is_an_error() {
     let home = Home::new();
     assert_fails(&moonlight(&["train", "nowhere.toml"]).output().unwrap(), "nowhere.toml");
     fs::write(home.path("recipe.toml"), "[run\n").unwrap();
@@ -62,7 +62,7 @@ fn wrong_usage_is_exit_code_two() {
 }
 
 #[test]
-fn broken_token_files_name_the_line() {
+fn a_broken_token_file_is_an_error_with_its_line() {
     let home = Home::new();
     let data = home.path("data.jsonl");
     let run = |lines: &str| {
@@ -78,7 +78,7 @@ fn broken_token_files_name_the_line() {
     assert_fails(&run(""), "`data.train` contain nothing to learn from");
 }
 
-/// A trained checkpoint, spoilt, and the error of opening it.
+/// A trained checkpoint that a test damages, and the error of opening it.
 struct Spoilt {
     home: Home,
     dir: PathBuf,
@@ -103,7 +103,7 @@ impl Spoilt {
         let dir = self.dir.display().to_string();
         let generate = moonlight(&["generate", "--model", &dir, "--prompt-tokens", "1"]).output().unwrap();
         assert_fails(&generate, expected);
-        // Fine-tuning from it is refused for the same reason, before a run is made. The recipe's shape must go.
+        // Fine-tuning from it is refused for the same reason, before a run starts; the recipe's shape is removed for that.
         let recipe = fs::read_to_string(self.home.path("recipe.toml")).unwrap();
         let (before, rest) = recipe.split_once("[model]").unwrap();
         let (_, after) = rest.split_once("[data]").unwrap();
@@ -132,7 +132,7 @@ fn join(weights: &Path, header: &serde_json::Value, data: &[u8]) {
 }
 
 #[test]
-fn a_truncated_file() {
+fn a_truncated_weight_file_is_refused() {
     let spoilt = Spoilt::new(&[]);
     let bytes = fs::read(spoilt.weights()).unwrap();
     for length in [bytes.len() - 1, bytes.len() / 2, 100, 5, 0] {
@@ -142,7 +142,7 @@ fn a_truncated_file() {
 }
 
 #[test]
-fn a_header_that_claims_more_than_the_file_holds() {
+fn a_header_that_claims_more_than_the_file_contains_is_refused() {
     let spoilt = Spoilt::new(&[]);
     let (mut header, data) = split(&spoilt.weights());
     header["model.norm.weight"]["data_offsets"][1] = serde_json::json!(1u64 << 40);
@@ -155,7 +155,7 @@ fn a_header_that_claims_more_than_the_file_holds() {
 }
 
 #[test]
-fn a_tensor_of_another_shape() {
+fn a_tensor_with_the_wrong_shape_is_refused() {
     let spoilt = Spoilt::new(&[]);
     let (mut header, data) = split(&spoilt.weights());
     header["model.norm.weight"]["shape"] = serde_json::json!([12, 2]);
@@ -164,20 +164,20 @@ fn a_tensor_of_another_shape() {
 }
 
 #[test]
-fn a_tensor_under_another_name() {
+fn a_tensor_with_the_wrong_name_is_refused() {
     let spoilt = Spoilt::new(&[]);
     let (mut header, data) = split(&spoilt.weights());
     let tensors = header.as_object_mut().unwrap();
     let norm = tensors.remove("model.norm.weight").unwrap();
     tensors.insert("model.nrom.weight".into(), norm);
     join(&spoilt.weights(), &header, &data);
-    // One error names what is missing and what is there in its place.
+    // One error names both the missing tensor and the unknown one.
     spoilt.assert_refused("model.norm.weight");
     spoilt.assert_refused("model.nrom.weight");
 }
 
 #[test]
-fn weights_that_are_not_numbers() {
+fn non_finite_weights_are_refused() {
     let spoilt = Spoilt::new(&[]);
     let (header, mut data) = split(&spoilt.weights());
     let offset = header["model.norm.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
@@ -187,7 +187,7 @@ fn weights_that_are_not_numbers() {
 }
 
 #[test]
-fn a_missing_shard_and_an_index_that_leads_outside() {
+fn a_missing_shard_and_an_index_that_leads_outside_are_refused() {
     let spoilt = Spoilt::new(&[]);
     let (header, _) = split(&spoilt.weights());
     fs::remove_file(spoilt.weights()).unwrap();
@@ -211,7 +211,7 @@ fn a_missing_shard_and_an_index_that_leads_outside() {
 }
 
 #[test]
-fn a_directory_that_is_none() {
+fn a_directory_without_a_model_is_refused() {
     let home = Home::new();
     fs::create_dir(home.path("empty")).unwrap();
     let dir = home.path("empty").display().to_string();
@@ -221,7 +221,7 @@ fn a_directory_that_is_none() {
 }
 
 #[test]
-fn prompts_and_data_that_do_not_fit() {
+fn prompts_and_data_that_the_model_cannot_read_are_refused() {
     let spoilt = Spoilt::new(&[]);
     let dir = spoilt.dir.display().to_string();
     let generate =
@@ -240,14 +240,14 @@ fn prompts_and_data_that_do_not_fit() {
     }
 }
 
-/// A limit on the size of files stands in for a full disk: both are a write that fails in the middle.
+/// A limit on the size of files acts like a full disk: with both a write fails in the middle.
 #[cfg(unix)]
 #[test]
-fn a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint_whole() {
+fn a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint_complete() {
     let home = Home::new();
     let run = home.trained("full", &["--set", "train.steps=2"]);
     let weights = fs::metadata(checkpoint(&run, 2).join("model.safetensors")).unwrap().len();
-    // `ulimit -f` counts blocks of 512 or 1024 bytes; either is below the size of the weights.
+    // `ulimit -f` counts blocks of 512 or 1024 bytes; the limit is below the size of the weights either way.
     let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", weights / 2048);
     let output = std::process::Command::new("sh")
         .args(["-c", &script, "sh", env!("CARGO_BIN_EXE_moonlight"), "train"])

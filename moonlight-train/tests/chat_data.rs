@@ -1,4 +1,4 @@
-//! Training on conversations, and looking at them, as a user would.
+//! Training on conversations and inspecting them, by the commands of a user.
 
 mod common;
 
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use common::{Home, assert_fails, assert_same_checkpoint, checkpoint, metrics, moonlight, text};
 use serde_json::json;
 
-/// A home with conversations in `talk.jsonl`, in all three shapes.
+/// A home with conversations in `talk.jsonl`, in all three formats.
 fn home() -> (Home, Vec<String>) {
     let home = Home::new();
     let lines: String = (0..60)
@@ -41,7 +41,7 @@ fn arguments<'a>(sets: &'a [String], more: &[&'a str]) -> Vec<&'a str> {
 }
 
 #[test]
-fn a_run_on_conversations_goes_on_bit_for_bit_and_can_be_talked_to() {
+fn a_run_on_conversations_resumes_bit_for_bit_and_its_model_chats() {
     let (home, sets) = home();
     let whole = home.trained("whole", &arguments(&sets, &[]));
     let schedule = ["--set", "schedule.total_steps=12", "--set", "train.steps=5"];
@@ -50,10 +50,10 @@ fn a_run_on_conversations_goes_on_bit_for_bit_and_can_be_talked_to() {
     assert_same_checkpoint(&checkpoint(&whole, 12), &checkpoint(&parts, 12));
     let losses: Vec<f64> = metrics(&whole).iter().map(|line| line["loss"].as_f64().unwrap()).collect();
     assert!(losses[11] < losses[0], "{losses:?}");
-    // The checkpoint carries its tokenizer and its template.
+    // The checkpoint contains its tokenizer and its template.
     let config = fs::read_to_string(checkpoint(&whole, 12).join("tokenizer_config.json")).unwrap();
     assert!(config.contains("<|im_assistant|>"));
-    // Servers stop where the assistant does.
+    // Servers stop at the end of the assistant's turn.
     let generation = fs::read_to_string(checkpoint(&whole, 12).join("generation_config.json")).unwrap();
     let generation: serde_json::Value = serde_json::from_str(&generation).unwrap();
     assert_eq!(generation["eos_token_id"], json!([257, 0xF5]));
@@ -63,7 +63,7 @@ fn a_run_on_conversations_goes_on_bit_for_bit_and_can_be_talked_to() {
 }
 
 #[test]
-fn another_template_goes_into_the_checkpoint() {
+fn the_template_of_the_recipe_is_saved_in_the_checkpoint() {
     let (home, mut sets) = home();
     let template = "{% for m in messages %}<|im_user|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}\
                     {% if add_generation_prompt %}<|im_user|>assistant:{% endif %}";
@@ -72,7 +72,7 @@ fn another_template_goes_into_the_checkpoint() {
     sets.push(format!("data.chat_template={}", path.display()));
     let run = home.trained("other", &arguments(&sets, &["--set", "train.steps=1"]));
     assert_eq!(fs::read_to_string(checkpoint(&run, 1).join("chat_template.jinja")).unwrap(), template);
-    // A run that starts from there knows it.
+    // A run that starts from there uses it.
     let recipe = fs::read_to_string(home.path("recipe.toml")).unwrap();
     let (before, rest) = recipe.split_once("[model]").unwrap();
     let (_, after) = rest.split_once("[data]").unwrap();
@@ -114,7 +114,7 @@ fn inspect_shows_what_is_learned() {
     let sample = &object["samples"][0];
     assert_eq!(sample["tokens"].as_array().unwrap().len(), sample["weights"].as_array().unwrap().len());
     assert!(object["train"]["learned"].as_u64().unwrap() > 0);
-    // Text has no conversations, and is shown too.
+    // Text is shown too.
     let output = moonlight(&["data", "inspect", "--longest", "10"]).arg(home.path("recipe.toml")).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
     let shown = text(&output.stdout);
@@ -122,7 +122,7 @@ fn inspect_shows_what_is_learned() {
 }
 
 #[test]
-fn broken_conversations_are_one_line() {
+fn broken_conversations_are_reported_in_one_line() {
     let (home, sets) = home();
     let data: PathBuf = home.path("talk.jsonl");
     let good = r#"{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}"#;
@@ -159,7 +159,7 @@ fn broken_conversations_are_one_line() {
 
 /// Ignored fields of records are listed once, with their counts, on the console and in `data.txt`.
 #[test]
-fn fields_that_nobody_reads_are_named() {
+fn ignored_fields_are_listed() {
     let (home, sets) = home();
     let template = home.path("tools.jinja");
     let source = "{% for m in messages %}<|im_user|>{{ m.get('name') or m.role }}<|im_middle|>{{ m.content }}{% for c in m.tool_calls %}\
@@ -192,7 +192,7 @@ fn fields_that_nobody_reads_are_named() {
     assert!(text_of(&output).contains(note), "{}", text_of(&output));
     let kept = fs::read_to_string(home.run("noted").join("data.txt")).unwrap();
     assert_eq!(kept.matches(note).count(), 1, "{kept}");
-    // The turn that calls is learned as the template writes it, and that which is marked is not.
+    // The turn with the call is learned as the template writes it, and the marked one is not.
     let mut command = moonlight(&["data", "inspect", "--samples", "1"]);
     let output = command.arg(home.path("recipe.toml")).args(arguments(&sets, &more[..4])).output().unwrap();
     let shown = text(&output.stdout);

@@ -1,8 +1,8 @@
-//! What earlier programs wrote still opens: checkpoints, an adapter and run folders under `fixtures/compat`, by the command
-//! line alone. `scripts/make_compat_fixtures.py` made them with the program of the commit that their README names.
+//! Files of earlier versions still open: checkpoints, an adapter and run folders in `fixtures/compat`, by the command line
+//! alone. `make_compat_fixtures.py` wrote them with the program of the commit that their README names.
 //!
-//! Each run was trained for six steps with a checkpoint after the third. Here its last checkpoint is taken away, it is
-//! resumed from the third, and must take the same steps to the same weights as it did then.
+//! Each run was trained for six steps with a checkpoint after the third. Here its last checkpoint is removed and the run is
+//! resumed from the third; it must take the same steps to the same weights as it did then.
 
 mod common;
 
@@ -19,28 +19,28 @@ use tempfile::TempDir;
 const HALF_WAY: u64 = 3;
 const LAST: u64 = 6;
 
-/// A copy of the fixtures: paths in their recipes are relative to it.
+/// A copy of the fixtures. Paths in their recipes are relative to it.
 struct Fixtures {
     dir: TempDir,
     expected: Value,
 }
 
-/// How near to the old program's numbers the new one's must be.
+/// The largest differences allowed from the numbers of the earlier version.
 #[derive(Clone, Copy)]
 struct Tolerance {
-    /// Of a loss in nats.
+    /// In a loss, nats.
     loss: f64,
-    /// Of a gradient's norm, relative.
+    /// In a gradient norm, relative.
     norm: f64,
-    /// Of a weight.
+    /// In a weight.
     weight: f64,
 }
 
-/// On a CPU with the instructions that the fixtures were made with.
+/// On a CPU with the vector instructions that the fixtures were made with.
 const BITWISE: Tolerance = Tolerance { loss: 0.0, norm: 0.0, weight: 0.0 };
-/// On another one: the vector kernels add in lanes, and how many there are decides the order of a sum.
+/// On another CPU: vector kernels sum in lanes, and the number of lanes decides the order of a sum.
 const OTHER_CPU: Tolerance = Tolerance { loss: 1e-6, norm: 1e-4, weight: 1e-5 };
-/// There, a last bit of f32 may be the last bit of a bf16 weight, 2^-8 of it, or of a product in bf16.
+/// In addition, a difference in the last bit of f32 may become one in the last bit of a bf16 weight, 2^-8 of it.
 const OTHER_CPU_BF16: Tolerance = Tolerance { loss: 1e-2, norm: 5e-2, weight: 1e-2 };
 
 impl Fixtures {
@@ -55,7 +55,7 @@ impl Fixtures {
         self.dir.path().join(name)
     }
 
-    /// `moonlight ARGUMENTS` among the fixtures.
+    /// Runs `moonlight ARGUMENTS` in the folder of the fixtures.
     fn moonlight(&self, arguments: &[&str]) -> Output {
         let output = moonlight(arguments).args(["--device", "cpu"]).current_dir(self.dir.path()).output().unwrap();
         assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
@@ -74,7 +74,7 @@ impl Fixtures {
         }
     }
 
-    /// Takes the last checkpoint away, resumes the run, and compares what it then does with what it did.
+    /// Removes the last checkpoint, resumes the run, and compares its steps and weights with the original ones.
     fn resumes(&self, name: &str) {
         let tolerance = self.tolerance(name);
         let run = self.run(name);
@@ -106,7 +106,7 @@ impl Fixtures {
         same_weights(name, &taken, &last, tolerance.weight);
     }
 
-    /// The model, as the fixture has it, continues a prompt as it did.
+    /// Asserts that the model of the fixture continues a prompt as it did originally.
     fn generates(&self, name: &str) {
         let expected = &self.expected["generated"][name];
         let arguments: Vec<&str> =
@@ -122,12 +122,12 @@ impl Fixtures {
 #[track_caller]
 fn near(before: &Value, after: &Value, tolerance: f64, what: impl Fn() -> String) {
     let (before, after) = (before.as_f64().unwrap(), after.as_f64().unwrap());
-    // Not `<` of the difference: at a tolerance of 0 equal bits are asked for, and NaN is near nothing.
+    // `<=` and not `<`: a tolerance of 0 asks for equal bits. NaN is never within a tolerance.
     let is_near = before == after || (before - after).abs() <= tolerance;
     assert!(is_near, "{} was {before} and is {after}", what());
 }
 
-/// The instructions that the kernels choose by, as `scripts/make_compat_fixtures.py` lists them.
+/// The CPU features by which kernels are chosen, as `make_compat_fixtures.py` lists them.
 fn cpu_features() -> Vec<&'static str> {
     #[cfg(target_arch = "x86_64")]
     let found = [
@@ -166,12 +166,12 @@ fn weights(dir: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
 fn values(dtype: Dtype, bytes: &[u8]) -> Vec<f64> {
     match dtype {
         Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|bytes| f64::from(f32::from_le_bytes(*bytes))).collect(),
-        // The upper half of an f32.
+        // bf16 is the upper half of an f32.
         Dtype::BF16 => {
             let wide = |bytes: &[u8; 2]| f64::from(f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16));
             bytes.as_chunks::<2>().0.iter().map(wide).collect()
         }
-        other => panic!("no weight is {other:?}"),
+        other => panic!("unexpected dtype {other:?}"),
     }
 }
 
@@ -196,7 +196,7 @@ fn a_pretraining_run_opens_resumes_and_generates() {
     let fixtures = Fixtures::new();
     fixtures.generates("pretrain");
     fixtures.resumes("pretrain");
-    // The end that it comes to is the model that it was.
+    // The resumed run ends with the same model.
     fixtures.generates("pretrain");
 }
 
@@ -209,20 +209,20 @@ fn an_adapter_opens_resumes_and_generates() {
 }
 
 #[test]
-fn the_optimizer_state_of_two_workers_opens_and_resumes() {
+fn the_optimizer_state_of_two_ranks_opens_and_resumes() {
     let fixtures = Fixtures::new();
     for half_way in [HALF_WAY, LAST] {
-        let checkpoint = checkpoint(&fixtures.run("workers"), half_way);
+        let checkpoint = checkpoint(&fixtures.run("distributed"), half_way);
         for part in 0..2 {
             assert!(checkpoint.join(format!("optimizer-{part:05}-of-00002.bpk")).exists());
         }
     }
-    fixtures.generates("workers");
-    fixtures.resumes("workers");
+    fixtures.generates("distributed");
+    fixtures.resumes("distributed");
 }
 
 #[test]
-fn masters_of_bf16_weights_open_and_resume() {
+fn master_weights_of_a_bf16_model_open_and_resume() {
     let fixtures = Fixtures::new();
     let file = fs::read(checkpoint(&fixtures.run("bf16"), HALF_WAY).join("model.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&file).unwrap();

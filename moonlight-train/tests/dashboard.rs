@@ -1,4 +1,4 @@
-//! The dashboard on a terminal of its own.
+//! The dashboard on a pseudo-terminal.
 
 #![cfg(target_os = "linux")]
 
@@ -16,19 +16,19 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use common::{Home, checkpoints, hangup_is_heard};
+use common::{Home, checkpoints, hangup_ends_programs};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{ioctl_tiocsctty, setsid};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
-/// `moonlight train` on a pseudo-terminal, as a shell starts it.
+/// `moonlight train` on a pseudo-terminal, started as a shell does.
 struct OnTerminal {
     child: Running,
     keys: File,
     screen: Receiver<Vec<u8>>,
     terminal: OwnedFd,
-    /// Makes the reader of the screen end, and its end of the terminal with it.
+    /// Ends the thread that reads the screen, which closes its end of the terminal.
     closed: Arc<AtomicBool>,
     reader: JoinHandle<()>,
 }
@@ -38,12 +38,12 @@ impl OnTerminal {
         Self::open(home, name, true)
     }
 
-    /// With `control` the terminal is the one that the program is controlled by, and its end a SIGHUP.
+    /// With `control` it is the controlling terminal of the program, which gets SIGHUP when it closes.
     fn open(home: &Home, name: &str, control: bool) -> Self {
         Self::with(home, name, control, true, 1_000_000)
     }
 
-    /// Without `keys` stdin is no terminal.
+    /// Without `keys` stdin is not a terminal.
     fn with(home: &Home, name: &str, control: bool, keys: bool, steps: u64) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&master).unwrap();
@@ -59,7 +59,7 @@ impl OnTerminal {
             .stderr(stdio())
             .env("TERM", "xterm")
             .env_remove("NO_COLOR");
-        // SAFETY: both calls are system calls and allocate nothing.
+        // SAFETY: between fork and exec only async-signal-safe calls are allowed; both are system calls and allocate nothing.
         unsafe {
             command.pre_exec(move || {
                 setsid()?;
@@ -89,7 +89,7 @@ impl OnTerminal {
         Self { child, keys, screen, terminal, closed, reader }
     }
 
-    /// Closes the terminal, as a connection does that breaks; the program that runs on.
+    /// Closes the terminal, like a lost connection, and returns the program, which keeps running.
     fn close(self) -> Running {
         let Self { child, keys, terminal, closed, reader, .. } = self;
         closed.store(true, Ordering::SeqCst);
@@ -98,7 +98,7 @@ impl OnTerminal {
         child
     }
 
-    /// Reads the screen until it has said all of `words`, in any order.
+    /// Reads the screen until all of `words` appeared, in any order.
     fn wait_for(&self, words: &[&str]) -> String {
         let started = Instant::now();
         let mut said = String::new();
@@ -115,7 +115,7 @@ impl OnTerminal {
         self.keys.write_all(key).unwrap();
     }
 
-    /// Waits for the end and says the exit code; the terminal is a shell's again.
+    /// Waits for the end and returns the exit code, after checking that the terminal's mode is restored.
     fn end(&mut self) -> Option<i32> {
         let started = Instant::now();
         let status = loop {
@@ -131,7 +131,7 @@ impl OnTerminal {
     }
 }
 
-/// Killed when the test is over.
+/// A process that is killed when the test ends.
 struct Running(Child);
 
 impl Deref for Running {
@@ -169,12 +169,12 @@ impl Drop for Running {
 }
 
 #[test]
-fn ctrl_c_under_the_dashboard_saves_and_gives_the_terminal_back() {
+fn ctrl_c_under_the_dashboard_saves_and_restores_the_terminal() {
     let home = Home::new();
     std::fs::write(home.path("text/not-utf8.txt"), b"no\xfftext").unwrap();
     let mut run = OnTerminal::start(&home, "interrupted");
     let said = run.wait_for(&["Perplexity", "Controls"]);
-    // What is to know of the data stands on the terminal's own screen, which comes back at the end.
+    // Notes about the data are on the main screen, which is visible again at the end.
     let (before, _) = said.split_once("\x1b[?1049h").unwrap();
     assert!(before.contains("data: ") && before.contains("note: data.train: bytes that are not UTF-8"), "{before}");
     std::thread::sleep(Duration::from_millis(500)); // steps under the dashboard
@@ -186,7 +186,7 @@ fn ctrl_c_under_the_dashboard_saves_and_gives_the_terminal_back() {
 }
 
 #[test]
-fn killed_from_the_dashboard_it_is_an_error_and_no_panic() {
+fn a_run_killed_from_the_dashboard_ends_with_an_error_and_without_a_panic() {
     let home = Home::new();
     let mut run = OnTerminal::start(&home, "killed");
     run.wait_for(&["Perplexity", "Controls"]);
@@ -199,8 +199,8 @@ fn killed_from_the_dashboard_it_is_an_error_and_no_panic() {
 }
 
 #[test]
-fn a_terminal_that_closes_costs_the_picture_and_the_run_is_saved() {
-    if !hangup_is_heard() {
+fn a_run_whose_terminal_closes_is_saved() {
+    if !hangup_ends_programs() {
         return;
     }
     let home = Home::new();
@@ -213,7 +213,7 @@ fn a_terminal_that_closes_costs_the_picture_and_the_run_is_saved() {
 }
 
 #[test]
-fn a_terminal_that_nobody_is_told_of_costs_the_picture_alone() {
+fn a_run_continues_if_a_terminal_that_does_not_control_it_closes() {
     let home = Home::new();
     let run = OnTerminal::open(&home, "unseen", false);
     run.wait_for(&["Perplexity", "Controls"]);
@@ -221,14 +221,14 @@ fn a_terminal_that_nobody_is_told_of_costs_the_picture_alone() {
     let lines = || std::fs::read_to_string(home.run("unseen").join("metrics.jsonl")).unwrap().lines().count();
     let before = lines();
     std::thread::sleep(Duration::from_secs(2));
-    assert!(run.try_wait().unwrap().is_none() && lines() > before, "the run goes on");
+    assert!(run.try_wait().unwrap().is_none() && lines() > before, "the run continues");
     assert!(Command::new("kill").args(["-TERM", &run.id().to_string()]).status().unwrap().success());
     let status = run.end();
     assert_eq!(status.code(), Some(130), "{status:?}");
     assert_eq!(checkpoints(&home.run("unseen")).len(), 1);
 }
 
-/// `docker run -t` without `-i`, or a service with a terminal for its output: nothing can be pressed.
+/// Under `docker run -t` without `-i`, or as a service whose output is a terminal, no key can be pressed.
 #[test]
 fn a_terminal_without_keys_gets_log_lines() {
     let home = Home::new();

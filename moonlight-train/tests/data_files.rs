@@ -1,4 +1,4 @@
-//! Files of data as people have them, given to the program.
+//! Data files of many kinds, as users have them.
 
 mod common;
 
@@ -91,7 +91,7 @@ fn conversations_are_the_same_in_every_kind_of_file() {
 }
 
 #[test]
-fn alpaca_over_lines_is_alpaca() {
+fn alpaca_records_over_several_lines_are_read() {
     let look = Look::new();
     let expected = look.tokens("a.jsonl", r#"{"instruction":"I","output":"O"}"#, &[]);
     let pretty = "[\n  {\n    \"instruction\": \"I\",\n    \"output\": \"O\"\n  }\n]\n";
@@ -101,7 +101,7 @@ fn alpaca_over_lines_is_alpaca() {
 }
 
 #[test]
-fn half_a_surrogate_pair_is_replaced_and_told() {
+fn half_a_surrogate_pair_is_replaced_and_noted() {
     let look = Look::new();
     let seen = look.seen("lone.jsonl", RECORD.replace('Q', "cut \\ud83d here"), &[]);
     let expected = look.tokens("plain.jsonl", RECORD.replace('Q', "cut \u{fffd} here"), &[]);
@@ -111,9 +111,9 @@ fn half_a_surrogate_pair_is_replaced_and_told() {
     assert!(notes.contains("lone.jsonl:1\n"), "{notes}");
 }
 
-/// Whatever is done about broken records.
+/// With any value of `data.broken`.
 #[test]
-fn files_of_other_formats_are_named_and_never_half_read() {
+fn files_of_other_formats_are_refused_and_never_read_in_part() {
     let look = Look::new();
     let utf_16: Vec<u8> = format!("\u{feff}{RECORD}").encode_utf16().flat_map(u16::to_le_bytes).collect();
     let wrapped = format!("{{\"version\":1,\"data\":[{RECORD}]}}");
@@ -150,7 +150,7 @@ fn files_of_other_formats_are_named_and_never_half_read() {
 }
 
 #[test]
-fn what_is_wrong_has_its_line_and_column() {
+fn an_error_in_a_record_has_its_line_and_column() {
     let look = Look::new();
     let wrong = RECORD.replace("\"Q\"}", "\"Q\";}");
     assert_fails(
@@ -169,7 +169,7 @@ fn what_is_wrong_has_its_line_and_column() {
 }
 
 #[test]
-fn a_run_without_data_says_why() {
+fn a_run_without_anything_to_learn_from_names_the_reason() {
     let look = Look::new();
     let long = RECORD.replace('Q', &"w".repeat(600));
     let output = look.at("long.jsonl", &long, &["data.too_long=truncate"]);
@@ -183,7 +183,7 @@ fn a_run_without_data_says_why() {
 }
 
 #[test]
-fn texts_are_trained_on_as_documents() {
+fn each_text_is_a_document() {
     let look = Look::new();
     let as_text = ["data.format=text", "data.tokenizer=bytes"];
     let expected = look.tokens("a.jsonl", "{\"text\":\"one\"}\n{\"text\":\"two\"}\n", &as_text);
@@ -197,7 +197,7 @@ fn texts_are_trained_on_as_documents() {
 
 /// `score` and `eval` read the files that training reads.
 #[test]
-fn scores_and_tasks_are_read_alike() {
+fn score_and_eval_read_every_kind_of_file() {
     let home = Home::new();
     let run = home.trained("tiny", &["--set", "train.steps=1", "--set", "train.validate_every=0"]);
     assert!(SHAPE.contains("hidden_size"));
@@ -216,7 +216,7 @@ fn scores_and_tasks_are_read_alike() {
             let [command, option] = command;
             let output = moonlight(&[command, option]).arg(file).arg("--model").arg(&run).output().unwrap();
             assert!(output.status.success(), "{}", text(&output.stderr));
-            // The table of `eval` begins its lines with the file's name.
+            // Lines of the table of `eval` start with the file's name.
             let name = file.file_name().unwrap().to_str().unwrap();
             text(&output.stdout).replace(&format!("{name:<8}"), "FILE    ")
         };

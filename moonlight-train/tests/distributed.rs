@@ -1,16 +1,16 @@
-//! `moonlight train` with several workers in one process.
+//! `moonlight train` with several ranks in one process.
 
 mod common;
 
 use std::fs;
 use std::path::Path;
 
-use common::{Home, assert_ends_at_no_number, assert_fails, checkpoint, metrics, moonlight, text};
+use common::{Home, assert_ends_at_non_finite_loss, assert_fails, checkpoint, metrics, moonlight, text};
 use moonlight_convert::Checkpoint;
 
-/// Arguments for steps of `workers` micro-batches of `sequences` sequences.
-fn step(workers: usize, sequences: usize) -> Vec<String> {
-    let sets = [format!("train.batch_size={sequences}"), format!("train.gradient_accumulation={workers}")];
+/// Arguments for steps of `micro_batches` micro-batches of `sequences` sequences.
+fn step(micro_batches: usize, sequences: usize) -> Vec<String> {
+    let sets = [format!("train.batch_size={sequences}"), format!("train.gradient_accumulation={micro_batches}")];
     sets.into_iter().flat_map(|set| ["--set".to_owned(), set]).collect()
 }
 
@@ -23,8 +23,8 @@ fn trained(home: &Home, name: &str, arguments: &[String]) -> std::path::PathBuf 
     home.trained(name, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
-/// The largest difference of two runs' losses, and of their last weights, relative to the largest of each tensor.
-fn apart(one: &Path, other: &Path, last: u64) -> (f64, f64) {
+/// The largest difference of two runs' losses, and of their last weights relative to the largest element of each tensor.
+fn differences(one: &Path, other: &Path, last: u64) -> (f64, f64) {
     let losses = |run: &Path| {
         let metrics = metrics(run);
         let train = metrics.iter().filter(|line| line["split"] == "train");
@@ -50,34 +50,34 @@ fn apart(one: &Path, other: &Path, last: u64) -> (f64, f64) {
 }
 
 #[test]
-fn workers_with_a_micro_batch_each_are_one_worker_that_accumulates_bit_for_bit() {
+fn ranks_with_one_micro_batch_each_equal_one_rank_that_accumulates_bit_for_bit() {
     let home = Home::new();
     for workers in [2, 3, 4] {
         let step = step(workers, 2);
         let alone = trained(&home, &format!("alone-{workers}"), &step);
         let devices = format!("distributed.devices={workers}");
         let together = trained(&home, &format!("together-{workers}"), &with(&step, &[&devices]));
-        assert_same_figures(&alone, &together);
+        assert_same_metrics(&alone, &together);
         assert_same_weights(&alone, &together, 12);
-        // Algorithm 1 rounds what it gathers, on one worker as on several.
+        // Algorithm 1 rounds the momentum that it gathers, with any world size.
         let flat = ["distributed.form=\"flat\"", devices.as_str()];
         let flat_alone = trained(&home, &format!("flat-1-{workers}"), &with(&step, &flat[..1]));
         let flat_together = trained(&home, &format!("flat-{workers}"), &with(&step, &flat));
-        assert_same_figures(&flat_alone, &flat_together);
+        assert_same_metrics(&flat_alone, &flat_together);
         assert_same_weights(&flat_alone, &flat_together, 12);
-        assert!(apart(&flat_alone, &alone, 12).1 > 0.0);
+        assert!(differences(&flat_alone, &alone, 12).1 > 0.0);
         let exact = trained(
             &home,
             &format!("exact-{workers}"),
             &with(&step, &[flat[0], flat[1], "distributed.gather_dtype=\"f32\""]),
         );
-        let (loss, weights) = apart(&exact, &alone, 12);
+        let (loss, weights) = differences(&exact, &alone, 12);
         assert!(loss < 1e-5 && weights < 1e-4, "{workers} workers: {loss}, {weights}");
     }
 }
 
-/// Every figure is the same, but for the last digits of a norm, which is summed in f64.
-fn assert_same_figures(one: &Path, other: &Path) {
+/// Asserts that all metrics are equal, except for the last digits of the gradient norm, which is summed in f64.
+fn assert_same_metrics(one: &Path, other: &Path) {
     let (mut one, mut other) = (metrics(one), metrics(other));
     assert_eq!(one.len(), other.len());
     for (one, other) in one.iter_mut().zip(&mut other) {
@@ -90,7 +90,7 @@ fn assert_same_figures(one: &Path, other: &Path) {
     }
 }
 
-/// Every weight is bit for bit the same.
+/// Asserts that all weights are equal bit for bit.
 fn assert_same_weights(one: &Path, other: &Path, step: u64) {
     let (one, other) = (checkpoint(one, step), checkpoint(other, step));
     let (one, other) = (Checkpoint::open(&one).unwrap(), Checkpoint::open(&other).unwrap());
@@ -100,12 +100,12 @@ fn assert_same_weights(one: &Path, other: &Path, step: u64) {
 }
 
 #[test]
-fn what_else_a_step_does_it_does_with_several_workers() {
+fn qk_clip_validation_and_other_parts_of_a_step_work_with_several_ranks() {
     let home = Home::new();
     let step = step(3, 1);
     let ways: [&[&str]; 3] = [
         &["train.activation_checkpointing=\"block\"", "train.loss_chunk_tokens=20"],
-        // Every step clips: the logits of all workers count.
+        // Every step clips, by the largest logit over all ranks.
         &["optimizer.qk_clip=0.02", "train.probe_every=1"],
         &["train.freeze=[\"model.layers.0.**\"]", "optimizer.name=\"adamw\""],
     ];
@@ -113,20 +113,20 @@ fn what_else_a_step_does_it_does_with_several_workers() {
         let step = with(&step, sets);
         let alone = trained(&home, &format!("alone-{way}"), &step);
         let together = trained(&home, &format!("together-{way}"), &with(&step, &["distributed.devices=3"]));
-        assert_same_figures(&alone, &together);
+        assert_same_metrics(&alone, &together);
         assert_same_weights(&alone, &together, 12);
     }
 }
 
 #[test]
-fn uneven_shares_follow_one_worker() {
+fn ranks_with_uneven_shares_follow_one_rank() {
     let home = Home::new();
     let step = step(2, 5);
     let alone = trained(&home, "alone", &step);
     for workers in [3, 4] {
         let devices = format!("distributed.devices={workers}");
         let together = trained(&home, &format!("uneven-{workers}"), &with(&step, &[&devices]));
-        let (loss, weights) = apart(&alone, &together, 12);
+        let (loss, weights) = differences(&alone, &together, 12);
         println!("{workers} workers: losses within {loss:.1e}, weights within {weights:.1e}");
         assert!(loss < 1e-5 && weights < 1e-3, "{workers} workers: {loss}, {weights}");
         let tokens = |run: &Path| metrics(run).iter().map(|line| line["tokens"].clone()).collect::<Vec<_>>();
@@ -135,7 +135,7 @@ fn uneven_shares_follow_one_worker() {
 }
 
 #[test]
-fn a_checkpoint_of_four_workers_goes_on_with_any_number() {
+fn a_checkpoint_of_four_ranks_resumes_with_any_world_size() {
     let home = Home::new();
     let step = step(4, 1);
     let schedule = with(&step, &["schedule.total_steps=12", "train.keep=0"]);
@@ -152,13 +152,13 @@ fn a_checkpoint_of_four_workers_goes_on_with_any_number() {
             let mut rest = with(&schedule, &[&devices, &format!("distributed.form=\"{form}\"")]);
             rest.push("--resume".into());
             let run = trained(&home, &name, &rest);
-            // From equal weights and state; what follows sums the micro-batches in another order.
+            // Weights and state are equal; later steps sum the micro-batches in another order.
             assert_same_weights(&whole, &run, 8);
-            let (loss, weights) = apart(&whole, &run, 12);
+            let (loss, weights) = differences(&whole, &run, 12);
             assert!(loss < 1e-5 && weights < 1e-3, "{form} {workers}: {loss}, {weights}");
         }
     }
-    // And without any workers, from several; and with several, from none.
+    // Also without `[distributed]` from several ranks, and with several from a run without it.
     let alone = trained(&home, "alone", &schedule);
     let plain = with(&schedule, &["train.steps=8"]);
     trained(&home, "to-alone", &with(&plain, &["distributed.devices=4"]));
@@ -174,7 +174,7 @@ fn a_checkpoint_of_four_workers_goes_on_with_any_number() {
 }
 
 #[test]
-fn a_part_that_is_missing_is_named_and_the_checkpoint_before_is_taken() {
+fn a_missing_part_is_a_warning_and_the_checkpoint_before_is_used() {
     let home = Home::new();
     let four = with(&step(4, 1), &["distributed.devices=4"]);
     let run = trained(&home, "torn", &four);
@@ -189,9 +189,9 @@ fn a_part_that_is_missing_is_named_and_the_checkpoint_before_is_taken() {
 }
 
 #[test]
-fn a_run_of_workers_says_what_it_sent_and_held() {
+fn a_distributed_run_logs_what_it_sent_and_held() {
     let home = Home::new();
-    let told = |form: &str| {
+    let ratio_of = |form: &str| {
         let form = format!("distributed.form=\"{form}\"");
         let arguments = with(&step(4, 1), &["distributed.devices=4", &form]);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -208,25 +208,25 @@ fn a_run_of_workers_says_what_it_sent_and_held() {
         let ratio = after("against a sharded AdamW:");
         ratio.split(' ').next().unwrap().parse::<f64>().unwrap()
     };
-    assert_eq!(told("whole-matrix"), 1.0);
-    let flat = told("flat");
+    assert_eq!(ratio_of("whole-matrix"), 1.0);
+    let flat = ratio_of("flat");
     assert!(flat > 1.0 && flat <= 1.25, "{flat}");
 }
 
 #[test]
-fn a_loss_that_is_no_number_ends_all_workers_with_one_error() {
-    assert_ends_at_no_number(&["--set", "distributed.devices=3"]);
+fn a_non_finite_loss_ends_all_ranks_with_one_error() {
+    assert_ends_at_non_finite_loss(&["--set", "distributed.devices=3"]);
 }
 
 #[test]
-fn a_worker_without_a_sequence_is_refused() {
+fn a_rank_without_a_sequence_is_refused() {
     let home = Home::new();
     let output = home.train("many", &["--set", "distributed.devices=9"]).output().unwrap();
     assert_fails(&output, "there are 9 ranks, but a step has only 4 sequences");
 }
 
 #[test]
-fn a_plan_says_what_a_run_on_many_needs() {
+fn a_plan_predicts_what_a_run_on_many_devices_needs() {
     let home = Home::new();
     let recipe = home.path("recipe.toml").display().to_string();
     let output = moonlight(&["plan", &recipe, "--workers", "4", "--json"]).output().unwrap();
@@ -236,10 +236,10 @@ fn a_plan_says_what_a_run_on_many_needs() {
         let list = plan["scale"][list].as_array().unwrap();
         list.iter().find(|item| item["name"] == name).unwrap()["value"].as_f64().unwrap()
     };
-    // All but the bias of the one router; f32.
+    // All parameters except the bias of the one router, in f32.
     let trained = plan["parameters"]["total"].as_f64().unwrap() - 6.0;
     assert_eq!(of("memory", "weights"), 4.0 * trained);
-    // The program counts the same in a run of four.
+    // A run on four ranks counts the same.
     assert_eq!(of("sent", "gradients"), 3.0 * trained);
     let run = with(&step(4, 1), &["distributed.devices=4"]);
     let output = home.train("counted", &run.iter().map(String::as_str).collect::<Vec<_>>()).output().unwrap();
@@ -251,7 +251,7 @@ fn a_plan_says_what_a_run_on_many_needs() {
 
 #[cfg(not(feature = "mpi"))]
 #[test]
-fn a_build_without_mpi_says_so_under_a_launcher() {
+fn a_build_without_mpi_is_an_error_under_a_launcher() {
     let home = Home::new();
     let output = home.train("launched", &[]).env("OMPI_COMM_WORLD_SIZE", "4").output().unwrap();
     assert_fails(&output, "this build has no MPI");

@@ -1,4 +1,4 @@
-//! How commands end: by a signal, where nobody reads them, on full disks; and what they leave behind.
+//! How commands end: by a signal, with a closed output, on a full disk; and which files they leave.
 
 #![cfg(target_os = "linux")]
 
@@ -12,7 +12,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use common::{Home, assert_fails, checkpoint, hangup_is_heard, moonlight, text};
+use common::{Home, assert_fails, checkpoint, hangup_ends_programs, moonlight, text};
 use serde_json::json;
 
 /// How long a program may take to end.
@@ -30,7 +30,7 @@ fn ended(child: &mut Child) -> ExitStatus {
         }
         if Instant::now() > deadline {
             child.kill().unwrap();
-            panic!("it goes on");
+            panic!("the process has not ended");
         }
         sleep(Duration::from_millis(5));
     }
@@ -52,7 +52,7 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// A home with a trained model that can be talked to.
+/// A home with a trained chat model.
 fn talking() -> (Home, PathBuf) {
     let home = Home::new();
     let path = home.path("talk.jsonl");
@@ -76,28 +76,28 @@ fn talking() -> (Home, PathBuf) {
 fn a_chat_ends_at_every_signal() {
     let (_home, model) = talking();
     let signals = [("TERM", 15), ("HUP", 1), ("INT", 2)];
-    for (name, number) in signals.into_iter().filter(|(name, _)| *name != "HUP" || hangup_is_heard()) {
+    for (name, number) in signals.into_iter().filter(|(name, _)| *name != "HUP" || hangup_ends_programs()) {
         let mut chat = moonlight(&["chat", "--max-new-tokens", "2", "--model"]);
         let mut child = chat.arg(&model).stdin(Stdio::piped()).spawn().unwrap();
         let mut keys = child.stdin.take().unwrap();
         keys.write_all(b"hello\n").unwrap();
         let mut answer = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut answer).unwrap();
-        // It waits for the next line now.
+        // Now it waits for the next line.
         sleep(Duration::from_millis(100));
         signal(&child, name);
         assert_eq!(ended(&mut child).signal(), Some(number), "{name}");
     }
 }
 
-/// A run that tokenizes for long: a file of zeros that takes no room.
+/// Starts a run that tokenizes for a long time: a sparse file of zeros.
 #[test]
-fn under_nohup_the_end_of_the_terminal_is_not_heard() {
+fn under_nohup_the_end_of_the_terminal_is_ignored() {
     let (home, model) = talking();
     let mut nohup = Command::new("nohup");
     nohup.arg(env!("CARGO_BIN_EXE_moonlight")).args(["chat", "--device", "cpu", "--model"]).arg(&model);
     let mut child = nohup.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    // It listens when it has opened the model.
+    // It handles signals by the time it has opened the model.
     std::thread::sleep(Duration::from_secs(2));
     signal(&child, "HUP");
     std::thread::sleep(Duration::from_millis(300));
@@ -123,7 +123,7 @@ fn tokenizing(home: &Home, run: &str) -> Child {
 
 #[test]
 fn tokenizing_ends_at_the_first_signal_and_leaves_nothing() {
-    for name in ["TERM", "HUP", "INT"].into_iter().filter(|name| *name != "HUP" || hangup_is_heard()) {
+    for name in ["TERM", "HUP", "INT"].into_iter().filter(|name| *name != "HUP" || hangup_ends_programs()) {
         let home = Home::new();
         let mut child = tokenizing(&home, "big");
         signal(&child, name);
@@ -134,7 +134,7 @@ fn tokenizing_ends_at_the_first_signal_and_leaves_nothing() {
 }
 
 #[test]
-fn what_a_killed_tokenization_leaves_goes_with_the_next_run() {
+fn the_next_run_removes_what_a_killed_tokenization_left() {
     let home = Home::new();
     let mut child = tokenizing(&home, "killed");
     let mut other = tokenizing(&home, "other");
@@ -143,7 +143,7 @@ fn what_a_killed_tokenization_leaves_goes_with_the_next_run() {
     assert_eq!(names(&home.path("cache")).len(), 2);
     home.trained("small", &["--set", "train.steps=1", "--set", "schedule.warmup_steps=0"]);
     let left = names(&home.path("cache"));
-    // That of the process that still writes stays.
+    // The file of a process that still writes stays.
     assert_eq!(left.iter().filter(|name| name.ends_with(".tmp")).count(), 1, "{left:?}");
     signal(&other, "TERM");
     ended(&mut other);
@@ -162,7 +162,7 @@ fn scoring() -> (Home, PathBuf) {
 }
 
 #[test]
-fn no_output_is_written_over_an_input() {
+fn an_output_that_is_an_input_is_refused() {
     let (home, model) = scoring();
     let model = model.display().to_string();
     fs::hard_link(home.path("data.jsonl"), home.path("hard.jsonl")).unwrap();
@@ -182,7 +182,7 @@ fn no_output_is_written_over_an_input() {
 }
 
 #[test]
-fn an_output_is_there_whole_or_not_at_all() {
+fn an_output_file_is_complete_or_absent() {
     let (home, model) = scoring();
     let folder = home.path("out");
     fs::create_dir(&folder).unwrap();
@@ -191,7 +191,7 @@ fn an_output_is_there_whole_or_not_at_all() {
     let mut score = moonlight(&["score", "--data", "/dev/stdin", "--model"]);
     let score = score.arg(&model).arg("--output").arg(&output).stdin(Stdio::piped());
     let mut child = score.spawn().unwrap();
-    // What the input is its first record says; the pipe stays open.
+    // The first record determines the format of the input; the pipe stays open.
     let mut records = child.stdin.take().unwrap();
     records.write_all(b"{\"tokens\": [1, 2, 3]}\n").unwrap();
     wait_for("nothing is written", || names(&folder).len() == 2);
@@ -209,7 +209,7 @@ fn an_output_is_there_whole_or_not_at_all() {
     assert_eq!((names(&folder).len(), fs::read_to_string(&output).unwrap().as_str()), (1, "before"));
 }
 
-/// Commands that print more than nothing.
+/// Commands that print to stdout.
 fn printing(home: &Home, model: &Path) -> Vec<Vec<String>> {
     let owned = |arguments: &[&str]| arguments.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
     let model = model.display().to_string();
@@ -228,7 +228,7 @@ fn printing(home: &Home, model: &Path) -> Vec<Vec<String>> {
 }
 
 #[test]
-fn a_reader_that_leaves_ends_a_command_quietly() {
+fn a_closed_pipe_ends_a_command_without_an_error() {
     let (home, model) = scoring();
     for arguments in printing(&home, &model) {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -241,7 +241,7 @@ fn a_reader_that_leaves_ends_a_command_quietly() {
 }
 
 #[test]
-fn a_full_disk_behind_stdout_is_an_error_and_behind_stderr_is_not() {
+fn a_full_disk_is_an_error_for_stdout_but_not_for_stderr() {
     let (home, model) = scoring();
     let full = || File::options().write(true).open("/dev/full").unwrap();
     for arguments in printing(&home, &model) {
@@ -264,7 +264,7 @@ fn a_full_disk_behind_stdout_is_an_error_and_behind_stderr_is_not() {
 }
 
 #[test]
-fn nothing_of_others_commands_a_terminal() {
+fn escape_sequences_in_files_and_models_are_not_sent_to_a_terminal() {
     let home = Home::new();
     let name = home.path("text/\x1b[2Jx.txt");
     fs::write(&name, "some \x1b[31mred\x1b[0m words\u{9b}2J\r\n".repeat(9)).unwrap();
@@ -292,7 +292,7 @@ fn nothing_of_others_commands_a_terminal() {
         assert_fails(&output, "talk.jsonl:1");
         assert!(!text(&output.stderr).contains('\x1b'), "{}", text(&output.stderr));
     }
-    // And the name of a file that is not UTF-8.
+    // Nor those in a file name that is not UTF-8.
     use std::os::unix::ffi::OsStrExt;
     fs::write(home.path("text").join(std::ffi::OsStr::from_bytes(b"n\xff.txt")), "some words").unwrap();
     let glob = format!("data.train=[\"{}/text/n*.txt\"]", home.path("").display());

@@ -1,4 +1,4 @@
-//! `moonlight eval` and `moonlight plot`, as a user would.
+//! `moonlight eval` and `moonlight plot`, by the commands of a user.
 
 mod common;
 
@@ -8,7 +8,7 @@ use common::{Home, assert_fails, moonlight, text};
 use serde_json::{Value, json};
 
 #[test]
-fn a_checkpoint_is_evaluated_and_drawn() {
+fn a_checkpoint_is_evaluated_and_its_run_is_plotted() {
     let home = Home::new();
     let sets = ["--set", "data.tokenizer=bytes-chat"];
     let (a, b) = (home.trained("a", &sets), home.trained("b", &sets));
@@ -59,14 +59,14 @@ fn a_recipe_with_tasks_is_evaluated_before_and_after() {
     fs::write(&talk, "{\"text\": \"File 3 says 4 and 5 of 6.\"}\n{\"text\": \"File 4\"}\n").unwrap();
     let tasks = format!("eval.tasks=[\"{}\"]", talk.display());
     let sets = ["--set", &tasks, "--set", "train.steps=5", "--set", "schedule.total_steps=12"];
-    let run = home.trained("judged", &sets);
+    let run = home.trained("evaluated", &sets);
     let evaluation =
         || -> Value { serde_json::from_str(&fs::read_to_string(run.join("evaluation.json")).unwrap()).unwrap() };
     let bits = |when: &str| evaluation()[when][0]["metrics"]["bits_per_byte"]["value"].as_f64().unwrap();
     let (before, after) = (bits("before"), bits("after"));
     assert!(after < before, "{after} is not below {before}");
-    // What was there before the first step stays, whenever the run goes on.
-    let output = home.train("judged", &["--set", &tasks, "--resume"]).output().unwrap();
+    // Results of before the first step stay when the run resumes.
+    let output = home.train("evaluated", &["--set", &tasks, "--resume"]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(bits("before"), before);
     assert!(bits("after") < after);
@@ -77,9 +77,10 @@ fn a_recipe_with_tasks_is_evaluated_before_and_after() {
     assert!(!home.run("bad").exists());
 }
 
-/// The tokenizer of bytes has no token that reaches over a seam: the flag changes nothing, and nothing is noted.
+/// No token of the bytes tokenizer crosses the border between question and answer, so the flag changes nothing and no note is
+/// printed.
 #[test]
-fn the_harness_is_fixed_where_one_asks_for_it() {
+fn the_flag_for_the_harness_changes_nothing_with_bytes() {
     let home = Home::new();
     let model =
         home.trained("a", &["--set", "data.tokenizer=bytes-chat", "--set", "train.steps=1"]).display().to_string();

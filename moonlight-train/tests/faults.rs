@@ -1,5 +1,5 @@
-//! Every file-system call of a save, a rotation and a resume fails once, in every position; and the power is cut between
-//! them. Afterwards there is a whole checkpoint, from which the run goes on bit for bit.
+//! Each file-system call of a save, a rotation and a resume fails once, and the power is cut between any two of them. Afterwards
+//! there is a complete checkpoint, from which the run resumes bit for bit.
 
 #![cfg(unix)]
 
@@ -28,7 +28,7 @@ const STEPS: u64 = 4;
 
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// A run that saves after each step and keeps one checkpoint, so that each save but the first also removes one.
+/// A run that saves after each step and keeps one checkpoint, so that each save after the first also removes one.
 fn run(home: &Home, name: &str, steps: u64, resume: bool) -> Result<Outcome, TrainError> {
     let sets = [
         format!("run.name={name}"),
@@ -41,21 +41,21 @@ fn run(home: &Home, name: &str, steps: u64, resume: bool) -> Result<Outcome, Tra
         "run.device=cpu".into(),
     ];
     let recipe = Recipe::load(&home.path("recipe.toml"), &sets).unwrap();
-    // The device has one source of random numbers, which every run seeds: one at a time.
+    // The device has one random number generator, which every run seeds, so runs must not overlap.
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     train(&recipe, &ComputeDevice::open("cpu").unwrap(), resume, &Interrupter::new())
 }
 
-/// How the call that is to fail does.
+/// How calls fail.
 #[derive(Clone, Copy, PartialEq)]
 enum Fault {
-    /// It fails and those after it do not.
+    /// One call fails, and later ones succeed.
     Once,
-    /// So does every one after it: a disk that stays full.
+    /// One call and all later ones fail, as on a disk that stays full.
     FromThenOn,
 }
 
-/// Makes the call number `position` below `root` fail, and counts all.
+/// Makes call number `position` below `root` fail, and counts all calls.
 fn fail(root: PathBuf, position: usize, fault: Fault) -> (Observation, Arc<AtomicUsize>) {
     let calls = Arc::new(AtomicUsize::new(0));
     let count = calls.clone();
@@ -66,7 +66,7 @@ fn fail(root: PathBuf, position: usize, fault: Fault) -> (Observation, Arc<Atomi
             return Ok(());
         }
         if let (Call::Write(path), 0) = (call, number % 2) {
-            // Half of them leave something behind.
+            // Every other failed call leaves part of its result.
             let _ = fs::write(path, "a part");
         }
         Err(io::ErrorKind::StorageFull.into())
@@ -74,7 +74,7 @@ fn fail(root: PathBuf, position: usize, fault: Fault) -> (Observation, Arc<Atomi
     (observe(root, Arc::new(observer)), calls)
 }
 
-/// The step of the newest whole checkpoint. All that have a step's name are whole.
+/// The step of the newest complete checkpoint. Asserts that all checkpoints with the name of a step are complete.
 fn newest(run: &Path) -> Option<u64> {
     let mut newest = None;
     for folder in checkpoint_folders(&run.join("checkpoints")).unwrap() {
@@ -86,7 +86,7 @@ fn newest(run: &Path) -> Option<u64> {
     newest
 }
 
-/// Weights, optimizer and trainer are to the byte what an unbroken run ends with.
+/// Asserts that weights, optimizer and trainer are byte for byte those at the end of an uninterrupted run.
 fn assert_same_end(run: &Path, reference: &Path, when: &str) {
     let (ours, expected) = (checkpoint(run, STEPS), checkpoint(reference, STEPS));
     for file in ["model.safetensors", "optimizer-00000-of-00001.bpk", "config.json"] {
@@ -108,7 +108,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 #[test]
-fn whichever_call_of_a_save_or_a_rotation_fails_the_run_goes_on_bit_for_bit() {
+fn after_any_failed_call_of_a_save_or_a_rotation_the_run_resumes_bit_for_bit() {
     let home = Home::new();
     run(&home, "reference", STEPS, false).unwrap();
     let (observation, calls) = fail(home.run("counted"), usize::MAX, Fault::Once);
@@ -126,13 +126,13 @@ fn whichever_call_of_a_save_or_a_rotation_fails_the_run_goes_on_bit_for_bit() {
             drop(observation);
             let folder = home.run(&name);
             let newest = newest(&folder);
-            // What a run returns holds its folder.
+            // The result of a run holds the lock on its folder.
             match result.map(drop) {
                 Ok(_) => {
                     survived += 1;
                     assert_eq!(newest, Some(STEPS), "call {position}");
                 }
-                // The first save is over after about a quarter of all calls.
+                // The first save has ended after about a quarter of all calls.
                 Err(_) => {
                     ended += 1;
                     assert!(newest.is_some() || position < positions / 2, "call {position}: nothing is left");
@@ -143,16 +143,16 @@ fn whichever_call_of_a_save_or_a_rotation_fails_the_run_goes_on_bit_for_bit() {
             fs::remove_dir_all(folder).unwrap();
         }
     }
-    println!("{positions} positions, twice: {survived} runs went on, {ended} ended and were resumed");
+    println!("{positions} positions, twice: {survived} runs continued, {ended} ended and were resumed");
     assert!(survived > 0 && ended > 0);
 }
 
 #[test]
-fn whichever_call_of_a_resume_fails_the_next_one_goes_on_bit_for_bit() {
+fn after_any_failed_call_of_a_resume_the_next_one_resumes_bit_for_bit() {
     let home = Home::new();
     run(&home, "reference", STEPS, false).unwrap();
     run(&home, "half", 2, false).unwrap();
-    // As a run that was killed leaves it: something half saved, half removed, and a damaged newest checkpoint.
+    // The folder of a killed run: a checkpoint half saved, one half removed, and a damaged newest one.
     let checkpoints = home.run("half").join("checkpoints");
     copy(&checkpoint(&home.run("half"), 2), &checkpoint(&home.run("half"), 3));
     fs::write(checkpoint(&home.run("half"), 3).join("model.safetensors"), "cut").unwrap();

@@ -1,4 +1,4 @@
-//! A model of the Hub's cache, by its name: run, and fine-tuned.
+//! A model in the Hub's cache, run and fine-tuned by its name.
 
 #![cfg(unix)]
 
@@ -13,7 +13,7 @@ use common::{Home, assert_fails, moonlight, text};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// A cache as `huggingface_hub` leaves it: a snapshot of links to blobs.
+/// A cache in the layout of `huggingface_hub`: a snapshot of links to blobs.
 fn cache(home: &Home) -> PathBuf {
     let model = home.path("hf").join("hub").join("models--moonshotai--tiny");
     let snapshot = model.join("snapshots").join(COMMIT);
@@ -33,13 +33,13 @@ fn with_cache(mut command: Command, home: &Home) -> Command {
     for name in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"] {
         command.env_remove(name);
     }
-    // Nothing listens there: whoever asked the network would fail.
+    // Nothing listens at this address, so any access to the network would fail.
     command.env("HF_HOME", home.path("hf")).env("HF_ENDPOINT", "http://127.0.0.1:9");
     command
 }
 
 #[test]
-fn a_model_of_the_cache_runs_by_its_name() {
+fn a_cached_model_runs_by_its_name() {
     let home = Home::new();
     let snapshot = cache(&home);
     let generate = |model: &str| {
@@ -59,7 +59,7 @@ fn a_model_of_the_cache_runs_by_its_name() {
 }
 
 #[test]
-fn a_model_of_the_cache_is_fine_tuned_by_its_name() {
+fn a_cached_model_is_fine_tuned_by_its_name() {
     let home = Home::new();
     let snapshot = cache(&home);
     let recipe = fs::read_to_string(home.path("recipe.toml")).unwrap();
@@ -88,7 +88,7 @@ fn a_model_of_the_cache_is_fine_tuned_by_its_name() {
     };
     let output = train("moonshotai/tiny", "tuned");
     assert!(output.status.success(), "{}", text(&output.stderr));
-    // The run says which commit it came from.
+    // The recipe of the run names the commit.
     let resolved = fs::read_to_string(home.run("tuned").join("recipe.toml")).unwrap();
     assert!(resolved.contains(&snapshot.display().to_string()), "{resolved}");
     let absent = train("moonshotai/absent", "absent");

@@ -21,8 +21,8 @@ const STEPS: &str = "train.steps=150";
 const LAST: u64 = 150;
 const OFTEN: &[&str] = &["--set", STEPS, "--set", "train.checkpoint_every=3", "--set", "train.validate_every=50"];
 
-/// Starts a run `killed` again and again and kills it at random moments, `kills` times, then lets it end. `whole_run` is
-/// what it takes without that; `open` reads a checkpoint and panics where it is not whole.
+/// Starts the run `killed` and kills it at a random moment, `kills` times, and then lets it end. `whole_run` is its duration
+/// without kills; `open` reads a checkpoint and panics if it is damaged.
 fn killed(home: &Home, arguments: &[&str], kills: usize, whole_run: Duration, open: impl Fn(&Path)) -> PathBuf {
     let start = || {
         let mut command = home.train("killed", arguments);
@@ -33,32 +33,32 @@ fn killed(home: &Home, arguments: &[&str], kills: usize, whole_run: Duration, op
     let mut progress = Vec::new();
     while progress.len() < kills {
         let mut child = start();
-        // Long enough for start-up and some steps, short enough that the end is not reached.
+        // Long enough to start and take some steps, short enough not to reach the end.
         sleep(whole_run.mul_f64(random.random_range(0.01..5.0 / kills as f64)));
         let ended = child.try_wait().unwrap();
         assert!(ended.is_none_or(|status| status.success()), "it did not resume: {ended:?}");
         if ended.is_some() {
-            // It reached its end before the kill: begin again from nothing.
+            // The run ended before it was killed: start again from the beginning.
             std::fs::remove_dir_all(&run).unwrap();
             continue;
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        // Whatever bears a step's name is whole.
+        // Every checkpoint with the name of a step is complete.
         let names = checkpoints(&run);
         for name in names.iter().filter(|name| name.starts_with("step-")) {
             open(&run.join("checkpoints").join(name));
         }
         progress.push(names.last().cloned().unwrap_or_else(|| "none".into()));
     }
-    println!("newest checkpoint behind each kill: {progress:?}");
+    println!("newest checkpoint after each kill: {progress:?}");
     assert!(start().wait().unwrap().success());
     assert!(checkpoints(&run).iter().all(|name| name.starts_with("step-")), "leftovers: {:?}", checkpoints(&run));
     run
 }
 
 #[test]
-fn killed_at_twenty_random_moments_it_always_resumes() {
+fn a_run_killed_at_twenty_random_moments_always_resumes() {
     let home = Home::new();
     let started = Instant::now();
     let whole = home.trained("whole", OFTEN);
@@ -82,7 +82,7 @@ fn a_run_of_adapters_killed_at_random_moments_always_resumes() {
             assert!(!read_adapter(&config, checkpoint).unwrap().is_empty());
         });
         assert_same_adapter(&checkpoint(&whole, LAST), &checkpoint(&run, LAST));
-        // And nobody has touched what they stand beside.
+        // And the base model is unchanged.
         assert!(self::files(&path) == files, "{base}");
     }
 }
@@ -94,7 +94,7 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 }
 
 #[test]
-fn ctrl_c_writes_a_checkpoint_and_the_run_goes_on() {
+fn ctrl_c_writes_a_checkpoint_from_which_the_run_resumes() {
     let home = Home::new();
     let whole = home.trained("whole", OFTEN);
     let child = home

@@ -1,4 +1,4 @@
-//! `[lora]` and `[train] freeze`, from the recipe to the merged model.
+//! `[lora]` and `train.freeze`, from the recipe to the merged model.
 
 mod common;
 
@@ -16,7 +16,7 @@ fn losses(run: &Path, split: &str) -> Vec<f64> {
 }
 
 #[test]
-fn adapters_learn_beside_a_base_that_stays() {
+fn adapters_are_trained_and_the_base_model_is_unchanged() {
     let tuned = Tuned::new();
     for optimizer in ["muon", "adamw"] {
         let name = format!("optimizer.name={optimizer}");
@@ -31,7 +31,7 @@ fn adapters_learn_beside_a_base_that_stays() {
             assert!(last.join(file).exists(), "{file}");
         }
         assert!(!last.join("model.safetensors").exists() && !last.join("config.json").exists());
-        // Only adapters are in the optimizer's hands.
+        // The optimizer has adapters only.
         let table = fs::read_to_string(run.join("optimizer.txt")).unwrap();
         let rows: Vec<&str> =
             table.lines().filter(|line| line.starts_with("layers.") || line.contains("embed")).collect();
@@ -40,7 +40,7 @@ fn adapters_learn_beside_a_base_that_stays() {
 }
 
 #[test]
-fn a_run_with_dropout_that_was_stopped_goes_on_bit_for_bit() {
+fn an_interrupted_run_with_dropout_resumes_bit_for_bit() {
     let tuned = Tuned::new();
     let dropout = ["--set", "lora.dropout=0.2", "--set", "schedule.total_steps=12"];
     let whole = tuned.home.trained("whole", &dropout);
@@ -48,17 +48,17 @@ fn a_run_with_dropout_that_was_stopped_goes_on_bit_for_bit() {
     tuned.home.trained("parts", &[&dropout[..], &["--resume"]].concat());
     assert_same_adapter(&checkpoint(&whole, 12), &checkpoint(&parts, 12));
     assert_eq!(losses(&whole, "train"), losses(&parts, "train"));
-    // Layers that run again drop the same values: the first losses are equal, all of them nearly.
+    // Recomputed layers drop the same values: the first losses are equal, and later ones almost.
     let again =
         tuned.home.trained("again", &[&dropout[..], &["--set", "train.activation_checkpointing=block"]].concat());
     assert_eq!(losses(&again, "train")[0], losses(&whole, "train")[0]);
     let apart = losses(&again, "train").into_iter().zip(losses(&whole, "train")).map(|(a, b)| (a - b).abs());
     assert!(apart.fold(0.0, f64::max) < 1e-3);
-    // Without dropout it is another run.
+    // Without dropout the losses differ.
     let without = tuned.home.trained("without", &dropout[2..]);
     assert_ne!(losses(&without, "train"), losses(&whole, "train"));
 
-    // A damaged checkpoint is set aside, and the one before is taken.
+    // A damaged checkpoint is renamed, and the one before is used.
     let weights = checkpoint(&parts, 12).join("adapter_model.safetensors");
     let bytes = fs::read(&weights).unwrap();
     fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
@@ -69,14 +69,14 @@ fn a_run_with_dropout_that_was_stopped_goes_on_bit_for_bit() {
 }
 
 #[test]
-fn an_adapter_speaks_and_merges() {
+fn an_adapter_generates_and_merges() {
     let tuned = Tuned::new();
     let run = tuned.home.trained("speaker", &[]);
     let (run, base) = (run.display().to_string(), tuned.base.display().to_string());
     let merged = tuned.home.path("merged").display().to_string();
     let output = moonlight(&["merge", "--adapter", &run, "--output", &merged]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
-    // It is a model like any other, with the base's tokenizer.
+    // The merged model is a model like any other, with the base's tokenizer.
     let config = |dir: &str| Checkpoint::open(dir).unwrap().config().clone();
     assert_eq!(config(&merged), config(&base));
     load(Path::new(&merged), &Device::default(), None).unwrap();
@@ -102,7 +102,7 @@ fn an_adapter_speaks_and_merges() {
     };
     assert_eq!(generate(&["--model", &merged]), generate(&["--model", &run]));
 
-    // What cannot be merged says so and leaves nothing.
+    // What cannot be merged is an error, and leaves no file.
     let again = moonlight(&["merge", "--adapter", &run, "--output", &merged]).output().unwrap();
     assert_fails(&again, "exists already");
     let elsewhere = tuned.home.path("elsewhere").display().to_string();
@@ -115,7 +115,7 @@ fn an_adapter_speaks_and_merges() {
 }
 
 #[test]
-fn adapters_learn_beside_a_base_in_few_bits() {
+fn adapters_are_trained_on_a_quantized_base() {
     let tuned = Tuned::new();
     let whole = losses(&tuned.home.trained("whole", &[]), "valid");
     for (bits, near) in [("int8", 0.02), ("int4", 0.2)] {
@@ -124,7 +124,7 @@ fn adapters_learn_beside_a_base_in_few_bits() {
         let (train, valid) = (losses(&run, "train"), losses(&run, "valid"));
         assert!(valid[1] < train[0] && train[11] < train[0], "{bits}: {train:?} {valid:?}");
         assert!((valid[1] - whole[1]).abs() < near, "{bits}: {valid:?} {whole:?}");
-        // Stopped and resumed, it packs the same weights again.
+        // Resumed, the run quantizes the base to the same weights again.
         let schedule = ["--set", &set, "--set", "schedule.total_steps=12"];
         let parts = format!("{bits}-parts");
         tuned.home.trained(&parts, &[&schedule[..], &["--set", "train.steps=7"]].concat());
@@ -138,7 +138,7 @@ fn adapters_learn_beside_a_base_in_few_bits() {
 }
 
 #[test]
-fn recipes_that_contradict_themselves_are_refused() {
+fn contradicting_keys_of_a_recipe_are_refused() {
     let tuned = Tuned::new();
     for (set, expected) in [
         ("lora.targets=[\"qproj\"]", "`lora.targets`: the target `qproj` matches no projection of the model"),
@@ -161,7 +161,7 @@ fn recipes_that_contradict_themselves_are_refused() {
 }
 
 #[test]
-fn what_is_frozen_stays_to_the_last_bit() {
+fn frozen_parameters_are_unchanged_bit_for_bit() {
     let home = Home::new();
     let start = home.trained("start", &["--set", "train.steps=1"]);
     let path = format!("model.path={:?}", checkpoint(&start, 1).display().to_string());
@@ -183,7 +183,7 @@ fn what_is_frozen_stays_to_the_last_bit() {
     let mut expected: Vec<String> =
         (0..6).map(|expert| format!("model.layers.1.mlp.experts.{expert}.up_proj.weight")).collect();
     expected.extend(["model.embed_tokens.weight", "model.layers.1.mlp.gate.weight"].map(str::to_owned));
-    // The bias moves by its own rule, which starts at 0 for weights.
+    // The router bias has its own update rule, whose rate is 0 by default when a run starts from weights.
     expected.push("model.layers.1.mlp.gate.e_score_correction_bias".into());
     expected.sort();
     stayed.sort();
@@ -203,9 +203,9 @@ fn what_is_frozen_stays_to_the_last_bit() {
     }
 }
 
-/// peft's `all-linear` adapts routers, too; here a recipe names them.
+/// peft's `all-linear` adapts routers too; here the recipe has to name them.
 #[test]
-fn a_router_learns_where_the_recipe_names_it() {
+fn a_router_is_adapted_if_the_recipe_names_it() {
     let tuned = Tuned::new();
     let run = tuned.home.trained("routed", &["--set", "lora.targets=[\"router\", \"attention\"]"]);
     let dir = checkpoint(&run, 12);
@@ -215,7 +215,7 @@ fn a_router_learns_where_the_recipe_names_it() {
     assert!(moved.data().iter().any(|&byte| byte != 0), "B begins as zero");
     let config: Value = serde_json::from_slice(&fs::read(dir.join("adapter_config.json")).unwrap()).unwrap();
     assert_eq!(config["target_parameters"], serde_json::json!(["mlp.gate.weight"]));
-    // Merged, it does the same.
+    // The merged model computes the same.
     let (run, merged) = (run.display().to_string(), tuned.home.path("merged").display().to_string());
     let output = moonlight(&["merge", "--adapter", &run, "--output", &merged, "--dtype", "f32"]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -233,9 +233,9 @@ fn a_router_learns_where_the_recipe_names_it() {
     tuned.home.trained("onwards", &["--set", &path, "--set", "train.steps=2", "--set", "schedule.warmup_steps=1"]);
 }
 
-/// Every command that reads an adapter says what is wrong with it.
+/// Every command that reads an adapter reports what is wrong with it.
 #[test]
-fn adapters_that_are_not_what_they_say_are_refused_everywhere() {
+fn every_command_refuses_an_invalid_adapter() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
     let llama = fixtures.join("llama").display().to_string();
     let home = tempfile::tempdir().unwrap();
@@ -254,7 +254,7 @@ fn adapters_that_are_not_what_they_say_are_refused_everywhere() {
         assert_fails(&moonlight(&merge).output().unwrap(), expected);
         assert!(!home.path().join("merged").exists());
     }
-    // DoRA is merged; trained further it is not.
+    // DoRA can be merged, but not trained.
     let dora = fixtures.join("lora/kinds/dora").display().to_string();
     let merged =
         moonlight(&["merge", "--model", &llama, "--adapter", &dora, "--output", &at("dora")]).output().unwrap();

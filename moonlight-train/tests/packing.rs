@@ -1,4 +1,4 @@
-//! Packed conversations against the same ones each for itself, through a model.
+//! Packed conversations compared with the same conversations one by one, through a model.
 
 mod common;
 
@@ -29,7 +29,7 @@ learning_rate = 1e-3
 steps = 1
 "#;
 
-/// The documents of a batch: their tokens, and the batch with the losses of all other documents struck out.
+/// The documents of a batch: the tokens of each, and the batch with a loss mask of 0 for all other documents.
 fn documents(batch: &HostBatch) -> Vec<(Vec<i32>, HostBatch)> {
     let numbers = batch.documents.clone().unwrap_or(vec![0; batch.tokens.len()]);
     let mut found = Vec::new();
@@ -47,7 +47,7 @@ fn documents(batch: &HostBatch) -> Vec<(Vec<i32>, HostBatch)> {
 }
 
 #[test]
-fn a_packed_conversation_has_the_loss_that_it_has_alone() {
+fn a_packed_conversation_has_the_same_loss_as_alone() {
     let dir = tempfile::tempdir().unwrap();
     let lines: String = (0..24)
         .map(|n| {

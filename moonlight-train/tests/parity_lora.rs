@@ -1,7 +1,7 @@
-//! Forty steps of adapters, held against the same in torch and peft (`scripts/check_lora.py --write fixtures/lora`): from
-//! the adapter that peft made and saved.
+//! Forty steps of a LoRA run compared with torch and peft (`check_lora.py --write fixtures/lora`), from an adapter that peft
+//! initialized and saved.
 //!
-//! `cargo test -p moonlight-train --test parity_lora -- --nocapture` prints the worst figures.
+//! `cargo test -p moonlight-train --test parity_lora -- --nocapture` prints the largest differences.
 
 mod common;
 
@@ -29,7 +29,7 @@ struct Rules {
 }
 
 #[test]
-fn forty_steps_of_adapters() {
+fn forty_steps_of_a_lora_run_match_peft() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
     let reference = std::fs::read_to_string(fixtures.join("lora/reference.json")).unwrap();
     let Reference { batch_size, rules, steps } = serde_json::from_str(&reference).unwrap();

@@ -1,7 +1,7 @@
-//! Training by the report's rules, held against the same in torch (`scripts/train_reference.py`): forty steps of the
-//! program, and one step of the optimizers through the layers.
+//! Training with the report's settings compared with torch (`train_reference.py`): forty steps of the program, and one step of
+//! the optimizers through the layers.
 //!
-//! `cargo test -p moonlight-train --test parity_training -- --nocapture` prints the worst figures.
+//! `cargo test -p moonlight-train --test parity_training -- --nocapture` prints the largest differences.
 
 mod common;
 
@@ -18,10 +18,10 @@ use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::Deserialize;
 
-/// The most that a parameter may differ after one step, relative to the largest of its elements.
+/// The largest difference allowed in a parameter after one step, relative to its largest element.
 const STEP_BUDGET: f64 = 1e-5;
-/// The same, relative to the largest change. An expert with few tokens has a gradient of low rank, and Newton-Schulz
-/// multiplies what rounding puts beside it by up to 3.4445^5: torch in f32 is 1.6e-5 from torch in f64 here.
+/// The same, relative to the largest change. An expert with few tokens has a gradient of low rank, and Newton-Schulz multiplies
+/// the rounding errors outside that rank by up to 3.4445^5: torch in f32 differs from torch in f64 by 1.6e-5 here.
 const CHANGE_BUDGET: f64 = 5e-5;
 
 #[derive(Deserialize)]
@@ -64,7 +64,7 @@ impl Reference {
     }
 }
 
-/// Runs the program over the fixture's sequences, in their order: batches of four in one or in several passes.
+/// Runs the program over the fixture's sequences in their order, four a step, in one or several micro-batches.
 fn train(home: &Path, name: &str, batch_size: usize, passes: usize) -> PathBuf {
     let reference = Reference::read();
     let Rules { learning_rate, final_learning_rate, warmup_steps, weight_decay, momentum, betas, epsilon, .. } =
@@ -124,7 +124,7 @@ sequence_balance_weight = 0.0
 }
 
 #[test]
-fn forty_steps_of_the_program() {
+fn forty_steps_of_the_program_match_torch() {
     let reference = Reference::read();
     let home = tempfile::tempdir().unwrap();
     for (name, batch_size, passes) in [("whole", reference.batch_size, 1), ("accumulated", 1, reference.batch_size)] {
@@ -132,7 +132,7 @@ fn forty_steps_of_the_program() {
         let (worst, worst_norm) = follows(&run, &reference.steps);
         println!("40 steps, {name}: loss differs by at most {worst:.1e}, gradient norm by {worst_norm:.1e}");
 
-        // The bias is a sum of steps of fixed sizes: it agrees exactly, or some load did not.
+        // The bias is a sum of steps of fixed size, so it is equal unless the load of an expert differed.
         let end = read(&Checkpoint::open(checkpoint(&run, reference.steps.len() as u64)).unwrap());
         let biases: Vec<_> = end.iter().filter(|(name, _)| name.ends_with("e_score_correction_bias")).collect();
         assert_eq!(biases.len(), reference.router_bias.len());
@@ -143,7 +143,7 @@ fn forty_steps_of_the_program() {
     }
 }
 
-/// The weights of a model under the names of a checkpoint, in f32.
+/// The weights of a model by their names in a checkpoint, in f32.
 fn weights(model: &CausalLm, directory: &Path) -> BTreeMap<String, Vec<f32>> {
     save(model, directory, &SaveOptions { dtype: Some(DType::F32), ..SaveOptions::default() }).unwrap();
     read(&Checkpoint::open(directory).unwrap())
@@ -158,11 +158,11 @@ fn floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     match dtype {
         Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
         Dtype::BF16 => bytes.chunks_exact(2).map(|b| f32::from_le_bytes([0, 0, b[0], b[1]])).collect(),
-        other => panic!("no fixture has {other:?}"),
+        other => panic!("unexpected dtype {other:?}"),
     }
 }
 
-/// The gradients of torch as a model: a checkpoint of them (and of the biases, which have none), loaded.
+/// The gradients of torch, loaded as the weights of a model. The biases, which have no gradient, are added.
 fn as_model(gradients: &Path, weights: &Path, device: &Device) -> CausalLm {
     let directory = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(weights).unwrap();
@@ -179,7 +179,7 @@ fn as_model(gradients: &Path, weights: &Path, device: &Device) -> CausalLm {
     load(directory.path(), device, Some(DType::F32)).unwrap().model
 }
 
-/// Visits the model, then its gradients in the shape of a model, and pairs them by path.
+/// Visits the model and then its gradients, which have the form of a model, and pairs them by path.
 #[derive(Default)]
 struct ByPath {
     stack: Vec<String>,
@@ -208,9 +208,10 @@ impl ModuleVisitor for ByPath {
     }
 }
 
-/// One step through the layers from torch's own gradients: orientation, scale, decay, and every expert by itself.
+/// One step from torch's own gradients. It tests the orientation of weights, scale, decay, and that each expert is a matrix of
+/// its own.
 #[test]
-fn one_step() {
+fn one_step_of_the_optimizers_matches_torch() {
     let reference = Reference::read();
     let device = Device::default().autodiff();
     let source = fixtures().join("moonlight-like");
@@ -236,7 +237,7 @@ fn one_step() {
         let (change, distance) = (largest(&expected, before), largest(&expected, actual));
         let size = largest(&expected, &vec![0.0; expected.len()]);
         assert!(change > 0.0, "{name} does not move in the reference; decay at least should move it");
-        // Decay alone (an expert without a token) is so small that the rounding of the weight itself shows.
+        // Without a token an expert only decays, which is so little that the rounding of the weight itself matters.
         let past_rounding = (distance - size * f64::from(f32::EPSILON)).max(0.0);
         for (worst, relative) in worst.iter_mut().zip([distance / size, past_rounding / change]) {
             if relative > worst.0 {

@@ -1,4 +1,4 @@
-//! Conversations in parquet files, as a user would train on them: with the feature `parquet`, and without it.
+//! Conversations in parquet files, with and without the feature `parquet`.
 
 mod common;
 
@@ -25,7 +25,7 @@ fn with_data(command: &mut std::process::Command, data: &Path, more: &[&str]) ->
 
 #[cfg(not(feature = "parquet"))]
 #[test]
-fn without_the_feature_the_error_names_it() {
+fn without_the_feature_a_parquet_file_is_an_error_that_names_it() {
     let home = Home::new();
     let output = with_data(&mut home.train("parquet", &[]), &fixture("messages-snappy.parquet"), &[]);
     assert_fails(&output, "messages-snappy.parquet`: this build reads no parquet files");
@@ -35,7 +35,7 @@ fn without_the_feature_the_error_names_it() {
     assert_fails(&output, "text.parquet`: this build reads no parquet files");
 }
 
-// The name is what `.ci/run` chooses tests by.
+// CI chooses these tests by the name of the module.
 #[cfg(feature = "parquet")]
 mod parquet_built_in {
     use std::fs;
@@ -48,7 +48,7 @@ mod parquet_built_in {
         with_data(command.arg(home.path("recipe.toml")), data, more)
     }
 
-    /// What `data inspect` says of a file, without its name.
+    /// The output of `data inspect` for a file, without the file's name.
     fn seen(home: &Home, data: &Path) -> (serde_json::Value, Vec<u64>) {
         let output = inspect(home, data, &["data.valid_fraction=0"]);
         assert!(output.status.success(), "{}", text(&output.stderr));
@@ -70,13 +70,13 @@ mod parquet_built_in {
         for name in ["messages-snappy", "sharegpt-zstd", "alpaca-gzip"] {
             let of_parquet = seen(&home, &fixture(&format!("{name}.parquet")));
             assert_eq!(of_parquet, seen(&home, &fixture(&format!("{name}.jsonl"))), "{name}");
-            // Rows have numbers, over all groups.
+            // Rows are counted over all row groups.
             assert!(of_parquet.1.is_sorted() && of_parquet.1[0] == 1 && of_parquet.1[2] > 3, "{:?}", of_parquet.1);
         }
     }
 
     #[test]
-    fn texts_are_documents() {
+    fn each_text_is_a_document() {
         let home = Home::new();
         let sets = ["data.valid_fraction=0", "data.format=text", "data.tokenizer=bytes"];
         let looked = |name: &str| {
@@ -91,7 +91,7 @@ mod parquet_built_in {
     }
 
     #[test]
-    fn a_run_learns_from_them_and_is_evaluated_by_them() {
+    fn a_run_trains_on_parquet_and_is_evaluated_on_it() {
         let home = Home::new();
         let (data, task) = (fixture("messages-snappy.parquet"), fixture("sharegpt-zstd.parquet"));
         let task = format!("eval.tasks=[\"{}\"]", task.display());
@@ -106,7 +106,7 @@ mod parquet_built_in {
     }
 
     #[test]
-    fn what_is_wrong_is_one_line_with_its_row() {
+    fn an_error_in_a_record_is_one_line_with_its_row() {
         let home = Home::new();
         let bad = fixture("bad-records.parquet");
         let train = |data: &Path, more: &[&str]| with_data(&mut home.train("bad", &[]), data, more);
@@ -133,7 +133,7 @@ mod parquet_built_in {
         let half = home.path("half.parquet");
         fs::write(&half, &whole[..whole.len() / 2]).unwrap();
         assert_fails(&train(&half, &[]), "cannot read `");
-        // Bytes in the middle of a page, without a word from the reader's own panics.
+        // Damage in the middle of a page, at which the reader panics: the panic's message must not be printed.
         let mut damaged = whole;
         damaged[4..2000].fill(0xA5);
         fs::write(&half, damaged).unwrap();

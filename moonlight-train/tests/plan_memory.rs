@@ -128,7 +128,7 @@ fn on_weights(home: &Path, text: &str) -> String {
 const DEEP: Sets = &["model.num_hidden_layers=10", "train.batch_size=8"];
 const WIDE_HEAD: Sets = &["model.vocab_size=16384", "train.batch_size=8"];
 
-/// Name, base, and what is changed in it.
+/// The name of each case, its base, and the changes to it.
 const GRID: &[(&str, Sets, Sets)] = &[
     ("activations", DEEP, &[]),
     ("activations-block", DEEP, &["train.activation_checkpointing=\"block\""]),

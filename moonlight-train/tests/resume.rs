@@ -1,4 +1,4 @@
-//! What a run resumes from, what it refuses, and what it leaves alone.
+//! Which checkpoint a run resumes from, when it refuses to, and which files it does not change.
 
 #![cfg(unix)]
 
@@ -18,7 +18,7 @@ use serde_json::Value;
 
 const TOTAL: [&str; 2] = ["--set", "schedule.total_steps=12"];
 
-/// Twelve steps, and checkpoints after 8 and 12.
+/// A run of twelve steps with checkpoints after steps 8 and 12.
 fn finished() -> (Home, PathBuf) {
     let home = Home::new();
     let run = home.trained("run", &TOTAL);
@@ -56,7 +56,7 @@ fn contents(run: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 #[test]
-fn damage_to_any_file_of_the_newest_checkpoint_is_named_and_the_one_before_is_taken() {
+fn if_any_file_of_the_newest_checkpoint_is_damaged_the_one_before_is_used() {
     let (home, run) = finished();
     let pristine = contents(&run);
     let names: Vec<String> = fs::read_dir(checkpoint(&run, 12))
@@ -83,7 +83,7 @@ fn damage_to_any_file_of_the_newest_checkpoint_is_named_and_the_one_before_is_ta
                 "{name} {damage}: {stderr}"
             );
             assert!(stderr.contains("it is now `step-00000012.damaged`"), "{stderr}");
-            // The same weights again, beside what was set aside.
+            // The same weights again, next to the damaged checkpoint.
             assert_eq!(checkpoints(&run), ["step-00000008", "step-00000012", "step-00000012.damaged"]);
             fs::remove_dir_all(run.join("checkpoints/step-00000012.damaged")).unwrap();
             let again = fs::read(checkpoint(&run, 12).join("model.safetensors")).unwrap();
@@ -95,13 +95,13 @@ fn damage_to_any_file_of_the_newest_checkpoint_is_named_and_the_one_before_is_ta
 }
 
 #[test]
-fn rotation_keeps_what_was_written_and_what_was_resumed_from_and_no_damaged_one() {
+fn rotation_does_not_count_damaged_checkpoints_and_keeps_the_one_resumed_from() {
     let (home, run) = finished();
     fs::write(checkpoint(&run, 12).join("model.safetensors"), "cut").unwrap();
     let sets = ["train.keep=1", "train.keep_best=false", "train.checkpoint_every=1", "train.steps=11"];
     assert_resumes(&home, &sets, 8);
     assert_eq!(checkpoints(&run), ["step-00000008", "step-00000011", "step-00000012.damaged"]);
-    // A second damaged one of the same step gets a name of its own.
+    // A second damaged checkpoint of the same step gets another name.
     assert_resumes(&home, &["train.keep=1", "train.keep_best=false"], 11);
     assert_eq!(checkpoints(&run), ["step-00000011", "step-00000012", "step-00000012.damaged"]);
     fs::write(checkpoint(&run, 12).join("trainer.json"), "").unwrap();
@@ -111,7 +111,7 @@ fn rotation_keeps_what_was_written_and_what_was_resumed_from_and_no_damaged_one(
 }
 
 #[test]
-fn a_write_protected_checkpoint_is_kept() {
+fn a_read_only_checkpoint_is_kept() {
     let (home, run) = finished();
     let protected = checkpoint(&run, 8);
     fs::set_permissions(&protected, fs::Permissions::from_mode(0o555)).unwrap();
@@ -128,7 +128,7 @@ fn a_write_protected_checkpoint_is_kept() {
 }
 
 #[test]
-fn where_no_checkpoint_is_whole_the_run_is_refused_and_nothing_is_changed() {
+fn if_every_checkpoint_is_damaged_the_run_is_refused_and_nothing_is_changed() {
     let (home, run) = finished();
     for step in [8, 12] {
         fs::write(checkpoint(&run, step).join("trainer.json"), "").unwrap();
@@ -145,7 +145,7 @@ fn where_no_checkpoint_is_whole_the_run_is_refused_and_nothing_is_changed() {
 }
 
 #[test]
-fn a_checkpoint_of_a_newer_program_is_left_to_it() {
+fn a_checkpoint_of_a_newer_version_is_refused() {
     let (home, run) = finished();
     let path = checkpoint(&run, 12).join("trainer.json");
     let state = fs::read_to_string(&path).unwrap().replacen("\"version\": 2", "\"version\": 9", 1);
@@ -156,7 +156,7 @@ fn a_checkpoint_of_a_newer_program_is_left_to_it() {
 }
 
 #[test]
-fn another_run_is_refused_by_name_before_anything_is_written() {
+fn the_checkpoint_of_another_run_is_refused_before_anything_is_written() {
     let (home, run) = finished();
     fs::write(home.path("other.txt"), "Other words, in another file, for the validation of the run.").unwrap();
     let other = format!("data.valid=[\"{}\"]", home.path("other.txt").display());
@@ -188,7 +188,7 @@ fn another_run_is_refused_by_name_before_anything_is_written() {
 }
 
 #[test]
-fn what_may_change_changes_and_is_said() {
+fn changes_that_are_allowed_are_logged() {
     let (home, _run) = finished();
     let moved = format!("data.train=[\"{}/te?t/*.txt\"]", home.path("").display());
     let sets = [
@@ -218,7 +218,7 @@ fn what_may_change_changes_and_is_said() {
 fn adapters_do_not_resume_on_another_base() {
     let tuned = Tuned::new();
     let run_of_base = tuned.home.run("base");
-    // By the run's folder, whose newest checkpoint changes.
+    // The base is named by a run's folder, whose newest checkpoint changes.
     let path = format!("model.path={run_of_base:?}");
     let sets = ["--set", &path, "--set", "train.steps=4", "--set", "schedule.total_steps=8"];
     tuned.home.trained("lora", &sets);
@@ -237,7 +237,7 @@ fn adapters_do_not_resume_on_another_base() {
         "{stderr}"
     );
     assert_eq!(contents(&adapter), before);
-    // With the base that it was made with, wherever that is now, it goes on.
+    // With its original base, wherever that is now, the run resumes.
     let copy = tuned.home.path("copy");
     fs::create_dir(&copy).unwrap();
     for file in fs::read_dir(checkpoint(&run_of_base, 6)).unwrap().map(|entry| entry.unwrap().path()) {
@@ -250,19 +250,19 @@ fn adapters_do_not_resume_on_another_base() {
 }
 
 #[test]
-fn two_runs_of_one_folder_are_one_and_a_refusal() {
+fn of_two_runs_in_one_folder_one_is_refused() {
     let home = Home::new();
     let often = ["--set", "train.steps=60", "--set", "train.checkpoint_every=5"];
     for round in 0..6 {
         let name = format!("both-{round}");
-        // The later rounds resume what is there.
+        // Later rounds resume the existing run.
         let resume: &[&str] = if round % 2 == 1 { &["--resume"] } else { &[] };
         let arguments = [&often[..], resume].concat();
         let children: Vec<_> = (0..2).map(|_| home.train(&name, &arguments).spawn().unwrap()).collect();
         let outputs: Vec<Output> = children.into_iter().map(|child| child.wait_with_output().unwrap()).collect();
         let won = outputs.iter().filter(|output| output.status.success()).count();
         let stderr: Vec<String> = outputs.iter().map(|output| text(&output.stderr)).collect();
-        // One that came when the other was done resumes it and has nothing to do, or finds that it exists.
+        // A process that starts after the other has ended resumes with no step left, or finds that the run exists.
         let refused = stderr
             .iter()
             .filter(|stderr| stderr.contains("is in use by process ") || stderr.contains("exists"))
@@ -283,7 +283,7 @@ fn a_run_that_is_refused_leaves_no_folder() {
 }
 
 #[test]
-fn readers_beside_a_run_change_nothing_and_read_what_is_whole() {
+fn readers_during_a_run_change_nothing_and_read_complete_checkpoints() {
     let home = Home::new();
     let run = home.run("run");
     let often = ["--set", "train.steps=300", "--set", "train.checkpoint_every=2", "--set", "train.validate_every=0"];
@@ -311,7 +311,7 @@ fn readers_beside_a_run_change_nothing_and_read_what_is_whole() {
 }
 
 #[test]
-fn folders_of_a_replacement_in_steps_are_found_again() {
+fn an_interrupted_replacement_of_a_checkpoint_is_finished() {
     let (home, run) = finished();
     let checkpoints = run.join("checkpoints");
     let (newest, hidden) = (checkpoint(&run, 12), |state: &str| checkpoints.join(format!(".step-00000012.{state}")));
@@ -320,7 +320,7 @@ fn folders_of_a_replacement_in_steps_are_found_again() {
     fs::rename(&newest, hidden("new")).unwrap();
     fs::write(checkpoints.join(".step-notes"), "mine").unwrap();
     let path = run.display().to_string();
-    // A reader takes the one before, and changes nothing.
+    // A reader uses the checkpoint before, and changes nothing.
     let generate = ["generate", "--model", &path, "--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"];
     let before = contents(&run);
     assert!(moonlight(&generate).output().unwrap().status.success());
@@ -330,7 +330,7 @@ fn folders_of_a_replacement_in_steps_are_found_again() {
 }
 
 #[test]
-fn a_validation_loss_that_is_no_number_is_not_the_best() {
+fn a_non_finite_validation_loss_is_never_the_best() {
     let home = Home::new();
     let sets = [
         "train.steps=2",
@@ -367,7 +367,7 @@ fn a_model_whose_files_are_read_only_is_fine_tuned() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     for run in ["lora", "full"] {
         for file in fs::read_dir(checkpoint(&tuned.home.run(run), 4)).unwrap().map(|entry| entry.unwrap()) {
-            // Root may write everything; the mode is what others would be stopped by.
+            // Root may write to read-only files, so the test checks the mode.
             let mode = file.metadata().unwrap().permissions().mode();
             assert!(mode & 0o200 != 0, "{run}: {:?} has the mode {mode:o}", file.file_name());
         }
@@ -375,7 +375,7 @@ fn a_model_whose_files_are_read_only_is_fine_tuned() {
 }
 
 #[test]
-fn the_end_of_a_run_needs_its_data_files_no_more() {
+fn the_final_report_does_not_need_the_data_files() {
     let home = Home::new();
     let sets = ["run.name=run".to_owned(), "train.steps=2".into(), "run.device=cpu".into(), "train.plots=true".into()];
     let recipe = Recipe::load(&home.path("recipe.toml"), &sets).unwrap();
@@ -387,7 +387,7 @@ fn the_end_of_a_run_needs_its_data_files_no_more() {
 }
 
 #[test]
-fn a_resumed_run_is_the_run_bit_for_bit() {
+fn a_resumed_run_repeats_the_run_bit_for_bit() {
     let (home, run) = finished();
     home.trained("half", &[&TOTAL[..], &["--set", "train.steps=6"]].concat());
     home.trained("half", &[&TOTAL[..], &["--resume"]].concat());

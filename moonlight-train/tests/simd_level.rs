@@ -1,4 +1,4 @@
-//! `MOONLIGHT_SIMD` as a user of the program meets it.
+//! The environment variable `MOONLIGHT_SIMD`, from the command line.
 
 mod common;
 
@@ -7,7 +7,7 @@ use moonlight_model::simd::testing::skipped;
 use moonlight_model::simd::{LEVEL_VARIABLE, Level};
 
 #[test]
-fn a_level_that_cannot_be_had_is_refused_by_name_before_anything_is_done() {
+fn an_unavailable_level_is_refused_before_anything_else_happens() {
     let absent = Level::ALL.iter().find(|level| !level.is_available());
     for level in ["avx9000", absent.map_or("neon or so", |level| level.name())] {
         let output = moonlight(&["plan", "nowhere.toml"]).env(LEVEL_VARIABLE, level).output().unwrap();
@@ -18,9 +18,9 @@ fn a_level_that_cannot_be_had_is_refused_by_name_before_anything_is_done() {
     }
 }
 
-/// Products of matrices are rounded elsewhere at another level, and nothing else differs.
+/// At another level matrix products round at other places; nothing else differs.
 #[test]
-fn a_run_is_the_same_run_at_each_level_to_rounding() {
+fn a_run_is_the_same_at_each_level_up_to_rounding() {
     let home = Home::new();
     let losses = |level: Level| -> Vec<f64> {
         let mut command = home.train(level.name(), &[]);

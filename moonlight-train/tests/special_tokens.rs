@@ -1,4 +1,4 @@
-//! What begins and ends a text and a turn, in every command that reads text.
+//! The tokens at the start and the end of a text and of a turn, in every command that reads text.
 
 mod common;
 
@@ -16,23 +16,23 @@ use serde_json::{Value, json};
 const VOCAB: usize = 262;
 const WIDTH: usize = 32;
 
-/// The tokens behind the bytes.
+/// The tokens after the 256 bytes.
 const BOS: u32 = 256;
 const EOS: u32 = 257;
 const END_OF_TURN: u32 = 258;
 const START: u32 = 259;
 const MIDDLE: u32 = 260;
 
-/// A template whose turns end with a token of a name of their own.
+/// A template whose turns end with an unusual token.
 const TEMPLATE: &str = "{%- for m in messages -%}<|start|>{{ m['role'] }}<|middle|>{{ m['content'] }}<|done|>\n{%- endfor -%}\
      {%- if add_generation_prompt -%}<|start|>assistant<|middle|>{%- endif -%}";
 
-/// A folder of a Llama that says one token after the other, whatever came before, and never looks back. What follows a
-/// token of `chain` is the next of it.
+/// The folder of a Llama that predicts the token after the last one of the context: after a token of `chain` the next one of
+/// it. Earlier tokens have no influence.
 fn says(dir: &Path, chain: &[u32]) {
     fs::create_dir_all(dir).unwrap();
     let (mut embedding, mut head) = (vec![0.0; VOCAB * WIDTH], vec![0.0; VOCAB * WIDTH]);
-    // Tokens that nobody speaks of are one point, and those of the chain one each.
+    // Tokens outside the chain share one embedding, and those of the chain have one each.
     embedding.iter_mut().skip(WIDTH - 1).step_by(WIDTH).for_each(|value| *value = 1.0);
     for (place, pair) in chain.windows(2).enumerate() {
         let row = pair[0] as usize * WIDTH;
@@ -78,7 +78,7 @@ fn write(dir: &Path, name: &str, value: &Value) {
     fs::write(dir.join(name), value.to_string()).unwrap();
 }
 
-/// The bytes and five added tokens; the end of a turn is special or not.
+/// Writes a tokenizer of the bytes and five added tokens. `special_end`: whether the end of a turn is a special token.
 fn write_tokenizer(dir: &Path, processor: &Value, special_end: bool, config: &Value) {
     let mut json: Value = serde_json::from_slice(&Tokenizer::bytes().files()[0].contents).unwrap();
     let tokens = [("<s>", BOS), ("</s>", EOS), ("<|done|>", END_OF_TURN), ("<|start|>", START), ("<|middle|>", MIDDLE)];
@@ -94,7 +94,7 @@ fn write_tokenizer(dir: &Path, processor: &Value, special_end: bool, config: &Va
     write(dir, "tokenizer_config.json", config);
 }
 
-/// A post-processor that begins texts with `<s>`, and ends them with `</s>` if need be.
+/// A post-processor that puts `<s>` before texts, and with `ends` `</s>` after them.
 fn template(ends: bool) -> Value {
     let piece = |name: &str| json!({"SpecialToken": {"id": name, "type_id": 0}});
     let mut single = vec![piece("<s>"), json!({"Sequence": {"id": "A", "type_id": 0}})];
@@ -114,7 +114,7 @@ fn value(output: &Output) -> Value {
 }
 
 #[test]
-fn a_text_begins_with_bos_where_the_tokenizer_says_so() {
+fn a_text_starts_with_bos_if_the_tokenizer_says_so() {
     let home = tempfile::tempdir().unwrap();
     let dir = &home.path().join("model");
     says(dir, &[105, b'o'.into(), EOS]);
@@ -134,7 +134,7 @@ fn a_text_begins_with_bos_where_the_tokenizer_says_so() {
         assert_eq!(rows[1]["tokens"], json!([72, 105]), "tokens are as they are");
         rows[0]["tokens"].clone()
     };
-    // `<s>Hi` as people write it.
+    // `<s>Hi`, as users type it.
     let spelled = |begin: &[u32], end: &[u32]| json!([begin, &[60, 115, 62, 72, 105], end].concat());
 
     assert_eq!(prompt(&["--prompt", "Hi"]).0, json!([72, 105]));
@@ -160,14 +160,14 @@ fn a_text_begins_with_bos_where_the_tokenizer_says_so() {
     assert_eq!((&first["prompt_tokens"], &first["stop_token"]), (&spelled(&[BOS], &[]), &json!(EOS)));
     assert_eq!(run("generate", dir, &["--prompt", "Hi", "--bos", "--no-bos"]).status.code(), Some(2));
 
-    // A text that is scored ends as the tokenizer ends it; one that is gone on from does not.
+    // A text to score ends as the tokenizer says, and a prompt to continue does not.
     write_tokenizer(dir, &template(true), true, &config);
     assert_eq!(scored(&[]), spelled(&[BOS], &[EOS]));
     let (open, note) = prompt(&["--prompt", "Hi"]);
     assert_eq!(open, json!([BOS, 72, 105]));
     assert!(note.contains("the tokenizer ends texts with `</s>`; a prompt is not ended"), "{note}");
 
-    // DeepSeek's files say so in a place that transformers 5 does not read.
+    // DeepSeek's files ask for BOS in a place that transformers 5 does not read.
     let config = json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
     write_tokenizer(dir, &Value::Null, true, &config);
     let (tokens, warning) = prompt(&["--prompt", "Hi"]);
@@ -182,13 +182,13 @@ fn a_text_begins_with_bos_where_the_tokenizer_says_so() {
 }
 
 #[test]
-fn documents_begin_with_bos_and_end_once() {
+fn documents_start_with_bos_and_end_with_one_eos() {
     let home = Home::new();
     let dir = &home.path("model");
     says(dir, &[105, EOS]);
     let texts = home.path("texts");
     fs::create_dir(&texts).unwrap();
-    // Longer than a block that is tokenized at once.
+    // Longer than the block that is tokenized at once.
     fs::write(texts.join("a.txt"), "word ".repeat(1 << 20)).unwrap();
     fs::write(texts.join("b.txt"), "Hi").unwrap();
     let [glob, tokenizer, config] =
@@ -220,7 +220,7 @@ fn documents_begin_with_bos_and_end_once() {
     fs::write(texts.join("a.txt"), "word").unwrap();
     write_tokenizer(dir, &Value::Null, true, &config);
     assert_eq!(ends(&[]).0, 0);
-    // The cache of before is not taken for this.
+    // The cache of the other setting is not used.
     write_tokenizer(dir, &template(false), true, &config);
     assert_eq!(ends(&[]).0, 2);
     assert_eq!(ends(&["data.bos=never"]).0, 0);
@@ -235,7 +235,7 @@ fn documents_begin_with_bos_and_end_once() {
     assert!(bos == 2 && !warning.contains("`data.bos` decides"), "{warning}");
 }
 
-/// Says a line to `moonlight chat` and reads the answer.
+/// Sends a line to `moonlight chat` and reads the answer.
 fn answer(dir: &Path, line: &str, more: &[&str]) -> String {
     let mut command = moonlight(&["chat", "--device", "cpu", "--max-new-tokens", "9", "--model"]);
     let mut chat = command.arg(dir).args(more).stdin(Stdio::piped()).spawn().unwrap();
@@ -246,7 +246,7 @@ fn answer(dir: &Path, line: &str, more: &[&str]) -> String {
 }
 
 #[test]
-fn an_answer_ends_with_the_turn_of_the_template() {
+fn an_answer_ends_at_the_template_s_end_of_turn() {
     let home = tempfile::tempdir().unwrap();
     let dir = &home.path().join("model");
     let letter = |letter: u8| u32::from(letter);
@@ -255,14 +255,14 @@ fn an_answer_ends_with_the_turn_of_the_template() {
         let config = json!({"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE});
         write_tokenizer(dir, &template(false), special, &config);
         assert_eq!(answer(dir, "hi", &[]), "OK\n", "special: {special}");
-        // Whoever spells a conversation has one.
+        // A prompt that contains the template's tokens ends there too.
         let spelled = "<|start|>user<|middle|>hi<|done|>\n<|start|>assistant<|middle|>";
         let found = value(&run("generate", dir, &["--prompt", spelled, "--parse-special", "--no-bos", "--json"]));
         assert_eq!(
             (&found["text"], &found["tokens"], &found["stop"], &found["stop_token"]),
             (&json!("OK"), &json!([79, 75]), &json!("eos"), &json!(END_OF_TURN))
         );
-        // Else only what the configurations name ends a text.
+        // Otherwise a text ends only at the tokens that the configs name.
         let found = value(&run("generate", dir, &["--prompt-tokens", "260", "--json"]));
         assert_eq!((&found["stop"], &found["stop_token"]), (&json!("eos"), &json!(EOS)));
         assert_eq!(found["tokens"].as_array().unwrap().len(), 6);
@@ -274,12 +274,12 @@ fn an_answer_ends_with_the_turn_of_the_template() {
 }
 
 #[test]
-fn what_ends_a_text_is_said_in_three_places() {
+fn the_end_of_a_text_is_named_in_one_of_three_files() {
     let home = tempfile::tempdir().unwrap();
     let dir = &home.path().join("model");
     says(dir, &[MIDDLE, 79, 75, START, END_OF_TURN, 120, EOS, 121, BOS]);
     let stop = || value(&run("generate", dir, &["--prompt-tokens", "260", "--json"]))["stop_token"].clone();
-    // Each in the place of the next: a list, the model's configuration, the tokenizer's.
+    // Each overrides the next: the list of the generation config, the model's config, the tokenizer's.
     write(dir, "generation_config.json", &json!({"eos_token_id": [START, 120]}));
     assert_eq!(stop(), json!(START));
     write(dir, "generation_config.json", &json!({}));

@@ -1,17 +1,17 @@
-//! `moonlight train`, from its first step to its last.
+//! `moonlight train`, from the first step to the last.
 
 mod common;
 
 use std::fs;
 
 use common::{
-    Home, assert_ends_at_no_number, assert_fails, assert_same_checkpoint, checkpoint, checkpoints, metrics, moonlight,
-    text,
+    Home, assert_ends_at_non_finite_loss, assert_fails, assert_same_checkpoint, checkpoint, checkpoints, metrics,
+    moonlight, text,
 };
 use serde_json::Value;
 
 #[test]
-fn a_run_leaves_what_the_contract_says() {
+fn a_run_writes_its_documented_files() {
     let home = Home::new();
     let run = home.trained("whole", &["--set", "train.plots=true", "--set", "train.tensorboard=true"]);
     let metrics = metrics(&run);
@@ -24,13 +24,13 @@ fn a_run_leaves_what_the_contract_says() {
     }
     assert!(train[4]["max_attention_logit"].is_number() && train[4]["update_rms_muon"].is_number());
     assert!(train[3]["max_attention_logit"].is_null());
-    // Fresh weights know nothing (ln 262 = 5.57); a dozen steps teach something.
+    // New weights are no better than chance (ln 262 = 5.57); a dozen steps improve them.
     assert!((train[0]["loss"].as_f64().unwrap() - 5.57).abs() < 0.3);
     assert!(valid[1]["loss"].as_f64().unwrap() < train[0]["loss"].as_f64().unwrap());
-    // Every step reads two micro-batches of two sequences of 32 tokens, few of them padding.
+    // Every step reads two micro-batches of two sequences of 32 tokens with little padding.
     let (tokens, room) = (train[11]["tokens"].as_u64().unwrap(), 12 * 2 * 2 * 32);
     assert!(tokens <= room && tokens > room * 9 / 10, "{tokens} of {room}");
-    // Two newest kept; the best is the last here.
+    // The two newest are kept; the best is the last one here.
     assert_eq!(checkpoints(&run), ["step-00000008", "step-00000012"]);
     for file in
         ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "optimizer-00000-of-00001.bpk"]
@@ -40,7 +40,7 @@ fn a_run_leaves_what_the_contract_says() {
     let plots: Vec<_> = fs::read_dir(run.join("plots")).unwrap().collect();
     assert!(plots.len() >= 4, "{plots:?}");
     assert!(fs::read_dir(run.join("tensorboard")).unwrap().count() == 1);
-    // The resolved recipe is itself a recipe and says the same.
+    // The resolved recipe is a recipe with the same meaning.
     let resolved = fs::read_to_string(run.join("recipe.toml")).unwrap();
     let again = moonlight_train::recipe::Recipe::load(&run.join("recipe.toml"), &[]).unwrap();
     assert_eq!(again.to_toml(), resolved);
@@ -55,13 +55,13 @@ fn the_same_recipe_gives_the_same_run() {
 }
 
 #[test]
-fn a_run_that_was_stopped_goes_on_bit_for_bit() {
+fn an_interrupted_run_resumes_bit_for_bit() {
     let home = Home::new();
     let whole = home.trained("whole", &[]);
-    // The schedule must not shrink with the steps of the first part.
+    // The schedule of the first part must be that of the whole run.
     let schedule = ["--set", "schedule.total_steps=12"];
     let parts = home.trained("parts", &[&schedule[..], &["--set", "train.steps=5"]].concat());
-    // What a run that was killed behind its checkpoint has left in the file.
+    // A line that a run wrote before it was killed, after its last checkpoint.
     let path = parts.join("metrics.jsonl");
     let mut lines = fs::read_to_string(&path).unwrap();
     lines.push_str("{\"split\":\"train\",\"step\":6,\"loss\":99.0}\n{\"split\":\"tr");
@@ -73,7 +73,7 @@ fn a_run_that_was_stopped_goes_on_bit_for_bit() {
 }
 
 #[test]
-fn a_run_of_epochs_knows_its_steps() {
+fn epochs_determine_the_number_of_steps() {
     let home = Home::new();
     let recipe = fs::read_to_string(home.path("recipe.toml")).unwrap();
     fs::write(home.path("recipe.toml"), recipe.replace("steps = 12\n", "epochs = 1.5\n")).unwrap();
@@ -87,7 +87,7 @@ fn a_run_of_epochs_knows_its_steps() {
     assert!(stderr.contains(&format!("steps: {steps} for 1.5 epochs")), "{stderr}");
     let recipe = moonlight_train::recipe::Recipe::load(&run.join("recipe.toml"), &[]).unwrap();
     assert_eq!((recipe.train.steps, recipe.train.epochs), (steps, 1.5));
-    // The schedule ends where the run does.
+    // The schedule ends with the run.
     let lines = metrics(&run);
     let last = lines.iter().rfind(|line| line["split"] == "train").unwrap();
     assert_eq!((last["step"].as_u64(), last["lr"].as_f64()), (Some(steps), Some(0.0)));
@@ -106,7 +106,7 @@ fn resume_without_a_checkpoint_starts_from_the_beginning() {
 }
 
 #[test]
-fn a_run_that_exists_is_not_overwritten() {
+fn an_existing_run_is_not_overwritten() {
     let home = Home::new();
     home.trained("there", &["--set", "train.steps=1"]);
     let output = home.train("there", &[]).output().unwrap();
@@ -115,12 +115,12 @@ fn a_run_that_exists_is_not_overwritten() {
 }
 
 #[test]
-fn a_loss_that_is_no_number_stops_the_run_and_names_the_step() {
-    assert_ends_at_no_number(&[]);
+fn a_non_finite_loss_ends_the_run_with_an_error_that_names_the_step() {
+    assert_ends_at_non_finite_loss(&[]);
 }
 
 #[test]
-fn qk_clip_holds_the_attention_logits_down() {
+fn qk_clip_bounds_the_attention_logits() {
     let home = Home::new();
     let logits = |name: &str, clip: f64| -> Vec<f64> {
         let clip = format!("optimizer.qk_clip={clip}");
@@ -129,7 +129,7 @@ fn qk_clip_holds_the_attention_logits_down() {
         train.map(|line| line["max_attention_logit"].as_f64().unwrap()).collect()
     };
     let free = logits("free", 0.0);
-    // What the first step sees is not clipped yet; what the last one sees was, eleven times.
+    // The logits of the first step are not clipped yet; those of the last one were clipped eleven times.
     let threshold = free[0] / 4.0;
     let clipped = logits("clipped", threshold);
     assert_eq!(clipped[0], free[0]);
@@ -140,7 +140,7 @@ fn qk_clip_holds_the_attention_logits_down() {
 #[test]
 fn the_best_checkpoint_is_kept() {
     let home = Home::new();
-    // A rate that ruins the model after a good start: the best validation comes first.
+    // A learning rate that ruins the model after a good start, so that the first validation is the best.
     let run = home.trained(
         "best",
         &["--set", "train.keep=1", "--set", "train.validate_every=2", "--set", "train.checkpoint_every=2"],
@@ -178,7 +178,7 @@ fn a_checkpoint_generates_and_scores() {
     assert_eq!(from_tokens, json);
     let drawn = |seed: &str| generate(&["--prompt", "File", "--temperature", "1.5", "--seed", seed, "--json"]);
     assert_eq!(drawn("3"), drawn("3"));
-    // Many prompts side by side, each as if it were alone.
+    // A batch of prompts gives the same as each of them alone.
     let prompts = home.path("prompts.jsonl");
     fs::write(&prompts, "{\"text\": \"File\"}\n{\"tokens\": [70]}\n{\"text\": \"A line\"}\n").unwrap();
     let texts = home.path("texts.jsonl");

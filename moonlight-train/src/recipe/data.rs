@@ -267,8 +267,11 @@ impl DataConfig {
         check.require("data.sequence_length", self.sequence_length > 0, || "is 0; it must be at least 1".into());
     }
 
-    /// Checks the sequence length for a model that reads at most `longest` tokens.
-    pub(super) fn check_length(&self, longest: usize, check: &mut Check<'_>) {
+    /// Checks the length of sequences against a model that reads at most `longest` tokens; a default is shortened to that.
+    pub(super) fn fit_length(&mut self, longest: usize, check: &mut Check<'_>) {
+        if !check.has("data.sequence_length") {
+            self.sequence_length = self.sequence_length.min(longest);
+        }
         let length = self.sequence_length;
         check.require("data.sequence_length", length <= longest, || {
             format!("is {length}, longer than the model's `max_position_embeddings` of {longest}")

@@ -117,7 +117,18 @@ pub struct ShapedRecipe {
 }
 
 impl Draft {
-    /// Parses the text of the recipe at `path`, applies each `section.key=value` of `sets`, fills in defaults and checks it.
+    /// [`parse`](Self::parse) of a file.
+    ///
+    /// # Errors
+    ///
+    /// [`RecipeError`], which names the key and the place.
+    pub fn load(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| RecipeError::Read { path: path.to_owned(), problem: error.to_string() })?;
+        Self::parse(&text, path, sets)
+    }
+
+    /// Reads the text of a recipe from `path`, lays each `section.key=value` of `sets` over it, fills in defaults and checks it.
     ///
     /// # Errors
     ///

@@ -58,7 +58,8 @@ struct Keys {
     path: Option<PathBuf>,
     /// A shape whose weights are initialized: a name such as `moonlight-16b-a3b`, or a TOML or JSON file with keys of
     /// `config.json`, relative to the recipe. Keys of `config.json` in this section override those of the preset; without a
-    /// preset they are the shape.
+    /// preset they are the shape. With
+    /// `path`, the shape that `moonlight plan` assumes where the weights are absent.
     preset: Option<String>,
 }
 
@@ -217,7 +218,80 @@ impl ModelRecipe {
         }
     }
 
-    /// The model's config, with the shape's `vocab_size` or else the tokenizer's, `vocab_size` (0 if that is unknown).
+    /// The model's configuration for a plan, and where it is from if that is not the recipe's own shape or the weights at `path`, which
+    /// need not be there.
+    pub(super) fn resolve_shape(
+        &mut self,
+        named: Option<&str>,
+        folder: Option<&Path>,
+        tokenizer: &TokenizerName,
+        check: &mut Check<'_>,
+    ) -> Option<(ModelConfig, Option<String>)> {
+        self.place = check.place(if self.path.is_some() { "model.path" } else { "model" });
+        let preset = self.preset.clone().filter(|_| self.path.is_some());
+        let found = self.path.as_deref().map(resolve_model);
+        let found = found.and_then(Result::ok).filter(|dir| dir.join("config.json").exists());
+        if let (None, Some(dir)) = (named, found) {
+            // Weights that are there say themselves what they are.
+            self.path = Some(dir.to_path_buf());
+            let config = self.config(0).map_err(|error| check.problem(error)).ok()?;
+            return Some((config, None));
+        }
+        let (place, name, assumed) = match (named, &self.path, preset) {
+            (Some(name), ..) => {
+                ("--model-config".to_owned(), name.to_owned(), format!("the shape of the model is that of `{name}`"))
+            }
+            (None, Some(path), Some(preset)) => {
+                let local = folder.map(|folder| folder.join(&preset)).filter(|path| path.is_file());
+                let name = local.map_or(preset.clone(), |path| path.to_string_lossy().into_owned());
+                let path = path.display();
+                let assumed = format!("`{path}` is not there; the shape is that of the preset `{preset}`");
+                (check.place("model.preset"), name, assumed)
+            }
+            (None, Some(path), None) => {
+                let hint = "name the shape as `model.preset` or with `--model-config`: a preset, or a config.json";
+                check.invalid("model.path", format!("is `{}`, which is not there", path.display()), Some(hint.into()));
+                return None;
+            }
+            (None, None, _) => return self.own_shape(folder, tokenizer, check).map(|config| (config, None)),
+        };
+        match named_config(&name) {
+            Ok(config) => Some((config, Some(assumed))),
+            Err(problem) => {
+                check.problem(RecipeError::Invalid { place, key: name, problem, hint: None });
+                None
+            }
+        }
+    }
+
+    /// The shape that the recipe itself gives, with the vocabulary of the tokenizer unless it has a `vocab_size`.
+    fn own_shape(
+        &mut self,
+        folder: Option<&Path>,
+        tokenizer: &TokenizerName,
+        check: &mut Check<'_>,
+    ) -> Option<ModelConfig> {
+        self.resolve(folder, check)?;
+        let vocab_size = match self.shape.contains_key("vocab_size") {
+            true => 0,
+            false => match tokenizer.open() {
+                Ok(tokenizer) => tokenizer.as_ref().map_or(0, Tokenizer::vocab_size),
+                Err(error) => {
+                    let hint = "set `model.vocab_size`, which no tokenizer is needed for";
+                    check.invalid("data.tokenizer", format!("cannot be opened: {error}"), Some(hint.into()));
+                    return None;
+                }
+            },
+        };
+        if vocab_size == 0 && !self.shape.contains_key("vocab_size") {
+            let source = ConfigError::Missing { field: "vocab_size" };
+            check.problem(RecipeError::Model { place: self.place.clone(), source });
+            return None;
+        }
+        self.config(vocab_size).map_err(|error| check.problem(error)).ok()
+    }
+
+    /// The model's configuration: the shape's own `vocab_size`, or else the tokenizer's, `vocab_size` (0 for unknown).
     ///
     /// # Errors
     ///
@@ -302,7 +376,33 @@ fn shape_of(config: &ModelConfig, without: &[&str]) -> Map<String, Value> {
     shape
 }
 
-/// The shape of a preset: one of the model crate's, or a TOML or JSON file with keys of `config.json`.
+/// The configuration that `name` stands for: a preset, a `config.json`, a TOML file of its keys, or a model's directory. Of a
+/// directory only the `config.json` is read.
+///
+/// # Errors
+///
+/// The rest of a sentence that begins with the name.
+pub fn named_config(name: &str) -> Result<ModelConfig, String> {
+    let dir = resolve_model(name).map(ModelDir::into_path).unwrap_or_else(|_| name.into());
+    let file = dir.join("config.json");
+    let file = if file.is_file() { file } else { PathBuf::from(name) };
+    match file.extension().and_then(|extension| extension.to_str()) {
+        Some("json") => {
+            let text = std::fs::read_to_string(&file).map_err(|error| format!("cannot be read: {error}"))?;
+            ModelConfig::from_json(&text).map_err(|error| format!("is not a model's configuration: {error}"))
+        }
+        Some("toml") => {
+            let mut shape = preset_shape(&file.to_string_lossy(), None)?;
+            shape.entry("model_type").or_insert_with(|| "deepseek_v3".into());
+            ModelConfig::from_value(Value::Object(shape))
+                .map_err(|error| format!("is not a model's configuration: {error}"))
+        }
+        _ if dir.is_dir() => Err("is a directory without `config.json`".into()),
+        _ => ModelConfig::preset(name).map_err(|error| format!("is unknown: {error}")),
+    }
+}
+
+/// The shape that a preset names: one of the model crate's, or a TOML or JSON file of `config.json`'s keys.
 fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>, String> {
     let is_toml = name.ends_with(".toml");
     if !is_toml && !name.ends_with(".json") {

@@ -418,7 +418,7 @@ fn parsing_does_not_access_the_disk() {
 fn recipes_of_earlier_versions_mean_the_same() {
     let mut seen = 0;
     let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/compat");
-    let runs = ["bf16", "lora", "pretrain", "workers"].map(|run| runs.join(run).join("recipe.toml"));
+    let runs = ["bf16", "lora", "pretrain", "distributed"].map(|run| runs.join(run).join("recipe.toml"));
     for file in toml_files("moonlight-train/tests/old_recipes").into_iter().chain(runs) {
         let text = std::fs::read_to_string(&file).unwrap();
         let old: toml::Table = toml::from_str(&text).unwrap();

@@ -76,6 +76,12 @@ pub fn train(
     resume: bool,
     interrupter: &Interrupter,
 ) -> Result<Outcome, TrainError> {
+    let display = if shows_dashboard() { Display::Dashboard } else { Display::Lines };
+    ProcessGroup::open(recipe)?.train(recipe, target, resume, display, interrupter)
+}
+
+/// Whether a run in this process shows its metrics on the dashboard.
+pub(crate) fn shows_dashboard() -> bool {
     let terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal() && terminal::has_keys();
     // A program that logs warnings but not `info` was asked to be quiet. One without a subscriber was not.
     let is_quiet = tracing::enabled!(Level::WARN) && !tracing::enabled!(Level::INFO);

@@ -1,4 +1,4 @@
-//! A small run of `moonlight train` in a folder of its own.
+//! Small runs of `moonlight train` in temporary folders, and helpers for the tests.
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
@@ -14,7 +14,7 @@ pub(crate) struct Home {
     dir: TempDir,
 }
 
-/// A tiny Moonlight, but for its vocabulary and its context.
+/// The shape of a tiny Moonlight, without vocabulary and context.
 pub(crate) const SHAPE: &str = "\
 hidden_size = 24
 intermediate_size = 40
@@ -118,10 +118,10 @@ impl Home {
     }
 }
 
-/// A home with a trained base and a recipe of adapters for it.
+/// A home with a trained base model and a LoRA recipe for it.
 pub(crate) struct Tuned {
     pub(crate) home: Home,
-    /// The base's checkpoint.
+    /// The checkpoint of the base model.
     pub(crate) base: PathBuf,
 }
 
@@ -150,8 +150,8 @@ pub(crate) fn moonlight(arguments: &[&str]) -> Command {
     command
 }
 
-/// Whether SIGHUP ends a program that a test starts; says so where it does not.
-pub(crate) fn hangup_is_heard() -> bool {
+/// Whether SIGHUP ends a program that a test starts; prints a note if it does not.
+pub(crate) fn hangup_ends_programs() -> bool {
     let ignored = moonlight_convert::hangup_is_ignored();
     if ignored {
         println!("SKIPPED: SIGHUP, which whoever started the tests has ignored");
@@ -163,7 +163,7 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// The lines of `metrics.jsonl` without what depends on the clock and the machine.
+/// The lines of `metrics.jsonl` without the metrics that depend on the clock or the machine.
 pub(crate) fn metrics(run: &Path) -> Vec<serde_json::Value> {
     let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     lines
@@ -178,12 +178,12 @@ pub(crate) fn metrics(run: &Path) -> Vec<serde_json::Value> {
         .collect()
 }
 
-/// The most that the loss of any step may differ.
+/// The largest difference allowed in the loss of any step.
 const LOSS_BUDGET: f64 = 2e-3;
-/// The most that the gradient norm of any step may differ, relative.
+/// The largest relative difference allowed in the gradient norm of any step.
 const NORM_BUDGET: f64 = 1e-2;
 
-/// What a step is in another's hands.
+/// A step of the reference implementation.
 #[derive(serde::Deserialize)]
 pub(crate) struct Step {
     loss: f64,
@@ -191,7 +191,7 @@ pub(crate) struct Step {
     lr: f64,
 }
 
-/// The run took these steps; the most that loss and, relative, gradient norm differ.
+/// Asserts that the run took these steps, and returns the largest difference of losses and relative difference of norms.
 pub(crate) fn follows(run: &Path, steps: &[Step]) -> (f64, f64) {
     let metrics = metrics(run);
     let ours: Vec<_> = metrics.iter().filter(|line| line["split"] == "train").collect();
@@ -223,7 +223,7 @@ pub(crate) fn checkpoints(run: &Path) -> Vec<String> {
     names
 }
 
-/// Every tensor and the trainer's state are bit for bit the same.
+/// Asserts that every tensor and the trainer's state are equal bit for bit.
 pub(crate) fn assert_same_checkpoint(a: &Path, b: &Path) {
     let (left, right) = (Checkpoint::open(a).unwrap(), Checkpoint::open(b).unwrap());
     let of = |checkpoint: &Checkpoint| -> Vec<(String, Vec<u8>)> {
@@ -238,7 +238,7 @@ pub(crate) fn assert_same_checkpoint(a: &Path, b: &Path) {
     assert_eq!(state(a), state(b));
 }
 
-/// The trainer's state without the recipe: the runs have other names.
+/// The trainer's state without the recipe, because the runs have different names.
 pub(crate) fn state(dir: &Path) -> serde_json::Value {
     let text = fs::read_to_string(dir.join("trainer.json")).unwrap();
     let mut state: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -246,7 +246,7 @@ pub(crate) fn state(dir: &Path) -> serde_json::Value {
     state
 }
 
-/// Every file of an adapter's checkpoint that says what the run is, to the byte.
+/// Asserts that the adapters and the trainer's state of two checkpoints are equal byte for byte.
 pub(crate) fn assert_same_adapter(a: &Path, b: &Path) {
     for file in ["adapter_model.safetensors", "adapter_config.json"] {
         assert!(fs::read(a.join(file)).unwrap() == fs::read(b.join(file)).unwrap(), "{file} differs");
@@ -254,8 +254,8 @@ pub(crate) fn assert_same_adapter(a: &Path, b: &Path) {
     assert_eq!(state(a), state(b));
 }
 
-/// The program failed as the contract says: exit code 1, one `error:` line with `expected` in it, and at most a
-/// `hint:` line behind it.
+/// Asserts that the program failed as documented: exit code 1, one `error:` line that contains `expected`, and after it at
+/// most a `hint:` line.
 pub(crate) fn assert_fails(output: &Output, expected: &str) {
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
@@ -263,13 +263,13 @@ pub(crate) fn assert_fails(output: &Output, expected: &str) {
     assert_eq!(errors.len(), 1, "{stderr}");
     assert!(errors[0].contains(expected), "{stderr}");
     assert!(!stderr.contains("panicked"), "{stderr}");
-    let behind: Vec<&str> = stderr.lines().skip_while(|line| !line.starts_with("error: ")).skip(1).collect();
-    assert!(behind.len() <= 1 && behind.iter().all(|line| line.starts_with("hint: ")), "{stderr}");
+    let after: Vec<&str> = stderr.lines().skip_while(|line| !line.starts_with("error: ")).skip(1).collect();
+    assert!(after.len() <= 1 && after.iter().all(|line| line.starts_with("hint: ")), "{stderr}");
 }
 
-/// A run whose rate is out of all bounds ends with one error that names its second step, behind the checkpoint of the
+/// Asserts that a run with an absurd learning rate ends with one error that names its second step, after the checkpoint of the
 /// first.
-pub(crate) fn assert_ends_at_no_number(more: &[&str]) {
+pub(crate) fn assert_ends_at_non_finite_loss(more: &[&str]) {
     let home = Home::new();
     let mut arguments = vec![
         "--set",

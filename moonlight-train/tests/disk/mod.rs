@@ -1,4 +1,4 @@
-//! A disk whose power is cut: what was not synced may be lost, and names may be changed in another order.
+//! A simulated power loss: what was not synced may be lost, and changes of names may reach the disk in another order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -11,7 +11,7 @@ use moonlight_convert::storage::Call;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// A call that was made, with the contents that a sync made durable.
+/// A file-system call, with the contents that a sync made durable.
 enum Event {
     CreateDir(PathBuf),
     Write(PathBuf),
@@ -28,14 +28,14 @@ pub(crate) struct Journal {
     events: Mutex<Vec<Event>>,
 }
 
-/// What is known of the moment when the power was cut.
+/// The state at the moment of the power loss.
 pub(crate) struct Lost {
-    /// The step of the newest checkpoint that the run had been told is saved.
+    /// The step of the newest checkpoint whose save had returned.
     pub(crate) saved: Option<u64>,
 }
 
 impl Journal {
-    /// Of the calls below `root`, which is there and durable.
+    /// Records the calls below `root`, which exists and is durable.
     pub(crate) fn new(root: PathBuf) -> Self {
         Self { root, events: Mutex::new(Vec::new()) }
     }
@@ -57,7 +57,7 @@ impl Journal {
         })
     }
 
-    /// Cuts the power at a random moment of the run in `run`, and makes of what is left the folder `to`.
+    /// Cuts the power at a random moment of the run in `run`, and writes what is left to the folder `to`.
     pub(crate) fn cut(&self, seed: u64, run: &Path, to: &Path) -> Lost {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let events = self.events.lock().unwrap();
@@ -66,7 +66,7 @@ impl Journal {
         let mut saved = None;
         for event in &events[..moment] {
             disk.apply(event, &self.root);
-            // The last call of a save makes the name of the checkpoint durable.
+            // The last call of a save syncs the folder that contains the checkpoint's name.
             if let Event::SyncDir(path) = event
                 && path.file_name().is_some_and(|name| name == "checkpoints")
             {
@@ -104,13 +104,13 @@ enum Change {
 #[derive(Default)]
 struct Node {
     is_dir: bool,
-    /// The names as programs see them.
+    /// The names that programs see.
     names: BTreeMap<OsString, usize>,
     /// The names on the disk.
     durable: BTreeMap<OsString, usize>,
-    /// Changes that no sync has made durable.
+    /// Changes since the last sync.
     pending: Vec<Change>,
-    /// The contents on the disk, where a sync made them durable.
+    /// The contents on the disk, if a sync made them durable.
     contents: Option<Arc<Vec<u8>>>,
 }
 
@@ -147,7 +147,7 @@ fn change(names: &mut BTreeMap<OsString, usize>, change: &Change) {
 }
 
 impl Disk {
-    /// The node at a path, as programs see it.
+    /// The node at a path that programs see.
     fn find(&self, path: &[OsString]) -> Option<usize> {
         path.iter().try_fold(0, |id, name| self.nodes[id].names.get(name).copied())
     }
@@ -177,7 +177,7 @@ impl Disk {
                 self.add(&path(of), true);
             }
             Event::Write(of) => {
-                // What was durable of an earlier file of this name is being overwritten.
+                // The durable contents of an earlier file of this name are being overwritten.
                 match self.find(&path(of)) {
                     Some(id) => self.nodes[id].contents = None,
                     None => drop(self.add(&path(of), false)),
@@ -220,7 +220,7 @@ impl Disk {
         }
     }
 
-    /// Of the changes that are not durable, any may have reached the disk, in another order.
+    /// Any of the changes that are not durable may have reached the disk, in any order.
     fn cut(&mut self, random: &mut ChaCha8Rng) {
         for node in &mut self.nodes {
             let mut pending: Vec<Change> = node.pending.drain(..).collect();
@@ -233,7 +233,7 @@ impl Disk {
             pending.iter().for_each(|pending| change(&mut node.durable, pending));
             node.names = node.durable.clone();
         }
-        // A directory that a name was lost of is not found under two.
+        // A renamed directory is found by one of its two names, and not by both.
         let mut seen = BTreeSet::new();
         for node in &mut self.nodes {
             node.names.retain(|_, id| seen.insert(*id));
@@ -250,7 +250,7 @@ impl Disk {
         let lost: &[&[u8]] = &[b"", b"{", &[0; 64]];
         match &node.contents {
             Some(contents) => fs::write(to, contents.as_slice()).unwrap(),
-            // Nobody knows what of it is there.
+            // Contents that were not synced: any part of them may be on the disk.
             None => fs::write(to, lost[random.random_range(0..lost.len())]).unwrap(),
         }
     }
