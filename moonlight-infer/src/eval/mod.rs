@@ -374,6 +374,7 @@ fn score_requests(model: &CausalLm, requests: &[Request]) -> Result<Vec<Vec<Toke
         let batch = &order[at..at + rows];
         let sequences: Vec<&[u32]> = batch.iter().map(|&index| requests[index].tokens.as_slice()).collect();
         for (&index, scored) in batch.iter().zip(score_batch(model, &sequences)?) {
+            // The first score is that of the second token.
             scores[index] = scored[(requests[index].from - 1).min(scored.len())..].to_vec();
         }
         at += rows;

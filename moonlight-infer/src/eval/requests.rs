@@ -21,6 +21,7 @@ impl Request {
     pub(super) fn within(mut self, context: usize) -> Self {
         let dropped = self.tokens.len().saturating_sub(context + 1);
         self.tokens.drain(..dropped);
+        // The first token has none before it, and is never scored.
         Self { tokens: self.tokens, from: self.from.saturating_sub(dropped).max(1) }
     }
 }

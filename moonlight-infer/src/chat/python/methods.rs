@@ -186,8 +186,7 @@ fn str_method(state: &State, text: &str, name: &str, arguments: &[Value]) -> Res
                 }))));
             }
             let found = part.and_then(|part| {
-                let at =
-                    if name.starts_with('r') { part.rfind(needle) } else { part.find(needle) }?;
+                let at = if name.starts_with('r') { part.rfind(needle) } else { part.find(needle) }?;
                 let before = part.as_ptr() as usize - text.as_ptr() as usize;
                 Some(text[..before + at].chars().count())
             });
