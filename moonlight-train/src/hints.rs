@@ -10,7 +10,9 @@ use moonlight_infer::chat::ChatError;
 /// path that does not exist may have been meant as another kind of name.
 pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
     if let CheckpointError::NoSuchDirectory { .. } = error {
-        return Some("name a model's directory, the folder of a run, or `org/name` of a model in the Hub's cache".into());
+        return Some(
+            "name a model's directory, the folder of a run, or `org/name` of a model in the Hub's cache".into(),
+        );
     }
     let Some((repo, revision)) = error.not_cached() else { return error.hint() };
     let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
