@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::shell::{cargo, command, is_installed, output, run as call, succeeds};
-use crate::{book, evidence, links, package, scripts, words};
+use crate::shell::{cargo, command, is_installed, metadata, output, run as call, succeeds};
+use crate::{book, package, scripts, words};
 
 /// Examples that teach; each asserts what it shows.
 const EXAMPLES: [&str; 5] = ["own_burn_program", "custom_model", "generate", "lora", "custom_loop"];
@@ -26,9 +26,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     doc(root)?;
     examples(root)?;
     scripts::run(root)?;
-    evidence::run(root, true)?;
     book::run(root, true)?;
-    links::run(root, true)?;
     package::run(root, true)?;
     let has_deny = succeeds(&mut cargo(root, "deny --version"));
     optional("licenses of dependencies", has_deny, "cargo-deny is not installed", || deny(root, false))?;
@@ -157,11 +155,9 @@ fn install_mpi(root: &Path) -> bool {
         && has_mpi()
 }
 
-/// Where cargo builds, as cargo says it.
+/// Where cargo builds.
 fn target_dir(root: &Path) -> Result<PathBuf> {
-    let metadata = output(&mut cargo(root, "metadata --no-deps --format-version 1"))?;
-    let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
-    match metadata["target_directory"].as_str() {
+    match metadata(root)?["target_directory"].as_str() {
         Some(folder) => Ok(folder.into()),
         None => bail!("`cargo metadata` names no target folder"),
     }

@@ -53,6 +53,12 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("`{shown}` printed bytes that are not UTF-8"))
 }
 
+/// What `cargo metadata` reports of the workspace, without its dependencies.
+pub(crate) fn metadata(root: &Path) -> Result<serde_json::Value> {
+    let text = output(&mut cargo(root, "metadata --no-deps --format-version 1"))?;
+    serde_json::from_str(&text).context("the output of `cargo metadata`")
+}
+
 /// Whether a command runs and ends with status 0. Its output is dropped.
 pub(crate) fn succeeds(command: &mut Command) -> bool {
     command
