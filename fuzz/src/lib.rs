@@ -1,8 +1,8 @@
-//! What each fuzz target does with its input: everything that a program does with such a file of somebody else's, short of the
-//! work itself. Whatever is in the file, the end is a value: no panic that leaves the library, no abort, no endless loop, no
-//! memory without bounds.
+//! What each fuzz target does with its input: everything that a program does with an untrusted file of that kind, except the
+//! work itself. Whatever the file contains, the result is a value: no panic that leaves the library, no abort, no endless loop,
+//! no memory without bounds.
 //!
-//! Inputs of several files are one text with a NUL between the parts, which none of them holds (see [`parts`]).
+//! An input of several files is one text with a NUL between the parts, which no part contains (see [`parts`]).
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -32,11 +32,11 @@ use tempfile::TempDir;
 /// The `config.json` of the model that adapters and weights are read for.
 const CONFIG: &str = include_str!("../../fixtures/compat/pretrain/checkpoints/step-00000003/config.json");
 
-/// What the last panic said, of whatever thread.
+/// The message of the last panic, of any thread.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
 
-/// Called once, before the first input. A panic that the library catches is none: `libfuzzer-sys` would abort in the hook, before
-/// anybody can catch it.
+/// Called once, before the first input. A panic that the library catches is not a finding, but the hook of `libfuzzer-sys` would
+/// abort before it is caught, so this one replaces it.
 pub fn begin() {
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = std::backtrace::Backtrace::capture();
@@ -45,7 +45,7 @@ pub fn begin() {
 }
 
 /// Runs `target`; a panic that reaches this place is a finding.
-pub fn judge(target: impl FnOnce()) {
+pub fn run_target(target: impl FnOnce()) {
     if catch_unwind(AssertUnwindSafe(target)).is_err() {
         let message = PANIC.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
         eprintln!("a panic left the library: {}", message.unwrap_or_default());
@@ -71,8 +71,8 @@ fn write(path: &Path, contents: &[u8]) {
     fs::write(path, contents).expect("an input fits into memory");
 }
 
-/// The parts of an input that stand for `N` files: what follows the last NUL wanted is one part, with all NULs that it has;
-/// parts that are absent are empty.
+/// The parts of an input for `N` files: all that follows the last separating NUL is one part, with the NULs in it. Absent parts are
+/// empty.
 fn parts<const N: usize>(data: &[u8]) -> [&[u8]; N] {
     let mut parts = [&data[..0]; N];
     for (part, found) in parts.iter_mut().zip(data.splitn(N, |byte| *byte == 0)) {
@@ -81,13 +81,13 @@ fn parts<const N: usize>(data: &[u8]) -> [&[u8]; N] {
     parts
 }
 
-/// The text of an error must be fit for a terminal.
+/// The text of an error must be safe to print to a terminal.
 fn check(error: &impl ToString) {
     let message = error.to_string();
     assert!(!message.chars().any(|char| char.is_control() && char != '\n'), "{}", message.escape_debug());
 }
 
-/// The text of an error of a crate that leaves it to its callers to make it fit for a terminal.
+/// The text of an error of a crate whose callers make it safe to print.
 fn read_out(error: &impl ToString) {
     drop(error.to_string());
 }
@@ -311,7 +311,7 @@ pub fn recipe(data: &[u8]) {
     }
 }
 
-/// `model.safetensors.index.json` or nothing, NUL, the header of a file of weights, NUL, the length of its data and, behind a
+/// `model.safetensors.index.json` or nothing, NUL, the header of a file of weights, NUL, the length of its data and, after a
 /// comma, the length that the file claims for its header.
 pub fn safetensors(data: &[u8]) {
     let [index, header, lengths] = parts(data);

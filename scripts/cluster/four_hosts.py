@@ -285,7 +285,7 @@ class Trial:
             log += f"\nit did not end; its ranks: {stuck}"
         weights = folder / "checkpoints/step-00000024/model.safetensors"
         equal = resumed.returncode == 0 and weights.exists() and weights.read_bytes() == self.weights.read_bytes()
-        torn = re.search("(passing over|ignored|ignoring|skipped|skipping) a damaged checkpoint", log) is not None
+        torn = re.search("checkpoint `[^`]*` is damaged", log) is not None
         good = (
             not left and launcher_ended is not None and max(ended, launcher_ended) < 30 and named and equal and not torn
         )
