@@ -216,7 +216,7 @@ class Trial:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
         after = self.network.sent()
-        account = [line for line in output.splitlines() if line.startswith(("sent by", "by the formula", "against"))]
+        account = [line for line in output.splitlines() if line.startswith(("sent by", "predicted", "over a"))]
         per_step = [(b - a) / 24 / 1e6 for a, b in zip(before, after)]
         print("\n".join(account))
         print("on the wire, with headers and the launcher:", ", ".join(f"{x:.3f} MB" for x in per_step), "per step")
