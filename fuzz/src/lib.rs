@@ -1,8 +1,8 @@
-//! What each fuzz target does with its input: everything that a program does with an untrusted file of that kind, except the
-//! work itself. Whatever the file contains, the result is a value: no panic that leaves the library, no abort, no endless loop,
-//! no memory without bounds.
+//! The fuzz targets. Each does with its input what the programs do with an untrusted file of that kind, except for the
+//! expensive work behind it. Whatever the input, the call returns: no panic leaves the library, nothing aborts or loops
+//! forever, and memory is bounded.
 //!
-//! An input of several files is one text with a NUL between the parts, which no part contains (see [`parts`]).
+//! An input that stands for several files is one text with NUL between its parts; see [`parts`].
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -32,11 +32,11 @@ use tempfile::TempDir;
 /// The `config.json` of the model that adapters and weights are read for.
 const CONFIG: &str = include_str!("../../fixtures/compat/pretrain/checkpoints/step-00000003/config.json");
 
-/// The message of the last panic, of any thread.
+/// The message of the last panic, on any thread.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
 
-/// Called once, before the first input. A panic that the library catches is not a finding, but the hook of `libfuzzer-sys` would
-/// abort before it is caught, so this one replaces it.
+/// Runs once, before the first input. Replaces the panic hook of `libfuzzer-sys`, which aborts before the library can catch
+/// a panic that it handles.
 pub fn begin() {
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = std::backtrace::Backtrace::capture();
@@ -44,8 +44,8 @@ pub fn begin() {
     }));
 }
 
-/// Runs `target`; a panic that reaches this place is a finding.
-pub fn run_target(target: impl FnOnce()) {
+/// Runs `target` and aborts if a panic leaves it: that is a finding.
+pub fn check(target: impl FnOnce()) {
     if catch_unwind(AssertUnwindSafe(target)).is_err() {
         let message = PANIC.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
         eprintln!("a panic left the library: {}", message.unwrap_or_default());
@@ -53,13 +53,13 @@ pub fn run_target(target: impl FnOnce()) {
     }
 }
 
-/// An empty folder of this process, in memory where `TMPDIR` is.
+/// An empty folder for this process. It is in memory if `TMPDIR` is.
 fn home() -> &'static Path {
     static HOME: OnceLock<TempDir> = OnceLock::new();
     HOME.get_or_init(|| tempfile::tempdir().expect("a folder for the inputs")).path()
 }
 
-/// A folder `name` with nothing in it.
+/// An empty folder `name`.
 fn empty(name: &str) -> PathBuf {
     let folder = home().join(name);
     drop(fs::remove_dir_all(&folder));
@@ -71,8 +71,7 @@ fn write(path: &Path, contents: &[u8]) {
     fs::write(path, contents).expect("an input fits into memory");
 }
 
-/// The parts of an input for `N` files: all that follows the last separating NUL is one part, with the NULs in it. Absent parts are
-/// empty.
+/// Splits an input at its first `N - 1` NULs into `N` files. The last part keeps its NULs; absent parts are empty.
 fn parts<const N: usize>(data: &[u8]) -> [&[u8]; N] {
     let mut parts = [&data[..0]; N];
     for (part, found) in parts.iter_mut().zip(data.splitn(N, |byte| *byte == 0)) {
@@ -81,13 +80,13 @@ fn parts<const N: usize>(data: &[u8]) -> [&[u8]; N] {
     parts
 }
 
-/// The text of an error must be safe to print to a terminal.
+/// Asserts that the text of an error has no control characters, which a terminal would obey.
 fn check(error: &impl ToString) {
     let message = error.to_string();
     assert!(!message.chars().any(|char| char.is_control() && char != '\n'), "{}", message.escape_debug());
 }
 
-/// The text of an error of a crate whose callers make it safe to print.
+/// The same for errors of crates whose callers escape the text.
 fn read_out(error: &impl ToString) {
     drop(error.to_string());
 }
@@ -109,7 +108,7 @@ pub fn adapter(data: &[u8]) {
     }
 }
 
-/// The template, NUL, a record with a conversation.
+/// A chat template, NUL, a record with a conversation.
 pub fn chat_template(data: &[u8]) {
     let [template, record] = parts(data);
     let file = empty("chat").join("chat_template.jinja");
@@ -134,8 +133,8 @@ pub fn chat_template(data: &[u8]) {
     }
 }
 
-/// A letter for what the records are (`c`hat, to`k`ens, else text), one for the file's ending (`j`sonl, json for `a`rrays, cs`v`,
-/// `g`z, `z`st, else txt), and the file.
+/// A letter for the kind of records (`c`hat, to`k`ens, else text), one for the file extension (`j`sonl, json for `a`rrays,
+/// cs`v`, `g`z, `z`st, else txt), then the file.
 pub fn data_records(data: &[u8]) {
     let [format, ending, contents @ ..] = data else { return };
     let (format, tokenizer) = match format {
@@ -161,7 +160,7 @@ pub fn data_records(data: &[u8]) {
             tokenizer: if format == DataFormat::Tokens { TokenizerName::None } else { TokenizerName::Bytes },
             sequence_length: 16,
             broken,
-            // A file of this size may hold a bomb.
+            // A small compressed file may expand to gigabytes.
             max_bytes: 1 << 20,
             cache_dir: empty("cache"),
             ..DataConfig::default()
@@ -183,7 +182,7 @@ pub fn data_records(data: &[u8]) {
             }
         }
     }
-    // The same file as it is scored.
+    // `moonlight score` reads the same file by another path.
     if matches!(ending, "jsonl" | "json" | "csv")
         && let Ok(reader) = TokenReader::open(&file)
         && let Err(error) = reader.for_each(Some(&Tokenizer::bytes()), |_| Ok(()))
@@ -192,8 +191,8 @@ pub fn data_records(data: &[u8]) {
     }
 }
 
-/// Sizes and dtype of the CPU's kernels, a byte each. No file holds these: the kernels, which write memory in parallel and by
-/// vector instructions, run under AddressSanitizer here, at each level of the processor.
+/// Shapes and dtype for the CPU kernels, a byte each. They do not come from files; this target runs kernels that write memory
+/// in parallel and with vector instructions under AddressSanitizer, at each SIMD level.
 pub fn kernels(data: &[u8]) {
     let mut sizes = data.iter().map(|byte| usize::from(*byte)).chain(std::iter::repeat(1));
     let mut size = |most: usize| sizes.next().unwrap_or(1) % most + 1;
@@ -301,7 +300,7 @@ pub fn optimizer_state(data: &[u8]) {
     }
 }
 
-/// A recipe. Nothing that it names is looked for.
+/// A recipe. The paths in it are not resolved.
 pub fn recipe(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     for sets in [&[][..], &["train.steps=3".to_owned(), "data.train=[\"a\"]".to_owned()]] {
@@ -311,7 +310,7 @@ pub fn recipe(data: &[u8]) {
     }
 }
 
-/// `model.safetensors.index.json` or nothing, NUL, the header of a file of weights, NUL, the length of its data and, after a
+/// `model.safetensors.index.json` or nothing, NUL, the header of a weight file, NUL, the length of its data and, after a
 /// comma, the length that the file claims for its header.
 pub fn safetensors(data: &[u8]) {
     let [index, header, lengths] = parts(data);
@@ -327,7 +326,7 @@ pub fn safetensors(data: &[u8]) {
     let claimed = lengths.next().flatten().unwrap_or(header.len() as u64);
     let mut file = File::create(folder.join(name)).expect("a file for an input");
     file.write_all(&[&claimed.to_le_bytes(), header].concat()).expect("an input fits into memory");
-    // What follows is a hole.
+    // The data is a hole in a sparse file.
     file.set_len(8 + header.len() as u64 + length).expect("a hole costs nothing");
     drop(file);
     let checkpoint = match Checkpoint::open(&folder) {
@@ -396,7 +395,7 @@ fn use_tokenizer(folder: &Path) {
 pub fn trainer_state(data: &[u8]) {
     let [state, manifest] = parts(data);
     if let Ok(state) = serde_json::from_slice::<TrainerState>(state) {
-        // What is written goes back in.
+        // A state that was read can be written and read again.
         let text = serde_json::to_string(&state).expect("numbers are always JSON");
         assert!(serde_json::from_str::<TrainerState>(&text).is_ok(), "{text}");
     }

@@ -1,9 +1,12 @@
-//! What a tokenizer makes of texts: `cargo run --release -p moonlight-infer --example tokenize -- DIR < texts.jsonl`.
+//! Tokenizes texts: `cargo run --release -p moonlight-infer --example tokenize -- DIR < texts.jsonl`.
 //!
-//! Each line of the input is a JSON string. Each line of the output is an object: `tokens` of the text as people wrote it,
-//! `parsed` with the special tokens that it spells and what begins and ends a text, `decoded` and `decoded_with_special` of
-//! the latter, and `streamed`, the text of the latter token by token. `scripts/check_tokenizer.py` compares them with
-//! those of transformers and tiktoken.
+//! Each line of the input is a JSON string. Each line of the output is an object with
+//!
+//! * `tokens`: the text without prefix and suffix, special tokens in it as text;
+//! * `parsed`: the text with prefix and suffix, special tokens in it parsed;
+//! * `decoded`, `decoded_with_special`, `streamed`: the text of `parsed`, the last one token by token.
+//!
+//! The script `check_tokenizer.py` compares them with those of transformers and tiktoken.
 
 use std::error::Error;
 use std::io::{BufRead, Write, stdin, stdout};

@@ -50,8 +50,8 @@ impl ParquetError {
     }
 }
 
-/// Columns of which a file must have at least one; any file will do if the list is empty. All columns are read, whatever the
-/// list: the parser of the records decides which of them it uses.
+/// A file must have at least one of these columns, or any if the list is empty. All columns are read, whatever the list: the
+/// parser of the records decides which of them it uses.
 pub type RequiredColumns = &'static [&'static str];
 
 /// The columns of conversations, one for each [format](crate::chat::ConversationFormat).

@@ -197,7 +197,7 @@ pub fn newest_checkpoint(run: &Path) -> Result<Option<(PathBuf, Option<ReadLock>
         let mut damaged = Vec::new();
         let mut vanished = false;
         for path in checkpoint_folders(&dir)? {
-            // LockAttempt first: what is judged then cannot be removed.
+            // Locked before the check, so that the checkpoint is not removed between check and reading.
             let lock = match ReadLock::acquire(&path) {
                 LockAttempt::Held(lock) => Some(lock),
                 LockAttempt::Busy if attempt < ATTEMPTS => {

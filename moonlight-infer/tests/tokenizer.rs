@@ -1,5 +1,5 @@
-//! One tokenizer in two files, under real ranks: those of `cl100k_base`, which the `tiktoken-rs` crate carries, with the
-//! family's pattern and tokens, special and not.
+//! `tiktoken.model` and the `tokenizer.json` converted from it give the tokens of tiktoken, with the real ranks of
+//! `cl100k_base` (which the `tiktoken-rs` crate contains), Moonlight's pattern, and added tokens, special and not.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -13,7 +13,7 @@ use moonlight_infer::Tokenizer;
 use serde_json::{Value, json};
 use tiktoken_rs::CoreBPE;
 
-/// Distances from the last rank, as in Kimi K2.
+/// Ids relative to the first after the ranks, as in Kimi K2.
 const SPECIAL: [(u32, &str); 7] = [
     (0, "[BOS]"),
     (1, "[EOS]"),
@@ -26,20 +26,22 @@ const SPECIAL: [(u32, &str); 7] = [
 const PLAIN: [(u32, &str); 4] =
     [(11, "<|tool_calls_section_begin|>"), (13, "<|tool_call_begin|>"), (22, "<think>"), (23, "</think>")];
 
-/// What this repository holds of code and prose, and scripts and signs that it does not hold.
+/// Code and prose of this repository, and scripts and symbols that it does not contain.
 fn texts() -> Vec<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let mut texts: Vec<String> =
-        ["README.md", "docs/src/reference/recipe.md", "CONTRIBUTING.md", "scripts/make_fixtures.py"]
-            .iter()
-            .filter_map(|name| fs::read_to_string(root.join(name)).ok())
-            .collect();
-    for folder in ["moonlight-infer/src/tokenizer", "moonlight-infer/src/chat", "moonlight-train/src/data"] {
+    let mut texts: Vec<String> = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/src/reference/recipe.md"]
+        .iter()
+        .filter_map(|name| fs::read_to_string(root.join(name)).ok())
+        .collect();
+    for folder in
+        ["infer/src/tokenizer", "infer/src/chat", "infer/src/chat/tests", "infer/src/records", "train/src/data"]
+    {
+        let folder = format!("moonlight-{folder}");
         for entry in fs::read_dir(root.join(folder)).into_iter().flatten().flatten() {
             texts.extend(fs::read_to_string(entry.path()));
         }
     }
-    assert!(texts.iter().map(String::len).sum::<usize>() > 200_000, "there is hardly any text");
+    assert!(texts.iter().map(String::len).sum::<usize>() > 200_000, "the files of the repository are found");
     texts.push("月光下的凤尾竹，轻柔啊美丽的像绿色的雾。中文English混排123数字、标点。".repeat(200));
     texts.push("漢字かな交じり文 ｶﾀｶﾅ 한국어 русский עברית العربية हिन्दी ไทย e\u{301} 👩‍👩‍👧‍👦 🇩🇪👍🏽 ❤️\n".repeat(200));
     texts.extend((0x1F300..0x1FB00).step_by(64).map(|first| (first..first + 64).filter_map(char::from_u32).collect()));
@@ -80,13 +82,13 @@ fn both_files_give_the_tokens_of_tiktoken() {
     let theirs = CoreBPE::new(tokens.into_iter().zip(0..).collect(), all.collect(), &pattern()).unwrap();
     let plain: HashSet<&str> = PLAIN.iter().map(|(_, name)| *name).collect();
 
-    let marks: Vec<&str> = SPECIAL.iter().chain(&PLAIN).map(|(_, name)| *name).collect();
+    let names: Vec<&str> = SPECIAL.iter().chain(&PLAIN).map(|(_, name)| *name).collect();
     let (mut bytes, mut count) = (0, 0);
     for (number, text) in texts().iter().enumerate() {
-        // The marks in the middle, one beside the other, and white space between them.
+        // Added tokens at the start and in the middle, next to each other and with white space between them.
         let at = text.floor_char_boundary(text.len() / 2);
-        let mark = |place: usize| marks[(number + place) % marks.len()];
-        let marked = format!("{}{} {}{}\n{}{}", mark(0), &text[..at], mark(1), mark(2), mark(3), &text[at..]);
+        let added = |offset: usize| names[(number + offset) % names.len()];
+        let marked = format!("{}{} {}{}\n{}{}", added(0), &text[..at], added(1), added(2), added(3), &text[at..]);
         for text in [text, &marked] {
             let (unparsed, _) = theirs.encode(text, &plain).unwrap();
             let parsed = theirs.encode_with_special_tokens(text);
@@ -99,7 +101,7 @@ fn both_files_give_the_tokens_of_tiktoken() {
                 let mut streamed: String = parsed.iter().map(|&token| stream.push(token)).collect();
                 streamed.push_str(&stream.finish());
                 let without: String = SPECIAL.iter().fold(text.clone(), |text, (_, name)| text.replace(name, ""));
-                // Of text that spells a special token when another is taken out of it there is none here.
+                // No text here contains a special token that appears only when another one is removed.
                 assert_eq!((&ours.decode(&parsed), &streamed), (&without, &without));
             }
             (bytes, count) = (bytes + text.len(), count + parsed.len());

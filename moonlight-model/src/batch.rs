@@ -37,11 +37,15 @@ impl Segments {
     /// which attends to the padding before it and to nothing else.
     ///
     /// ```
-    /// use moonlight_model::Segments;
+    /// use burn::tensor::Device;
+    /// use moonlight_model::rope::RotaryEmbedding;
+    /// use moonlight_model::{ForwardContext, RopeConfig, Segments};
     ///
     /// // Two sequences of four tokens: documents of 3 + 1 tokens, then one of 2 tokens and padding.
     /// let segments = Segments::new(&[0, 0, 0, 1, 2, 2, -1, -1], 2, 4);
-    /// # let _ = segments;
+    /// let rotary = RotaryEmbedding::new(&RopeConfig::new(), 8);
+    /// let context = ForwardContext::packed(&rotary, &segments, &Device::default());
+    /// assert_eq!((context.batch(), context.sequence()), (2, 4));
     /// ```
     ///
     /// # Panics

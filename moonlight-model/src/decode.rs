@@ -74,6 +74,7 @@ impl CausalLm {
                 let spans = cache.append(&counts);
                 let chunk = TensorData::new(chunk, [1, counts.iter().sum()]);
                 let hidden = self.decode_layers(Tensor::from_data(chunk, &device), spans, cache);
+                // Only the last token of a sequence goes to the head: it is the widest matrix, and the others' logits are not used.
                 if !last.is_empty() {
                     let last = Tensor::<1, Int>::from_data(TensorData::from(last.as_slice()), &device);
                     ends.push(hidden.select(0, last));

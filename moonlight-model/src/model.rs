@@ -242,7 +242,7 @@ impl CausalLm {
         let hidden = self.norm.forward_rows(hidden);
         match &self.lm_head {
             Some(head) => project(hidden, head.weight.val()),
-            None => hidden.matmul(self.embed_tokens.weight.val().transpose()),
+            None => hidden.matmul(self.embed_tokens.weight.val().transpose()), // tied: [vocab, hidden]^T
         }
     }
 

@@ -1,4 +1,4 @@
-//! Operations on every projection of a model, whichever layer it is in: quantize, dequantize, merge adapters.
+//! Operations on every projection of a model: quantize, dequantize, merge adapters.
 
 use burn::module::Param;
 use burn::tensor::Tensor;

@@ -163,7 +163,7 @@ fn outcome<const D: usize>(output: Tensor<D>, inputs: Vec<GradientOf>) -> Outcom
     let shape = output.dims().to_vec();
     let mut values = vec![numbers(output.clone().into_data())];
     if !inputs.is_empty() {
-        // Not the plain sum, whose gradient some functions lose.
+        // Not the plain sum, whose gradient is the same for every input of some functions.
         let gradients = (output.clone() * output).sum().backward();
         values.extend(inputs.iter().map(|input| numbers(input(&gradients).expect("every input takes part"))));
     }
@@ -192,7 +192,7 @@ fn call_quantized_matmul(arguments: &mut Arguments) -> Outcome {
     let blocks = (input * output).div_ceil(QUANT_BLOCK);
     let spec = QuantizedSpec { bits, input: arguments.number(input), output: arguments.number(output) };
     let rows = arguments.float([tokens * k, input]);
-    // The floats' numbers lie between -1/2 and 1/2.
+    // The values of float tensors are in -1/2..1/2.
     let values = arguments.tensor([groups, blocks * bits.bytes(QUANT_BLOCK)], DType::F32);
     let values: Tensor<2, Int> = (values * 255.0 + 127.5).int();
     let values = if values.device().supports_dtype(DType::U8) { values.cast(DType::U8) } else { values };
@@ -265,7 +265,7 @@ fn call_cached_attention(arguments: &mut Arguments) -> Outcome {
     let [batch, count, key_heads, width, group] = arguments.case.sizes;
     let cache = arguments.tensor([batch, key_heads, 7 + count, width + 3], arguments.dtype);
     let query = arguments.tensor([batch * count, key_heads * group, width], arguments.dtype);
-    // Every sequence, all in step or each at a position of its own.
+    // All sequences, at one position or each at its own.
     let mut spans = Vec::new();
     for sequence in 0..batch {
         let start = if arguments.case.seed.is_multiple_of(2) { 5 } else { sequence % 5 + 2 };

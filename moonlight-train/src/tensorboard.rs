@@ -1,8 +1,7 @@
 //! TensorBoard event files.
 //!
 //! A file is a sequence of TFRecords, each `length: u64, masked CRC of the length, event, masked CRC of the event`. An event
-//! is a protocol buffer (`tensorflow/core/util/event.proto`), of which four fields are needed; they are encoded by hand here
-//! rather than by a code generator.
+//! is a protocol buffer (`tensorflow/core/util/event.proto`), and only four of its fields are needed, so they are encoded by hand.
 
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -142,7 +142,7 @@ fn broken_conversations_are_reported_in_one_line() {
     let set = ["--set", &template];
     assert_fails(
         &run(b"", &set),
-        "talk.jsonl:1: the chat template does not take this conversation: roles must\\nalternate",
+        "talk.jsonl:1: the chat template does not accept this conversation: roles must\\nalternate",
     );
     let long = format!(r#"{{"instruction": "Q", "output": "{}"}}"#, "long ".repeat(100));
     assert_fails(&run(long.as_bytes(), &[]), "talk.jsonl:2: the record has ");

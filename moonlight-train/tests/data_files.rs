@@ -179,7 +179,11 @@ fn a_run_without_anything_to_learn_from_names_the_reason() {
     assert!(text(&output.stderr).contains("long.jsonl:1 ("), "{}", text(&output.stderr));
     let output = look.at("other.jsonl", "{\"a\": 1}\n{\"a\": 2}\n", &["data.broken=skip"]);
     assert_fails(&output, "contain nothing to learn from: 2 records were broken and left out: ");
-    assert!(text(&output.stderr).contains("other.jsonl:1 (the record is no conversation"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("other.jsonl:1 (the record is not a conversation"),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]

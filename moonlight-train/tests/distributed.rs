@@ -52,27 +52,27 @@ fn differences(one: &Path, other: &Path, last: u64) -> (f64, f64) {
 #[test]
 fn ranks_with_one_micro_batch_each_equal_one_rank_that_accumulates_bit_for_bit() {
     let home = Home::new();
-    for workers in [2, 3, 4] {
-        let step = step(workers, 2);
-        let alone = trained(&home, &format!("alone-{workers}"), &step);
-        let devices = format!("distributed.devices={workers}");
-        let together = trained(&home, &format!("together-{workers}"), &with(&step, &[&devices]));
+    for ranks in [2, 3, 4] {
+        let step = step(ranks, 2);
+        let alone = trained(&home, &format!("alone-{ranks}"), &step);
+        let devices = format!("distributed.devices={ranks}");
+        let together = trained(&home, &format!("together-{ranks}"), &with(&step, &[&devices]));
         assert_same_metrics(&alone, &together);
         assert_same_weights(&alone, &together, 12);
         // Algorithm 1 rounds the momentum that it gathers, with any world size.
         let flat = ["distributed.form=\"flat\"", devices.as_str()];
-        let flat_alone = trained(&home, &format!("flat-1-{workers}"), &with(&step, &flat[..1]));
-        let flat_together = trained(&home, &format!("flat-{workers}"), &with(&step, &flat));
+        let flat_alone = trained(&home, &format!("flat-1-{ranks}"), &with(&step, &flat[..1]));
+        let flat_together = trained(&home, &format!("flat-{ranks}"), &with(&step, &flat));
         assert_same_metrics(&flat_alone, &flat_together);
         assert_same_weights(&flat_alone, &flat_together, 12);
         assert!(differences(&flat_alone, &alone, 12).1 > 0.0);
         let exact = trained(
             &home,
-            &format!("exact-{workers}"),
+            &format!("exact-{ranks}"),
             &with(&step, &[flat[0], flat[1], "distributed.gather_dtype=\"f32\""]),
         );
         let (loss, weights) = differences(&exact, &alone, 12);
-        assert!(loss < 1e-5 && weights < 1e-4, "{workers} workers: {loss}, {weights}");
+        assert!(loss < 1e-5 && weights < 1e-4, "{ranks} ranks: {loss}, {weights}");
     }
 }
 
@@ -123,12 +123,12 @@ fn ranks_with_uneven_shares_follow_one_rank() {
     let home = Home::new();
     let step = step(2, 5);
     let alone = trained(&home, "alone", &step);
-    for workers in [3, 4] {
-        let devices = format!("distributed.devices={workers}");
-        let together = trained(&home, &format!("uneven-{workers}"), &with(&step, &[&devices]));
+    for ranks in [3, 4] {
+        let devices = format!("distributed.devices={ranks}");
+        let together = trained(&home, &format!("uneven-{ranks}"), &with(&step, &[&devices]));
         let (loss, weights) = differences(&alone, &together, 12);
-        println!("{workers} workers: losses within {loss:.1e}, weights within {weights:.1e}");
-        assert!(loss < 1e-5 && weights < 1e-3, "{workers} workers: {loss}, {weights}");
+        println!("{ranks} ranks: losses within {loss:.1e}, weights within {weights:.1e}");
+        assert!(loss < 1e-5 && weights < 1e-3, "{ranks} ranks: {loss}, {weights}");
         let tokens = |run: &Path| metrics(run).iter().map(|line| line["tokens"].clone()).collect::<Vec<_>>();
         assert_eq!(tokens(&alone), tokens(&together));
     }
@@ -145,17 +145,17 @@ fn a_checkpoint_of_four_ranks_resumes_with_any_world_size() {
         let files = fs::read_dir(checkpoint(&whole, 12)).unwrap().map(|entry| entry.unwrap().file_name());
         let parts = files.filter(|name| name.to_string_lossy().starts_with("optimizer-")).count();
         assert_eq!(parts, 4);
-        for workers in [1, 2, 3] {
-            let name = format!("{form}-{workers}");
+        for ranks in [1, 2, 3] {
+            let name = format!("{form}-{ranks}");
             trained(&home, &name, &with(&four, &["train.steps=8"]));
-            let devices = format!("distributed.devices={workers}");
+            let devices = format!("distributed.devices={ranks}");
             let mut rest = with(&schedule, &[&devices, &format!("distributed.form=\"{form}\"")]);
             rest.push("--resume".into());
             let run = trained(&home, &name, &rest);
             // Weights and state are equal; later steps sum the micro-batches in another order.
             assert_same_weights(&whole, &run, 8);
             let (loss, weights) = differences(&whole, &run, 12);
-            assert!(loss < 1e-5 && weights < 1e-3, "{form} {workers}: {loss}, {weights}");
+            assert!(loss < 1e-5 && weights < 1e-3, "{form} {ranks}: {loss}, {weights}");
         }
     }
     // Also without `[distributed]` from several ranks, and with several from a run without it.
@@ -229,7 +229,7 @@ fn a_rank_without_a_sequence_is_refused() {
 fn a_plan_predicts_what_a_run_on_many_devices_needs() {
     let home = Home::new();
     let recipe = home.path("recipe.toml").display().to_string();
-    let output = moonlight(&["plan", &recipe, "--workers", "4", "--json"]).output().unwrap();
+    let output = moonlight(&["plan", &recipe, "--gpus", "4", "--json"]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
     let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let of = |list: &str, name: &str| {
@@ -245,8 +245,8 @@ fn a_plan_predicts_what_a_run_on_many_devices_needs() {
     let output = home.train("counted", &run.iter().map(String::as_str).collect::<Vec<_>>()).output().unwrap();
     let expected = format!("gradients {:.3} MB", 3.0 * trained / 1e6);
     assert!(text(&output.stderr).contains(&expected), "{expected}: {}", text(&output.stderr));
-    let output = moonlight(&["plan", &recipe, "--workers", "4"]).output().unwrap();
-    assert!(text(&output.stdout).contains("on 4 GPUs, a worker each"));
+    let output = moonlight(&["plan", &recipe, "--gpus", "4"]).output().unwrap();
+    assert!(text(&output.stdout).contains("on 4 GPUs, a rank each"));
 }
 
 #[cfg(not(feature = "mpi"))]

@@ -176,7 +176,7 @@ fn an_output_that_is_an_input_is_refused() {
         let before = fs::read(home.path(file)).unwrap();
         let [file, output] = [file, output].map(|name| home.path(name).display().to_string());
         let arguments = [command, "--model", &model, input, &file, "--output", &output];
-        assert_fails(&moonlight(&arguments).output().unwrap(), "which is read");
+        assert_fails(&moonlight(&arguments).output().unwrap(), "is the input");
         assert!(fs::read(&file).unwrap() == before, "{arguments:?}");
     }
 }

@@ -37,7 +37,7 @@ fn a_checkpoint_is_evaluated_and_its_run_is_plotted() {
     assert_fails(&eval(&["--task", talk]), "talk.jsonl:1: ");
     let output = eval(&["--task", arc]);
     assert!(text(&output.stdout).contains("acc_norm"), "{}", text(&output.stdout));
-    assert_fails(&eval(&["--task", arc, "--format", "mmlu"]), "arc.jsonl:1: `choices` is not a list of texts");
+    assert_fails(&eval(&["--task", arc, "--format", "mmlu"]), "arc.jsonl:1: `choices` is not a list of strings");
     assert_eq!(eval(&["--task", arc, "--format", "xyz"]).status.code(), Some(2));
 
     let plot = |file: &str| {

@@ -104,13 +104,13 @@ fn an_adapter_generates_and_merges() {
 
     // What cannot be merged is an error, and leaves no file.
     let again = moonlight(&["merge", "--adapter", &run, "--output", &merged]).output().unwrap();
-    assert_fails(&again, "exists already");
+    assert_fails(&again, "already exists");
     let elsewhere = tuned.home.path("elsewhere").display().to_string();
     let none = moonlight(&["merge", "--adapter", &base, "--output", &elsewhere]).output().unwrap();
     assert_fails(&none, "has no `adapter_config.json`");
     fs::rename(&tuned.base, tuned.base.with_file_name("moved")).unwrap();
     let lost = moonlight(&["merge", "--adapter", &run, "--output", &elsewhere]).output().unwrap();
-    assert_fails(&lost, "which is not there");
+    assert_fails(&lost, "which does not exist");
     assert!(!Path::new(&elsewhere).exists());
 }
 
@@ -131,7 +131,7 @@ fn adapters_are_trained_on_a_quantized_base() {
         let parts = tuned.home.trained(&parts, &[&schedule[..], &["--resume"]].concat());
         assert_same_adapter(&checkpoint(&run, 12), &checkpoint(&parts, 12));
         let model = run.display().to_string();
-        let command = ["generate", "--prompt", "File", "--max-new-tokens", "4", "--model", &model, "--quantise", bits];
+        let command = ["generate", "--prompt", "File", "--max-new-tokens", "4", "--model", &model, "--quantize", bits];
         let output = moonlight(&command).output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
     }
@@ -145,8 +145,8 @@ fn contradicting_keys_of_a_recipe_are_refused() {
         ("lora.targets=[]", "`lora.targets` is empty"),
         ("lora.rank=0", "`lora.rank` is 0; it must be from 1 to 4096"),
         ("lora.dropout=1", "`lora.dropout` is 1; it must be at least 0 and below 1"),
-        ("optimizer.qk_clip=10", "`optimizer.qk_clip` scales weights that `[lora]` freezes"),
-        ("moe.bias_update_rate=0.1", "`moe.bias_update_rate` moves the routers of a model that `[lora]` freezes"),
+        ("optimizer.qk_clip=10", "`optimizer.qk_clip` changes weights that `[lora]` freezes"),
+        ("moe.bias_update_rate=0.1", "`moe.bias_update_rate` changes the routers of a model that `[lora]` freezes"),
         ("train.freeze=[\"**.mlp.**\"]", "`train.freeze` has no effect with `[lora]`"),
         ("model.quantize=int3", "`model.quantize` is `int3`; it must be one of: none, int8, int4"),
         ("lora.rnak=3", "unknown key `lora.rnak` (the nearest known key is `lora.rank`)"),
@@ -155,7 +155,7 @@ fn contradicting_keys_of_a_recipe_are_refused() {
         assert!(!tuned.home.run("refused").exists(), "{set}");
     }
     let home = Home::new();
-    assert_fails(&home.train("shape", &["--set", "lora.rank=4"]).output().unwrap(), "`[lora]` needs weights");
+    assert_fails(&home.train("shape", &["--set", "lora.rank=4"]).output().unwrap(), "`[lora]` needs the weights");
     let frozen = home.train("bits", &["--set", "model.quantize=int8"]).output().unwrap();
     assert_fails(&frozen, "`model.quantize` is for frozen weights");
 }
@@ -247,7 +247,7 @@ fn every_command_refuses_an_invalid_adapter() {
     fs::write(empty.join("adapter_model.safetensors"), b"\x02\0\0\0\0\0\0\0{}").unwrap();
     let empty = empty.display().to_string();
     let alora = fixtures.join("lora/kinds/alora").display().to_string();
-    for (adapter, expected) in [(&empty, "holds no tensor at all"), (&alora, "`alora_invocation_tokens`")] {
+    for (adapter, expected) in [(&empty, "contains no tensors"), (&alora, "`alora_invocation_tokens`")] {
         let score = moonlight(&["score", "--model", &llama, "--adapter", adapter, "--data", &data]).output().unwrap();
         assert_fails(&score, expected);
         let merge = ["merge", "--model", &llama, "--adapter", adapter, "--output", &at("merged")];

@@ -28,11 +28,11 @@ fn with_data(command: &mut std::process::Command, data: &Path, more: &[&str]) ->
 fn without_the_feature_a_parquet_file_is_an_error_that_names_it() {
     let home = Home::new();
     let output = with_data(&mut home.train("parquet", &[]), &fixture("messages-snappy.parquet"), &[]);
-    assert_fails(&output, "messages-snappy.parquet`: this build reads no parquet files");
+    assert_fails(&output, "messages-snappy.parquet`: this build does not read parquet files");
     assert!(text(&output.stderr).contains("hint: build with `--features parquet`"), "{}", text(&output.stderr));
     assert!(!home.run("parquet").exists());
     let output = with_data(&mut home.train("parquet", &[]), &fixture("text.parquet"), &["data.format=text"]);
-    assert_fails(&output, "text.parquet`: this build reads no parquet files");
+    assert_fails(&output, "text.parquet`: this build does not read parquet files");
 }
 
 // CI chooses these tests by the name of the module.
@@ -116,7 +116,7 @@ mod parquet_built_in {
         for expected in [
             "3 records were broken and left out",
             "bad-records.parquet:4 (`messages[1]` has the unknown role `robot`",
-            "bad-records.parquet:5 (the record is no conversation: it has `prompt_id`)",
+            "bad-records.parquet:5 (the record is not a conversation: it has `prompt_id`)",
         ] {
             assert!(notes.contains(expected), "{expected}\n{notes}");
         }

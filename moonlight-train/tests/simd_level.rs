@@ -13,7 +13,7 @@ fn an_unavailable_level_is_refused_before_anything_else_happens() {
         let output = moonlight(&["plan", "nowhere.toml"]).env(LEVEL_VARIABLE, level).output().unwrap();
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{said}");
-        assert!(said.contains(&format!("MOONLIGHT_SIMD is `{level}`, which")) && said.contains("hint: "), "{said}");
+        assert!(said.contains(&format!("`MOONLIGHT_SIMD` is `{level}`, which")) && said.contains("hint: "), "{said}");
         assert!(!said.contains("nowhere.toml"), "{said}");
     }
 }

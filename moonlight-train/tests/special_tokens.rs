@@ -145,7 +145,7 @@ fn a_text_starts_with_bos_if_the_tokenizer_says_so() {
     assert_eq!(prompt(&["--prompt", "Hi"]), (json!([BOS, 72, 105]), String::new()));
     assert_eq!(prompt(&["--prompt", "Hi", "--no-bos"]).0, json!([72, 105]));
     assert_eq!(prompt(&["--prompt-tokens", "72,105"]).0, json!([72, 105]));
-    assert_fails(&run("generate", dir, &["--prompt-tokens", "72", "--bos"]), "`--prompt-tokens` are taken as they are");
+    assert_fails(&run("generate", dir, &["--prompt-tokens", "72", "--bos"]), "`--prompt-tokens` excludes `--bos`");
     assert_eq!(prompt(&["--prompt", "<s>Hi"]).0, spelled(&[BOS], &[]));
     let (twice, warning) = prompt(&["--prompt", "<s>Hi", "--parse-special"]);
     assert_eq!(twice, json!([BOS, BOS, 72, 105]), "as transformers gives it");
@@ -165,7 +165,7 @@ fn a_text_starts_with_bos_if_the_tokenizer_says_so() {
     assert_eq!(scored(&[]), spelled(&[BOS], &[EOS]));
     let (open, note) = prompt(&["--prompt", "Hi"]);
     assert_eq!(open, json!([BOS, 72, 105]));
-    assert!(note.contains("the tokenizer ends texts with `</s>`; a prompt is not ended"), "{note}");
+    assert!(note.contains("the tokenizer ends texts with `</s>`, which is left out of prompts"), "{note}");
 
     // DeepSeek's files ask for BOS in a place that transformers 5 does not read.
     let config = json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
@@ -173,12 +173,12 @@ fn a_text_starts_with_bos_if_the_tokenizer_says_so() {
     let (tokens, warning) = prompt(&["--prompt", "Hi"]);
     assert_eq!(tokens, json!([72, 105]));
     assert!(
-        warning.contains("says `add_bos_token: true`") && warning.contains("`--bos` or `--no-bos` decides"),
+        warning.contains("says `add_bos_token: true`") && warning.contains("choose with `--bos` or `--no-bos`"),
         "{warning}"
     );
     assert_eq!(prompt(&["--prompt", "Hi", "--bos"]), (json!([BOS, 72, 105]), String::new()));
     write_tokenizer(dir, &Value::Null, true, &json!({}));
-    assert_fails(&run("generate", dir, &["--prompt", "Hi", "--bos"]), "has no token that begins a text (BOS)");
+    assert_fails(&run("generate", dir, &["--prompt", "Hi", "--bos"]), "has no BOS token");
 }
 
 #[test]

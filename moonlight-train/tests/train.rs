@@ -93,7 +93,7 @@ fn epochs_determine_the_number_of_steps() {
     assert_eq!((last["step"].as_u64(), last["lr"].as_f64()), (Some(steps), Some(0.0)));
     assert!(checkpoint(&run, steps).exists());
     let sets = [&set[..], &["--set", "train.steps=3"]].concat();
-    let expected = format!("`train.steps` is 3, but `train.epochs = 1.5` of these data are {steps} steps");
+    let expected = format!("`train.steps` is 3, but `train.epochs = 1.5` is {steps} steps with these data");
     assert_fails(&home.train("both", &sets).output().unwrap(), &expected);
     assert!(!home.run("both").exists());
 }

@@ -133,6 +133,8 @@ fn check_command(words: &[String], known: &Known, keys: &Keys) -> Result<(), Str
         (command, rest) = (next, &rest[1..]);
     }
     let options = known.get(&command).ok_or_else(|| format!("there is no program `{command}`"))?;
+    // Those of the program are those of its commands as well.
+    let global = command.split(' ').next().and_then(|program| known.get(program));
     if PROGRAMS.contains(&command.as_str())
         && let Some(word) = rest.first()
         && !word.starts_with('-')
@@ -145,7 +147,8 @@ fn check_command(words: &[String], known: &Known, keys: &Keys) -> Result<(), Str
     for (at, word) in rest.iter().enumerate() {
         let option = word.split('=').next().unwrap_or_default();
         let is_option = option.starts_with("--") && option.len() > 2;
-        if is_option && !options.contains(option) && !["--help", "--version"].contains(&option) {
+        let is_known = options.contains(option) || global.is_some_and(|global| global.contains(option));
+        if is_option && !is_known && !["--help", "--version"].contains(&option) {
             return Err(format!("`{command}` has no option `{option}`"));
         }
         if word == "--set"
@@ -263,6 +266,7 @@ pub(crate) fn run_blocks(root: &Path, programs: &Path) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let path = std::env::join_paths(std::iter::once(programs).chain(std::env::split_paths(&path)))?;
     let mut count = 0;
+    remove_traces(root)?;
     for page in pages::manual(root)? {
         for block in page.blocks.iter().filter(|block| block.is("sh") && block.is_marked("run")) {
             eprintln!("{}", page.place(block.line));
@@ -273,6 +277,17 @@ pub(crate) fn run_blocks(root: &Path, programs: &Path) -> Result<()> {
         }
     }
     eprintln!("{count} blocks ran");
+    remove_traces(root)
+}
+
+/// Removes what earlier blocks have written: their runs and files are named `book-...`.
+fn remove_traces(root: &Path) -> Result<()> {
+    for pattern in ["runs/book-*", "target/book-*"] {
+        for path in glob::glob(&root.join(pattern).to_string_lossy())? {
+            let path = path?;
+            fs::remove_dir_all(&path).with_context(|| format!("`{}`", path.display()))?;
+        }
+    }
     Ok(())
 }
 

@@ -312,6 +312,7 @@ impl AdapterReader {
             self.embedding(&module, &a, &b)?;
             held.insert(module);
         }
+        // `projection` has removed those that it used.
         if let Some(module) = magnitudes.keys().next() {
             return Err(self.error_with_hint(
                 format!("contains a DoRA magnitude of `{module}`, which has no adapter of a plain projection"),
@@ -857,7 +858,7 @@ impl AdapterReader {
                 (false, _) => (0, rank),
             };
             first += own;
-            let mut values = self.zeros(module, experts, [input, own, height])?;
+            let mut values = self.zeros(module, experts, [input, own, height])?; // [experts, in, rank], [experts, rank, out]
             for expert in 0..experts {
                 for k in 0..own {
                     for i in 0..input {

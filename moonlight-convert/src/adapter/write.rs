@@ -91,6 +91,7 @@ pub fn write_adapter(
 /// The modules of the file. Gate and up of a stack become one module with the sum of their ranks: `A` has the rows of
 /// both, and `B` has each one's columns in its own half of the rows, with zeros elsewhere.
 fn modules(adapters: &[Adapter], experts_are_stacked: bool) -> Vec<Module> {
+    // An adapter's `up_proj` may have no `gate_proj`, and the other way round: they are trained separately.
     let by_path: BTreeMap<&str, &Adapter> = adapters.iter().map(|adapter| (adapter.path.as_str(), adapter)).collect();
     let mut modules = Vec::new();
     for adapter in adapters {
@@ -120,8 +121,8 @@ fn plain(adapter: &Adapter, parameter: bool) -> Module {
     let (b, _, output) = stack(&adapter.b);
     let (mut file_a, mut file_b) = (Matrix::zeros(rank, input), Matrix::zeros(output, rank));
     for k in 0..rank {
-        (0..input).for_each(|i| file_a.set(k, i, a[i * rank + k]));
-        (0..output).for_each(|o| file_b.set(o, k, b[k * output + o]));
+        (0..input).for_each(|i| file_a.set(k, i, a[i * rank + k])); // [in, rank] to [rank, in]
+        (0..output).for_each(|o| file_b.set(o, k, b[k * output + o])); // [rank, out] to [out, rank]
     }
     let target = if parameter { names::as_parameter(&adapter.path) } else { adapter.path.clone() };
     let alpha = adapter.settings.alpha;
@@ -137,9 +138,11 @@ fn fused(stack_path: &str, name: &str, parameter: &str, parts: &[Option<&Adapter
     let (_, _, height) = stack(&first.b);
     let rank: usize = present.iter().map(|adapter| stack(&adapter.a).2).sum();
     let scale = |adapter: &Adapter| adapter.settings.scale(stack(&adapter.a).2);
+    // peft's layout of stacks: in `A` the ranks of one expert are adjacent, `[experts * rank, in]`; in `B` the experts
+    // of one rank, `[out, rank * experts]`.
     let (mut file_a, mut file_b) =
         (Matrix::zeros(experts * rank, input), Matrix::zeros(parts.len() * height, rank * experts));
-    let mut column = 0;
+    let mut column = 0; // the first rank of the part
     for (half, adapter) in parts.iter().enumerate() {
         let Some(adapter) = adapter else { continue };
         let ((a, _, own), (b, _, _)) = (stack(&adapter.a), stack(&adapter.b));

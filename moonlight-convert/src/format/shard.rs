@@ -178,6 +178,7 @@ fn header_length(claimed: u64, length: u64) -> Result<usize, String> {
 pub(crate) fn read_header(header: &[u8], held: u64) -> Result<(Vec<TensorEntry>, Option<String>), String> {
     let broken = |error: &dyn fmt::Display| format!("has an invalid header: {}", Printable(error));
     let Header { tensors: mut infos, note } = serde_json::from_slice(header).map_err(|error| broken(&error))?;
+    // The library expects the entries in the order of their offsets.
     infos.sort_by_key(|(_, info)| info.data_offsets);
     // This checks that the ranges leave no gap and do not overlap, and that each has the length that its shape and
     // dtype require.

@@ -135,11 +135,13 @@ pub(crate) fn write(
 fn saved_config(config: &ModelConfig, dtype: WeightDtype, sidecars: &[String]) -> ModelConfig {
     let mut config = config.clone();
     config.dtype = Some(dtype.torch_name().to_owned());
+    // The written weights are plain.
     for key in QUANTIZATION {
         config.extra.remove(key);
     }
     for key in MTP_LAYER_KEYS {
         if let Some(layers) = config.extra.get_mut(key) {
+            // The files contain no MTP layers.
             *layers = json!(0);
         }
     }

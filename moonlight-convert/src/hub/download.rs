@@ -78,6 +78,7 @@ pub fn download(
         return Err(DownloadError::NoMatch { repo: repo.clone() });
     }
     let place = RepoFolders::new(cache, &id, &commit);
+    // Before the first request for a file, because a full disk would be noticed only after gigabytes.
     place.check_room(&files)?;
     for folder in [&place.snapshot, &place.folder.join("refs")] {
         remove_stale(folder);
@@ -85,6 +86,7 @@ pub fn download(
     let bytes = files.iter().map(|file| file.size).sum();
     watch(DownloadEvent::Started { files: files.len(), bytes });
     let fetched = fetch_all(&client, &place, &commit, &files, watch)?;
+    // A commit needs no ref. The ref is written last: a reader must not find an incomplete snapshot.
     if !is_commit(revision) {
         let reference = place.folder.join("refs").join(revision);
         replace(&reference, |partial| fs::File::create_new(partial)?.write_all(commit.as_bytes()))?;

@@ -58,6 +58,7 @@ impl FileDownload<'_> {
             (self.watch)(DownloadEvent::Waiting { file: &self.file.name });
         }
         lock.lock().map_err(DownloadError::write(&self.lock))?;
+        // Again under the lock: the process that held it may have downloaded the file.
         if self.is_cached()? {
             return Ok(false);
         }
@@ -87,6 +88,7 @@ impl FileDownload<'_> {
         let partial = partial(&self.blob);
         let mut output = open_own(&partial).map_err(DownloadError::write(&partial))?;
         let start = output.metadata().map_err(DownloadError::read(&partial))?.len();
+        // A mismatch after resuming is retried from the beginning; one of a fresh download is final.
         let mut resumed = start > 0;
         if start > self.file.size {
             output.set_len(0).map_err(DownloadError::write(&partial))?;
@@ -167,6 +169,7 @@ impl FileDownload<'_> {
         let mut body = answer.body;
         let mut chunk = vec![0; CHUNK];
         let mut at = start;
+        // The rate is measured over windows, so that a pause after a fast start is noticed.
         let mut pace = (Instant::now(), at);
         loop {
             let (since, before) = pace;

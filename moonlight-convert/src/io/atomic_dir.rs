@@ -125,12 +125,14 @@ impl AtomicDir {
             // Left over from a crash, unless another process holds its lock.
             lock(&saving, &target)?;
         }
+        // Only after the lock: otherwise the siblings could be those of a running save.
         recover(&target).map_err(CheckpointError::write(&target))?;
         for stale in [&saving, &sibling(&target, NEW), &sibling(&target, OLD)] {
             if stale.exists() {
                 storage::remove_dir_all(stale).map_err(CheckpointError::write(stale))?;
             }
         }
+        // Two processes may get here at the same time; the second one fails to create the folder.
         match storage::create_dir(&saving) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 return Err(CheckpointError::Busy { dir: target });
@@ -149,6 +151,8 @@ impl AtomicDir {
     /// Flushes the directory and renames it to the target.
     pub(crate) fn commit(mut self) -> Result<(), CheckpointError> {
         let (saving, target) = (self.saving.clone(), self.target.clone());
+        // Everything is on the disk before the rename: after a power loss a renamed directory could otherwise contain
+        // empty files.
         let placed = flush(&saving).and_then(|()| {
             if !target.exists() {
                 storage::rename(&saving, &target)
@@ -157,6 +161,7 @@ impl AtomicDir {
             }
         });
         placed.map_err(CheckpointError::write(&target))?;
+        // From here on the target is the new directory: dropping must not remove anything.
         self.committed = true;
         if let Some(parent) = target.parent() {
             storage::sync_dir(parent).map_err(CheckpointError::write(parent))?;

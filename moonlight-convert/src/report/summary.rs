@@ -162,6 +162,7 @@ impl Checkpoint {
         }
         let sidecars = sidecars_in(self.dir())?;
         let ignored_files = self.ignored_files(&sidecars, &unfinished)?;
+        // In the order of preference of this project's readers.
         let tokenizer = ["tokenizer.json", "tiktoken.model", "tokenizer.model", "vocab.json"];
         Ok(CheckpointSummary {
             directory: self.dir().to_path_buf(),

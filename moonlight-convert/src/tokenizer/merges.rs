@@ -26,6 +26,7 @@ pub fn merges(ranks: &Ranks) -> Vec<(u32, u32)> {
             let (left, right) = token.split_at(end);
             Some((*by_bytes.get(left)?, *by_bytes.get(right)?))
         }));
+        // As in transformers: pairs of one token by the ranks of their parts.
         merges[first..].sort_unstable();
     }
     merges

@@ -136,7 +136,7 @@ impl Conversation {
         if let Some(key) = preference_field(&fields, has("messages")) {
             return Err(ConversationError::Preference { key });
         }
-        let weight = weight_of_record(&fields)?;
+        let weight = record_weight(&fields)?;
         let (format, mut turns) = if has("messages") {
             (ConversationFormat::Messages, take_messages(&mut fields, "messages", &knows)?)
         } else if has("conversations") {
@@ -152,7 +152,7 @@ impl Conversation {
         };
         if let Some(weight) = weight {
             turns.iter_mut().for_each(|turn| turn.weight *= weight);
-            fields.retain(|key, value| !is_weight_of_record(key, value));
+            fields.retain(|key, value| !sets_record_weight(key, value));
         }
         if let Some(Value::String(system)) = fields.get("system")
             && turns.first().is_none_or(|turn| turn.message.role() != "system")
@@ -447,15 +447,15 @@ fn message_weight(message: &Map<String, Value>, of_assistant: bool) -> Result<f3
 
 /// Whether a field of the record sets the weight of all its messages. `loss` does only as a boolean: as a number it is the
 /// loss that some model had on the record.
-fn is_weight_of_record(key: &str, value: &Value) -> bool {
+fn sets_record_weight(key: &str, value: &Value) -> bool {
     WEIGHT_FIELDS.contains(&key) && (key != "loss" || value.is_boolean())
 }
 
 /// The factor on the weights of all turns that the record sets.
-fn weight_of_record(fields: &Map<String, Value>) -> Result<Option<f32>, ConversationError> {
+fn record_weight(fields: &Map<String, Value>) -> Result<Option<f32>, ConversationError> {
     let of_record = |(key, value): &(&String, &Value)| {
         WEIGHT_DETAIL_FIELDS.contains(&key.as_str())
-            || is_weight_of_record(key, value)
+            || sets_record_weight(key, value)
             || key.as_str() == "loss" && value.is_array()
     };
     let mut set = Map::new();

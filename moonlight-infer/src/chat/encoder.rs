@@ -134,15 +134,15 @@ impl ChatEncoder {
         let (core, of_job) = (self.core.clone(), input.clone());
         let found = sandbox::run(input.budget.time(), move || core.span_finder(tools).spans(&of_job));
         let found = found.map_err(|overrun| self.core.template.variant_for_tools(tools).overrun(overrun)).flatten();
-        let ignored_of_messages = || ignored_of_messages(turns, &input);
+        let ignored_message_fields = || ignored_message_fields(turns, &input);
         let (text, spans) = match found {
             // The cause may be a tool call that the template does not write, which is the better error.
             Err(error @ ChatError::AssistantSpanNotFound { .. }) => {
-                return Err(ignored_of_messages().err().unwrap_or(error));
+                return Err(ignored_message_fields().err().unwrap_or(error));
             }
             found => found?,
         };
-        ignored.extend(ignored_of_messages()?);
+        ignored.extend(ignored_message_fields()?);
         let mut result = WeightedTokens { tokens: Vec::new(), weights: Vec::new(), unread: ignored, given: used };
         let mut add = |text: &str, weight: f32| -> Result<(), ChatError> {
             self.core.specials.encode(&self.tokenizer, text, &mut result.tokens)?;
@@ -182,7 +182,7 @@ impl ChatEncoder {
 }
 
 /// Fields of messages with a value that the template did not read.
-fn ignored_of_messages(turns: &[Turn], input: &TemplateInput) -> Result<Vec<String>, ChatError> {
+fn ignored_message_fields(turns: &[Turn], input: &TemplateInput) -> Result<Vec<String>, ChatError> {
     let is_read = |name: &str| match REASONING_FIELDS.contains(&name) {
         // The reasoning is in the input under all of these names.
         true => REASONING_FIELDS.iter().any(|name| input.usage.is_read(name)),

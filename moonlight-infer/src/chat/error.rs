@@ -36,7 +36,7 @@ pub enum ChatError {
         /// The message of the exception, or the limit.
         problem: String,
     },
-    /// The assistant's text cannot be told from that of others in the output of the template.
+    /// The assistant's text cannot be distinguished from that of others in the output of the template.
     #[error(
         "the assistant's text of message {message} is not found in the output of the chat template: {}",
         Printable(problem)
@@ -122,7 +122,7 @@ pub enum ConversationError {
     /// A part of the record that is not as expected.
     #[error("{} {problem}", quoted_place(place))]
     Message {
-        /// The message or field, or [`THE_RECORD`].
+        /// The message or field, as `messages[0]`, or `the record`.
         place: String,
         /// The rest of the sentence.
         problem: String,

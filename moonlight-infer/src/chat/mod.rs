@@ -32,7 +32,7 @@ pub use error::{ChatError, ConversationError};
 pub use template::{ChatTemplate, TemplateSource};
 
 /// One message of a conversation: a role, its content, and whatever else its record has (`tool_calls`, `tool_call_id`, `name`,
-/// `reasoning_content`), all of which the template gets unchanged.
+/// `reasoning_content`), which the template gets unchanged.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(transparent)]
 pub struct Message(Map<String, Value>);

@@ -440,7 +440,7 @@ pub(super) fn install_guards(environment: &mut Environment<'static>) {
     environment.add_filter(WRITTEN, |state: &State, value: Value| -> Result<Value, Error> {
         match value.as_str() {
             Some(_) => Ok(value),
-            None => python::str_of(state, &value).map(Value::from),
+            None => python::python_str(state, &value).map(Value::from),
         }
     });
     environment.set_unknown_method_callback(call_method);

@@ -104,9 +104,9 @@ impl ChatTemplate {
     ///
     /// [`ChatError::InvalidTemplate`] for a file that cannot be read or parsed.
     pub fn from_file(path: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
-        let broken = |problem: String| ChatError::InvalidTemplate { path: path.into(), problem };
-        let text = model_files::read_named(path, MAX_SOURCE_BYTES as u64).map_err(broken)?;
-        let text = String::from_utf8(text).map_err(|error| broken(error.to_string()))?;
+        let invalid = |problem: String| ChatError::InvalidTemplate { path: path.into(), problem };
+        let text = model_files::read_named(path, MAX_SOURCE_BYTES as u64).map_err(invalid)?;
+        let text = String::from_utf8(text).map_err(|error| invalid(error.to_string()))?;
         let files = tokenizer.files();
         let [config, map] = [CONFIG, TOKENS_MAP].map(|name| {
             let file = files.iter().find(|file| file.name == name).map(|file| file.contents.as_slice());
@@ -130,9 +130,9 @@ impl ChatTemplate {
         [jinja, config, map]: [Option<&[u8]>; 3],
         tokenizer: &Tokenizer,
     ) -> Result<Self, ChatError> {
-        let broken = |name: &str, problem| ChatError::InvalidTemplate { path: dir.join(name), problem };
-        let config = read(config).map_err(|problem| broken(CONFIG, problem))?;
-        let map = read(map).map_err(|problem| broken(TOKENS_MAP, problem))?;
+        let invalid = |name: &str, problem| ChatError::InvalidTemplate { path: dir.join(name), problem };
+        let config = read(config).map_err(|problem| invalid(CONFIG, problem))?;
+        let map = read(map).map_err(|problem| invalid(TOKENS_MAP, problem))?;
         let names = names(&config, &map);
         let (text, source) = if let Some(jinja) = jinja {
             let path = dir.join(JINJA);
@@ -158,7 +158,7 @@ impl ChatTemplate {
     }
 
     fn new(text: String, source: TemplateSource, names: Vec<(&'static str, String)>) -> Result<Self, ChatError> {
-        let broken = |problem: String| ChatError::InvalidTemplate {
+        let invalid = |problem: String| ChatError::InvalidTemplate {
             path: match &source {
                 TemplateSource::File(path) => path.clone(),
                 TemplateSource::Moonlight => NAME.into(),
@@ -166,7 +166,7 @@ impl ChatTemplate {
             problem,
         };
         if text.len() > MAX_SOURCE_BYTES {
-            return Err(broken(format!("it has {} bytes, more than the limit of {MAX_SOURCE_BYTES}", text.len())));
+            return Err(invalid(format!("it has {} bytes, more than the limit of {MAX_SOURCE_BYTES}", text.len())));
         }
         // Jinja normalizes the line ends of a source (`newline_sequence`).
         let marked = replace_generation_blocks(&text.replace("\r\n", "\n").replace('\r', "\n"));
@@ -177,7 +177,7 @@ impl ChatTemplate {
             Ok((environment, variables))
         });
         let parsed = parsed.map_err(|overrun| overrun.to_string()).flatten();
-        let (environment, variables) = parsed.map_err(broken)?;
+        let (environment, variables) = parsed.map_err(invalid)?;
         let with = |&steps: &u64| {
             let mut environment = environment.clone();
             environment.set_fuel(Some(steps));

@@ -150,7 +150,7 @@ impl<R: Truncated> CsvRows<R> {
         let start = self.line;
         let (mut length, mut columns) = (0, 0);
         loop {
-            let (result, taken, written, ended) = {
+            let (result, consumed, written, ended) = {
                 let bytes = match self.reader.fill_buf() {
                     Ok(bytes) => bytes,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -160,7 +160,7 @@ impl<R: Truncated> CsvRows<R> {
                 // A line break after the end of the file ends the last row, unless a quotation mark is open: then it is text,
                 // and the row stays incomplete.
                 let bytes = if end { &b"\n"[..] } else { bytes };
-                let (result, taken, written, ended) =
+                let (result, consumed, written, ended) =
                     self.core.read_record(bytes, &mut self.texts[length..], &mut self.ends[columns..]);
                 if end && matches!(result, ReadRecordResult::InputEmpty) {
                     if self.reader.reached_limit() || length + columns + written == 0 {
@@ -170,13 +170,13 @@ impl<R: Truncated> CsvRows<R> {
                     return Err(CsvError::Row(start, problem.into(), None));
                 }
                 match end {
-                    false => self.line += memchr::memchr_iter(b'\n', &bytes[..taken]).count(),
+                    false => self.line += memchr::memchr_iter(b'\n', &bytes[..consumed]).count(),
                     true if self.reader.reached_limit() => return Ok(None),
                     true => {}
                 }
-                (result, if end { 0 } else { taken }, written, ended)
+                (result, if end { 0 } else { consumed }, written, ended)
             };
-            self.reader.consume(taken);
+            self.reader.consume(consumed);
             length += written;
             columns += ended;
             match result {

@@ -124,7 +124,7 @@ pub fn parse(json: &[u8]) -> Result<ParsedJson, JsonError> {
     }
 }
 
-/// The number of lone surrogates (`\ud83d` without its other half) in a record, each of which is read as U+FFFD.
+/// The number of lone surrogates (`\ud83d` without its other half) in a record; each is read as U+FFFD.
 pub fn lone_surrogates(json: &[u8]) -> usize {
     // Nearly all records have no escape at all.
     match memchr::memmem::find(json, b"\\u") {
@@ -188,7 +188,7 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
     let standard = StandardJson::rewrite(json)?;
     let fields: TokensFields = serde_json::from_str(standard.text()).map_err(|error| match error.classify() {
         serde_json::error::Category::Data => {
-            JsonError::Shape { problem: without_place(&error), at: Some(standard.place(&error)) }
+            JsonError::Shape { problem: without_place(&error), at: Some(standard.position(&error)) }
         }
         _ => standard.error(&error),
     })?;
@@ -342,7 +342,7 @@ impl<'a> StandardJson<'a> {
     fn rewrite(json: &'a [u8]) -> Result<Self, JsonError> {
         let text = std::str::from_utf8(json).map_err(|error| JsonError::NotUtf8 {
             byte: error.valid_up_to() + 1,
-            at: place_of(json, error.valid_up_to()),
+            at: line_and_column(json, error.valid_up_to()),
         })?;
         let (mut numbers, mut lone, mut values) = (Vec::new(), Vec::new(), 0);
         let (mut at, mut quoted) = (0, false);
@@ -395,7 +395,7 @@ impl<'a> StandardJson<'a> {
         Some(self.numbers[index].1.clone())
     }
 
-    fn place(&self, error: &serde_json::Error) -> (usize, usize) {
+    fn position(&self, error: &serde_json::Error) -> (usize, usize) {
         let line = self.text.split('\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
         // The parser's columns count bytes.
         let bytes = error.column().saturating_sub(1).min(line.len());
@@ -403,7 +403,7 @@ impl<'a> StandardJson<'a> {
     }
 
     fn error(&self, error: &serde_json::Error) -> JsonError {
-        JsonError::NotJson { problem: without_place(error), at: self.place(error) }
+        JsonError::NotJson { problem: without_place(error), at: self.position(error) }
     }
 }
 
@@ -412,7 +412,7 @@ fn characters(bytes: &[u8]) -> usize {
 }
 
 /// The line and column of a byte offset.
-fn place_of(bytes: &[u8], at: usize) -> (usize, usize) {
+fn line_and_column(bytes: &[u8], at: usize) -> (usize, usize) {
     let before = &bytes[..at];
     let start = memchr::memrchr(b'\n', before).map_or(0, |line_break| line_break + 1);
     (1 + memchr::memchr_iter(b'\n', before).count(), 1 + characters(&before[start..]))

@@ -60,7 +60,7 @@ impl Source {
         let mut start = Vec::new();
         file.by_ref().take(4).read_to_end(&mut start).map_err(io)?;
         let compression = detect_compression(&start);
-        let named = path.extension().and_then(|ending| ending.to_str()).and_then(Compression::of_ending);
+        let named = path.extension().and_then(|ending| ending.to_str()).and_then(Compression::from_extension);
         if let (None, Some(named), false) = (compression, named, start.is_empty()) {
             let hint = "remove the ending of its name if it is decompressed already, or download it again";
             return Err(RecordError::file(path, format!("its name says {named}, its bytes do not"), hint));
@@ -155,7 +155,7 @@ enum Compression {
 }
 
 impl Compression {
-    fn of_ending(ending: &str) -> Option<Self> {
+    fn from_extension(ending: &str) -> Option<Self> {
         match ending.to_ascii_lowercase().as_str() {
             "gz" => Some(Self::Gzip),
             "zst" | "zstd" => Some(Self::Zstandard),

@@ -1,7 +1,7 @@
-//! Added tokens: found in texts as Hugging Face's `tokenizers` finds them.
+//! Finds added tokens in texts, as Hugging Face's `tokenizers` does.
 //!
-//! Its `AddedVocabulary` is not used for it: before each token that is matched by word, or with the white space before it,
-//! that one looks through the whole text again.
+//! Its own `AddedVocabulary` is not used, because it takes quadratic time: for each token with `single_word` or `lstrip` it
+//! scans the whole text before it.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -23,9 +23,9 @@ pub enum Piece<'t> {
 pub(super) struct AddedTokens {
     tokens: BTreeMap<u32, AddedToken>,
     ids: HashMap<String, u32>,
-    /// Those that are looked for first, and those that wait until the text is normalized.
+    /// For the tokens that are matched before the text is normalized, and for those after.
     finders: [Finder; 2],
-    /// A character of a word.
+    /// Matches a character of a word.
     word: Regex,
 }
 
@@ -45,7 +45,7 @@ impl Finder {
 }
 
 impl AddedTokens {
-    /// Tokens by their ids. One without a text stands for none and is left out.
+    /// Tokens by id. One without text is dropped: it would match everywhere.
     pub(super) fn new(mut tokens: BTreeMap<u32, AddedToken>) -> Result<Self, String> {
         tokens.retain(|_, token| !token.content.is_empty());
         let of = |normalized: bool| {
@@ -72,19 +72,19 @@ impl AddedTokens {
         self.get(id).is_some_and(|token| token.special)
     }
 
-    /// The special ones by their ids.
+    /// The special tokens, by id.
     pub(super) fn specials(&self) -> impl Iterator<Item = (u32, &str)> {
         let special = self.tokens.iter().filter(|(_, token)| token.special);
         special.map(|(&id, token)| (id, token.content.as_str()))
     }
 
-    /// All of them with their ids, in the order of these.
+    /// All added tokens, by id.
     pub(super) fn all(&self) -> impl Iterator<Item = (u32, &AddedToken)> {
         self.tokens.iter().map(|(&id, token)| (id, token))
     }
 
-    /// A text in parts: the added tokens that `wanted` is true for, and what is between them. The white space that a token
-    /// takes along is in no part.
+    /// Splits a text into the added tokens for which `wanted` is true and the text between them. White space that belongs to a
+    /// token is in neither.
     pub(super) fn split<'t>(&self, text: &'t str, wanted: impl Fn(&AddedToken) -> bool + Copy) -> Vec<Piece<'t>> {
         let [first, normalized] = &self.finders;
         let mut pieces = Vec::new();
@@ -106,17 +106,17 @@ impl AddedTokens {
         for found in finder.iter().flat_map(|finder| finder.find_iter(text)) {
             let id = ids[found.pattern().as_usize()];
             let Some(token) = self.tokens.get(&id).filter(|token| wanted(token)) else { continue };
-            let (before, behind) = (&text[..found.start()], &text[found.end()..]);
-            if token.single_word && (self.is_word(before.chars().next_back()) || self.is_word(behind.chars().next())) {
+            let (before, after) = (&text[..found.start()], &text[found.end()..]);
+            if token.single_word && (self.is_word(before.chars().next_back()) || self.is_word(after.chars().next())) {
                 continue;
             }
-            // What the token before has taken is not there any more.
+            // White space that belongs to the token before is not taken again.
             let start = if token.lstrip { before.trim_end().len().max(end) } else { found.start() };
             if end < start {
                 each(Piece::Text(&text[end..start]));
             }
             each(Piece::Token(id));
-            end = if token.rstrip { text.len() - behind.trim_start().len() } else { found.end() };
+            end = if token.rstrip { text.len() - after.trim_start().len() } else { found.end() };
         }
         if end < text.len() {
             each(Piece::Text(&text[end..]));

@@ -1,8 +1,8 @@
-//! The 256 bytes and three specials, as a tokenizer that transformers opens too.
+//! The built-in tokenizers `bytes` and `bytes-chat`: 256 bytes and three special tokens, saved as files that transformers opens.
 //!
-//! There are two of them. In `bytes-chat` five of the bytes that no UTF-8 holds (0xF5 to 0xF9) are Moonlight's tokens of a
-//! conversation, so that every other token is that of `bytes`, and a model that was trained with the one can be
-//! taught to chat with the other.
+//! In `bytes-chat` five of the bytes that never occur in UTF-8 (0xF5 to 0xF9) are the special tokens of Moonlight's chat
+//! template. All other tokens are those of `bytes`, so that a model that was pre-trained with `bytes` can be fine-tuned to
+//! chat with `bytes-chat`.
 
 use moonlight_convert::tokenizer::{TOKENIZER_JSON, byte_to_char};
 use serde_json::{Map, Value, json};
@@ -10,13 +10,13 @@ use serde_json::{Map, Value, json};
 use super::{Piece, TokenizerFile};
 use crate::moonlight_template::MOONLIGHT_TEMPLATE;
 
-/// Begins a text, where a model wants that.
+/// The token that starts a text; not added by default.
 pub const BOS: u32 = 256;
-/// Ends a document.
+/// The token that ends a document.
 pub const EOS: u32 = 257;
-/// Fills a row; never predicted, never looked at.
+/// Padding.
 pub const PAD: u32 = 258;
-/// 256 bytes and the specials.
+/// 256 bytes and three special tokens.
 pub(super) const VOCAB_SIZE: usize = 259;
 
 const SPECIALS: [(u32, &str); 3] = [(BOS, "<|bos|>"), (EOS, "<|eos|>"), (PAD, "<|pad|>")];
@@ -31,7 +31,7 @@ const CHAT_SPECIALS: [(u32, &str); 8] = [
     SPECIALS[2],
 ];
 
-/// Which of the two.
+/// One of the two tokenizers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ByteTokenizer {
     /// `bytes`.
@@ -41,7 +41,7 @@ pub(super) enum ByteTokenizer {
 }
 
 impl ByteTokenizer {
-    /// The special tokens by their ids.
+    /// The special tokens, by id.
     pub(super) fn names(self) -> &'static [(u32, &'static str)] {
         self.table()
     }
@@ -61,7 +61,7 @@ impl ByteTokenizer {
         self.table().iter().find(|(id, _)| *id == token).map(|(_, name)| *name)
     }
 
-    /// The tokens of a text, its special ones where `parse_special` says so.
+    /// The tokens of a text, with special ones if `parse_special`.
     pub(super) fn encode(self, text: &str, parse_special: bool) -> Vec<u32> {
         let pieces = if parse_special { self.split(text) } else { vec![Piece::Text(text)] };
         let mut tokens = Vec::with_capacity(text.len());
@@ -74,7 +74,8 @@ impl ByteTokenizer {
         tokens
     }
 
-    /// A text in parts: its special tokens, and what is between them. None of their names begins another.
+    /// Splits a text into its special tokens and the text between them. No special token is a prefix of another, so the first
+    /// match is the only one.
     pub(super) fn split(self, text: &str) -> Vec<Piece<'_>> {
         let mut pieces = Vec::new();
         let (mut end, mut at) = (0, 0);
@@ -98,7 +99,7 @@ impl ByteTokenizer {
         pieces
     }
 
-    /// The bytes of the tokens; special ones have those of their names `with_special` only, and ids that there are not none.
+    /// The bytes of tokens: special ones have those of their names if `with_special`, and unknown ones have none.
     pub(super) fn bytes(self, tokens: &[u32], with_special: bool) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(tokens.len());
         for &token in tokens {
@@ -125,7 +126,7 @@ impl ByteTokenizer {
     pub(super) fn files(self) -> Vec<TokenizerFile> {
         let file = |name: &str, value: &Value| TokenizerFile {
             name: name.into(),
-            // Pretty printing of plain values cannot fail.
+            // Serializing a `Value` does not fail.
             contents: serde_json::to_vec_pretty(value).unwrap_or_default(),
         };
         let mut config = tokenizer_config();

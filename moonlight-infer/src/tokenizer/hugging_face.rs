@@ -1,4 +1,4 @@
-//! `tokenizer.json`, by Hugging Face's own crate.
+//! `tokenizer.json`, by Hugging Face's `tokenizers` crate.
 
 use std::sync::OnceLock;
 
@@ -13,38 +13,37 @@ use super::limits;
 use super::post_processor::AffixTokens;
 use crate::catch_panic::catch_panic;
 
-/// What is said of a panic: the crate takes a file's word for much.
-const LIBRARY_FAILED: &str =
-    "the `tokenizers` library failed at it: its tokenizer.json is damaged, or of a form that is not known";
+/// The message for a panic of the crate, which does not check all of a file.
+const LIBRARY_FAILED: &str = "the `tokenizers` library failed: the tokenizer.json is damaged, or has an unknown layout";
 
-/// So much of a text is normalized first where the normalizer is watched.
+/// The bytes of a text that are normalized as a trial, for a normalizer that may expand it.
 const TRIAL_BYTES: usize = 4096;
 
-/// A tokenizer as `tokenizers` runs it, special tokens in a text being text.
+/// A tokenizer of the `tokenizers` crate, with variants of it that are made when they are first needed.
 pub(super) struct HuggingFace {
     inner: Inner,
     vocab_size: usize,
-    /// Whether a text could grow so much while it is normalized that each is tried step by step first.
+    /// Whether the normalizer may expand a text so much that it is tried step by step first.
     may_expand: bool,
     affixes: AffixTokens,
     added: AddedTokens,
-    /// The same with special text being special: as large as the first, and made for those who ask for it.
+    /// `inner` with special tokens parsed. As large as `inner`.
     parsing: OnceLock<Box<Inner>>,
-    /// Whether the beginning of a text is encoded in another way than the same words behind others.
+    /// Whether the start of a text is encoded differently from the same words after others.
     prepends_first_only: bool,
-    /// The same with [`ANCHOR`] as a token, where that is so.
+    /// `inner` with [`ANCHOR`] as an added token, if `prepends_first_only`.
     anchored: OnceLock<Box<Inner>>,
 }
 
-/// No character: a token before a text, so that the text is not at the beginning.
+/// A token that is put before a text, so that the text is not at the start. A noncharacter, which texts do not contain.
 const ANCHOR: char = '\u{10FFFF}';
 
 impl HuggingFace {
-    /// Reads the file's bytes; `names` are the tokens that the files beside it name. What was wrong with them and is no
-    /// reason not to go on is a sentence of `notes`.
+    /// Parses the bytes of a file; `names` are the tokens that the files next to it name. Contradictions between them that are
+    /// not errors are added to `notes`.
     pub(super) fn parse(contents: &[u8], names: &SpecialNames, notes: &mut Vec<String>) -> Result<Self, String> {
-        // Before the crate sees them: what aborts cannot be caught.
-        let limits::Checked { json, may_expand, prepends_first_only, affixes } = limits::checked(contents)?;
+        // Before the crate parses them: a huge allocation or a stack overflow aborts, which cannot be caught.
+        let limits::CheckedFile { json, may_expand, prepends_first_only, affixes } = limits::checked(contents)?;
         let parsed = catch_panic(|| Self::parse_checked(&json, may_expand, affixes, names, notes));
         parsed.unwrap_or_else(|| Err(LIBRARY_FAILED.into())).map(|tokenizer| Self { prepends_first_only, ..tokenizer })
     }
@@ -58,7 +57,7 @@ impl HuggingFace {
     ) -> Result<Self, String> {
         let listed: JsonParts = serde_json::from_slice(json).map_err(|error| error.to_string())?;
         if let Some(normalizer) = listed.normalizer.as_ref().filter(|_| may_expand) {
-            // The crate normalizes them, however long they become.
+            // The crate normalizes added tokens when it parses the file, however long they become.
             let listed = listed.added_tokens.iter().filter(|token| token.normalized).map(|token| &token.content);
             let named = names.added.values().filter(|token| token.normalized).map(|token| &token.content);
             for text in listed.chain(named) {
@@ -72,12 +71,12 @@ impl HuggingFace {
         inner.with_truncation(None).map_err(|error| error.to_string())?;
         let vocab = inner.get_vocab(true);
         if let Some(token) = vocab.keys().find(|token| token.len() > limits::MAX_TOKEN_BYTES) {
-            let (bytes, most) = (token.len(), limits::MAX_TOKEN_BYTES);
-            return Err(format!("it has a token of {bytes} bytes, more than the limit of {most}"));
+            let (bytes, limit) = (token.len(), limits::MAX_TOKEN_BYTES);
+            return Err(format!("it has a token of {bytes} bytes, more than the limit of {limit}"));
         }
         let vocab_size = vocab.into_values().max().map_or(0, |id| id as usize + 1);
         let added = inner.get_added_tokens_decoder().into_iter().map(|(id, token)| {
-            // What was once special is not text again, as in the crate.
+            // As in the crate, a token that was special once stays so.
             let special = inner.get_added_vocabulary().is_special_token(&token.content);
             (
                 id,
@@ -95,23 +94,23 @@ impl HuggingFace {
         let (parsing, anchored) = (OnceLock::new(), OnceLock::new());
         let tokenizer =
             Self { inner, vocab_size, may_expand, affixes, added, parsing, prepends_first_only: false, anchored };
-        // A model that has neither bytes nor an unknown token fails on a character that it has not seen, and a table of
-        // characters that is damaged at those that are in it. Say so now, not in the middle of the data.
+        // A model without byte fallback and unknown token fails at a character that is not in its vocabulary, and a damaged
+        // table of characters at those in it. Better here than in the middle of a data set.
         let ordinary: String = (' '..='~').chain('\u{A0}'..='\u{17F}').collect();
         for text in ["\u{0}\u{E000}\u{F8FF}\u{10FFFD}", &ordinary] {
-            let known = tokenizer.tokens(&tokenizer.inner, text);
-            known.map_err(|error| format!("it has no token for a character that it does not know: {error}"))?;
+            let trial = tokenizer.tokens(&tokenizer.inner, text);
+            trial.map_err(|error| format!("it has no token for unknown characters: {error}"))?;
         }
         Ok(tokenizer)
     }
 
-    /// The tokens of a text, its special ones where `parse_special` says so; the error is why it has none.
+    /// The tokens of a text, with special ones if `parse_special`. The error is the rest of a sentence about the text.
     pub(super) fn encode(&self, text: &str, parse_special: bool) -> Result<Vec<u32>, String> {
         let inner = if parse_special { self.parsing() } else { &self.inner };
         catch_panic(|| self.tokens(inner, text)).unwrap_or_else(|| Err(LIBRARY_FAILED.into()))
     }
 
-    /// The tokens of a text that follows others.
+    /// The tokens of a text that continues another.
     pub(super) fn encode_continuation(&self, text: &str) -> Result<Vec<u32>, String> {
         if !self.prepends_first_only || text.contains(ANCHOR) {
             return self.encode(text, false);
@@ -119,7 +118,7 @@ impl HuggingFace {
         let anchored = self.anchored.get_or_init(|| {
             let mut anchored = Box::new(self.inner.clone());
             let token = tokenizers::AddedToken::from(ANCHOR, false).normalized(false);
-            // Without it the text is encoded as a beginning.
+            // If it fails, the check below falls back to `encode`.
             let _ = anchored.add_tokens([token]);
             anchored
         });
@@ -144,18 +143,18 @@ impl HuggingFace {
         if self.may_expand
             && let Some(normalizer) = self.inner.get_normalizer()
         {
-            // A beginning first: a text that runs away does so there, in little memory.
+            // The start of the text first: a normalizer that expands without bound does so there, in little memory.
             for length in [TRIAL_BYTES.min(text.len()), text.len()] {
                 let tried = &text[..text.floor_char_boundary(length)];
-                let most = limits::MAX_GROWTH.saturating_mul(tried.len()).saturating_add(limits::GROWTH_SLACK);
-                check_growth(normalizer, &mut NormalizedString::from(tried), most)?;
+                let limit = limits::MAX_GROWTH.saturating_mul(tried.len()).saturating_add(limits::GROWTH_SLACK);
+                check_growth(normalizer, &mut NormalizedString::from(tried), limit)?;
             }
         }
         let encoding = inner.encode_fast(text, false).map_err(|error| error.to_string())?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text of tokens, special ones `with_special` only; U+FFFD where the crate fails at them.
+    /// The text of tokens, with special ones if `with_special`; U+FFFD if the crate fails at them.
     pub(super) fn decode(&self, tokens: &[u32], with_special: bool) -> String {
         let decoded = catch_panic(|| self.inner.decode(tokens, !with_special).ok());
         decoded.flatten().unwrap_or_else(|| char::REPLACEMENT_CHARACTER.into())
@@ -165,7 +164,7 @@ impl HuggingFace {
         self.vocab_size
     }
 
-    /// What the file puts around a text.
+    /// The prefix and suffix of a text.
     pub(super) fn affixes(&self) -> &AffixTokens {
         &self.affixes
     }
@@ -179,7 +178,7 @@ impl HuggingFace {
     }
 }
 
-/// Tokens of a `tokenizer.json`, as far as they are wanted.
+/// The sections of a `tokenizer.json` that are read here, too.
 #[derive(Deserialize)]
 struct JsonParts {
     #[serde(default)]
@@ -196,9 +195,9 @@ struct AddedTokenEntry {
     normalized: bool,
 }
 
-/// Adds what the files beside a `tokenizer.json` name, as transformers does: tokens of their `added_tokens_decoder` with the
-/// properties that it gives them, and that `eos_token` and the like are special. Where the crate gives a token another id
-/// than a file says, transformers has that id, too; it is said.
+/// Adds the tokens that the files next to a `tokenizer.json` name, as transformers does: those of `added_tokens_decoder` with
+/// their properties, and `eos_token` and the like become special. Where the crate assigns another id than a file says, so does
+/// transformers; a note says so.
 fn add(inner: &mut Inner, listed: &JsonParts, names: &SpecialNames, notes: &mut Vec<String>) -> Result<(), String> {
     let as_named = |token: &AddedToken| {
         tokenizers::AddedToken::from(token.content.clone(), token.special)
@@ -214,25 +213,26 @@ fn add(inner: &mut Inner, listed: &JsonParts, names: &SpecialNames, notes: &mut 
     inner.add_tokens(tokens).map_err(|error| error.to_string())?;
     let expected = listed.added_tokens.iter().map(|token| (token.id, &token.content));
     for (id, content) in expected.chain(names.added.iter().map(|(&id, token)| (id, &token.content))) {
-        if let Some(given) = inner.token_to_id(content).filter(|&given| given != id) {
+        if let Some(assigned) = inner.token_to_id(content).filter(|&assigned| assigned != id) {
             let content = content.escape_debug();
             notes.push(format!(
-                "the added token `{content}` has the id {given}, as in transformers; the file says {id}, but there is a gap \
-                 before it, or the model's own vocabulary has the token"
+                "the added token `{content}` has the id {assigned}, as in transformers, and not {id} as in the file: there is \
+                 a gap before it, or the vocabulary of the model has the token"
             ));
         }
     }
     Ok(())
 }
 
-/// Normalizes a text step by step; each may make it larger only so much, so that no chain of them runs away.
-fn check_growth(normalizer: &NormalizerWrapper, text: &mut NormalizedString, most: usize) -> Result<(), String> {
+/// Normalizes a text step by step, and checks after each that it has at most `limit` bytes, so that a chain of steps is
+/// stopped at the first that expands it too much.
+fn check_growth(normalizer: &NormalizerWrapper, text: &mut NormalizedString, limit: usize) -> Result<(), String> {
     if let NormalizerWrapper::Sequence(steps) = normalizer {
         let steps: &normalizers::Sequence = steps;
-        return steps.as_ref().iter().try_for_each(|step| check_growth(step, text, most));
+        return steps.as_ref().iter().try_for_each(|step| check_growth(step, text, limit));
     }
     normalizer.normalize(text).map_err(|error| error.to_string())?;
-    match text.len() > most {
+    match text.len() > limit {
         true => Err(format!("its normalizer makes {} bytes of {}, past the limit", text.len(), text.len_original())),
         false => Ok(()),
     }

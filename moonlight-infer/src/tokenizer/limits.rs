@@ -1,5 +1,5 @@
-//! What a `tokenizer.json` may ask of the `tokenizers` crate, seen before that crate sees it: it allocates what a file says
-//! and repeats what a file says.
+//! Limits of a `tokenizer.json`, checked before the `tokenizers` crate parses it: the crate allocates and repeats as much as the
+//! file says.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -10,39 +10,41 @@ use serde_json::{Map, Value};
 
 use super::post_processor::AffixTokens;
 
-/// The longest `tokenizer.json`; that of Gemma, with 262,144 tokens, has 33 MB.
+/// The limit of a file in bytes; Gemma's, with 262,144 tokens, has 33 MB.
 pub(super) const MAX_FILE_BYTES: u64 = 100_000_000;
-/// The longest token.
+/// The limit of a token in bytes.
 pub(super) const MAX_TOKEN_BYTES: usize = 65_536;
-/// The longest text that a step puts in the place of another, or before one.
+/// The limit of a string that a step inserts or replaces another by, in bytes.
 const MAX_CONTENT_BYTES: usize = 1024;
-/// The longest text that stands for a character in a table; in SentencePiece's own it is U+FDFA's, of 33 bytes.
+/// The limit of a replacement in a table of characters, in bytes; the longest of SentencePiece's own is that of U+FDFA, with
+/// 33.
 const MAX_REPLACEMENT_BYTES: usize = 64;
-/// The longest post-processor, in bytes of JSON; that of Whisper, with a token for each language, has 12 kB.
+/// The limit of a post-processor in bytes of JSON; that of Whisper, with a token for each language, has 12 kB.
 const MAX_PROCESSOR_BYTES: usize = 1 << 20;
-/// Steps of a normalizer, a pre-tokenizer or a decoder, sequences in sequences included.
+/// Steps of a normalizer, a pre-tokenizer or a decoder, with those of nested sequences.
 const MAX_STEPS: usize = 32;
-/// How many times its length a text may grow to where it is not tried first, and as the product of what pre-tokenizers and
-/// decoders can make of it.
+/// The factor by which a text may grow: by each step, by all pre-tokenizers or decoders together, and by a normalizer whose
+/// output is not checked for each text.
 pub(super) const MAX_GROWTH: usize = 16;
-/// What a text may grow by besides.
+/// Bytes by which a text may grow in addition.
 pub(super) const GROWTH_SLACK: usize = 65_536;
-/// The longest word that WordPiece looks at: it tries each of its parts.
+/// The limit of a word of WordPiece in characters, which takes quadratic time.
 const MAX_WORD_CHARS: u64 = 10_000;
 
-/// A file that may be read.
-pub(super) struct Checked {
-    /// What the crate is given: the parts that were looked at are written again, so that both see the same.
+/// A file that is within the limits.
+pub(super) struct CheckedFile {
+    /// The JSON for the crate. It is written from the parsed sections, so that the crate sees the same values as the checks, and
+    /// has no post-processor.
     pub(super) json: Vec<u8>,
-    /// Whether its normalizer can make a text more than [`MAX_GROWTH`] times as long.
+    /// Whether the normalizer can make a text more than [`MAX_GROWTH`] times as long.
     pub(super) may_expand: bool,
-    /// Whether only the first words of a text begin with a space that is not in it.
+    /// Whether a space is added before the first word of a text only.
     pub(super) prepends_first_only: bool,
-    /// What its post-processor puts around a text. The crate is not given it.
+    /// The tokens that the post-processor adds to a text.
     pub(super) affixes: AffixTokens,
 }
 
-/// The file's fields. Unknown ones are left out, and one that is there twice is an error.
+/// The sections of a file. Unknown ones are dropped, and a repeated one is an error.
 #[derive(Deserialize, Serialize)]
 struct File<'a> {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -58,27 +60,27 @@ struct File<'a> {
     #[serde(borrow)]
     model: &'a RawValue,
     #[serde(default, skip_serializing)]
-    #[allow(dead_code, reason = "known, and not wanted")]
+    #[allow(dead_code, reason = "dropped, but must not be repeated")]
     truncation: Option<IgnoredAny>,
     #[serde(default, skip_serializing)]
-    #[allow(dead_code, reason = "known, and not wanted")]
+    #[allow(dead_code, reason = "dropped, but must not be repeated")]
     padding: Option<IgnoredAny>,
     #[serde(borrow, default, skip_serializing)]
     post_processor: Option<&'a RawValue>,
 }
 
-/// The one field of a model that costs more than it is long.
+/// The only field of a model whose cost is not in proportion to its length.
 #[derive(Deserialize)]
 struct Model {
     max_input_chars_per_word: Option<u64>,
 }
 
-/// Looks at a file.
+/// Checks a file.
 ///
 /// # Errors
 ///
-/// What is wrong with it, as part of a sentence.
-pub(super) fn checked(contents: &[u8]) -> Result<Checked, String> {
+/// The limit that it exceeds, as part of a sentence.
+pub(super) fn checked(contents: &[u8]) -> Result<CheckedFile, String> {
     if contents.len() as u64 > MAX_FILE_BYTES {
         return Err(format!("it has {} bytes, more than the limit of {MAX_FILE_BYTES}", contents.len()));
     }
@@ -101,10 +103,10 @@ pub(super) fn checked(contents: &[u8]) -> Result<Checked, String> {
     let affixes = AffixTokens::read(processor.transpose()?.as_ref())?;
     let json = serde_json::to_vec(&file).map_err(|error| error.to_string())?;
     let prepends_first_only = prepends_first_only(file.pre_tokenizer.as_ref());
-    Ok(Checked { json, may_expand: normalizer > MAX_GROWTH, prepends_first_only, affixes })
+    Ok(CheckedFile { json, may_expand: normalizer > MAX_GROWTH, prepends_first_only, affixes })
 }
 
-/// Whether a pre-tokenizer is SentencePiece's `Metaspace` with `prepend_scheme = "first"`, or has it among its steps.
+/// Whether a pre-tokenizer is SentencePiece's `Metaspace` with `prepend_scheme = "first"`, or has one as a step.
 fn prepends_first_only(part: Option<&Value>) -> bool {
     let Some(Value::Object(step)) = part else { return false };
     let steps = step.get("pretokenizers").and_then(Value::as_array).into_iter().flatten();
@@ -112,7 +114,7 @@ fn prepends_first_only(part: Option<&Value>) -> bool {
         || steps.into_iter().any(|step| prepends_first_only(Some(step)))
 }
 
-/// How many times its length a text can become, at most.
+/// The factor by which a part can make a text longer, at most.
 fn growth(name: &str, part: Option<&Value>) -> Result<usize, String> {
     let (mut steps, mut growth) = (0, 1);
     match part {
@@ -121,7 +123,7 @@ fn growth(name: &str, part: Option<&Value>) -> Result<usize, String> {
     }
 }
 
-/// Follows the steps of a part into its sequences.
+/// Counts the steps of a part with those of nested sequences, and multiplies `growth` by the factor of each.
 fn follow_steps(name: &str, part: &Value, steps: &mut usize, growth: &mut usize) -> Result<(), String> {
     *steps += 1;
     if *steps > MAX_STEPS {
@@ -143,12 +145,13 @@ fn follow_steps(name: &str, part: &Value, steps: &mut usize, growth: &mut usize)
     Ok(())
 }
 
-/// One of the forms that Unicode defines: few characters become many.
+/// Whether a step is a Unicode normalization form. It is allowed although its factor exceeds the limit, because few characters
+/// reach that factor.
 fn is_unicode(step: &Map<String, Value>) -> bool {
     matches!(step.get("type").and_then(Value::as_str), Some("NFC" | "NFD" | "NFKC" | "NFKD"))
 }
 
-/// How many times its length one step can make a text. By the keys, not the type: old files have none.
+/// The factor by which one step can make a text longer. By its keys, because old files have no `type`.
 fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
     let text = |key: &str| step.get(key).and_then(Value::as_str);
     for key in ["content", "prepend", "prefix", "suffix", "replacement"] {
@@ -160,7 +163,7 @@ fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
         }
     }
     if step.get("length").and_then(Value::as_u64) == Some(0) {
-        return Err(format!("its {name} cuts a text into pieces of no length"));
+        return Err(format!("its {name} splits a text into pieces of length 0"));
     }
     let content = text("content").unwrap_or_default().len();
     if let Some(pattern) = step.get("pattern") {
@@ -169,7 +172,7 @@ fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
             (Some(""), _) | (_, Some("")) => Err(format!("its {name} has an empty pattern")),
             _ if is_split => Ok(1),
             (Some(pattern), _) => Ok(content.div_ceil(pattern.len()).max(1)),
-            // It may match between any two bytes.
+            // A regular expression may match between any two bytes.
             _ => Ok(1 + content),
         };
     }
@@ -177,7 +180,7 @@ fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
         return charsmap(name, map);
     }
     Ok(match text("type") {
-        // What it writes comes once.
+        // Added once, so that only short texts double.
         _ if step.contains_key("prepend") => 2,
         Some("Metaspace" | "NFC" | "NFD") => 3,
         Some("NFKC" | "NFKD") => 18,
@@ -186,26 +189,26 @@ fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
             | "BertPreTokenizer" | "CharDelimiterSplit" | "FixedLength" | "Fuse" | "ByteFallback" | "Strip"
             | "StripAccents" | "Nmt" | "CTC",
         ) => 1,
-        // `ByteLevel` writes two bytes for most, `Lowercase` and `Bert` for some.
+        // `ByteLevel` writes two bytes for most bytes, `Lowercase` and `Bert` for some characters.
         _ => 2,
     })
 }
 
-/// SentencePiece's table of characters: the length of a trie, the trie, and the texts that it leads to, each ended by a zero
-/// byte.
+/// The factor of SentencePiece's table of characters: the length of a trie, the trie, and the replacements, each terminated by
+/// a zero byte.
 fn charsmap(name: &str, map: &Value) -> Result<usize, String> {
-    let wrong = || format!("its {name} has a table of characters (`precompiled_charsmap`) that is damaged");
-    let bytes = STANDARD.decode(map.as_str().ok_or_else(wrong)?).map_err(|_| wrong())?;
-    let (length, rest) = bytes.split_first_chunk().ok_or_else(wrong)?;
+    let damaged = || format!("its {name} has a damaged table of characters (`precompiled_charsmap`)");
+    let bytes = STANDARD.decode(map.as_str().ok_or_else(damaged)?).map_err(|_| damaged())?;
+    let (length, rest) = bytes.split_first_chunk().ok_or_else(damaged)?;
     let length = u32::from_le_bytes(*length) as usize;
-    // The crate allocates what the length says, and reads the first unit of the trie without looking.
+    // The crate allocates as much as the length says, and reads the first unit of the trie unchecked.
     if length < 4 || !length.is_multiple_of(4) || length > rest.len() {
-        return Err(wrong());
+        return Err(damaged());
     }
-    let texts = std::str::from_utf8(&rest[length..]).map_err(|_| wrong())?;
+    let texts = std::str::from_utf8(&rest[length..]).map_err(|_| damaged())?;
     let longest = texts.split('\0').map(str::len).max().unwrap_or(0);
     match longest > MAX_REPLACEMENT_BYTES {
-        true => Err(wrong()),
+        true => Err(damaged()),
         false => Ok(longest.max(1)),
     }
 }

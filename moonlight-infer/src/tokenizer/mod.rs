@@ -1,14 +1,13 @@
 //! Text to tokens and back.
 //!
-//! Three kinds, chosen by what is on disk: the 256 bytes with three specials (`bytes`; `bytes-chat` where five bytes
-//! that no UTF-8 holds are the tokens of a conversation), a Hugging Face `tokenizer.json`, and Moonlight's own
-//! `tiktoken.model`.
+//! There are three kinds of tokenizer: a Hugging Face `tokenizer.json`, Moonlight's `tiktoken.model`, and the built-in `bytes`,
+//! with 256 bytes and three special tokens. (`bytes-chat` is the same, except that five bytes which never occur in UTF-8 are
+//! the special tokens of a chat template.)
 //!
 //! # Added tokens
 //!
-//! A tokenizer has tokens beside those of its model: `added_tokens` of a `tokenizer.json`, `added_tokens_decoder` of a
-//! `tokenizer_config.json`. Each of them is *special* or not (`"special": true | false`), and the three kinds of tokenizer
-//! agree on what that means:
+//! A tokenizer has tokens in addition to those of its model: `added_tokens` of a `tokenizer.json`, `added_tokens_decoder` of
+//! a `tokenizer_config.json`. Each is *special* or not (`"special": true | false`), with the same meaning for all three kinds:
 //!
 //! | | special (`<|im_end|>`) | not special (`<think>`) |
 //! |---|---|---|
@@ -18,12 +17,12 @@
 //! | [`special`](Tokenizer::special), [`specials`](Tokenizer::specials) | yes | no |
 //! | [`added`](Tokenizer::added) | yes | yes |
 //!
-//! transformers reads special tokens out of every text, unless `split_special_tokens` is set; here that takes a wish of its
-//! own, because texts that others wrote must not end a turn. With it the tokens are those of transformers. A token is
-//! matched by word (`single_word`), with the white space beside it (`lstrip`, `rstrip`) and before or after the text is
-//! normalized (`normalized`), as its entry says.
+//! transformers parses special tokens in every text, unless `split_special_tokens` is set. Here it is opt-in, because a text
+//! from outside must not be able to end a turn; with it the tokens are those of transformers. A token is matched as its entry
+//! says: as a whole word (`single_word`), with the white space around it (`lstrip`, `rstrip`), before or after the text is
+//! normalized (`normalized`).
 //!
-//! # What begins and ends a text
+//! # Prefix and suffix
 //!
 //! [`encode`](Tokenizer::encode) adds nothing. [`encode_text`](Tokenizer::encode_text) adds what transformers does with
 //! `add_special_tokens = true`: the [`prefix`](Tokenizer::prefix) and the [`suffix`](Tokenizer::suffix) that the
@@ -59,11 +58,11 @@ pub use token_stream::TokenStream;
 
 /// The name of the tokenizer of bytes.
 pub const BYTES_TOKENIZER: &str = "bytes";
-/// The name of the tokenizer of bytes that has the tokens of a conversation.
+/// The name of the tokenizer of bytes with the special tokens of a chat template.
 pub const BYTES_CHAT_TOKENIZER: &str = "bytes-chat";
 
 const ADDED_TOKENS: &str = "added_tokens.json";
-/// Files that belong to a tokenizer, where they are in its folder.
+/// Files that belong to a tokenizer, if they are in its directory.
 const COMPANION_FILES: [&str; 5] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -72,16 +71,16 @@ const COMPANION_FILES: [&str; 5] = [
     "tokenization_moonshot.py",
 ];
 
-/// Said once, not for each text.
+/// Logged once, not for each text.
 static WARN_DOUBLE_BOS: Once = Once::new();
 
-/// The longest `tiktoken.model`; the published one has 2,795,286 bytes.
+/// The limit of a `tiktoken.model`; the published one has 2,795,286 bytes.
 const MAX_RANKS_BYTES: u64 = 100_000_000;
 
-/// Whether a text begins with the tokenizer's BOS token.
+/// Whether BOS is added to a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 pub enum AddBos {
-    /// As the tokenizer's files say: what the post-processor of `tokenizer.json` puts before a text.
+    /// As the post-processor of `tokenizer.json` says.
     #[default]
     Auto,
     /// Always.
@@ -90,13 +89,13 @@ pub enum AddBos {
     Never,
 }
 
-/// Text to tokens and back. Clones share everything.
+/// Text to tokens and back. Clones are cheap.
 #[derive(Clone)]
 pub struct Tokenizer {
     kind: Kind,
     prefix: Arc<[u32]>,
     suffix: Arc<[u32]>,
-    /// Whether `encode_text` reads special tokens out of a text.
+    /// Whether `encode_text` parses special tokens.
     parse_special: bool,
     vocab_size: usize,
     bos: Option<u32>,
@@ -104,7 +103,7 @@ pub struct Tokenizer {
     files: Arc<Vec<TokenizerFile>>,
     fingerprint: String,
     name: Arc<str>,
-    /// What `tokenizer_config.json` says of BOS (`add_bos_token`).
+    /// `add_bos_token` of `tokenizer_config.json`.
     add_bos: Option<bool>,
 }
 
@@ -124,28 +123,28 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-/// A file that a checkpoint carries so that its tokens can be read.
+/// A file of a tokenizer, which a checkpoint contains so that it can be used without the original.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenizerFile {
-    /// Its name in the checkpoint's folder.
+    /// The name in the directory of the checkpoint.
     pub name: String,
-    /// Its bytes.
+    /// The bytes of the file.
     pub contents: Vec<u8>,
 }
 
 impl Tokenizer {
     /// The 256 bytes, and [`BOS`], [`EOS`] and [`PAD`].
     pub fn bytes() -> Self {
-        Self::of_bytes(ByteTokenizer::Plain)
+        Self::from_bytes(ByteTokenizer::Plain)
     }
 
-    /// [`bytes`](Tokenizer::bytes) with Moonlight's tokens of a conversation and its chat template: `<|im_end|>`,
-    /// `<|im_user|>`, `<|im_assistant|>`, `<|im_system|>` and `<|im_middle|>` stand for 0xF5 to 0xF9, which no UTF-8 holds.
+    /// [`bytes`](Tokenizer::bytes) with Moonlight's chat template and its special tokens: `<|im_end|>`, `<|im_user|>`,
+    /// `<|im_assistant|>`, `<|im_system|>` and `<|im_middle|>` are 0xF5 to 0xF9, which never occur in UTF-8.
     pub fn bytes_chat() -> Self {
-        Self::of_bytes(ByteTokenizer::Chat)
+        Self::from_bytes(ByteTokenizer::Chat)
     }
 
-    fn of_bytes(kind: ByteTokenizer) -> Self {
+    fn from_bytes(kind: ByteTokenizer) -> Self {
         let (fingerprint, name) = match kind {
             ByteTokenizer::Plain => ("bytes-1", BYTES_TOKENIZER),
             ByteTokenizer::Chat => ("bytes-chat-1", BYTES_CHAT_TOKENIZER),
@@ -165,12 +164,12 @@ impl Tokenizer {
         }
     }
 
-    /// Opens `bytes` or `bytes-chat`, or the path of a `tokenizer.json`, a `tiktoken.model` or a folder that has one, or that of a model
-    /// in the Hub's cache (`org/name`). `~` and `$NAME` are expanded.
+    /// Opens `bytes`, `bytes-chat`, the path of a `tokenizer.json`, of a `tiktoken.model` or of a directory with one of them, or
+    /// `org/name` for a model in the Hub's cache. `~` and `$NAME` are expanded.
     ///
     /// # Errors
     ///
-    /// [`TokenizerError`] for a path where there is none, and for a file that is not one.
+    /// [`TokenizerError::NotFound`] for a path without a tokenizer, [`TokenizerError::Read`] for a file that is not one.
     pub fn open(spec: &str) -> Result<Self, TokenizerError> {
         if spec == BYTES_TOKENIZER {
             return Ok(Self::bytes());
@@ -192,19 +191,19 @@ impl Tokenizer {
             Err(error) => return Err(unreadable(error.to_string())),
         }
         let is_json = path.extension().is_some_and(|ending| ending == "json");
-        let most = if is_json { limits::MAX_FILE_BYTES } else { MAX_RANKS_BYTES };
-        let contents = model_files::read_named(&path, most).map_err(unreadable)?;
+        let max_bytes = if is_json { limits::MAX_FILE_BYTES } else { MAX_RANKS_BYTES };
+        let contents = model_files::read_named(&path, max_bytes).map_err(unreadable)?;
         if is_json { Self::from_tokenizer_json(&path, contents) } else { Self::from_tiktoken_model(&path, contents) }
     }
 
-    /// The tokenizer of a model's folder, `tokenizer.json` before `tiktoken.model`; `None` where it has neither.
+    /// The tokenizer in the directory of a model: its `tokenizer.json`, else its `tiktoken.model`; `None` without either.
     ///
     /// # Errors
     ///
     /// [`TokenizerError::Read`] for a file that is not a tokenizer.
     pub fn from_model_dir(dir: &Path) -> Result<Option<Self>, TokenizerError> {
         let files = ModelFiles::new(dir);
-        let read = |name, most| files.read(name, most).map_err(unreadable);
+        let read = |name, max_bytes| files.read(name, max_bytes).map_err(unreadable);
         if let Some(contents) = read(TOKENIZER_JSON, limits::MAX_FILE_BYTES)? {
             return Self::from_tokenizer_json(&dir.join(TOKENIZER_JSON), contents).map(Some);
         }
@@ -219,7 +218,8 @@ impl Tokenizer {
         for bytes in [Self::bytes(), Self::bytes_chat()] {
             let same = |file: &TokenizerFile| file.name == TOKENIZER_JSON && file.contents == contents;
             if bytes.files.iter().any(same) {
-                // A checkpoint of ours: the same tokens without the `tokenizers` crate. The files beside it may be newer than ours.
+                // Written by `save`: the same tokens, without the `tokenizers` crate. The files next to it are kept, because
+                // they may differ (another chat template).
                 return Ok(Self { files: Arc::new(files), name: name(path), ..bytes });
             }
         }
@@ -232,7 +232,7 @@ impl Tokenizer {
         }
         for text in names.bos.iter().chain(&names.eos).chain(&names.additional).filter(|text| kind.id(text).is_none()) {
             let path = Printable(path.display());
-            tracing::warn!("the files beside `{path}` name `{}`, which is none of its tokens", Printable(text));
+            tracing::warn!("the files next to `{path}` name `{}`, which is not one of its tokens", Printable(text));
         }
         let id = |name: Option<&String>, fallback: Option<u32>| name.and_then(|name| kind.id(name)).or(fallback);
         Ok(Self {
@@ -258,7 +258,7 @@ impl Tokenizer {
         for text in [&names.bos, &names.eos].into_iter().flatten().chain(&names.additional) {
             if kind.added().id(text).is_none() {
                 let path = Printable(path.display());
-                tracing::warn!("the files beside `{path}` name `{}`, which is none of its tokens", Printable(text));
+                tracing::warn!("the files next to `{path}` name `{}`, which is not one of its tokens", Printable(text));
             }
         }
         Ok(Self {
@@ -276,7 +276,7 @@ impl Tokenizer {
         })
     }
 
-    /// A tokenizer from the bytes of a `tokenizer.json`, without the files beside it, for tests that feed it anything.
+    /// A tokenizer from the bytes of a `tokenizer.json`, without other files, for tests and fuzzing.
     ///
     /// # Errors
     ///
@@ -300,12 +300,11 @@ impl Tokenizer {
         })
     }
 
-    /// This tokenizer with [`encode_text`](Tokenizer::encode_text) beginning a text with BOS or not. With
-    /// [`AddBos::Never`] nothing is put before a text at all.
+    /// Sets whether [`encode_text`](Tokenizer::encode_text) adds BOS. With [`AddBos::Never`] it adds no prefix at all.
     ///
     /// # Errors
     ///
-    /// [`TokenizerError::NoBos`] for [`AddBos::Always`] where the tokenizer has no BOS.
+    /// [`TokenizerError::NoBos`] for [`AddBos::Always`] if the tokenizer has no BOS.
     pub fn with_bos(mut self, bos: AddBos) -> Result<Self, TokenizerError> {
         match bos {
             AddBos::Auto => {}
@@ -320,29 +319,28 @@ impl Tokenizer {
         Ok(self)
     }
 
-    /// This tokenizer with [`encode_text`](Tokenizer::encode_text) reading special tokens out of a text that spells them,
-    /// as transformers does.
+    /// Sets whether [`encode_text`](Tokenizer::encode_text) parses special tokens in a text, as transformers does.
     pub fn with_parse_special(self, parse_special: bool) -> Self {
         Self { parse_special, ..self }
     }
 
-    /// This tokenizer with [`encode_text`](Tokenizer::encode_text) adding nothing behind a text, which is to be continued.
+    /// Makes [`encode_text`](Tokenizer::encode_text) add no suffix: for a text that is to be continued.
     pub fn for_prompts(self) -> Self {
         Self { suffix: Arc::default(), ..self }
     }
 
-    /// What [`encode_text`](Tokenizer::encode_text) puts before a text: BOS, as a rule, or nothing.
+    /// The tokens that [`encode_text`](Tokenizer::encode_text) adds before a text: usually BOS or none.
     pub fn prefix(&self) -> &[u32] {
         &self.prefix
     }
 
-    /// What [`encode_text`](Tokenizer::encode_text) puts behind a text: nothing, as a rule.
+    /// The tokens that [`encode_text`](Tokenizer::encode_text) adds after a text: usually none.
     pub fn suffix(&self) -> &[u32] {
         &self.suffix
     }
 
-    /// The tokens of a text by itself: [`prefix`](Tokenizer::prefix), those of [`encode`](Tokenizer::encode),
-    /// [`suffix`](Tokenizer::suffix), as transformers gives them with `add_special_tokens = true`.
+    /// The tokens of a complete text: [`prefix`](Tokenizer::prefix), those of [`encode`](Tokenizer::encode), and
+    /// [`suffix`](Tokenizer::suffix), as in transformers with `add_special_tokens = true`.
     ///
     /// # Errors
     ///
@@ -356,7 +354,7 @@ impl Tokenizer {
             WARN_DOUBLE_BOS.call_once(|| {
                 let name = self.decode_with_special(&[first]);
                 tracing::warn!(
-                    "a text begins with `{0}` twice: it spells it, and the tokenizer adds it",
+                    "a text begins with `{0}` twice: the text contains it, and the tokenizer adds it",
                     Printable(name)
                 );
             });
@@ -365,17 +363,17 @@ impl Tokenizer {
         Ok(tokens)
     }
 
-    /// The tokens of a text, none added at its ends; what spells a special token is not special.
+    /// The tokens of a text without prefix and suffix. A special token in it is encoded as text.
     ///
     /// # Errors
     ///
-    /// [`TokenizerError::Encode`] where a `tokenizer.json` has no tokens for the text, or would make far too much of it.
+    /// [`TokenizerError::Encode`] where a `tokenizer.json` cannot encode the text, or its normalizer exceeds a limit.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         self.encode_with(text, false)
     }
 
-    /// The tokens of a part of a text that follows others. They are those of [`encode`](Tokenizer::encode), but for a
-    /// SentencePiece tokenizer that puts a space before the first word of a text only (`prepend_scheme = "first"`).
+    /// The tokens of a text that continues another. They differ from those of [`encode`](Tokenizer::encode) for a SentencePiece
+    /// tokenizer that adds a space before the first word of a text only (`prepend_scheme = "first"`).
     ///
     /// # Errors
     ///
@@ -399,8 +397,8 @@ impl Tokenizer {
         }
     }
 
-    /// A text in parts: the special tokens that it spells, and what is between them. White space that a special token takes
-    /// along (`lstrip`, `rstrip`) is in no part.
+    /// Splits a text into the special tokens in it and the text between them. White space that belongs to a special token
+    /// (`lstrip`, `rstrip`) is in neither.
     pub fn split_special<'t>(&self, text: &'t str) -> Vec<Piece<'t>> {
         match &self.kind {
             Kind::Bytes(kind) => kind.split(text),
@@ -409,17 +407,17 @@ impl Tokenizer {
         }
     }
 
-    /// The text of tokens. Special tokens and ids that there are not have none; bytes that are not UTF-8 become U+FFFD.
+    /// The text of tokens, without special and unknown ones. Bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, tokens: &[u32]) -> String {
-        self.text_of(tokens, false)
+        self.decode_text(tokens, false)
     }
 
-    /// The text of tokens, special ones included.
+    /// The text of tokens, with special ones.
     pub fn decode_with_special(&self, tokens: &[u32]) -> String {
-        self.text_of(tokens, true)
+        self.decode_text(tokens, true)
     }
 
-    fn text_of(&self, tokens: &[u32], with_special: bool) -> String {
+    fn decode_text(&self, tokens: &[u32], with_special: bool) -> String {
         let lossy = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         match &self.kind {
             Kind::Bytes(kind) => lossy(kind.bytes(tokens, with_special)),
@@ -428,7 +426,7 @@ impl Tokenizer {
         }
     }
 
-    /// The bytes of tokens, where tokens are bytes; a `tokenizer.json` may give a token another text beside others.
+    /// The bytes of tokens; `None` for a `tokenizer.json`, where the text of a token may depend on its neighbors.
     fn token_bytes(&self, tokens: &[u32]) -> Option<Vec<u8>> {
         match &self.kind {
             Kind::Bytes(kind) => Some(kind.bytes(tokens, false)),
@@ -437,17 +435,17 @@ impl Tokenizer {
         }
     }
 
-    /// One more than the largest token.
+    /// One more than the largest token id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The token that ends a document.
+    /// EOS, which ends a document; `None` if the tokenizer has none.
     pub fn eos(&self) -> Option<u32> {
         self.eos
     }
 
-    /// The token that begins a text, for models that have one; [`encode`](Tokenizer::encode) does not add it.
+    /// BOS, which starts a text; `None` if the tokenizer has none.
     pub fn bos(&self) -> Option<u32> {
         self.bos
     }
@@ -460,7 +458,7 @@ impl Tokenizer {
         }
     }
 
-    /// The id of an added token by its text, be it special or not, such as `<think>`.
+    /// The id of an added token by its text, special or not, such as `<think>`.
     pub fn added(&self, text: &str) -> Option<u32> {
         match &self.kind {
             Kind::Bytes(kind) => kind.special(text),
@@ -468,7 +466,7 @@ impl Tokenizer {
         }
     }
 
-    /// Whether a token is an added one, special or not.
+    /// Whether a token is an added token, special or not.
     pub fn is_added(&self, token: u32) -> bool {
         match &self.kind {
             Kind::Bytes(kind) => kind.is_special(token),
@@ -476,7 +474,7 @@ impl Tokenizer {
         }
     }
 
-    /// Every special token with its id, in the order of these.
+    /// All special tokens with their ids, by id.
     pub fn specials(&self) -> Vec<(String, u32)> {
         match &self.kind {
             Kind::Bytes(kind) => kind.specials(),
@@ -502,24 +500,24 @@ impl Tokenizer {
         }
     }
 
-    /// What `tokenizer_config.json` says of BOS and is not so, as a sentence: transformers 5 adds what the post-processor of
-    /// `tokenizer.json` adds, and ignores `add_bos_token` where there is that file.
+    /// A sentence about a contradiction, if there is one: `add_bos_token` of `tokenizer_config.json` differs from the
+    /// post-processor of `tokenizer.json`. transformers 5 follows the post-processor, and so does this crate.
     pub fn bos_conflict(&self) -> Option<String> {
         let adds = self.bos.is_some_and(|bos| self.prefix.contains(&bos));
         let says = self.add_bos.filter(|&says| says != adds && self.bos.is_some())?;
-        let does = if adds { "begins texts with BOS" } else { "adds no BOS to a text" };
+        let does = if adds { "adds BOS to texts" } else { "does not add BOS to texts" };
         Some(format!(
-            "tokenizer_config.json says `add_bos_token: {says}`, but the post-processor of tokenizer.json {does}, and that \
-             holds, as in transformers 5"
+            "tokenizer_config.json says `add_bos_token: {says}`, but the post-processor of tokenizer.json {does}, which takes \
+             precedence, as in transformers 5"
         ))
     }
 
-    /// The files to keep in a checkpoint's folder so that this tokenizer, or transformers' `AutoTokenizer`, opens it.
+    /// The files from which this crate, or transformers' `AutoTokenizer`, can open the tokenizer again.
     pub fn files(&self) -> Vec<TokenizerFile> {
         self.files.to_vec()
     }
 
-    /// Writes the [`companions`](Tokenizer::files) into a folder, which is made if need be.
+    /// Writes the [`companions`](Tokenizer::files) into a directory, which is created if it does not exist.
     ///
     /// # Errors
     ///
@@ -536,17 +534,17 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// `bytes`, `bytes-chat`, or the folder that it was opened from.
+    /// `bytes`, `bytes-chat`, or the directory from which it was opened.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// A name that changes whenever the tokens of a text could.
+    /// A hash of everything that determines the tokens of a text: a key for caches of tokens.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// Decodes tokens as they come.
+    /// A decoder for tokens as they are generated.
     pub fn stream(&self) -> TokenStream<'_> {
         TokenStream::new(self)
     }
@@ -556,7 +554,7 @@ fn unreadable((path, problem): (PathBuf, String)) -> TokenizerError {
     TokenizerError::Read { path, problem }
 }
 
-/// The tokenizer's file under its usual name, and the files that belong to it.
+/// The tokenizer's own file under its standard name, and those of [`COMPANION_FILES`] next to it.
 fn read_files(path: &Path, name: &str, contents: &[u8]) -> Result<Vec<TokenizerFile>, TokenizerError> {
     let mut files = vec![TokenizerFile { name: name.into(), contents: contents.to_owned() }];
     let folder = ModelFiles::new(path.parent().unwrap_or(Path::new("")));
@@ -568,7 +566,7 @@ fn read_files(path: &Path, name: &str, contents: &[u8]) -> Result<Vec<TokenizerF
     Ok(files)
 }
 
-/// The folder of a tokenizer's file.
+/// The directory of a tokenizer's file.
 fn name(path: &Path) -> Arc<str> {
     path.parent().unwrap_or(path).display().to_string().into()
 }
@@ -583,7 +581,7 @@ fn fingerprint(kind: &str, contents: &[u8], added: &AddedTokens) -> String {
     format!("{kind}-{:016x}", hasher.finish())
 }
 
-/// What the files beside a tokenizer name. A file that was not read for it is not kept.
+/// The special tokens that the files next to a tokenizer name. An `added_tokens.json` that was ignored is removed from `files`.
 fn read_special_names(path: &Path, files: &mut Vec<TokenizerFile>) -> Result<SpecialNames, TokenizerError> {
     let names = SpecialNames::next_to(path).map_err(|error| match error {
         CheckpointError::Tokenizer { path, problem } => TokenizerError::Read { path, problem },

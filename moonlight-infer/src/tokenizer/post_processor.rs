@@ -1,16 +1,16 @@
-//! What a `tokenizer.json` puts around a text: its `post_processor`.
+//! The `post_processor` of a `tokenizer.json`: the tokens that it adds before and after a text.
 //!
-//! Read here and not by the `tokenizers` crate: that one asserts what a file says, and two templates in a sequence, or a
-//! template with a text in it twice, panic there or grow without bounds.
+//! Parsed here and not by the `tokenizers` crate, which panics or grows without bound at some files: two templates in a
+//! sequence, or a template that contains the text twice.
 
 use serde_json::Value;
 
-/// Tokens that a post-processor may put before or behind a text.
+/// The limit of tokens before or after a text.
 const MAX_AFFIX_TOKENS: usize = 64;
-/// Sequences in sequences.
+/// The limit of nested sequences.
 const MAX_DEPTH: usize = 8;
 
-/// The tokens around a text.
+/// The tokens before and after a text.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct AffixTokens {
     pub(super) prefix: Vec<u32>,
@@ -18,11 +18,11 @@ pub(super) struct AffixTokens {
 }
 
 impl AffixTokens {
-    /// Reads a post-processor as transformers applies it to a single text with `add_special_tokens = true`.
+    /// The tokens that transformers adds to a single text with `add_special_tokens = true`.
     ///
     /// # Errors
     ///
-    /// What is not known of it, as part of a sentence.
+    /// What is not supported, as part of a sentence.
     pub(super) fn read(processor: Option<&Value>) -> Result<Self, String> {
         let mut affixes = Self::default();
         match processor {
@@ -41,12 +41,12 @@ impl AffixTokens {
 
     fn add(&mut self, processor: &Value, depth: usize) -> Result<(), String> {
         let more = match processor["type"].as_str() {
-            // It moves offsets only.
+            // Changes offsets only.
             Some("ByteLevel") => return Ok(()),
             Some("Sequence") => {
                 let parts = processor["processors"].as_array().ok_or("its post_processor has no `processors`")?;
                 if depth == 0 {
-                    return Err(format!("its post_processor has sequences in more than {MAX_DEPTH} others"));
+                    return Err(format!("its post_processor has sequences nested more than {MAX_DEPTH} levels deep"));
                 }
                 return parts.iter().try_for_each(|part| self.add(part, depth - 1));
             }
@@ -56,7 +56,7 @@ impl AffixTokens {
                 Self { prefix: vec![pair(processor, "cls")?], suffix: vec![pair(processor, "sep")?] }
             }
             Some(other) => {
-                return Err(format!("its post_processor has the type `{}`, which is not known", other.escape_debug()));
+                return Err(format!("its post_processor has the unknown type `{}`", other.escape_debug()));
             }
             None => return Err("its post_processor has no `type`".into()),
         };
@@ -73,21 +73,21 @@ impl AffixTokens {
 
 /// The `single` template: special tokens, the text once, special tokens.
 fn template(processor: &Value) -> Result<AffixTokens, String> {
-    let damaged = || "its post_processor has a template that is damaged".to_owned();
+    let damaged = || "its post_processor has a damaged template".to_owned();
     let pieces = processor["single"].as_array().ok_or_else(damaged)?;
     let (mut affixes, mut texts) = (AffixTokens::default(), 0);
     for piece in pieces {
         if let Some(sequence) = piece.get("Sequence") {
             if sequence["id"] != "A" {
-                return Err("its post_processor has a template for one text that asks for a second".into());
+                return Err("its post_processor has a template for one text that contains a second".into());
             }
             texts += 1;
             continue;
         }
         let name = piece["SpecialToken"]["id"].as_str().ok_or_else(damaged)?;
-        let ids = processor["special_tokens"][name]["ids"].as_array().ok_or_else(|| {
-            format!("its post_processor adds the token `{}`, and does not say its id", name.escape_debug())
-        })?;
+        let ids = processor["special_tokens"][name]["ids"]
+            .as_array()
+            .ok_or_else(|| format!("its post_processor adds the token `{}` without an id", name.escape_debug()))?;
         let side = if texts == 0 { &mut affixes.prefix } else { &mut affixes.suffix };
         for id in ids.iter().take(MAX_AFFIX_TOKENS + 1) {
             side.push(id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(damaged)?);
@@ -98,11 +98,11 @@ fn template(processor: &Value) -> Result<AffixTokens, String> {
     }
     match texts {
         1 => Ok(affixes),
-        _ => Err(format!("its post_processor has a template with the text in it {texts} times")),
+        _ => Err(format!("its post_processor has a template that contains the text {texts} times")),
     }
 }
 
-/// `[token, id]`.
+/// The id of a `[token, id]` pair.
 fn pair(processor: &Value, key: &str) -> Result<u32, String> {
     let id = processor[key].get(1).and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok());
     id.ok_or_else(|| format!("its post_processor has no `{key}`"))

@@ -14,7 +14,7 @@ fn streamed(tokenizer: &Tokenizer, tokens: &[u32]) -> Vec<String> {
     parts
 }
 
-/// Byte-level BPE with a few merges, two added specials, and its neighbour files.
+/// Writes a byte-level BPE with two merges and an added special token, and the files next to it.
 fn write_tokenizer_json(dir: &Path) {
     let bytes = Tokenizer::bytes();
     let ours: serde_json::Value = serde_json::from_slice(&bytes.files()[0].contents).unwrap();
@@ -31,7 +31,7 @@ fn write_tokenizer_json(dir: &Path) {
 }
 
 #[test]
-fn bytes_are_bytes() {
+fn the_tokens_of_the_byte_tokenizer_are_bytes() {
     let tokenizer = Tokenizer::open("bytes").unwrap();
     let tokens = tokenizer.encode(TEXT).unwrap();
     assert_eq!(tokens, TEXT.bytes().map(u32::from).collect::<Vec<_>>());
@@ -42,7 +42,7 @@ fn bytes_are_bytes() {
 }
 
 #[test]
-fn bytes_come_back_from_a_checkpoint_folder() {
+fn the_byte_tokenizer_is_saved_and_opened() {
     let dir = tempfile::tempdir().unwrap();
     assert!(Tokenizer::from_model_dir(dir.path()).unwrap().is_none());
     Tokenizer::bytes().save(&dir.path().join("new")).unwrap();
@@ -50,14 +50,14 @@ fn bytes_come_back_from_a_checkpoint_folder() {
     assert_eq!(again.fingerprint(), Tokenizer::bytes().fingerprint());
 }
 
-/// A `tokenizer.json` without the files beside it.
+/// A `tokenizer.json` without other files.
 fn parsed(contents: &[u8]) -> HuggingFace {
     HuggingFace::parse(contents, &SpecialNames::default(), &mut Vec::new()).unwrap()
 }
 
-/// What `tokenizers`, and so transformers, makes of the file that stands for the bytes.
+/// The `tokenizers` crate, and so transformers, reads the saved file as the same tokenizer.
 #[test]
-fn the_file_for_bytes_means_bytes() {
+fn the_file_of_the_byte_tokenizer_has_the_same_tokens() {
     let tokenizer = parsed(&Tokenizer::bytes().files()[0].contents);
     let tokens = tokenizer.encode(TEXT, false).unwrap();
     assert_eq!(tokens, Tokenizer::bytes().encode(TEXT).unwrap());
@@ -69,9 +69,9 @@ fn the_file_for_bytes_means_bytes() {
     }
 }
 
-/// The same tokens as `bytes`, but for five bytes that no text has.
+/// The same tokens as `bytes`, except for five bytes that texts never contain.
 #[test]
-fn bytes_that_can_chat() {
+fn the_chat_variant_of_the_byte_tokenizer() {
     let tokenizer = Tokenizer::open("bytes-chat").unwrap();
     assert_eq!(tokenizer.encode(TEXT).unwrap(), Tokenizer::bytes().encode(TEXT).unwrap());
     assert_eq!((tokenizer.vocab_size(), tokenizer.eos()), (259, Some(257)));
@@ -83,7 +83,7 @@ fn bytes_that_can_chat() {
     let again = Tokenizer::from_model_dir(dir.path()).unwrap().unwrap();
     assert_eq!(again.fingerprint(), tokenizer.fingerprint());
     assert_ne!(again.fingerprint(), Tokenizer::bytes().fingerprint());
-    // What `tokenizers`, and so transformers, makes of the file.
+    // As the `tokenizers` crate, and so transformers, reads the file.
     let theirs = Tokenizer::from_json(&tokenizer.files()[0].contents).unwrap();
     assert!(matches!(theirs.kind, Kind::HuggingFace(_)));
     assert_eq!(theirs.encode(TEXT).unwrap(), tokenizer.encode(TEXT).unwrap());
@@ -107,13 +107,13 @@ fn bytes_that_can_chat() {
 }
 
 #[test]
-fn a_tokenizer_json_with_its_neighbours() {
+fn a_tokenizer_json_with_the_files_next_to_it() {
     let dir = tempfile::tempdir().unwrap();
     write_tokenizer_json(dir.path());
     let tokenizer = Tokenizer::open(&dir.path().join("tokenizer.json").display().to_string()).unwrap();
     assert_eq!(tokenizer.encode("he hex").unwrap(), [256, 257, 120]);
     assert_eq!((tokenizer.vocab_size(), tokenizer.eos(), tokenizer.bos()), (259, Some(258), None));
-    // What spells the special token is text.
+    // A special token in a text is text.
     let spelled = tokenizer.encode("a<end>").unwrap();
     assert_eq!(spelled, "a<end>".bytes().map(u32::from).collect::<Vec<_>>());
     assert_eq!(tokenizer.decode(&[97, 258, 257]), "a he");
@@ -122,7 +122,7 @@ fn a_tokenizer_json_with_its_neighbours() {
 }
 
 #[test]
-fn streams_never_give_half_a_character() {
+fn streams_hold_back_incomplete_characters() {
     let dir = tempfile::tempdir().unwrap();
     write_tokenizer_json(dir.path());
     for tokenizer in [Tokenizer::bytes(), Tokenizer::from_model_dir(dir.path()).unwrap().unwrap()] {
@@ -130,7 +130,7 @@ fn streams_never_give_half_a_character() {
         let parts = streamed(&tokenizer, &tokens);
         assert_eq!(parts.concat(), TEXT);
         assert!(parts.iter().all(|part| !part.contains('\u{FFFD}')), "{parts:?}");
-        // An end in the middle of a character.
+        // The tokens end within a character.
         let cut = streamed(&tokenizer, &[104, 0xE6, 0x9C]);
         assert_eq!(cut, ["h", "", "", "\u{FFFD}"]);
     }
@@ -140,7 +140,7 @@ fn streams_never_give_half_a_character() {
 }
 
 #[test]
-fn what_is_not_a_tokenizer_is_named() {
+fn errors_name_the_file_that_is_not_a_tokenizer() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
     for (name, contents) in [("a.json", "{}"), ("b.json", "not json"), ("c.model", "abc"), ("d.model", "")] {
@@ -154,10 +154,10 @@ fn what_is_not_a_tokenizer_is_named() {
     // A word-level model without an unknown token would fail on the first new word.
     let words = json!({"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}});
     std::fs::write(dir.path().join("w.json"), words.to_string()).unwrap();
-    assert!(Tokenizer::open(&path("w.json")).unwrap_err().to_string().contains("no token for a character"));
+    assert!(Tokenizer::open(&path("w.json")).unwrap_err().to_string().contains("no token for unknown characters"));
 }
 
-/// A tokenizer of bytes with parts of others.
+/// The `tokenizer.json` of `bytes`, changed.
 fn with(change: impl FnOnce(&mut serde_json::Value)) -> Result<Tokenizer, String> {
     let mut json: serde_json::Value = serde_json::from_slice(&Tokenizer::bytes().files()[0].contents).unwrap();
     change(&mut json);
@@ -176,7 +176,7 @@ fn replace(pattern: &str, content: &str) -> serde_json::Value {
 }
 
 #[test]
-fn hostile_tokenizers_are_refused_before_the_library_sees_them() {
+fn hostile_tokenizers_are_refused_before_the_library_parses_them() {
     let charsmap = |bytes: &[u8]| {
         use base64::Engine;
         let map = base64::engine::general_purpose::STANDARD.encode(bytes);
@@ -188,10 +188,10 @@ fn hostile_tokenizers_are_refused_before_the_library_sees_them() {
         (with_normalizer(replace("", &"a".repeat(36))), "has an empty pattern"),
         (with_normalizer(replace("a", &"a".repeat(36))), "36 times as long, past the limit of 16"),
         (with_normalizer(json!({"type": "Prepend", "prepend": long})), "writes a text of 50000000 bytes"),
-        (with_normalizer(json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})), "is damaged"),
-        (charsmap(&[&b"\xff\xff\xff\x7f"[..], &[b'x'; 64]].concat()), "is damaged"),
+        (with_normalizer(json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})), "a damaged table"),
+        (charsmap(&[&b"\xff\xff\xff\x7f"[..], &[b'x'; 64]].concat()), "a damaged table"),
         (charsmap(&[&b"\x10\0\0\0"[..], &[0xff; 16], b"abc"].concat()), "the `tokenizers` library failed"),
-        (charsmap(&[]), "is damaged"),
+        (charsmap(&[]), "a damaged table"),
         (sequence(vec![json!({"type": "NFC"}); 40]), "exceeds the limit of 32 steps"),
         (
             with(|json| {
@@ -206,7 +206,7 @@ fn hostile_tokenizers_are_refused_before_the_library_sees_them() {
             }),
             "its decoder can make a text 6561 times as long",
         ),
-        (with(|json| json["pre_tokenizer"] = json!({"type": "FixedLength", "length": 0})), "pieces of no length"),
+        (with(|json| json["pre_tokenizer"] = json!({"type": "FixedLength", "length": 0})), "pieces of length 0"),
         (
             with(|json| {
                 json["model"] = json!({"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"[UNK]": 0},
@@ -219,16 +219,16 @@ fn hostile_tokenizers_are_refused_before_the_library_sees_them() {
         let error = refused.expect_err(expected);
         assert!(error.contains(expected), "{}", &error[..error.len().min(300)]);
     }
-    // One twice in the file would be one for us and another for the library.
+    // The checks and the library would read different values of a repeated key.
     let text = String::from_utf8(Tokenizer::bytes().files()[0].contents.clone()).unwrap();
-    let twice = text.replacen("\"normalizer\"", "\"normalizer\": {\"type\": \"NFC\"}, \"normalizer\"", 1);
-    assert!(Tokenizer::from_json(twice.as_bytes()).is_err());
+    let repeated = text.replacen("\"normalizer\"", "\"normalizer\": {\"type\": \"NFC\"}, \"normalizer\"", 1);
+    assert!(Tokenizer::from_json(repeated.as_bytes()).is_err());
     assert!(Tokenizer::from_json("[".repeat(1_000_000).as_bytes()).is_err());
 }
 
 #[test]
-fn a_text_that_runs_away_is_an_error_and_not_nothing() {
-    // Each step is harmless, and twelve of them make 10^12 of one.
+fn a_text_that_the_normalizer_expands_too_much_is_an_error() {
+    // Each step is harmless, and twelve of them make a text 10^12 times as long.
     let steps = vec![replace("a", "aaaaaaaaaa"); 12];
     let refused = with_normalizer(json!({"type": "Sequence", "normalizers": steps}));
     match refused {
@@ -238,7 +238,7 @@ fn a_text_that_runs_away_is_an_error_and_not_nothing() {
         }
         Err(error) => assert!(error.contains("its normalizer makes"), "{error}"),
     }
-    // Nor does a token that is normalized when the file is read.
+    // The same for an added token, which is normalized when the file is parsed.
     let steps = vec![replace("a", "aaaaaaaaaa"); 12];
     let refused = with(|json| {
         json["normalizer"] = json!({"type": "Sequence", "normalizers": steps});
@@ -246,7 +246,7 @@ fn a_text_that_runs_away_is_an_error_and_not_nothing() {
         json["added_tokens"][0]["normalized"] = json!(true);
     });
     assert!(refused.unwrap_err().contains("its normalizer makes"));
-    // The normalizers of published tokenizers are not refused.
+    // The normalizers of published tokenizers are accepted.
     let steps = vec![
         replace("``", "\""),
         json!({"type": "NFKD"}),
@@ -259,7 +259,7 @@ fn a_text_that_runs_away_is_an_error_and_not_nothing() {
     let tokenizer = with_normalizer(json!({"type": "Sequence", "normalizers": steps})).unwrap();
     let text = "A  b\u{fdfa} ".repeat(10_000);
     assert!(tokenizer.encode(&text).is_ok());
-    // A regular expression that goes back too far has no tokens, which is said.
+    // A regular expression that backtracks exponentially is an error, and takes little time.
     let tokenizer = with(|json| {
         json["pre_tokenizer"] = json!({"type": "Split", "pattern": {"Regex": "(?=((a|a)*b))x|(\\w+)\\1"},
             "behavior": "Isolated", "invert": false});
@@ -273,7 +273,7 @@ fn a_text_that_runs_away_is_an_error_and_not_nothing() {
 
 #[cfg(unix)]
 #[test]
-fn links_out_of_a_folder_and_devices_are_refused_and_named() {
+fn links_out_of_the_directory_and_devices_are_refused() {
     use std::os::unix::fs::symlink;
 
     let home = tempfile::tempdir().unwrap();
@@ -315,7 +315,7 @@ fn links_out_of_a_folder_and_devices_are_refused_and_named() {
     }
 }
 
-/// A folder with a `tiktoken.model` of the bytes and some merges, and one with the `tokenizer.json` made of it.
+/// A `tiktoken.model` of the bytes and some merges, and the `tokenizer.json` that is converted from it.
 fn tiktoken_and_json(home: &Path, config: &serde_json::Value) -> [Tokenizer; 2] {
     use base64::Engine;
     use base64::engine::general_purpose::STANDARD;
@@ -337,7 +337,7 @@ fn tiktoken_and_json(home: &Path, config: &serde_json::Value) -> [Tokenizer; 2] 
     tokenizers
 }
 
-/// Added tokens of each kind: special and not, by word, with white space, normalized, one the beginning of another.
+/// Added tokens of each kind: special and not, whole words, with white space, normalized, one a prefix of another.
 fn added_tokens(first: u32) -> serde_json::Value {
     let token = |content: &str, special: bool, flags: &[&str]| {
         let flag = |name: &str| flags.contains(&name);
@@ -367,8 +367,8 @@ fn added_tokens(first: u32) -> serde_json::Value {
     serde_json::Value::Object(tokens.into_iter().map(|(place, token)| ((first + place).to_string(), token)).collect())
 }
 
-/// Everything that two tokenizers make of a text and of its tokens.
-fn assert_alike([a, b]: &[Tokenizer; 2], text: &str) {
+/// Asserts that two tokenizers agree on the tokens of a text and on their decoding.
+fn assert_equal([a, b]: &[Tokenizer; 2], text: &str) {
     let parsing = [a, b].map(|tokenizer| tokenizer.clone().with_parse_special(true));
     let bare = [a, b].map(|tokenizer| tokenizer.encode(text).unwrap());
     assert_eq!(bare[0], bare[1], "{text:?}");
@@ -385,7 +385,7 @@ fn assert_alike([a, b]: &[Tokenizer; 2], text: &str) {
 }
 
 #[test]
-fn added_tokens_have_one_meaning() {
+fn added_tokens_have_the_same_meaning_in_both_kinds_of_file() {
     use rand::seq::IndexedRandom;
     use rand::{RngExt, SeedableRng};
 
@@ -440,13 +440,13 @@ fn added_tokens_have_one_meaning() {
     let mut draw = rand_chacha::ChaCha8Rng::seed_from_u64(0);
     for _ in 0..4000 {
         let text: String = (0..draw.random_range(1..9)).map(|_| pieces.choose(&mut draw).unwrap().as_str()).collect();
-        assert_alike(&both, &text);
+        assert_equal(&both, &text);
     }
 }
 
-/// As a model answers, and as it is asked: the think and tool tokens of a template are tokens in both kinds of file.
+/// Tokens of reasoning and tools in a template are added tokens in both kinds of file.
 #[test]
-fn conversations_have_the_same_tokens_in_both_files() {
+fn conversations_have_the_same_tokens_in_both_kinds_of_file() {
     use crate::chat::{ChatEncoder, ChatTemplate, Message};
 
     let home = tempfile::tempdir().unwrap();
@@ -461,23 +461,23 @@ fn conversations_have_the_same_tokens_in_both_files() {
     });
     assert_eq!(encoded[0], encoded[1]);
     let spelled = both[0].decode_with_special(&encoded[0]);
-    // The special token takes the white space beside it along, as in transformers.
+    // The white space around the special token belongs to it, as in transformers.
     assert!(spelled.starts_with("<|im_user|>user<|im_middle|>  a <think> b<|im_end|><|both|>a <think> b"), "{spelled}");
-    // The prompt has a thought that a turn of the past has not, so that the words are looked for.
+    // The generation prompt opens reasoning, which no turn has, so that the text of the turn is searched for.
     let template = "{%- for m in messages -%}<|im_user|>{{ m['role'] }}<|im_middle|> {{ m['content'] }}<|beyond|>\n{%- endfor -%}\
          {%- if add_generation_prompt -%}<|im_user|>assistant<|im_middle|> <think>{%- endif -%}";
     for tokenizer in both {
         let encoder = ChatEncoder::new(ChatTemplate::from_source(template).unwrap(), tokenizer);
-        assert_eq!(encoder.end_token(), Some(526), "it need not be special");
+        assert_eq!(encoder.end_token(), Some(526), "the end token is not special");
     }
     let count = |id: u32| encoded[0].iter().filter(|&&token| token == id).count();
-    assert_eq!((count(273), count(270)), (5, 0), "what people write is read for `<think>`, not for `<|im_end|>`");
+    assert_eq!((count(273), count(270)), (5, 0), "in a message `<think>` is a token, and `<|im_end|>` is text");
 }
 
-/// The values are those of transformers 5.24, `AutoTokenizer.from_pretrained(dir)("Hi")["input_ids"]`, which does not look at
-/// `add_bos_token` where there is a tokenizer.json.
+/// The expected values are those of transformers 5.24, `AutoTokenizer.from_pretrained(dir)("Hi")["input_ids"]`, which ignores
+/// `add_bos_token` if there is a tokenizer.json.
 #[test]
-fn a_post_processor_begins_and_ends_texts() {
+fn a_post_processor_adds_a_prefix_and_a_suffix() {
     let special = |name: &str, id: u32| json!({"id": name, "ids": [id], "tokens": [name]});
     let template = |single: serde_json::Value| {
         json!({"type": "TemplateProcessing", "single": single, "pair": [],
@@ -506,15 +506,15 @@ fn a_post_processor_begins_and_ends_texts() {
         let never = tokenizer.with_bos(AddBos::Never).unwrap();
         assert!(never.prefix().is_empty());
     }
-    let asks_twice = json!({"type": "Sequence", "processors": [begins, begins]});
+    let two_parts = json!({"type": "Sequence", "processors": [begins, begins]});
     for (processor, expected) in [
-        (asks_twice, "two parts that each add tokens"),
-        (template(json!([text, text])), "the text in it 2 times"),
-        (template(json!([piece("<|bos|>")])), "the text in it 0 times"),
-        (template(json!([piece("<s>"), text])), "adds the token `<s>`, and does not say its id"),
-        (template(json!([piece("<|bos|>"), {"Sequence": {"id": "B", "type_id": 0}}])), "asks for a second"),
+        (two_parts, "two parts that each add tokens"),
+        (template(json!([text, text])), "contains the text 2 times"),
+        (template(json!([piece("<|bos|>")])), "contains the text 0 times"),
+        (template(json!([piece("<s>"), text])), "adds the token `<s>` without an id"),
+        (template(json!([piece("<|bos|>"), {"Sequence": {"id": "B", "type_id": 0}}])), "contains a second"),
         (template(json!(vec![piece("<|bos|>"); 65])), "adds more than 64 tokens"),
-        (json!({"type": "Unheard"}), "the type `Unheard`, which is not known"),
+        (json!({"type": "Unheard"}), "the unknown type `Unheard`"),
         (json!({"type": "BertProcessing", "cls": ["a", 1]}), "has no `sep`"),
         (json!([]), "has no `type`"),
     ] {
@@ -524,7 +524,7 @@ fn a_post_processor_begins_and_ends_texts() {
 }
 
 #[test]
-fn bos_is_added_where_it_is_asked_for() {
+fn bos_is_added_on_request() {
     let dir = tempfile::tempdir().unwrap();
     write_tokenizer_json(dir.path());
     let open = |config: serde_json::Value| {
@@ -533,10 +533,10 @@ fn bos_is_added_where_it_is_asked_for() {
     };
     let none = open(json!({"eos_token": "<end>"}));
     let error = none.with_bos(AddBos::Always).unwrap_err();
-    assert!(error.to_string().contains("has no token that begins a text (BOS)") && error.hint().is_some(), "{error}");
-    let silent = open(json!({"bos_token": "<end>"}));
-    assert_eq!(silent.bos_conflict(), None);
-    // DeepSeek's: the configuration says so, and the post-processor does not do it.
+    assert!(error.to_string().contains("has no BOS token") && error.hint().is_some(), "{error}");
+    let unset = open(json!({"bos_token": "<end>"}));
+    assert_eq!(unset.bos_conflict(), None);
+    // DeepSeek's: the config says so, and the post-processor does not do it.
     let tokenizer = open(json!({"bos_token": "<end>", "add_bos_token": true}));
     assert_eq!(tokenizer.encode_text("a").unwrap(), [97]);
     assert!(tokenizer.bos_conflict().unwrap().contains("says `add_bos_token: true`, but the post-processor"));
@@ -546,9 +546,9 @@ fn bos_is_added_where_it_is_asked_for() {
     assert_eq!(always.with_parse_special(true).encode_text("<end>a").unwrap(), [258, 258, 97], "as in transformers");
 }
 
-/// The values are those of transformers 5.24.
+/// The expected values are those of transformers 5.24.
 #[test]
-fn files_beside_a_tokenizer_json_name_tokens() {
+fn files_next_to_a_tokenizer_json_name_tokens() {
     let dir = tempfile::tempdir().unwrap();
     let added = |content: &str, special: bool, lstrip: bool| {
         json!({"content": content, "special": special, "lstrip": lstrip, "rstrip": false, "single_word": false,
@@ -575,7 +575,7 @@ fn files_beside_a_tokenizer_json_name_tokens() {
     let config = |token: serde_json::Value| {
         [("tokenizer_config.json", json!({"eos_token": "<e>", "added_tokens_decoder": {"257": token}}))]
     };
-    // What is there twice, a token of the configuration alone, with its flags, and one that another key names.
+    // A token in both files, one in the config only, with its flags, and one that another key names.
     let alone = [end.clone()];
     let both = [end.clone(), (257, added("<t>", true, false))];
     let plain = [end.clone(), (257, added("<t>", false, false))];
@@ -592,7 +592,7 @@ fn files_beside_a_tokenizer_json_name_tokens() {
         (open(&plain, &eos("<t>")), "a <t> b", 257, false, "a  b"),
         (open(&plain, &map), "a <t> b", 257, false, "a  b"),
         (open(&alone, &legacy), "a <t> b", 257, true, "a <t> b"),
-        // A gap before it: transformers and the crate close it, and say so.
+        // A gap before the id: the crate, and so transformers, assigns another one.
         (open(&[end.clone(), (300, added("<t>", false, false))], &[]), "a <t> b", 257, true, "a <t> b"),
     ] {
         let tokens = tokenizer.clone().with_parse_special(true).encode_text(text).unwrap();
@@ -602,17 +602,17 @@ fn files_beside_a_tokenizer_json_name_tokens() {
     }
     let kept = |tokenizer: &Tokenizer| tokenizer.files().iter().any(|file| file.name == "added_tokens.json");
     assert!(kept(&open(&alone, &legacy)));
-    // It is not read beside an `added_tokens_decoder`, and not kept.
+    // With an `added_tokens_decoder` the file is ignored, and not kept.
     let [current] = config(added("<t>", false, false));
     assert!(!kept(&open(&plain, &[current, ("added_tokens.json", json!({"<x>": 257}))])));
-    // A damaged file is not one that says nothing.
+    // A damaged file is an error, and not treated as absent.
     std::fs::write(dir.path().join("tokenizer_config.json"), "{").unwrap();
     let error = Tokenizer::from_model_dir(dir.path()).unwrap_err().to_string();
     assert!(error.contains("tokenizer_config.json` cannot be read: it is not JSON"), "{error}");
 }
 
 #[test]
-fn a_fingerprint_changes_with_what_a_text_becomes() {
+fn the_fingerprint_changes_with_the_tokens_of_a_text() {
     let home = tempfile::tempdir().unwrap();
     let prints = |special: bool| {
         let token = json!({"content": "<think>", "special": special});
@@ -624,9 +624,9 @@ fn a_fingerprint_changes_with_what_a_text_becomes() {
     assert_eq!(after, prints(false));
 }
 
-/// As transformers encodes the text of a template (Llama 2, Mistral): a space before the first word only.
+/// As transformers encodes the text of a template (Llama 2, Mistral).
 #[test]
-fn a_space_before_the_first_word_is_not_before_the_others() {
+fn a_space_is_added_before_the_first_word_of_a_text_only() {
     use crate::chat::{ChatEncoder, ChatTemplate, Message};
 
     let tokenizer = with(|json| {
@@ -641,7 +641,7 @@ fn a_space_before_the_first_word_is_not_before_the_others() {
     let template = "{% for m in messages %}a<|bos|>{{ m.content }}<|eos|>{% endfor %}";
     let encoder = ChatEncoder::new(ChatTemplate::from_source(template).unwrap(), tokenizer.clone());
     let messages = [Message::new("user", "b c"), Message::new("assistant", "d")];
-    // The three special tokens follow those two.
+    // The three special tokens follow `▁` and `<unk>`.
     let [space, bos, eos] = [256, 258, 259];
     let expected = [space, 97, bos, 98, space, 99, eos, 97, bos, 100, eos];
     assert_eq!(encoder.tokens(&messages, false).unwrap(), expected);

@@ -1,8 +1,8 @@
 //! Moonlight's `tiktoken.model`, by the `tiktoken-rs` crate.
 //!
-//! The same as the published `tokenization_moonshot.py`, except that text which spells a special token stays text where
-//! nobody asks for more, and that added tokens are matched as `tokenizers` matches them: by word, with the white space beside
-//! them, where `tokenizer_config.json` says so.
+//! It differs from the published `tokenization_moonshot.py` in two ways: special tokens in a text are parsed only on request,
+//! and added tokens are matched as by `tokenizers`: as a whole word or with the white space around them, if
+//! `tokenizer_config.json` says so.
 
 use moonlight_convert::tokenizer::{BosEos, Ranks, SpecialNames, pattern, special_tokens};
 use rustc_hash::FxHashMap;
@@ -11,9 +11,9 @@ use tiktoken_rs::CoreBPE;
 use super::added_tokens::{AddedTokens, Piece};
 use super::post_processor::AffixTokens;
 
-/// Characters that are encoded at a time.
+/// Characters that are encoded at a time, as in the published code.
 const CHUNK: usize = 400_000;
-/// The longest run of white space, or of anything else, that is encoded at a time.
+/// The limit of a run of white space, or of other characters, that is encoded at a time, as in the published code.
 const RUN: usize = 25_000;
 
 /// The byte-pair encoding and the added tokens.
@@ -26,7 +26,7 @@ pub(super) struct Tiktoken {
 }
 
 impl Tiktoken {
-    /// Reads the file's bytes; `names` are the added tokens that the files beside it name.
+    /// Parses the bytes of a file; `names` are the added tokens that the files next to it name.
     pub(super) fn parse(contents: &[u8], names: &SpecialNames) -> Result<Self, String> {
         let ranks = Ranks::parse(contents).map_err(|error| error.to_string())?;
         let tokens = special_tokens(ranks.count(), &names.added)?;
@@ -38,7 +38,7 @@ impl Tiktoken {
         Ok(Self { inner, ranks: ranks.count(), added: AddedTokens::new(tokens)?, affixes, vocab_size })
     }
 
-    /// The tokens of a text, its special ones where `parse_special` says so.
+    /// The tokens of a text, with special ones if `parse_special`.
     pub(super) fn encode(&self, text: &str, parse_special: bool) -> Vec<u32> {
         let mut tokens = Vec::new();
         for piece in self.added.split(text, |token| parse_special || !token.special) {
@@ -52,12 +52,12 @@ impl Tiktoken {
         tokens
     }
 
-    /// The bytes of the tokens; special ones have theirs `with_special` only.
+    /// The bytes of tokens, with those of special ones if `with_special`.
     pub(super) fn bytes(&self, tokens: &[u32], with_special: bool) -> Vec<u8> {
         let mut bytes = Vec::new();
         for run in tokens.chunk_by(|a, b| (*a < self.ranks) == (*b < self.ranks)) {
             if run[0] < self.ranks {
-                // Every rank has a token, as `parse` has seen.
+                // `parse` has checked that every rank has a token.
                 bytes.extend(self.inner.decode_bytes(run).unwrap_or_default());
                 continue;
             }
@@ -69,7 +69,7 @@ impl Tiktoken {
         bytes
     }
 
-    /// What begins and ends a text.
+    /// The prefix and suffix of a text.
     pub(super) fn affixes(&self) -> &AffixTokens {
         &self.affixes
     }
@@ -83,8 +83,8 @@ impl Tiktoken {
     }
 }
 
-/// The text in pieces of at most [`CHUNK`] characters without runs longer than [`RUN`], as the published code cuts it:
-/// the regular expression would go too far back in longer ones.
+/// Splits a text into pieces of at most [`CHUNK`] characters without runs longer than [`RUN`], at the same places as the
+/// published code. In longer runs the regular expression backtracks too far.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut cuts = vec![0];
     let (mut in_chunk, mut run, mut run_is_space) = (0, 0, false);
@@ -109,7 +109,7 @@ fn pieces(text: &str) -> impl Iterator<Item = &str> {
     (1..cuts.len()).filter_map(move |end| text.get(cuts[end - 1]..cuts[end])).filter(|piece| !piece.is_empty())
 }
 
-/// Python's `str.isspace`: white space, and the four separators of ASCII.
+/// Python's `str.isspace` of one character: Unicode's white space and the four ASCII separators.
 fn is_python_space(character: char) -> bool {
     character.is_whitespace() || ('\u{1C}'..='\u{1F}').contains(&character)
 }

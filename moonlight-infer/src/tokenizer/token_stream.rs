@@ -1,22 +1,22 @@
-//! Decoding while the tokens are still coming.
+//! Decodes tokens while they are generated.
 
 use super::Tokenizer;
 
-/// Tokens that are decoded again with each new one, so that a decoder which looks back (a space before a word) gives
-/// what it would have given for the whole.
+/// Tokens that are decoded again with each new one, so that a decoder whose output depends on earlier tokens (a space before
+/// a word) gives the same text as for all tokens at once.
 const CONTEXT: usize = 6;
-/// After so many tokens that end in half a character there is no hope for it.
+/// Tokens after which an incomplete character at the end is given up, and emitted as U+FFFD.
 const MAX_INCOMPLETE_TOKENS: usize = 16;
 
-/// Decodes tokens one at a time and never gives half a character.
+/// Decodes tokens one at a time, and holds back incomplete characters.
 #[derive(Debug)]
 pub struct TokenStream<'a> {
     tokenizer: &'a Tokenizer,
-    /// Bytes of a character that is not whole yet.
+    /// The bytes of an incomplete character.
     bytes: Vec<u8>,
-    /// For tokenizers whose tokens are not bytes: the last tokens that have been given, and those that have not.
+    /// For tokenizers whose tokens are not bytes: the last tokens whose text was emitted, and those whose text was not.
     tokens: Vec<u32>,
-    /// How many of `tokens` have been given.
+    /// How many of `tokens` were emitted.
     emitted: usize,
 }
 
@@ -25,11 +25,11 @@ impl<'a> TokenStream<'a> {
         Self { tokenizer, bytes: Vec::new(), tokens: Vec::new(), emitted: 0 }
     }
 
-    /// The text that is whole with this token; empty while a character is still incomplete.
+    /// The text that this token completes; empty while a character is incomplete.
     pub fn push(&mut self, token: u32) -> String {
         if let Some(bytes) = self.tokenizer.token_bytes(&[token]) {
             self.bytes.extend(bytes);
-            return self.whole_characters();
+            return self.complete_characters();
         }
         self.tokens.push(token);
         let text = self.new_text();
@@ -40,7 +40,7 @@ impl<'a> TokenStream<'a> {
         text
     }
 
-    /// What is left: a character that never became whole is U+FFFD.
+    /// The rest of the text, with U+FFFD for an incomplete character.
     pub fn finish(&mut self) -> String {
         let mut text = String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned();
         text.push_str(&self.new_text());
@@ -48,13 +48,13 @@ impl<'a> TokenStream<'a> {
         text
     }
 
-    /// Takes every whole character, and what can never be one as U+FFFD, from the bytes.
-    fn whole_characters(&mut self) -> String {
+    /// Removes all complete characters from the bytes, with U+FFFD for invalid ones.
+    fn complete_characters(&mut self) -> String {
         let mut text = String::new();
         loop {
             match std::str::from_utf8(&self.bytes) {
-                Ok(whole) => {
-                    text.push_str(whole);
+                Ok(valid) => {
+                    text.push_str(valid);
                     self.bytes.clear();
                     return text;
                 }
@@ -62,7 +62,7 @@ impl<'a> TokenStream<'a> {
                     let valid = error.valid_up_to();
                     text.push_str(&String::from_utf8_lossy(&self.bytes[..valid]));
                     let Some(invalid) = error.error_len() else {
-                        // The rest may still become a character.
+                        // The rest may be the start of a character.
                         self.bytes.drain(..valid);
                         return text;
                     };
@@ -73,15 +73,15 @@ impl<'a> TokenStream<'a> {
         }
     }
 
-    /// What the tokens that have not been given add to the text of those that have.
+    /// The text that the tokens after the emitted ones add.
     fn new_text(&self) -> String {
         if self.emitted == self.tokens.len() {
             return String::new();
         }
         let before = self.tokenizer.decode(&self.tokens[..self.emitted]);
-        let whole = self.tokenizer.decode(&self.tokens);
-        let common = before.char_indices().zip(whole.char_indices()).find(|(a, b)| a.1 != b.1).map(|(a, _)| a.0);
-        whole.get(common.unwrap_or(before.len())..).unwrap_or_default().to_owned()
+        let all = self.tokenizer.decode(&self.tokens);
+        let common = before.char_indices().zip(all.char_indices()).find(|(a, b)| a.1 != b.1).map(|(a, _)| a.0);
+        all.get(common.unwrap_or(before.len())..).unwrap_or_default().to_owned()
     }
 
     fn settle(&mut self) {

@@ -169,7 +169,7 @@ mod tests {
         let cases = [
             (&base, json!({"qk_rope_head_dim": 63})),
             (&base, json!({"num_experts_per_tok": 40})),
-            (&base, json!({"n_group": 32})),
+            (&base, json!({"n_group": 5})),
             (&base, json!({"topk_method": "random"})),
             (&base, json!({"num_key_value_heads": 2})),
             (&base, json!({"head_dim": 80})),

@@ -33,7 +33,7 @@ impl Keys {
         self.optional(field, "a whole number", |value| value.as_u64().and_then(|n| usize::try_from(n).ok()))
     }
 
-    /// A whole number, which may be spelled as a float (`8192.0`).
+    /// A whole number, which may be written as a float (`8192.0`).
     pub(crate) fn optional_length(&mut self, field: &'static str) -> Result<Option<usize>, ConfigError> {
         self.optional(field, "a whole number", |value| {
             let whole = |number: &f64| number.fract() == 0.0 && (0.0..1e15).contains(number);

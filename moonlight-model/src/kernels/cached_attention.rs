@@ -21,7 +21,7 @@ impl CacheSpan {
     }
 }
 
-/// Parameters of [`cached_attention`](super::cached_attention) that are not tensors.
+/// Parameters of [`cached_attention`](fn@super::cached_attention) that are not tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CachedAttentionSpec {
     /// Factor on the products of queries and keys.

@@ -11,7 +11,7 @@
 //! | [`quantized_matmul`] | the same, with weights of 8 or 4 bits | the backward pass would keep the whole dequantized weight |
 //! | [`dispatch_rows`], [`combine_rows`] | tokens to rows of experts and back | the gradient of a gather is a scatter; here it is another gather |
 //! | [`latent_attention`], [`grouped_attention`] | causal, within documents | autodiff keeps several `[sequence, sequence]` tensors; these keep none |
-//! | [`cached_attention`] | new tokens to a KV cache | sequences of different lengths in one call, read in place |
+//! | [`cached_attention`](fn@cached_attention) | new tokens to a KV cache | sequences of different lengths in one call, read in place |
 //! | [`swiglu`], [`rms_norm`], [`rotate`], [`cross_entropy`] | elementwise or by row | five to ten passes over memory instead of one |
 //!
 //! # What is checked
@@ -217,7 +217,7 @@ ops! {
             ) -> (FloatTensor<Self>, FloatTensor<Self>, Option<FloatTensor<Self>>);
         }
 
-        /// The kernel of [`cached_attention`], which has no gradient.
+        /// The kernel of [`cached_attention`](fn@cached_attention), which has no gradient.
         trait CachedAttentionKernel {
             fn cached_attention_forward(
                 query: FloatTensor<Self>,

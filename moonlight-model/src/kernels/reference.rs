@@ -164,12 +164,12 @@ pub(super) fn combine_rows_grad<B: Backend>(
     let (count, k) = (layout.rows(), layout.k());
     let grad_of_row = B::float_select(to_f32::<B>(grad), 0, int_tensor::<B>(layout.token_of_row(), &device));
     let dots = B::float_sum_dim(B::float_mul(to_f32::<B>(rows), grad_of_row.clone()), 1); // [rows, 1]
-    let grad_weights = B::float_select(dots, 0, int_tensor::<B>(layout.row_of_slot(), &device));
+    let grad_weights = B::float_select(dots, 0, int_tensor::<B>(layout.row_of_slot(), &device)); // by slot
     let mut slot_of_row = vec![0; count];
     for (slot, &row) in layout.row_of_slot().iter().enumerate() {
         slot_of_row[row as usize] = slot as u32;
     }
-    let weights = B::float_reshape(weights, Shape::new([count, 1]));
+    let weights = B::float_reshape(weights, Shape::new([count, 1])); // by slot
     let weight_of_row = B::float_select(weights, 0, int_tensor::<B>(&slot_of_row, &device));
     (
         B::float_cast(B::float_mul(grad_of_row, weight_of_row), dtype),
@@ -255,6 +255,7 @@ pub(super) fn rotate_forward<B: Backend>(
         B::float_reshape(part, Shape::new([batch, sequence, heads, pairs, 1]))
     };
     let (a, b) = (member(0), member(1));
+    // Each [batch, sequence, heads, pairs, 1].
     let rotated_a = B::float_sub(B::float_mul(a.clone(), cos.clone()), B::float_mul(b.clone(), sin.clone()));
     let rotated_b = B::float_add(B::float_mul(b, cos), B::float_mul(a, sin));
     let rotated = if spec.interleave {
@@ -285,7 +286,7 @@ pub(super) fn attention_forward<B: Backend>(
     let sum = B::float_sum_dim(exponentials.clone(), 3);
     let probabilities = B::float_cast(B::float_div(exponentials, sum.clone()), dtype);
     let output = B::float_matmul(probabilities, heads.value);
-    let log_sum = B::float_add(largest, B::float_log(sum));
+    let log_sum = B::float_add(largest, B::float_log(sum)); // [batch, heads, sequence, 1]
     (B::float_swap_dims(output, 1, 2), B::float_reshape(log_sum, Shape::new([batch, count, sequence])))
 }
 
@@ -305,8 +306,9 @@ pub(super) fn attention_grad<B: Backend>(
     let [_, count, _, width] = heads.query.shape().dims();
     let own = heads.own_key_width;
     let log_sum = B::float_reshape(log_sum, Shape::new([batch, count, sequence, 1]));
+    // Computed again: the forward pass saves a value for each query instead of one for each query and key.
     let probabilities = B::float_exp(B::float_sub(heads.scores(spec), log_sum));
-    let grad = B::float_swap_dims(grad, 1, 2);
+    let grad = B::float_swap_dims(grad, 1, 2); // [batch, heads, sequence, value]
     let output = B::float_swap_dims(output, 1, 2);
     let delta = B::float_sum_dim(B::float_mul(to_f32::<B>(grad.clone()), to_f32::<B>(output)), 3);
     let grad_probabilities = to_f32::<B>(B::float_matmul(grad.clone(), B::float_transpose(heads.value)));
@@ -329,7 +331,7 @@ pub(super) fn attention_grad<B: Backend>(
     (B::float_swap_dims(grad_query, 1, 2), B::float_swap_dims(grad_key_value, 1, 2), grad_shared)
 }
 
-/// See [`super::cached_attention`].
+/// See [`super::cached_attention`](fn@super::cached_attention).
 pub(super) fn cached_attention_forward<B: Backend>(
     query: FloatTensor<B>,
     cache: FloatTensor<B>,
@@ -366,7 +368,7 @@ fn attend_span<B: Backend>(
     // [batch, tokens, key heads, group, width] to [batch, key heads, tokens * group, width]
     let query = B::float_reshape(query, Shape::new([batch, count, key_heads, group * width]));
     let query = B::float_reshape(B::float_swap_dims(query, 1, 2), Shape::new([batch, key_heads, count * group, width]));
-    let scores = to_f32::<B>(B::float_matmul(query, B::float_transpose(key)));
+    let scores = to_f32::<B>(B::float_matmul(query, B::float_transpose(key))); // [batch, key heads, tokens * group, keys]
     let mut scores = B::float_mul_scalar(scores, spec.scale.into());
     if count > 1 || spec.first_key(span.start) > 0 {
         let masked: Vec<f32> = (0..count * group)

@@ -176,7 +176,7 @@ impl Router {
             ScoringFunc::Sigmoid => sigmoid(logits),
             ScoringFunc::Softmax => softmax(logits, 1),
         };
-        let host_scores = to_host(scores.clone().detach().into_data());
+        let host_scores = to_host(scores.clone().detach().into_data()); // waits for the device
         let bias = self.e_score_correction_bias.as_ref().map(|bias| to_host(bias.val().into_data()));
         let choices = self.rule.choose(&host_scores, bias.as_deref());
         let k = self.rule.k;

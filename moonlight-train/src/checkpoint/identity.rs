@@ -249,8 +249,13 @@ mod tests {
 
     #[test]
     fn a_checkpoint_may_have_the_former_name_of_a_key() {
-        let then = identity(json!({"model": {"quantise": "int4"}}));
-        let now = |bits: &str| identity(json!({"model": {"quantize": bits}}));
+        let (old, new) = RENAMED_KEYS[0];
+        let with = |key: &str, value: &str| {
+            let (section, key) = key.split_once('.').unwrap();
+            identity(json!({section: {key: value}}))
+        };
+        let then = with(old, "int4");
+        let now = |value: &str| with(new, value);
         assert_eq!(now("int4").differences(&then), Differences::default());
         let refused: Vec<_> = now("int8").differences(&then).refused.iter().map(ToString::to_string).collect();
         assert_eq!(refused, ["`model.quantize` is \"int8\" and was \"int4\""]);

@@ -28,6 +28,7 @@ mod state;
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use moonlight_convert::adapter::write_adapter;
 use moonlight_convert::manifest::{Depth, Manifest};
@@ -104,6 +105,7 @@ impl Checkpoints {
         state: &TrainerState,
     ) -> Result<PathBuf, TrainError> {
         storage::create_dir_all(&self.dir).map_err(TrainError::write(&self.dir))?;
+        let started = Instant::now();
         let path = self.path(state.step);
         let mut failure = None;
         let result = replace_directory(&path, |new| {
@@ -124,6 +126,7 @@ impl Checkpoints {
             return Err(error);
         }
         result?;
+        tracing::debug!("wrote the checkpoint `{}` in {:.1} s", path.display(), started.elapsed().as_secs_f64());
         self.rotate(state);
         Ok(path)
     }

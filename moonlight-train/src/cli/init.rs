@@ -5,7 +5,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use moonlight_infer::device::ComputeDevice;
+use moonlight_infer::device::{ComputeDevice, DeviceError};
 use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
 
@@ -161,7 +161,12 @@ impl Answers {
                 .map(str::to_owned)
                 .collect();
         }
-        let on_cpu = ComputeDevice::open(&arguments.device)?.is_cpu;
+        let on_cpu = match ComputeDevice::open(&arguments.device) {
+            Ok(device) => device.is_cpu,
+            // The recipe may be for another machine.
+            Err(DeviceError::NotBuilt { .. }) => false,
+            Err(error) => return Err(error.into()),
+        };
         let budget =
             arguments.budget.map(|budget| (budget * 1e9) as u64).or_else(|| available_memory().filter(|_| on_cpu));
         Ok(Self {
@@ -524,7 +529,7 @@ mod tests {
         let (pretrain, peak) =
             written(&["--task", "pretrain", "--preset", "bench-small", "--data", "d/*.txt", "--budget", "2"]);
         assert!(peak <= 2_000_000_000 && pretrain.recipe.lora.is_none());
-        let moonlight = ["--model", "moonshotai/Moonlight-16B-A3B", "--data", "c.jsonl", "--device", "auto"];
+        let moonlight = ["--model", "moonshotai/Moonlight-16B-A3B", "--data", "c.jsonl", "--device", "cuda"];
         let with = |more: &[&'static str]| [more, &moonlight].concat();
         let (chat, peak) = written(&with(&["--task", "chat", "--budget", "80"]));
         assert!(peak <= 80_000_000_000 && chat.recipe.train.fuse_update, "{peak}");
@@ -534,7 +539,18 @@ mod tests {
 
     #[test]
     fn a_budget_that_nothing_fits_is_an_error_with_a_hint() {
-        let arguments = ["--task", "chat", "--model", "moonshotai/Moonlight-16B-A3B", "--data", "c", "--budget", "8"];
+        let arguments = [
+            "--task",
+            "chat",
+            "--model",
+            "moonshotai/Moonlight-16B-A3B",
+            "--data",
+            "c",
+            "--budget",
+            "8",
+            "--device",
+            "cuda",
+        ];
         let error = answers(&arguments).fitted(Path::new("r.toml")).unwrap_err();
         assert!(error.to_string().starts_with("no settings fit into 8.00 GB"), "{error}");
         assert!(error.hint().unwrap().contains("--task lora"));

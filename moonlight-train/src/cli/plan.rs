@@ -305,4 +305,39 @@ mod tests {
             [Some(8), Some(8), Some(12), Some(192), None]
         );
     }
+
+    /// The shape and what was assumed of a recipe in `dir` with these lines in `[model]`.
+    fn shaped(dir: &Path, model: &str, named: Option<&str>) -> Result<ShapedRecipe, crate::recipe::RecipeError> {
+        let rest = "[data]\ntrain = [\"missing\"]\n[optimizer]\nlearning_rate = 1e-3\n[train]\nsteps = 1\n";
+        let path = dir.join("recipe.toml");
+        Draft::parse(&format!("[model]\n{model}\n{rest}"), &path, &[]).unwrap().resolve_shape(named)
+    }
+
+    #[test]
+    fn a_plan_needs_a_shape_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let config = ModelConfig::preset("deepseek-v2-lite").unwrap();
+        std::fs::create_dir(dir.join("weights")).unwrap();
+        std::fs::write(dir.join("weights/config.json"), config.to_json()).unwrap();
+        let weights = format!("path = {:?}", dir.join("weights").display().to_string());
+        let found = shaped(dir, &weights, None).unwrap();
+        assert_eq!((&found.config, found.assumed), (&config, None));
+
+        let absent = shaped(dir, "path = \"org/absent\"\npreset = \"moonlight-16b-a3b\"", None).unwrap();
+        assert_eq!(absent.config.dtype.as_deref(), Some("bfloat16"), "weights have the dtype of the preset");
+        assert!(absent.assumed.unwrap().contains("`org/absent` does not exist"));
+
+        let error = shaped(dir, "path = \"org/absent\"", None).unwrap_err();
+        assert!(error.hint().unwrap().contains("--model-config"), "{error}");
+        let given = shaped(dir, "path = \"org/absent\"", Some("bench-small")).unwrap();
+        assert_eq!(given.config, ModelConfig::preset("bench-small").unwrap());
+
+        // The vocabulary is that of the tokenizer, here of bytes.
+        std::fs::write(dir.join("other.toml"), "[model]\nhidden_size = 64\n").unwrap();
+        let shape = "preset = \"bench-small\"";
+        std::fs::write(dir.join("whole.toml"), format!("[model]\ndtype = \"bf16\"\n{shape}\n")).unwrap();
+        assert!(shaped(dir, "preset = \"whole.toml\"", None).unwrap_err().to_string().contains("no shape of its own"));
+        assert!(shaped(dir, "preset = \"other.toml\"", None).is_err());
+    }
 }

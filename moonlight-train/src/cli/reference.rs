@@ -21,13 +21,17 @@ Exit codes are in [Exit codes](exit-codes.md), variables that it reads in [Envir
 fn the_page_of_commands_is_current() {
     let options = MarkdownOptions::new().show_footer(false).show_table_of_contents(false).title("commands".into());
     let made = help_markdown_command_custom(&super::Arguments::command(), &options);
-    // Our title takes the place of the crate's, and its headings of the sixth level would be smaller than the text.
-    let (_, commands) = made.split_once("\n\n").expect("a title comes first");
-    let commands = commands.replace("###### **Subcommands:**", "**Commands**");
-    let commands =
-        commands.replace("###### **Arguments:**", "**Arguments**").replace("###### **Options:**", "**Options**");
-    let lines: Vec<&str> = commands.lines().map(str::trim_end).collect();
-    let page = format!("{HEAD}\n{}\n", lines.join("\n").trim());
+    // Our head takes the place of theirs. Their headings of the sixth level would be smaller than the text.
+    let commands = &made[made.find("## `").expect("a command comes first")..];
+    let heading = |line: &str| line.strip_prefix("###### **")?.strip_suffix(":**").map(|name| format!("**{name}**"));
+    let lines = commands.lines().map(str::trim_end).map(|line| heading(line).unwrap_or_else(|| line.to_owned()));
+    let mut page = format!("{HEAD}\n");
+    for line in lines {
+        if !(line.is_empty() && page.ends_with("\n\n")) {
+            page += &(line + "\n");
+        }
+    }
+    let page = page.trim_end().to_owned() + "\n";
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(PAGE);
     if std::env::var_os(UPDATE).is_some() {
         std::fs::write(&path, &page).unwrap();

@@ -64,6 +64,7 @@ impl Dataset {
         let mut train_files = files::find("train", &config.train)?;
         let valid_files = if config.valid.is_empty() { Vec::new() } else { files::find("valid", &config.valid)? };
         let of_valid: HashSet<&FileId> = valid_files.iter().map(|file| &file.id).collect();
+        // By identity and not by path: the same file may be reached through links.
         train_files.retain(|file| !of_valid.contains(&file.id));
         let (mut documents, mut notes) = (Vec::new(), Vec::new());
         let mut files_of_train = Vec::new();

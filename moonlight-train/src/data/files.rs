@@ -47,8 +47,9 @@ pub(super) fn find(key: &'static str, globs: &[String]) -> Result<Vec<SourceFile
             match files.entry(file.id.clone()) {
                 Entry::Vacant(entry) => drop(entry.insert(file)),
                 Entry::Occupied(mut entry) => {
-                    let rank = |file: &SourceFile| (file.path.components().count(), file.path.clone());
-                    if rank(&file) < rank(entry.get()) {
+                    // Equally short paths are compared by name, so that the order of the globs does not matter.
+                    let order = |file: &SourceFile| (file.path.components().count(), file.path.clone());
+                    if order(&file) < order(entry.get()) {
                         entry.insert(file);
                     }
                 }

@@ -47,6 +47,7 @@ impl Prefetcher {
             _ => read(self.stream.clone(), request),
         };
         self.stream = stream;
+        // The thread advances a clone, so that nothing is lost if its batches are dropped.
         if let Some(then) = then {
             let (stream, request) = (self.stream.clone(), then.clone());
             self.prefetched = Some((then, spawn(move || read(stream, &request))));

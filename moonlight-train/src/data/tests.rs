@@ -473,7 +473,7 @@ fn broken_conversations_are_an_error_or_left_out() {
         "2: the conversation has no assistant message",
         "2: `messages[0]` has the unknown role `robot`",
         "2:14: the record is not JSON: EOF while parsing a list",
-        "2: the record is no conversation: it has `text`",
+        "2: the record is not a conversation: it has `text`",
         "2: `messages[0]` has no content",
     ]) {
         let dir = folder(&[("a.jsonl", &format!("{}{line}", talk("q", "a")))]);
@@ -913,7 +913,7 @@ fn a_broken_record_of_an_array_ends_the_file_only_if_it_is_not_json() {
     assert!(error.ends_with("a.json:3:15: the record is not JSON: expected value"), "{error}");
     // Of the file's own errors the first is reported.
     let error = open(&format!("[{good} {good}")).unwrap_err();
-    assert!(error.ends_with("a.json:2:2: expected `,` or `]` behind an element of the array"), "{error}");
+    assert!(error.ends_with("a.json:2:2: expected `,` or `]` after an element of the array"), "{error}");
 }
 
 #[test]

@@ -144,10 +144,11 @@ impl TokenStore {
         }
         let store = Self { file, path: path.to_owned(), footer, table, vocab_size, report: Box::default() };
         let mut hash = Xxh3Default::new();
-        let mut foreign = None;
+        let mut invalid = None;
         store.each_chunk(0..tokens * width, |bytes| {
             hash.update(bytes);
-            foreign = foreign.take().or_else(|| store.find_invalid(bytes));
+            // Reading continues after an invalid token: a wrong checksum explains more, and needs all bytes.
+            invalid = invalid.take().or_else(|| store.find_invalid(bytes));
             true
         })?;
         store.each_chunk(tokens * width..table, |bytes| {
@@ -174,7 +175,7 @@ impl TokenStore {
             return damaged("its checksum differs");
         }
         // The writer never writes such a file, but anyone can compute a checksum.
-        if let Some(problem) = foreign {
+        if let Some(problem) = invalid {
             return Ok(Err(Unusable::Damaged(problem)));
         }
         if !ordered {

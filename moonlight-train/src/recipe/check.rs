@@ -3,7 +3,7 @@
 use super::RecipeError;
 use super::document::Node;
 
-/// Collects the problems of a recipe, of which the first is reported.
+/// Collects the problems of a recipe. The first one is reported.
 pub(super) struct Check<'a> {
     document: &'a Node,
     problems: Vec<RecipeError>,

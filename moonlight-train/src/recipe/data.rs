@@ -171,7 +171,7 @@ pub struct DataConfig {
     /// Tokens in a sequence, from 1 to the model's `max_position_embeddings`. Memory and, for attention, time grow with it.
     /// Default: 1024, or the model's maximum if that is smaller.
     pub sequence_length: usize,
-    /// Whether several documents share a sequence: texts are laid end to end and cut every `sequence_length` tokens;
+    /// Whether several documents share a sequence: texts are concatenated and cut every `sequence_length` tokens;
     /// conversations are combined without cutting any. Attention never crosses documents. With `false` each record is a
     /// sequence of its own, padded on the right.
     pub pack: bool,
@@ -267,7 +267,7 @@ impl DataConfig {
         check.require("data.sequence_length", self.sequence_length > 0, || "is 0; it must be at least 1".into());
     }
 
-    /// Checks the length of sequences against a model that reads at most `longest` tokens; a default is shortened to that.
+    /// Checks the sequence length for a model that reads at most `longest` tokens, and lowers the default to that.
     pub(super) fn fit_length(&mut self, longest: usize, check: &mut Check<'_>) {
         if !check.has("data.sequence_length") {
             self.sequence_length = self.sequence_length.min(longest);

@@ -23,6 +23,7 @@ mod error;
 mod eval;
 mod lora;
 mod model;
+mod old_names;
 mod optimizer;
 mod reader;
 mod run;
@@ -42,6 +43,7 @@ pub use error::RecipeError;
 pub use eval::EvalConfig;
 pub use lora::LoraRecipe;
 pub use model::{ModelDtype, ModelRecipe, Quantize, named_config};
+pub(crate) use old_names::RENAMED_KEYS;
 pub use optimizer::{OptimizerName, OptimizerRecipe};
 pub use run::{DeviceName, RunConfig, SampleConfig};
 pub use schema::schema;
@@ -52,10 +54,6 @@ use document::Node;
 
 use crate::data::MAX_STEP_TOKENS;
 use crate::schedule::{AccumulationChange, ScheduleConfig};
-
-/// Keys that were renamed, as `section.key`, with their names today. Recipes and checkpoints of earlier versions have the old
-/// names and mean the same.
-pub(crate) const RENAMED_KEYS: &[(&str, &str)] = &[("model.quantise", "model.quantize")];
 
 /// A resolved recipe: everything that `moonlight train` needs to know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -105,19 +103,19 @@ pub struct Draft {
     folder: Option<PathBuf>,
 }
 
-/// A recipe for a plan: with the shape of its model, without its weights, tokenizer and data.
+/// A recipe for a plan: it has the shape of its model, but needs neither weights nor tokenizer nor data.
 #[derive(Debug)]
 pub struct ShapedRecipe {
     /// The recipe. Its paths need not exist.
     pub recipe: Recipe,
     /// The shape of its model.
     pub config: ModelConfig,
-    /// Where the shape is from, if not from the recipe's own keys or weights: the rest of a sentence.
+    /// A sentence on where the shape is from, if not from the recipe's own keys or weights.
     pub assumed: Option<String>,
 }
 
 impl Draft {
-    /// [`parse`](Self::parse) of a file.
+    /// Reads a file and [parses](Self::parse) it.
     ///
     /// # Errors
     ///
@@ -128,7 +126,7 @@ impl Draft {
         Self::parse(&text, path, sets)
     }
 
-    /// Reads the text of a recipe from `path`, lays each `section.key=value` of `sets` over it, fills in defaults and checks it.
+    /// Parses the text of the recipe at `path`, applies each `section.key=value` of `sets`, fills in defaults and checks it.
     ///
     /// # Errors
     ///
@@ -172,14 +170,15 @@ impl Draft {
         Ok(recipe)
     }
 
-    /// The recipe with the shape of its model and nothing else: neither weights nor data nor a tokenizer need to be there.
+    /// Finds the shape of the model and nothing else: weights, data and tokenizer may be absent.
     ///
-    /// The shape is that of `named` (as [`named_config`] reads it) if given; else the recipe's own; else that of the `config.json` at
-    /// `model.path`; else, if there is none, that of `model.preset`. Only a shape without `vocab_size` opens the tokenizer.
+    /// The shape is the first of these that exists: that of `named` (as [`named_config`] reads it), that of the `config.json` at
+    /// `model.path`, that of `model.preset`, and the recipe's own keys. The tokenizer is opened only for a shape without
+    /// `vocab_size`.
     ///
     /// # Errors
     ///
-    /// [`RecipeError`] for a shape that cannot be found, and for what does not go with it.
+    /// [`RecipeError`] for a shape that cannot be found, and for keys that do not match it.
     pub fn resolve_shape(self, named: Option<&str>) -> Result<ShapedRecipe, RecipeError> {
         let Self { mut recipe, document, folder } = self;
         let mut check = Check::new(&document);
@@ -188,7 +187,7 @@ impl Draft {
             recipe.data.fit_length(config.max_position_embeddings, &mut check);
         }
         check.finish()?;
-        let (config, assumed) = shaped.expect("a shape that is not found is a problem");
+        let (config, assumed) = shaped.expect("the check has a problem if there is no shape");
         Ok(ShapedRecipe { recipe, config, assumed })
     }
 }

@@ -53,13 +53,12 @@ struct Keys {
     /// `dtype`. Needs `[lora]`.
     quantize: Quantize,
     /// Weights to start from: a folder with `config.json` and safetensors files, the folder of a run (its newest checkpoint),
-    /// or `org/name` in the Hub's cache. Excludes `preset` and the keys of `config.json`.
+    /// or `org/name` in the Hub's cache. Excludes the keys of `config.json`.
     #[serde(deserialize_with = "optional_path")]
     path: Option<PathBuf>,
-    /// A shape whose weights are initialized: a name such as `moonlight-16b-a3b`, or a TOML or JSON file with keys of
-    /// `config.json`, relative to the recipe. Keys of `config.json` in this section override those of the preset; without a
-    /// preset they are the shape. With
-    /// `path`, the shape that `moonlight plan` assumes where the weights are absent.
+    /// A shape whose weights are initialized: a name such as `moonlight-16b-a3b`, or a file relative to the recipe, which is TOML or
+    /// JSON with keys of `config.json`, or another recipe. Keys of `config.json` in this section override those of the preset;
+    /// without a preset they are the shape. With `path`, the shape that `moonlight plan` assumes while the weights are absent.
     preset: Option<String>,
 }
 
@@ -190,7 +189,7 @@ impl ModelRecipe {
                 Err(error) => check.invalid("model.path", format!("cannot be used: {error}"), checkpoint_hint(&error)),
             }
         }
-        // Next to weights a preset only says what to plan with while they are absent.
+        // Next to `path`, the preset is only the shape for `moonlight plan` while the weights are absent.
         if let Some(name) = self.preset.take().filter(|_| self.path.is_none()) {
             match preset_shape(&name, folder) {
                 Ok(preset) => {
@@ -218,8 +217,8 @@ impl ModelRecipe {
         }
     }
 
-    /// The model's configuration for a plan, and where it is from if that is not the recipe's own shape or the weights at `path`, which
-    /// need not be there.
+    /// The model's config for a plan, with a sentence on where it is from, unless that is the recipe's own shape or the weights at
+    /// `path`. The weights may be absent.
     pub(super) fn resolve_shape(
         &mut self,
         named: Option<&str>,
@@ -232,39 +231,46 @@ impl ModelRecipe {
         let found = self.path.as_deref().map(resolve_model);
         let found = found.and_then(Result::ok).filter(|dir| dir.join("config.json").exists());
         if let (None, Some(dir)) = (named, found) {
-            // Weights that are there say themselves what they are.
+            // Weights that exist determine the shape, whatever preset is named next to them.
             self.path = Some(dir.to_path_buf());
             let config = self.config(0).map_err(|error| check.problem(error)).ok()?;
             return Some((config, None));
         }
-        let (place, name, assumed) = match (named, &self.path, preset) {
-            (Some(name), ..) => {
-                ("--model-config".to_owned(), name.to_owned(), format!("the shape of the model is that of `{name}`"))
+        match (named, self.path.take(), preset) {
+            (Some(name), path, _) => {
+                self.path = path;
+                match named_config(name) {
+                    Ok(config) => Some((config, Some(format!("the shape of the model is that of `{name}`")))),
+                    Err(problem) => {
+                        let place = "--model-config".into();
+                        check.problem(RecipeError::Invalid { place, key: name.into(), problem, hint: None });
+                        None
+                    }
+                }
             }
             (None, Some(path), Some(preset)) => {
-                let local = folder.map(|folder| folder.join(&preset)).filter(|path| path.is_file());
-                let name = local.map_or(preset.clone(), |path| path.to_string_lossy().into_owned());
-                let path = path.display();
-                let assumed = format!("`{path}` is not there; the shape is that of the preset `{preset}`");
-                (check.place("model.preset"), name, assumed)
+                // As for a model to initialize, except for the dtype: weights have one, a shape does not.
+                let config = self.own_shape(folder, tokenizer, check);
+                self.shape = Map::new();
+                let dtype = ModelConfig::preset(&preset).ok().and_then(|config| config.dtype);
+                let absent = format!("`{}` does not exist; the shape is that of the preset `{preset}`", path.display());
+                self.path = Some(path);
+                config.map(|config| (ModelConfig { dtype: dtype.or(config.dtype), ..config }, Some(absent)))
             }
             (None, Some(path), None) => {
                 let hint = "name the shape as `model.preset` or with `--model-config`: a preset, or a config.json";
-                check.invalid("model.path", format!("is `{}`, which is not there", path.display()), Some(hint.into()));
-                return None;
-            }
-            (None, None, _) => return self.own_shape(folder, tokenizer, check).map(|config| (config, None)),
-        };
-        match named_config(&name) {
-            Ok(config) => Some((config, Some(assumed))),
-            Err(problem) => {
-                check.problem(RecipeError::Invalid { place, key: name, problem, hint: None });
+                check.invalid(
+                    "model.path",
+                    format!("is `{}`, which does not exist", path.display()),
+                    Some(hint.into()),
+                );
                 None
             }
+            (None, None, _) => self.own_shape(folder, tokenizer, check).map(|config| (config, None)),
         }
     }
 
-    /// The shape that the recipe itself gives, with the vocabulary of the tokenizer unless it has a `vocab_size`.
+    /// The shape by the recipe's own keys, with the vocabulary of the tokenizer if it has no `vocab_size`.
     fn own_shape(
         &mut self,
         folder: Option<&Path>,
@@ -277,7 +283,7 @@ impl ModelRecipe {
             false => match tokenizer.open() {
                 Ok(tokenizer) => tokenizer.as_ref().map_or(0, Tokenizer::vocab_size),
                 Err(error) => {
-                    let hint = "set `model.vocab_size`, which no tokenizer is needed for";
+                    let hint = "set `model.vocab_size`; then no tokenizer is needed";
                     check.invalid("data.tokenizer", format!("cannot be opened: {error}"), Some(hint.into()));
                     return None;
                 }
@@ -291,7 +297,7 @@ impl ModelRecipe {
         self.config(vocab_size).map_err(|error| check.problem(error)).ok()
     }
 
-    /// The model's configuration: the shape's own `vocab_size`, or else the tokenizer's, `vocab_size` (0 for unknown).
+    /// The model's config, with the shape's `vocab_size` or else the tokenizer's, `vocab_size` (0 if that is unknown).
     ///
     /// # Errors
     ///
@@ -376,12 +382,12 @@ fn shape_of(config: &ModelConfig, without: &[&str]) -> Map<String, Value> {
     shape
 }
 
-/// The configuration that `name` stands for: a preset, a `config.json`, a TOML file of its keys, or a model's directory. Of a
-/// directory only the `config.json` is read.
+/// The config that `name` refers to: a preset, a `config.json`, a TOML file of its keys, or a model's directory. Only the
+/// `config.json` of a directory is read.
 ///
 /// # Errors
 ///
-/// The rest of a sentence that begins with the name.
+/// The rest of a sentence that starts with the name.
 pub fn named_config(name: &str) -> Result<ModelConfig, String> {
     let dir = resolve_model(name).map(ModelDir::into_path).unwrap_or_else(|_| name.into());
     let file = dir.join("config.json");
@@ -389,20 +395,19 @@ pub fn named_config(name: &str) -> Result<ModelConfig, String> {
     match file.extension().and_then(|extension| extension.to_str()) {
         Some("json") => {
             let text = std::fs::read_to_string(&file).map_err(|error| format!("cannot be read: {error}"))?;
-            ModelConfig::from_json(&text).map_err(|error| format!("is not a model's configuration: {error}"))
+            ModelConfig::from_json(&text).map_err(|error| format!("is not a model config: {error}"))
         }
         Some("toml") => {
             let mut shape = preset_shape(&file.to_string_lossy(), None)?;
             shape.entry("model_type").or_insert_with(|| "deepseek_v3".into());
-            ModelConfig::from_value(Value::Object(shape))
-                .map_err(|error| format!("is not a model's configuration: {error}"))
+            ModelConfig::from_value(Value::Object(shape)).map_err(|error| format!("is not a model config: {error}"))
         }
         _ if dir.is_dir() => Err("is a directory without `config.json`".into()),
         _ => ModelConfig::preset(name).map_err(|error| format!("is unknown: {error}")),
     }
 }
 
-/// The shape that a preset names: one of the model crate's, or a TOML or JSON file of `config.json`'s keys.
+/// The shape of a preset: one of the model crate's, or a TOML or JSON file with keys of `config.json`.
 fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>, String> {
     let is_toml = name.ends_with(".toml");
     if !is_toml && !name.ends_with(".json") {
@@ -419,6 +424,14 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     } else {
         serde_json::from_str(&text).map_err(|error| format!("`{name}`: {error}"))?
     };
+    // A recipe as preset: its `[model]` is the shape.
+    if is_toml && let Some(Value::Object(model)) = shape.remove("model") {
+        let other = ["path", "preset", "dtype", "quantize"];
+        shape = model.into_iter().filter(|(key, _)| !other.contains(&key.as_str())).collect();
+        if shape.is_empty() {
+            return Err(format!("`{name}` is a recipe whose `[model]` has no shape of its own"));
+        }
+    }
     let keys = shape_keys();
     if let Some(key) = shape.keys().find(|key| is_toml && !keys.contains(&key.as_str())) {
         return Err(format!("`{name}` has the unknown key `{key}`"));

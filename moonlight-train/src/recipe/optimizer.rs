@@ -139,6 +139,7 @@ impl OptimizerRecipe {
         let Keys { name, learning_rate, weight_decay, rounding, update_rms, qk_clip } = keys;
         (adamw.weight_decay, adamw.rounding) = (weight_decay, rounding);
         (muon.weight_decay, muon.rounding) = (weight_decay, rounding);
+        // Written out, because the default depends on the coefficients, and `recipe.toml` must name every value.
         muon.steps.get_or_insert(muon.coefficients.default_steps());
         if let Some(rms) = update_rms {
             muon.scale = muon.scale.with_update_rms(rms);

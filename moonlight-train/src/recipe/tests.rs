@@ -92,7 +92,7 @@ fn an_unknown_key_is_an_error_with_its_line_and_the_nearest_key() {
     );
     assert!(error.hint().unwrap().contains("gradient_clip"));
     assert!(message(SMALL, &["train.learning_rate=1"]).contains("`optimizer.learning_rate`"));
-    assert!(message(SMALL, &["optimiser.momentum=1"]).contains("`[optimizer]`"));
+    assert!(message(SMALL, &["optimzer.momentum=1"]).contains("`[optimizer]`"));
     assert!(
         message(&format!("steps = 3\n{SMALL}"), &[])
             .contains("runs/small.toml:1: unknown key `steps` (the nearest known key is `train.steps`)")
@@ -138,7 +138,7 @@ fn an_invalid_value_is_an_error_with_its_key() {
         ("schedule.warmup_steps=11", "`schedule.warmup_steps` is 11, more than the 10 steps of the schedule"),
         ("schedule.final_fraction=2", "`schedule.final_fraction` is 2"),
         ("run.name=a/b", "`run.name` is `a/b`, which cannot name a folder"),
-        ("model.num_hidden_layers=0", "[model]: the model configuration's `num_hidden_layers` must be at least 1"),
+        ("model.num_hidden_layers=0", "[model]: the model config's `num_hidden_layers` must be at least 1"),
         ("model.preset=nothing", "`model.preset` is unknown"),
         (
             "model.path=/no/such/folder",

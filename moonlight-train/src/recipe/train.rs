@@ -13,7 +13,7 @@ pub struct TrainConfig {
     /// Optimizer steps of the run. Required, unless `epochs` or the stages of `[schedule]` give them. 0 stands for the steps of
     /// `epochs`.
     pub steps: u64,
-    /// Passes over the training data, a fraction if need be, instead of `steps`. The run's own `recipe.toml` gets the number of
+    /// Passes over the training data, not necessarily a whole number, instead of `steps`. The run's own `recipe.toml` gets the number of
     /// steps. 0 if `steps` is given.
     pub epochs: f64,
     /// Sequences of one micro-batch, from 1. Lower it if activations do not fit into memory, and raise
@@ -37,8 +37,8 @@ pub struct TrainConfig {
     pub keep_best: bool,
     /// Steps between lines of the log, of `metrics.jsonl` and of TensorBoard, from 1.
     pub log_every: u64,
-    /// Steps between measurements of the attention logits and of the update RMS, each of which makes its step slower; 0 to
-    /// never measure them.
+    /// Steps between measurements of the attention logits and of the update RMS; a step that measures them is slower. 0 to never
+    /// measure them.
     pub probe_every: u64,
     /// Whether TensorBoard event files are written, into `tensorboard/` of the run's folder.
     pub tensorboard: bool,

@@ -303,6 +303,7 @@ impl ProcessGroup {
 fn open(recipe: &Recipe, target: &ComputeDevice, resume: bool, between: &Communicator) -> Result<Setup, TrainError> {
     let from = if resume { ResumePoint::Newest } else { ResumePoint::Start };
     let opened = {
+        // Opening a large model takes longer than the timeout of the processes that wait for its result.
         let _busy = between.busy();
         (between.rank() == 0).then(|| Setup::open(recipe, target, from)).transpose()
     };

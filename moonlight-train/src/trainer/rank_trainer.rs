@@ -81,8 +81,10 @@ impl RankTrainer {
         let index = self.state.step;
         let settings = self.settings(index);
         let probed = self.is_probed(index);
+        // A second handle keeps the old weights alive through the update, so a probed step needs them in memory twice.
         let before = (probed && self.is_leader()).then(|| CausalLm::clone(&self.model));
 
+        // The next step's batches are prefetched during this step; after the last step there is none.
         let next = (index + 1 < self.recipe.train.steps).then(|| self.batch_request(index + 1));
         let batches = self.data.next(&self.batch_request(index), next)?;
         let totals = StepTotals::local(&batches).all_reduce(self.communicator());
@@ -123,7 +125,8 @@ impl RankTrainer {
         let step_seed = self.recipe.run.seed.wrapping_add(index.wrapping_mul(SEED_STRIDE));
         self.device.seed(step_seed);
         let dropout = lora.as_ref().is_some_and(|lora| lora.adapters.dropout > 0.0);
-        // Ranks see different sequences, so each needs its own dropout masks.
+        // Ranks see different sequences, so each needs its own dropout masks. The rank is in the upper half of the seed, because
+        // micro-batches count up in the lower one.
         let rank = (self.communicator().rank() as u64) << 32;
         StepSettings {
             learning_rate: self.schedule.rate(index),
@@ -175,6 +178,7 @@ impl RankTrainer {
 
     /// The mean loss over the validation batches, the same ones each time; `None` if the recipe has no validation data.
     pub(super) fn validate(&mut self) -> Result<Option<Metrics>, TrainError> {
+        let started = Instant::now();
         let model = self.model.valid();
         let device = self.device.clone().inner();
         let comm = self.communicator();
@@ -208,6 +212,9 @@ impl RankTrainer {
             return Ok(None);
         }
         let loss = loss_sum / predicted;
+        if self.is_leader() {
+            tracing::debug!("validated {} batches in {:.1} s", losses.len(), started.elapsed().as_secs_f64());
+        }
         self.state.update_best(loss);
         Ok(Some(Metrics {
             split: Split::Valid,

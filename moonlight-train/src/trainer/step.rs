@@ -67,8 +67,11 @@ pub(crate) fn step(
             let mut sink = ReducingSink::new(model, optimizer);
             let mut local = run_micro_batches(&mut sink, batches, totals, settings, device)?;
             sink.finish();
+            // The norm is that of the gradient summed over ranks, so each rank measures the parts it owns after their reduction.
             local.gradient_squares = optimizer.local_sum_of_squares(&**model)?;
+            // A non-finite loss or norm returns here on every rank, before the model is touched.
             let result = local.all_reduce(&comm)?;
+            // Applied inside the update, which reads each gradient anyway.
             let scale = clip_factor(settings.gradient_clip, result.gradient_norm());
             model.update(|model| optimizer.apply(settings.learning_rate, scale, model))?;
             result
@@ -97,6 +100,7 @@ fn run_micro_batches(
     let scale = mask_scale(totals.predicted);
     let predicted = totals.predicted * scale;
     for (index, batch) in batches.iter().enumerate() {
+        // Set before the pass and not drawn in it, so that a recomputed layer drops the same values as in the forward pass.
         if let Some(seed) = settings.dropout_seed {
             sink.model().set_dropout_seed(Some(seed.wrapping_add(index as u64)));
         }

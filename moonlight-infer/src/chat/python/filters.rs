@@ -4,14 +4,14 @@ use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs};
 use minijinja::{Error, State};
 
 use super::methods::{is_line_break, split_lines};
-use super::repr::str_of;
+use super::repr::python_str;
 use super::{BYTES_PER_STEP, bind_arguments, check_iterable, is_true};
 use crate::chat::sandbox::invalid_operation;
 
 /// Jinja's `join`: of the `str` of values, or of an attribute of each.
 pub(super) fn join(state: &State, values: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     let [separator, attribute] = bind_arguments(arguments, ["d", "attribute"])?;
-    let separator = separator.map(|separator| str_of(state, &separator)).transpose()?.unwrap_or_default();
+    let separator = separator.map(|separator| python_str(state, &separator)).transpose()?.unwrap_or_default();
     let mut text = String::new();
     if values.is_undefined() {
         return Ok(Value::from(text));
@@ -21,7 +21,7 @@ pub(super) fn join(state: &State, values: Value, arguments: Rest<ValueOrKwargs>)
             Some(attribute) => attribute_path(&item, attribute)?,
             None => item,
         };
-        let item = str_of(state, &item)?;
+        let item = python_str(state, &item)?;
         state.consume_fuel(1 + ((separator.len() + item.len()) / BYTES_PER_STEP) as u64)?;
         if index > 0 {
             text.push_str(&separator);
@@ -59,7 +59,7 @@ pub(super) fn indent(state: &State, text: Value, arguments: Rest<ValueOrKwargs>)
             }
         },
     };
-    let text = str_of(state, &text)? + "\n";
+    let text = python_str(state, &text)? + "\n";
     let breaks = text.chars().filter(|&character| is_line_break(character)).count();
     state.consume_fuel((breaks.saturating_mul(32 + indent.len()) / BYTES_PER_STEP) as u64)?;
     let lines = split_lines(&text, false);

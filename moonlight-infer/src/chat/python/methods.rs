@@ -16,14 +16,14 @@ pub(in crate::chat) fn method(
     arguments: &[Value],
 ) -> Result<Option<Value>, Error> {
     match (value.as_str(), value.kind()) {
-        (Some(text), _) => method_of_text(state, text, name, arguments),
-        (None, ValueKind::Seq | ValueKind::Iterable) => method_of_list(state, value, name, arguments),
-        (None, ValueKind::Map) => method_of_map(state, value, name, arguments),
+        (Some(text), _) => str_method(state, text, name, arguments),
+        (None, ValueKind::Seq | ValueKind::Iterable) => list_method(state, value, name, arguments),
+        (None, ValueKind::Map) => map_method(state, value, name, arguments),
         _ => Ok(None),
     }
 }
 
-fn method_of_map(state: &State, value: &Value, name: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
+fn map_method(state: &State, value: &Value, name: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
     match name {
         "copy" if arguments.is_empty() && is_a_dict(value) => {
             dict(state, Some(value.clone()), Kwargs::from_iter([] as [(&str, Value); 0])).map(Some)
@@ -35,13 +35,13 @@ fn method_of_map(state: &State, value: &Value, name: &str, arguments: &[Value]) 
     }
 }
 
-fn method_of_list(state: &State, value: &Value, name: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
+fn list_method(state: &State, value: &Value, name: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
     Ok(match name {
         "index" => {
-            let (wanted,): (&Value,) = from_args(arguments)?;
+            let (needle,): (&Value,) = from_args(arguments)?;
             for (index, item) in value.try_iter()?.enumerate() {
                 state.consume_fuel(1)?;
-                if item == *wanted {
+                if item == *needle {
                     return Ok(Some(Value::from(index)));
                 }
             }
@@ -80,7 +80,7 @@ pub(super) fn split_lines(text: &str, keep: bool) -> Vec<&str> {
     lines
 }
 
-fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
+fn str_method(state: &State, text: &str, name: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
     let pay = |bytes: usize| state.consume_fuel((bytes / BYTES_PER_STEP) as u64);
     pay(text.len() / 4)?;
     // Consumed before the list is allocated.
@@ -157,38 +157,37 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
             return list(split_lines(text, keep));
         }
         "startswith" | "endswith" => {
-            let (wanted, start, end): (&Value, Option<i64>, Option<i64>) = from_args(arguments)?;
-            let Some(slice_characters) = slice_characters(text, start, end) else {
+            let (needle, start, end): (&Value, Option<i64>, Option<i64>) = from_args(arguments)?;
+            let Some(part) = slice_characters(text, start, end) else {
                 return Ok(Some(Value::from(false)));
             };
-            let fits = |wanted: &Value| match wanted.as_str() {
-                Some(wanted) if name == "startswith" => Ok(slice_characters.starts_with(wanted)),
-                Some(wanted) => Ok(slice_characters.ends_with(wanted)),
+            let fits = |needle: &Value| match needle.as_str() {
+                Some(needle) if name == "startswith" => Ok(part.starts_with(needle)),
+                Some(needle) => Ok(part.ends_with(needle)),
                 None => Err(invalid_operation(format!("`{name}` takes a string or a tuple of strings"))),
             };
-            if wanted.downcast_object_ref::<Tuple>().is_some() {
+            if needle.downcast_object_ref::<Tuple>().is_some() {
                 let mut any = false;
-                for wanted in wanted.try_iter()? {
-                    any |= fits(&wanted)?;
+                for needle in needle.try_iter()? {
+                    any |= fits(&needle)?;
                 }
                 Value::from(any)
             } else {
-                Value::from(fits(wanted)?)
+                Value::from(fits(needle)?)
             }
         }
         "find" | "rfind" | "index" | "rindex" | "count" => {
-            let (wanted, start, end): (&str, Option<i64>, Option<i64>) = from_args(arguments)?;
-            let slice_characters = slice_characters(text, start, end);
+            let (needle, start, end): (&str, Option<i64>, Option<i64>) = from_args(arguments)?;
+            let part = slice_characters(text, start, end);
             if name == "count" {
-                return Ok(Some(Value::from(slice_characters.map_or(0, |slice_characters| match wanted {
-                    "" => slice_characters.chars().count() + 1,
-                    wanted => slice_characters.matches(wanted).count(),
+                return Ok(Some(Value::from(part.map_or(0, |part| match needle {
+                    "" => part.chars().count() + 1,
+                    needle => part.matches(needle).count(),
                 }))));
             }
-            let found = slice_characters.and_then(|slice_characters| {
-                let at =
-                    if name.starts_with('r') { slice_characters.rfind(wanted) } else { slice_characters.find(wanted) }?;
-                let before = slice_characters.as_ptr() as usize - text.as_ptr() as usize;
+            let found = part.and_then(|part| {
+                let at = if name.starts_with('r') { part.rfind(needle) } else { part.find(needle) }?;
+                let before = part.as_ptr() as usize - text.as_ptr() as usize;
                 Some(text[..before + at].chars().count())
             });
             match found {
@@ -226,8 +225,8 @@ fn method_of_text(state: &State, text: &str, name: &str, arguments: &[Value]) ->
         }
         "casefold" => return Err(invalid_operation("`casefold` is not supported; `lower` is")),
         "removeprefix" | "removesuffix" => {
-            let (wanted,): (&str,) = from_args(arguments)?;
-            let rest = if name == "removeprefix" { text.strip_prefix(wanted) } else { text.strip_suffix(wanted) };
+            let (needle,): (&str,) = from_args(arguments)?;
+            let rest = if name == "removeprefix" { text.strip_prefix(needle) } else { text.strip_suffix(needle) };
             Value::from(rest.unwrap_or(text))
         }
         "zfill" | "ljust" | "rjust" | "center" => {

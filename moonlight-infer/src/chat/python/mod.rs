@@ -22,7 +22,7 @@ use super::sandbox::invalid_operation;
 use filters::{default, dict, float, indent, int, join};
 use json::tojson;
 pub(super) use methods::method;
-pub(super) use repr::str_of;
+pub(super) use repr::python_str;
 
 /// The nesting of values that are written.
 const MAX_DEPTH: usize = 200;
@@ -39,7 +39,7 @@ pub(super) fn install(environment: &mut Environment<'static>) {
         match value.as_str() {
             Some(text) if !matches!(state.auto_escape(), minijinja::AutoEscape::Html) => Ok(output.write_str(text)?),
             Some(_) => minijinja::escape_formatter(output, state, value),
-            None => Ok(output.write_str(&str_of(state, value)?)?),
+            None => Ok(output.write_str(&python_str(state, value)?)?),
         }
     });
     // Extensions of minijinja: a template that uses them would fail in transformers.
@@ -48,12 +48,12 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     }
     environment.add_filter("tojson", tojson);
     environment.add_filter("string", |state: &State, value: Value| -> Result<Value, Error> {
-        if value.as_str().is_some() { Ok(value) } else { str_of(state, &value).map(Value::from) }
+        if value.as_str().is_some() { Ok(value) } else { python_str(state, &value).map(Value::from) }
     });
     environment.add_filter("join", join);
     environment.add_filter("indent", indent);
     environment.add_filter("trim", |state: &State, value: Value, set: Option<&str>| -> Result<Value, Error> {
-        let text = str_of(state, &value)?;
+        let text = python_str(state, &value)?;
         state.consume_fuel((text.len().saturating_mul(set.map_or(1, str::len)) / BYTES_PER_STEP) as u64)?;
         Ok(Value::from(match set {
             Some(set) => text.trim_matches(|character| set.contains(character)),
@@ -66,7 +66,7 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_filter("d", default);
     for name in ["e", "escape", "forceescape"] {
         environment.add_filter(name, |state: &State, value: Value| -> Result<String, Error> {
-            let text = str_of(state, &value)?;
+            let text = python_str(state, &value)?;
             let escaped = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
             Ok(escaped.replace('\'', "&#39;").replace('"', "&#34;"))
         });

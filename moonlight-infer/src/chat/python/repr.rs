@@ -9,7 +9,7 @@ use super::{BYTES_PER_STEP, FIRST_PRIVATE, MAX_DEPTH};
 use crate::chat::sandbox::invalid_operation;
 
 /// Python's `str` of a value.
-pub(in crate::chat) fn str_of(state: &State, value: &Value) -> Result<String, Error> {
+pub(in crate::chat) fn python_str(state: &State, value: &Value) -> Result<String, Error> {
     let mut text = String::new();
     match value.as_str() {
         Some(plain) => text.push_str(plain),

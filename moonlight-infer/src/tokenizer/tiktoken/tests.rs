@@ -6,7 +6,7 @@ use moonlight_convert::tokenizer::AddedToken;
 
 use super::*;
 
-/// A file with the 256 bytes and then the given tokens.
+/// A file with the 256 bytes and then `more` tokens.
 fn file(more: &[&str]) -> Vec<u8> {
     let bytes = (0..=u8::MAX).map(|byte| vec![byte]);
     let more = more.iter().map(|text| text.as_bytes().to_vec());
@@ -14,10 +14,10 @@ fn file(more: &[&str]) -> Vec<u8> {
     lines.collect::<String>().into_bytes()
 }
 
-/// The pieces are those of Python's `regex` (version 1 behaviour) for the published pattern. Each piece is a token of
-/// its own that no merge leads to, so it comes out only where the text falls into exactly these pieces.
+/// The pieces are those of Python's `regex` (`VERSION1`) for the published pattern. Each piece is a token that no merge leads
+/// to, so that it appears only if the text is split into exactly these pieces.
 #[test]
-fn text_falls_into_the_published_pieces() {
+fn text_is_split_by_the_published_pattern() {
     let cases: [&[&str]; 5] = [
         &[
             "Hello",
@@ -89,7 +89,7 @@ fn specials_follow_the_ranks() {
     ] {
         assert_eq!(id(name), Some(token), "{name}");
     }
-    // In a text they are characters, and in a decoded text they are nothing, unless somebody asks for them.
+    // They are text when encoded and dropped when decoded, unless requested otherwise.
     assert_eq!(tokenizer.encode("[EOS]", false), "[EOS]".bytes().map(u32::from).collect::<Vec<_>>());
     assert_eq!(tokenizer.encode("a[EOS]b", true), [97, 257, 98]);
     assert_eq!(tokenizer.bytes(&[104, 257, 105, 4000], false), b"hi");
@@ -110,7 +110,7 @@ fn long_runs_are_cut() {
 }
 
 #[test]
-fn broken_files_say_where() {
+fn errors_of_a_file_have_their_line() {
     let error = Tiktoken::parse(b"YQ== 0\nYQ==\n", &SpecialNames::default()).err().unwrap();
     assert!(error.contains("line 2"), "{error}");
 }

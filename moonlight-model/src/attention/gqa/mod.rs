@@ -153,7 +153,7 @@ impl GroupedQueryAttention {
     /// Queries `[batch, sequence, heads, width]` and keys with values `[batch, sequence, key heads, 2 width]`.
     fn project(&self, x: Tensor<2>, context: &ForwardContext) -> (Tensor<4>, Tensor<4>) {
         let shape = |heads| [context.batch(), context.sequence(), heads, self.width];
-        let query = self.q_proj.forward(x.clone()).reshape(shape(self.heads));
+        let query = self.q_proj.forward(x.clone()).reshape(shape(self.heads)); // [batch, sequence, heads, width]
         let key = self.k_proj.forward(x.clone()).reshape(shape(self.key_heads));
         let value = self.v_proj.forward(x).reshape(shape(self.key_heads));
         let key = context.rotation().apply(key, 0);
@@ -176,11 +176,11 @@ impl AttentionModule for GroupedQueryAttention {
             let mut kept = None;
             let (output, _) = self.attend(x, &new.tokens, Some(&mut kept));
             let kept = kept.expect("`attend` fills it");
-            cache.write(kept.reshape(row), &new.spans);
+            cache.write(kept.reshape(row), &new.spans); // after the attention, which did not need the cache
             return output;
         }
         let (query, key_value) = self.project(x, &new.tokens);
-        cache.write(key_value.reshape(row), &new.spans);
+        cache.write(key_value.reshape(row), &new.spans); // first: a token attends to itself
         let spec = CachedAttentionSpec {
             scale: self.scale as f32,
             keys: 0..width,

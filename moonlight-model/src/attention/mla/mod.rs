@@ -155,6 +155,7 @@ impl MultiHeadLatentAttention {
         let pair = self.nope + self.value;
         let key_value = self.kv_b_proj.forward(latent).reshape([batch, sequence, self.heads, pair]); // keys, then values
         let statistics = context.probes_logits().then(|| {
+            // The complete key of every head, which the kernel never builds.
             let own = key_value.clone().slice_dim(3, 0..self.nope);
             let shared = shared_key.clone().reshape([batch, sequence, 1, self.rope]);
             let shared = shared.expand([batch, sequence, self.heads, self.rope]);
@@ -228,6 +229,7 @@ impl AttentionModule for MultiHeadLatentAttention {
         let query = self.query(x.clone(), &new.tokens).reshape([count, heads, self.nope + rope]);
         let (new_latent, shared_key) = self.latent(x, &new.tokens);
         let shared_key = shared_key.reshape([count, rope]);
+        // Written first, because a token attends to itself.
         cache.write(Tensor::cat(vec![new_latent, shared_key], 1).reshape([count, 1, latent + rope]), &new.spans);
         let [absorbed_key, absorbed_value] = self.absorbed(cache);
         // Each head multiplies by its own matrix: the grouped product with a head as a group.

@@ -385,7 +385,7 @@ fn seconds(device: &Device, run: impl Fn()) -> (f64, f64) {
 /// expected to be faster on a software device.
 #[test]
 #[ignore = "needs a CubeCL device, and minutes on one in software"]
-fn one_pass_kernels_are_faster_than_the_reference() {
+fn kernels_of_one_pass_are_faster_than_the_reference() {
     let device = device();
     // A layer of the small benchmark model, 512 tokens.
     let (tokens, hidden, width, experts, vocab) = (512, 512, 352, 32, 8192);

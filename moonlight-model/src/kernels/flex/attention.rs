@@ -201,8 +201,8 @@ fn forward<E: Element>(
 ) -> (FlexTensor, FlexTensor) {
     let inputs = AttentionInputs::<E>::new(query, key_value, shared_key, spec);
     let AttentionInputs { batch, sequence, heads, width, value, .. } = inputs;
-    let output = DisjointVec::<E>::new(batch * sequence * heads * value);
-    let mut log_sums = vec![0.0; batch * heads * sequence];
+    let output = DisjointVec::<E>::new(batch * sequence * heads * value); // [batch, sequence, heads, value]
+    let mut log_sums = vec![0.0; batch * heads * sequence]; // [batch, heads, sequence]
     // A task for each query head: dividing by the rows of `log_sums` gives each task its own part of that as well.
     log_sums.par_chunks_mut(sequence).enumerate().for_each(|(task, log_sums)| {
         let (batch, head) = (task / heads, task % heads);
@@ -263,11 +263,11 @@ fn grad<E: Element>(
     let output = saved.output.to_contiguous();
     let (output, log_sums, grad) = (values_of::<E>(&output), values(&saved.log_sum), values_of::<E>(grad));
 
-    let grad_query = DisjointVec::<E>::new(batch * sequence * heads * width);
-    let grad_key_value = DisjointVec::<E>::new(batch * sequence * key_heads * (own + value));
+    let grad_query = DisjointVec::<E>::new(batch * sequence * heads * width); // [batch, sequence, heads, width]
+    let grad_key_value = DisjointVec::<E>::new(batch * sequence * key_heads * (own + value)); // [.., key heads, own + value]
     // All key heads contribute to the gradient of the shared key. Each writes a part of its own, and the parts are summed below in
     // the order of heads, so that the result does not depend on which task ends first.
-    let grad_shared = DisjointVec::<f32>::new(batch * key_heads * sequence * shared);
+    let grad_shared = DisjointVec::<f32>::new(batch * key_heads * sequence * shared); // [batch, key heads, sequence, shared]
     let pair = own + value;
     (0..batch * key_heads).into_par_iter().for_each(|task| {
         let (batch, key_head) = (task / key_heads, task % key_heads);
@@ -300,6 +300,7 @@ fn grad<E: Element>(
                     let grad_scores = &mut grad_scores[index * count..][..count];
                     probabilities[..first].fill(0.0);
                     probabilities[last + 1..].fill(0.0);
+                    // exp(score - log of the denominator) is the probability, without a division.
                     exp_in_place(&mut probabilities[first..=last], log_sums[(batch * heads + head) * sequence + row]);
                     // dS = P o (dO V^T - D), see `reference::attention_grad`.
                     for (grad_score, &probability) in grad_scores.iter_mut().zip(probabilities.iter()) {

@@ -88,11 +88,13 @@ fn forward<E: Element>(query: &FlexTensor, cache: &FlexTensor, spec: &CachedAtte
     };
     let width = spec.values.len();
     let tasks = inputs.tasks();
+    // `with_max_len(1)` splits down to single tasks, so that threads share tasks of unequal length evenly.
     let partials: Vec<PartialSoftmax> = tasks.par_iter().with_max_len(1).map(|task| inputs.partial(task)).collect();
 
-    let mut output = vec![0.0; tokens * heads * width];
+    let mut output = vec![0.0; tokens * heads * width]; // [tokens, heads, value]
     let mut parts = tasks.iter().zip(partials).peekable();
     while let Some((task, mut whole)) = parts.next() {
+        // The segments of the same queries, in the order of their keys.
         while let Some((_, part)) = parts.next_if(|(next, _)| next.continues) {
             whole.add(part, width);
         }
@@ -170,7 +172,7 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
         for start in task.keys.clone().step_by(KEY_BLOCK) {
             let count = KEY_BLOCK.min(task.keys.end - start);
             let cached = &self.cache[(first + start) * self.row..][..count * self.row];
-            let scores = &mut scratch[..rows * count];
+            let scores = &mut scratch[..rows * count]; // [queries, keys]
             let view = E::view(&cached[keys.start..], count, key_width, self.row, &mut wide);
             multiply(
                 &mut MatrixMut::strided(scores, rows, count, count),

@@ -84,7 +84,7 @@ fn grad<E: Element>(logits: &FlexTensor, targets: &[usize], grad: &FlexTensor) -
                 for value in scratch.iter_mut() {
                     *value *= scale;
                 }
-                scratch[target] -= grad;
+                scratch[target] -= grad; // g (softmax - onehot), before the one rounding
                 round(scratch, out);
             },
         );

@@ -144,6 +144,7 @@ fn combine_grad<E: Element>(
                 *dot = super::math::dot(row, grad);
             }
         });
+    // From the order of rows, in which tasks computed them, to the order of slots.
     let grad_weights: Vec<f32> = layout.row_of_slot().iter().map(|&row| dots[row as usize]).collect();
     (tensor_of(grad_rows, [layout.rows(), width]), tensor(grad_weights, [layout.tokens(), layout.k()]))
 }

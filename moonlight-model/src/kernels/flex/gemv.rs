@@ -53,7 +53,7 @@ pub(super) fn forward<E: Element>(
         (range, sums)
     };
     let parts: Vec<_> = tasks.into_par_iter().with_max_len(1).map(sum).collect();
-    let mut wide = vec![0.0; count * output];
+    let mut wide = vec![0.0; count * output]; // [rows, output], in the order of tasks whichever thread computed them
     for (range, sums) in parts {
         let wide = &mut wide[range.start * output..range.end * output];
         wide.iter_mut().zip(sums).for_each(|(wide, sum)| *wide += sum);
@@ -89,6 +89,7 @@ by_level! {
         let ((line_a, line_b), (line_c, line_d)) = (first.split_at(sums.len()), second.split_at(sums.len()));
         let lines = line_a.iter().zip(line_b).zip(line_c).zip(line_d);
         for (sum, (((p, q), r), s)) in sums.iter_mut().zip(lines) {
+            // Written as a tree: the order of additions is the source's at every level of vector instructions.
             *sum += (a * p.wide() + b * q.wide()) + (c * r.wide() + d * s.wide());
         }
     }

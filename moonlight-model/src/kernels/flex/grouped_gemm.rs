@@ -163,6 +163,7 @@ fn forward<E: Element>(rows: &FlexTensor, weight: &FlexTensor, offsets: Offsets<
     }
     // Not zeroed first: every element is written once.
     let product = DisjointVec::<E>::new(count * to); // [rows, out]
+    // `with_max_len(1)` splits down to single tasks, so that threads share groups of unequal size evenly.
     tasks.into_par_iter().with_max_len(1).for_each(|(group, range, columns)| {
         let weight = &weight[group * input * output..][..input * output];
         let rows = &rows[range.start * from..range.end * from];
@@ -202,7 +203,7 @@ fn weight_grad<E: Element>(
             blocks.map(move |columns| (group, range.clone(), columns))
         })
         .collect();
-    let gradient = DisjointVec::<E>::new(offsets.groups() * input * output);
+    let gradient = DisjointVec::<E>::new(offsets.groups() * input * output); // [groups, input, output]
     tasks.into_par_iter().with_max_len(1).for_each(|(group, range, columns)| {
         // SAFETY: a task has a block of columns of the matrix of one group, and each pair of group and block is one task.
         let target = unsafe { gradient.block(output, group * input..(group + 1) * input, columns.clone()) };
