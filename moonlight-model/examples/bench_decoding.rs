@@ -1,4 +1,4 @@
-//! Benchmark: decoding token by token, compared with the bound by memory bandwidth. Prints a line of JSON. `scripts/bench_decoding.py`
+//! Benchmark: decoding token by token, compared with the bound by memory bandwidth. Prints a line of JSON. `scripts/bench/bench_decoding.py`
 //! runs it against transformers.
 //!
 //! A token reads every activated weight once, so it takes at least their bytes divided by the memory bandwidth. The bandwidth is
