@@ -205,7 +205,7 @@ fn a_distributed_run_logs_what_it_sent_and_held() {
         let sent = after("sent by a rank in a step:");
         let sent = sent.split(", numbers").next().unwrap().to_owned();
         assert_eq!(sent, after("predicted from the shapes:"));
-        let ratio = after("against a sharded AdamW:");
+        let ratio = after("over a sharded AdamW:");
         ratio.split(' ').next().unwrap().parse::<f64>().unwrap()
     };
     assert_eq!(ratio_of("whole-matrix"), 1.0);

@@ -210,7 +210,7 @@ mod tests {
             plot_runs(&comparison, &home.path().join(file)).unwrap_err()
         };
         let unknown = error(&runs, "los", "x.svg");
-        assert_eq!(unknown.to_string(), "none of the runs has the figure `los`");
+        assert_eq!(unknown.to_string(), "none of the runs has the metric `los`");
         assert_eq!(unknown.hint().unwrap(), "they have: loss, lr, tokens, tokens_per_second");
         assert!(error(&runs, "loss", "x.jpg").to_string().contains("neither an SVG nor a PNG"));
         assert!(error(&[home.path().join("missing")], "loss", "x.svg").to_string().contains("missing"));
