@@ -1,5 +1,5 @@
 //! The fuzz targets. Each does with its input what the programs do with an untrusted file of that kind, except for the
-//! expensive work behind it. Whatever the input, the call returns: no panic leaves the library, nothing aborts or loops
+//! expensive work after it. Whatever the input, the call returns: no panic leaves the library, nothing aborts or loops
 //! forever, and memory is bounded.
 //!
 //! An input that stands for several files is one text with NUL between its parts; see [`parts`].

@@ -1,5 +1,6 @@
-//! Benchmark: forward and backward pass of a preset, or the forward pass only. Prints a line of JSON. `scripts/bench_transformers.py`
-//! runs it against transformers, `scripts/bench_scaling.py` for several numbers of experts and sequence lengths.
+//! Benchmark: forward and backward pass of a preset, or the forward pass only. Prints a line of JSON.
+//! `scripts/bench/bench_transformers.py` runs it against transformers, `scripts/bench/bench_scaling.py` for several
+//! numbers of experts and sequence lengths.
 //!
 //! `cargo run --release -p moonlight-model --example bench -- --batch 4 --sequence 512`
 

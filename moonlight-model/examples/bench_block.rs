@@ -1,5 +1,5 @@
-//! Benchmark: one layer of experts of a preset, with or without the backward pass. Prints a line of JSON. `scripts/bench_block.py`
-//! runs it against the layer of transformers.
+//! Benchmark: one layer of experts of a preset, with or without the backward pass. Prints a line of JSON.
+//! `scripts/bench/bench_block.py` runs it against the layer of transformers.
 //!
 //! `cargo run --release -p moonlight-model --example bench_block -- --tokens 2048 --train`
 

@@ -1,12 +1,13 @@
-//! Benchmark: decoding token by token, compared with the bound by memory bandwidth. Prints a line of JSON. `scripts/bench_decoding.py`
-//! runs it against transformers.
+//! Benchmark: decoding token by token, compared with the bound by memory bandwidth. Prints a line of JSON.
+//! `scripts/bench/bench_decoding.py` runs it against transformers.
 //!
-//! A token reads every activated weight once, so it takes at least their bytes divided by the memory bandwidth. The bandwidth is
-//! measured between tokens: all threads sum an array that is larger than the caches. Both results are medians, because the
-//! bandwidth of a shared machine changes from second to second.
+//! A token reads every activated weight once, so it takes at least their bytes divided by the memory bandwidth. The
+//! bandwidth is measured between tokens: all threads sum an array that is larger than the caches. Both results are
+//! medians, because the bandwidth of a shared machine changes from second to second.
 //!
-//! `cargo run --release -p moonlight-model --example bench_decoding -- [tokens] [batch] [dtype] [shape]`, where the shape is a preset, or
-//! `moonlight-block`: the first dense layer and the first layer of experts of Moonlight-16B-A3B with a small vocabulary.
+//! `cargo run --release -p moonlight-model --example bench_decoding -- [tokens] [batch] [dtype] [shape]`, where the
+//! shape is a preset, or `moonlight-block`: the first dense layer and the first layer of experts of Moonlight-16B-A3B
+//! with a small vocabulary.
 
 use std::time::Instant;
 

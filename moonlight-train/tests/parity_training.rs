@@ -1,5 +1,5 @@
-//! Training with the report's settings compared with torch (`train_reference.py`): forty steps of the program, and one step of
-//! the optimizers through the layers.
+//! Training with the report's settings compared with torch (`make_training_reference.py`): forty steps of the program,
+//! and one step of the optimizers through the layers.
 //!
 //! `cargo test -p moonlight-train --test parity_training -- --nocapture` prints the largest differences.
 

@@ -152,7 +152,7 @@ def main():
                     same = "bit for bit" if loss == weights == 0.0 else f"loss {loss:.1e}, weights {weights:.1e}"
                     print(f"{form}, {ranks} ranks by {way}: {same}{'' if good else '  TOO FAR'}", flush=True)
                 traffic = [
-                    line for line in log.splitlines() if line.startswith(("sent", "by the", "against", "opt", "mom"))
+                    line for line in log.splitlines() if line.startswith(("sent", "predicted", "over a", "opt", "mom"))
                 ]
                 print("    " + "\n    ".join(traffic), flush=True)
         if arguments.before:

@@ -216,7 +216,7 @@ class Trial:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
         after = self.network.sent()
-        account = [line for line in output.splitlines() if line.startswith(("sent by", "by the formula", "against"))]
+        account = [line for line in output.splitlines() if line.startswith(("sent by", "predicted", "over a"))]
         per_step = [(b - a) / 24 / 1e6 for a, b in zip(before, after)]
         print("\n".join(account))
         print("on the wire, with headers and the launcher:", ", ".join(f"{x:.3f} MB" for x in per_step), "per step")
@@ -285,7 +285,7 @@ class Trial:
             log += f"\nit did not end; its ranks: {stuck}"
         weights = folder / "checkpoints/step-00000024/model.safetensors"
         equal = resumed.returncode == 0 and weights.exists() and weights.read_bytes() == self.weights.read_bytes()
-        torn = re.search("(passing over|ignored|ignoring|skipped|skipping) a damaged checkpoint", log) is not None
+        torn = re.search("checkpoint `[^`]*` is damaged", log) is not None
         good = (
             not left and launcher_ended is not None and max(ended, launcher_ended) < 30 and named and equal and not torn
         )

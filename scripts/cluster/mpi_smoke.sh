@@ -82,7 +82,7 @@ train two "${mpirun[@]}" -n 2
 weights="checkpoints/step-00000012/model.safetensors"
 cmp "$home/runs/alone/$weights" "$home/runs/two/$weights"
 echo "mpi: two ranks and one have the same weights, bit for bit"
-grep -EA2 '^sent by a (rank|worker)' "$home/two.log"
+grep -A2 '^sent by a rank' "$home/two.log"
 
 # More steps than it can take before it is killed.
 more=(--set train.steps=100000 --set train.validate_every=0)
@@ -107,5 +107,5 @@ grep -q 'exited on signal 9' "$home/killed.log"
 last="$(ls "$home/runs/killed/checkpoints" | grep '^step-' | tail -1 | tr -dc 0-9 | sed 's/^0*//')"
 more=(--set "train.steps=$((last + 2))" --set train.validate_every=0 --resume)
 train killed "${mpirun[@]}" -n 2
-grep -Eq "(resuming from|resumed after|resuming after) step $last" "$home/killed.log"
+grep -q "resumed after step $last" "$home/killed.log"
 echo "mpi: a killed rank ended the run within $seconds s, and it resumed after step $last"

@@ -10,7 +10,7 @@
 
 Prints one JSON object; the exit code is 1 for any fault.
 
-Needs: only Python; `unshare` for the second part. Takes: some minutes.
+Needs: only Python; `unshare` for the second part. Takes: a minute or two with a release build.
 """
 
 import json

@@ -112,7 +112,7 @@ def spread(values, digits=4):
 
 
 def best_rate(rates, loss_of):
-    """The loss at each rate, and the best rate; the grid grows by factors of two while its best lies at an end."""
+    """The loss at each rate, and the best rate; the grid grows by factors of two while the best rate is its first or last."""
     rates, losses = list(rates), {}
     while True:
         for rate in rates:

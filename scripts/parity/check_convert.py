@@ -14,7 +14,7 @@ torch, or the compressed-tensors package, dequantizes to.
 
 Run it with each release of transformers that matters; it prints the version. The exit code is 0 if every comparison holds.
 
-Needs: torch, transformers, safetensors, compressed-tensors (group `parity`). Takes: half a minute with a release build.
+Needs: torch, transformers, safetensors, compressed-tensors (group `quantized`). Takes: half a minute with a release build.
 """
 
 import json

@@ -17,7 +17,7 @@ def load_strictly(directory, dtype=None):
     if transformers.__version__.startswith("4"):
         rope = json.loads((directory / "config.json").read_text()).get("rope_parameters")
         if rope:
-            # This is the spelling of transformers 5, which 4 ignores without a word.
+            # This is the spelling of transformers 5, which 4 ignores silently.
             settings["rope_theta"] = rope["rope_theta"]
     else:
         # The plain loop over experts: torch's grouped product refuses rows that are not a multiple of 16 bytes.

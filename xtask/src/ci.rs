@@ -100,7 +100,7 @@ pub(crate) fn doc(root: &Path) -> Result<()> {
     call(cargo(root, "doc --workspace --no-deps").env("RUSTDOCFLAGS", "-D warnings"))
 }
 
-/// Examples are run from where they were built: `cargo run -p` would choose features anew and build Burn once more.
+/// Examples are run from where they were built: `cargo run -p` would choose other features and build Burn a second time.
 pub(crate) fn examples(root: &Path) -> Result<()> {
     let targets = EXAMPLES.map(|name| format!("--example={name}")).join(" ");
     call(&mut cargo(root, &format!("build --workspace --exclude xtask {targets}")))?;

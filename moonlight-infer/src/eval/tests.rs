@@ -1,6 +1,9 @@
 use moonlight_model::ModelConfig;
 
+use super::perplexity::count_words;
 use super::*;
+use crate::chat::{ChatEncoder, ChatTemplate};
+use crate::score::score_batch;
 
 /// A small model of bytes with random weights.
 fn model() -> CausalLm {
@@ -272,7 +275,7 @@ fn assert_likelihoods(evaluation: &Evaluation, expected: &[f64]) {
     assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-4), "{found:?} is not {expected:?}");
 }
 
-/// lm_eval 0.4.13 returns (0.0, True) for a choice whose only token is merged with the context; see `scripts/check_eval.py`.
+/// lm_eval 0.4.13 returns (0.0, True) for a choice whose only token is merged with the context; see `scripts/parity/check_eval.py`.
 #[test]
 fn a_choice_that_is_merged_with_the_context() {
     let model = model();

@@ -1,5 +1,5 @@
 //! Templates like published ones, and expressions, compared with what transformers renders (written by
-//! `scripts/check_templates.py`).
+//! `scripts/parity/check_templates.py`).
 
 use std::path::PathBuf;
 
