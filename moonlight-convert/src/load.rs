@@ -57,7 +57,7 @@ impl fmt::Display for LoadReport {
         let bytes = crate::error::Bytes(self.bytes);
         write!(formatter, "{} tensors, {bytes}, as {}", self.tensors, self.dtype)?;
         for (reason, names) in &self.skipped {
-            write!(formatter, "; skipped {}: {}", names.len(), reason.describe())?;
+            write!(formatter, "; ignored {}: {}", names.len(), reason.describe())?;
         }
         Ok(())
     }

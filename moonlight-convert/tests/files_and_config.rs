@@ -275,7 +275,7 @@ fn an_unsupported_quantization_is_refused_by_name() {
     let bare: Tensors = tensors.clone().into_iter().filter(|(name, _)| !name.ends_with("_scale")).collect();
     let error = refused(|config| *config = Value::Null, &bare);
     assert!(error.to_string().contains("weight_scale_inv` "), "{error}");
-    assert!(error.hint().unwrap().contains("cast them to bf16"), "{error}");
+    assert!(error.hint().unwrap().contains("to bf16 with torch"), "{error}");
 }
 
 /// 8-bit values, floats, or groups of another size in the layout of INT4.

@@ -254,7 +254,11 @@ fn files_that_do_not_match_their_config_are_refused() {
         ),
         "`layers.1.mlp.experts.base_layer`, which `adapter_config.json` does not target",
     );
-    refused("llama", altered("mica", |config| config["target_modules"] = json!("(q|o_proj"), all), "an expression");
+    refused(
+        "llama",
+        altered("mica", |config| config["target_modules"] = json!("(q|o_proj"), all),
+        "an invalid or unsupported expression",
+    );
     refused("llama", altered("mica", |config| config["use_something_new"] = json!(true), all), "`use_something_new`");
 
     // Magnitudes that the config does not list.

@@ -62,6 +62,7 @@ pub fn resolve_weights(dir: &Path) -> Result<ModelDir, CheckpointError> {
     if dir.join("config.json").exists() || is_adapter(dir) {
         let lock = match dir.join(TRAINER_STATE).exists().then(|| ReadLock::acquire(dir)) {
             Some(LockAttempt::Held(lock)) => Some(lock),
+            // Read without a lock all the same: the user named this checkpoint.
             _ => None,
         };
         return Ok(ModelDir { path: dir.to_owned(), _lock: lock });

@@ -207,6 +207,7 @@ pub fn newest_checkpoint(run: &Path) -> Result<Option<(PathBuf, Option<ReadLock>
                 LockAttempt::Busy | LockAttempt::Unsupported => None,
             };
             let status = check_checkpoint(&path, Depth::Sizes);
+            // Removed since it was listed: whatever the check found, the list is outdated.
             if !path.is_dir() && attempt < ATTEMPTS {
                 vanished = true;
                 break;

@@ -60,6 +60,7 @@ pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Tok
         };
         sequences.iter().flat_map(row).collect()
     };
+    // The target of a token is the next one.
     let input = Tensor::<2, Int>::from_data(TensorData::new(padded(0), [batch, width]), &device);
     let targets = Tensor::<3, Int>::from_data(TensorData::new(padded(1), [batch, width, 1]), &device);
     let log_probabilities = log_softmax(model.logits(input, None).cast(DType::F32), 2); // [batch, width, vocab]

@@ -17,7 +17,7 @@ use crate::norm::RmsNorm;
 use crate::parameter::ProjectionRole;
 use crate::projection::{projections_of_fields, projections_of_variants};
 
-/// The configuration of a [`DecoderLayer`].
+/// The config of a [`DecoderLayer`].
 #[derive(Config, Debug, PartialEq)]
 pub struct DecoderLayerConfig {
     /// Its hidden size is the layer's.
@@ -29,7 +29,7 @@ pub struct DecoderLayerConfig {
     pub rms_norm_eps: f64,
 }
 
-/// The configuration of a [`FeedForward`].
+/// The config of a [`FeedForward`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FeedForwardConfig {
     /// One MLP that every token passes.

@@ -9,7 +9,7 @@ use crate::kernels::swiglu;
 use crate::parameter::{MlpRole, ProjectionRole};
 use crate::projection::{Projection, projections_of_fields};
 
-/// The configuration of an [`Mlp`].
+/// The config of an [`Mlp`].
 #[derive(Config, Debug, PartialEq)]
 pub struct MlpConfig {
     /// Width of input and output.

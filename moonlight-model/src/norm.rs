@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 use crate::init::Init;
 use crate::kernels::rms_norm;
 
-/// The configuration of an [`RmsNorm`].
+/// The config of an [`RmsNorm`].
 #[derive(Config, Debug, PartialEq)]
 pub struct RmsNormConfig {
     /// Size of the dimension that is normalized.

@@ -1,7 +1,7 @@
 //! A Muon step on the matrices of three workloads: `cargo run --release --example muon_bench -- WORKLOAD f32|bf16 [STEPS]`.
 //!
-//! `dense`: the 84 matrices of a dense model of 100 M parameters (12 layers, 768 wide, MLPs of 2048). `experts`: one
-//! stack of 64 matrices of [2048, 1408]. `small`: 1,000 matrices of [64, 128]. Equal matrices are stepped together, by
+//! `dense`: the 84 matrices of a dense model of 100 M parameters (12 layers, 768 wide, MLPs of 2048). `experts`: one stack of
+//! 64 matrices of [2048, 1408]. `small`: 1,000 matrices of [64, 128]. Equal matrices are stepped together, by
 //! `Muon::step_batch`. Prints one line of JSON; `scripts/bench/bench_muon.py` runs it side by side with PyTorch's Muon.
 
 use std::time::Instant;

@@ -1,8 +1,7 @@
 //! The parity table: published definitions of Muon against this one, through Burn's `Linear`.
 //!
-//! `scripts/fixtures/make_muon_parity.py` makes the fixture. The script has each definition with its source, the
-//! fixture the versions that it was made with. `cargo test -p moonlight-optim --test parity -- --nocapture` prints the
-//! table.
+//! `scripts/fixtures/make_muon_parity.py` makes the fixture. The script has each definition with its source, the fixture the
+//! versions that it was made with. `cargo test -p moonlight-optim --test parity -- --nocapture` prints the table.
 
 use burn::module::Param;
 use burn::nn::{Linear, LinearConfig};

@@ -6,8 +6,14 @@ use moonlight_convert::adapter::AdapterError;
 use moonlight_infer::InferError;
 use moonlight_infer::chat::ChatError;
 
-/// The hint for an error of a checkpoint: the library's, except that a model missing from the cache can be downloaded.
+/// The hint for an error of a checkpoint: the library's, except that a model missing from the cache can be downloaded, and that a
+/// path that does not exist may have been meant as another kind of name.
 pub(crate) fn checkpoint_hint(error: &CheckpointError) -> Option<String> {
+    if let CheckpointError::NoSuchDirectory { .. } = error {
+        return Some(
+            "name a model's directory, the folder of a run, or `org/name` of a model in the Hub's cache".into(),
+        );
+    }
     let Some((repo, revision)) = error.not_cached() else { return error.hint() };
     let revision = revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
     Some(format!("download it with `moonlight-convert download {repo}{revision}`"))

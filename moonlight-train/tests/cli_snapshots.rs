@@ -10,6 +10,8 @@ use serde_json::Value;
 /// A folder that does not exist, so that no test depends on the models of this machine.
 const NO_CACHE: &str = "/nonexistent/hub";
 
+// Messages of the operating system and separators of paths are part of the output.
+#[cfg(unix)]
 #[test]
 fn commands_print_what_is_expected() {
     let cases = trycmd::TestCases::new();

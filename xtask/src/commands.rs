@@ -19,8 +19,22 @@ const PROGRAMS: [&str; 2] = ["moonlight", "moonlight-convert"];
 const LAUNCHERS: [&str; 5] = ["mpirun", "srun", "sudo", "nohup", "time"];
 const RECIPE: &str = "docs/src/reference/recipe.md";
 /// Words after a section's name that are extensions of files or parameters, not keys.
-const NOT_KEYS: [&str; 10] =
-    ["txt", "json", "jsonl", "toml", "bpk", "safetensors", "layers", "embed_tokens", "norm", "svg"];
+const NOT_KEYS: [&str; 12] = [
+    "txt",
+    "json",
+    "jsonl",
+    "toml",
+    "rs",
+    "bpk",
+    "safetensors",
+    "svg",
+    "layers",
+    "embed_tokens",
+    "norm",
+    "language_model",
+];
+/// Pages that name what there is not: a changelog earlier names, the page of errors mistakes.
+const EXAMPLES: [&str; 2] = ["CHANGELOG.md", "errors.md"];
 
 /// Options by command: `moonlight data inspect` has `--json`, ...
 type Known = BTreeMap<String, BTreeSet<String>>;
@@ -36,8 +50,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     let (known, keys) = (known(root)?, recipe_keys(root)?);
     let mut problems = Vec::new();
     for page in pages::all(root)? {
-        // A changelog names what there was.
-        if page.path.file_name().is_some_and(|name| name == "CHANGELOG.md") {
+        if EXAMPLES.iter().any(|name| page.path.ends_with(name)) {
             continue;
         }
         check(&page, root, &known, &keys, &mut problems);

@@ -106,7 +106,7 @@ fn markdown(text: &str) -> String {
     while let Some((at, part)) = parts.next() {
         let is_code = at % 2 == 1 && parts.peek().is_some();
         for character in part.chars() {
-            if !is_code && "<>*_[]|\\".contains(character) {
+            if !is_code && "<>*[]|\\".contains(character) {
                 made.push('\\');
             }
             made.push(character);

@@ -572,7 +572,7 @@ mod tests {
             (json!({"use_new_thing": false}), "the unknown key `use_new_thing`", "remove the key"),
             (json!({"peft_type": "LOHA"}), "`peft_type` `LOHA`", ""),
             (json!({"bias": "some"}), "the `bias` `some`", ""),
-            (json!({"target_modules": "(q"}), "`target_modules` with an expression", ""),
+            (json!({"target_modules": "(q"}), "`target_modules` with an invalid or unsupported expression", ""),
         ] {
             let problem = parsed(change.clone()).unwrap_err();
             assert!(problem.text.contains(text), "{change}: {problem:?}");

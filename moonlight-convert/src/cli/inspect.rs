@@ -81,10 +81,10 @@ fn print(summary: &CheckpointSummary, output: &mut Output) {
         None => row("layers", format_args!("{layers}, dense")),
     }
     let ParameterCounts { total, activated, without_embeddings, activated_without_embeddings } = summary.parameters;
-    row("parameters", format_args!("{} parameters, {} without embeddings", Count(total), Count(without_embeddings)));
+    row("parameters", format_args!("{}, {} without embeddings", Count(total), Count(without_embeddings)));
     if activated != total {
         let rest = Count(activated_without_embeddings);
-        row("per token", format_args!("{} parameters, {rest} without embeddings", Count(activated)));
+        row("per token", format_args!("{}, {rest} without embeddings", Count(activated)));
     }
     if let Some(method) = &summary.quantization {
         row("quantization", format_args!("{method}"));

@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "leave a buffer of 11")]
+    #[should_panic(expected = "exceed a buffer of 11")]
     fn nothing_is_written_past_the_end() {
         let source = [1.0f32; 12];
         let mut target = [0.0f32; 11];

@@ -322,7 +322,7 @@ mod tests {
             write(new, "half");
             Err(CheckpointError::write(new)(io::ErrorKind::StorageFull.into()))
         });
-        assert!(error.unwrap_err().hint().unwrap().contains("free some space"));
+        assert!(error.unwrap_err().hint().unwrap().contains("free some disk space"));
         assert_eq!(text(&dir), "old");
         assert!(alone(&dir));
     }

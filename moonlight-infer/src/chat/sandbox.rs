@@ -161,6 +161,7 @@ pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + S
     while slice < slices {
         match answers.recv_timeout(time / slices) {
             Ok(answer) => {
+                // Only a thread that has answered: another one may still be running.
                 idle().push(thread);
                 return answer.ok_or(Overrun::Panic);
             }
@@ -291,6 +292,7 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
                     insertions.push((lexed.end, "|moonlight_checked)"));
                 }
             }
+            // After `(` or `,` it is `*args` of a call.
             Token::Mul if !matches!(tag[index - 1].token, Token::ParenOpen | Token::Comma) => {
                 insertions.push((lexed.start, "|moonlight_repeated "));
                 if let Some(last) = end_of_operand(tag, index + 1) {
@@ -323,11 +325,13 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
                 insertions.push((lexed.start, ")|moonlight_iterated "));
             }
             Token::BlockEnd if looped && !ended => insertions.push((lexed.start, ")|moonlight_iterated ")),
+            // `set ns.x = ...` assigns to a namespace.
             Token::Dot if is_set && !assigned && !filtered => dotted = true,
             Token::Assign if is_set && !assigned && !filtered && open.is_empty() => {
                 assigned = true;
                 insertions.push((lexed.end, " ("));
             }
+            // `set x | filter` starts a block.
             Token::Pipe if is_set && !assigned && open.is_empty() => filtered = true,
             Token::BlockEnd if is_set => insertions.extend(match (assigned, filtered, dotted) {
                 (true, _, true) => Some((lexed.start, ")|moonlight_kept ")),

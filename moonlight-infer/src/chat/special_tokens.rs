@@ -162,6 +162,7 @@ impl SpecialTokens {
         let ordinary = |text: &str, tokens: &mut Vec<u32>| -> Result<(), ChatError> {
             if !text.is_empty() {
                 let text = self.unescape(text);
+                // Only the first piece is the start of a text, where a SentencePiece tokenizer adds a space.
                 let first = tokens.is_empty();
                 tokens.extend(if first { tokenizer.encode(&text)? } else { tokenizer.encode_continuation(&text)? });
             }

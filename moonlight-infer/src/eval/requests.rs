@@ -1,8 +1,16 @@
-//! Texts as tokens to score: a context with its continuation, and a long text in windows.
+//! Texts as tokens to score (a context with its continuation, a long text in windows), and their scores.
+
+use moonlight_model::CausalLm;
 
 use super::python_str;
 use crate::error::InferError;
+use crate::score::{TokenScore, score_batch};
 use crate::tokenizer::{AddBos, Tokenizer, TokenizerError};
+
+/// The limit of logits in memory, 256 MiB in f32; one sequence may have more.
+const MAX_LOGITS: usize = 64 << 20;
+/// The limit of sequences in a batch.
+const MAX_BATCH: usize = 32;
 
 /// A sequence whose tokens from `from` on are scored, each given all before it.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,6 +29,7 @@ impl Request {
     pub(super) fn within(mut self, context: usize) -> Self {
         let dropped = self.tokens.len().saturating_sub(context + 1);
         self.tokens.drain(..dropped);
+        // The first token has none before it, and is never scored.
         Self { tokens: self.tokens, from: self.from.saturating_sub(dropped).max(1) }
     }
 }
@@ -148,4 +157,31 @@ pub(super) fn windows(tokens: &[u32], first: Option<u32>, context: usize) -> Vec
         at = end;
     }
     windows
+}
+
+/// The sum of log-probabilities.
+pub(super) fn log_likelihood(scored: &[TokenScore]) -> f64 {
+    // `sum` of an empty iterator is -0.0.
+    scored.iter().fold(0.0, |sum, scored| sum + f64::from(scored.logprob))
+}
+
+/// Scores requests. Batches have requests of similar length, to save padding; the result is in the order of the requests.
+pub(super) fn score_requests(model: &CausalLm, requests: &[Request]) -> Result<Vec<Vec<TokenScore>>, InferError> {
+    let mut order: Vec<usize> = (0..requests.len()).collect();
+    order.sort_by_key(|&index| std::cmp::Reverse(requests[index].tokens.len()));
+    let vocab = model.config().vocab_size;
+    let mut scores = vec![Vec::new(); requests.len()];
+    let mut at = 0;
+    while at < order.len() {
+        let longest = requests[order[at]].tokens.len().max(1);
+        let rows = (MAX_LOGITS / (longest * vocab)).clamp(1, MAX_BATCH).min(order.len() - at);
+        let batch = &order[at..at + rows];
+        let sequences: Vec<&[u32]> = batch.iter().map(|&index| requests[index].tokens.as_slice()).collect();
+        for (&index, scored) in batch.iter().zip(score_batch(model, &sequences)?) {
+            // The first score is that of the second token.
+            scores[index] = scored[(requests[index].from - 1).min(scored.len())..].to_vec();
+        }
+        at += rows;
+    }
+    Ok(scores)
 }

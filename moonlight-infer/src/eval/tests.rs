@@ -1,6 +1,9 @@
 use moonlight_model::ModelConfig;
 
+use super::perplexity::count_words;
 use super::*;
+use crate::chat::{ChatEncoder, ChatTemplate};
+use crate::score::score_batch;
 
 /// A small model of bytes with random weights.
 fn model() -> CausalLm {

@@ -48,7 +48,7 @@ pub fn generate_many(
     loop {
         for (sequence, slot) in slots.iter_mut().enumerate().filter(|(_, slot)| slot.is_none()) {
             *slot = waiting.next().map(|(index, prompt)| {
-                cache.truncate(sequence, 0);
+                cache.truncate(sequence, 0); // the keys of the sequence that ended
                 let sampling = Sampling { seed: sampling.seed.wrapping_add(index as u64), ..sampling };
                 ActiveSequence {
                     prompt: index,

@@ -58,6 +58,7 @@ impl Sampler {
         if top_k > 0 {
             order.truncate(top_k);
         }
+        // Subtracted, so that `exp` does not overflow at a low temperature.
         let largest = f64::from(logits[order[0] as usize]);
         let weights: Vec<f64> =
             order.iter().map(|&token| ((f64::from(logits[token as usize]) - largest) / temperature).exp()).collect();

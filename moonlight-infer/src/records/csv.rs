@@ -100,6 +100,7 @@ impl<R: Truncated> CsvRows<R> {
     pub(super) fn next(&mut self, record: &mut Vec<u8>, max_bytes: usize) -> Result<Option<usize>, CsvError> {
         let (line, columns) = loop {
             let Some((line, columns)) = self.row(max_bytes)? else { return Ok(None) };
+            // The fields are concatenated: the last end is the length of all.
             if columns > 0 && self.ends[columns - 1] > 0 {
                 break (line, columns);
             }

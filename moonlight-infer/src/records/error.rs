@@ -107,7 +107,7 @@ mod tests {
             RecordError::File {
                 path: "data.jsonl".into(),
                 problem: "it is a zip archive (like xlsx, npz and torch files)".into(),
-                hint: Some("extract it, and name the files in it".into()),
+                hint: Some("unpack it, and name the files in it".into()),
             },
             RecordError::Record {
                 path: "data.json".into(),

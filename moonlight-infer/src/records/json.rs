@@ -350,7 +350,7 @@ impl<'a> StandardJson<'a> {
             match json[at] {
                 b'"' => quoted = !quoted,
                 b'\\' if quoted => match surrogate(&json[at..]) {
-                    Some(0xD800..=0xDBFF) if matches!(surrogate(&json[at + 6..]), Some(0xDC00..=0xDFFF)) => at += 11,
+                    Some(0xD800..=0xDBFF) if matches!(surrogate(&json[at + 6..]), Some(0xDC00..=0xDFFF)) => at += 11, // a pair
                     Some(0xD800..=0xDFFF) => {
                         lone.push(at);
                         at += 5;

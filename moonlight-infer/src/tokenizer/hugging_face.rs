@@ -66,7 +66,9 @@ impl HuggingFace {
         }
         let mut inner = Inner::from_bytes(json).map_err(|error| error.to_string())?;
         add(&mut inner, &listed, names, notes)?;
+        // Special tokens in a text are text; `parsing` is the variant for the other case.
         inner.set_encode_special_tokens(true);
+        // Settings of a training pipeline, which would change the tokens of a text.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| error.to_string())?;
         let vocab = inner.get_vocab(true);

@@ -112,7 +112,7 @@ impl schemars::JsonSchema for AttentionShape {
     }
 }
 
-/// The configuration of an [`Attention`].
+/// The config of an [`Attention`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum AttentionConfig {
     /// Multi-head latent attention.

@@ -107,7 +107,7 @@ impl LoraConfig {
     }
 }
 
-/// An adapter that does not fit the model.
+/// A target or an adapter does not fit the model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoraError {

@@ -13,7 +13,7 @@ use crate::parameter::{MlpRole, ProjectionRole};
 use crate::projection::{LayerProjection, ProjectionMut, ProjectionRef, Projections, WeightMut, WeightRef};
 use crate::quantization::QuantizedWeight;
 
-/// The configuration of [`Experts`].
+/// The config of [`Experts`].
 #[derive(Config, Debug, PartialEq)]
 pub struct ExpertsConfig {
     /// Width of input and output.

@@ -20,11 +20,10 @@ const BAR: u64 = 40;
 /// Look at the data of a recipe
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Print statistics of the data and samples of it; tokens without loss are dim on a terminal, else in `[...]`
     Inspect(Arguments),
 }
 
-/// Print statistics and samples of the data of a recipe
+/// Print statistics of the data and samples of it; tokens without loss are dim on a terminal, else in `[...]`
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     /// The recipe, a TOML file

@@ -57,7 +57,7 @@ pub(super) struct Arguments {
 #[derive(Debug, Args)]
 pub(super) struct SamplingArguments {
     /// Divide the logits by this; 0 takes the most likely token
-    #[arg(long, default_value_t = 0.0, value_parser = not_negative)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = not_negative)]
     temperature: f64,
     /// Sample from the fewest tokens whose probability adds up to this (nucleus sampling)
     #[arg(long, default_value_t = 1.0, value_parser = share)]

@@ -46,7 +46,7 @@ pub(super) struct Arguments {
     #[arg(long, value_enum)]
     optimizer: Option<Optimizer>,
     /// The memory that a step must fit into, GB (10^9 bytes) [default on the CPU: what is free on this machine]
-    #[arg(long, value_name = "GB", value_parser = super::plan::positive)]
+    #[arg(long, value_name = "GB", allow_negative_numbers = true, value_parser = super::plan::positive)]
     budget: Option<f64>,
     /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that the build has
     #[arg(long, default_value = "auto")]
@@ -484,7 +484,7 @@ impl Sections {
         let path = if path == Path::new("-") { Path::new("recipe.toml") } else { path }.display();
         let budget = budget.map(|budget| format!(", of {}", units::bytes(budget))).unwrap_or_default();
         format!(
-            "# Written by `moonlight init`. Every key is explained in docs/recipe.md.\n\
+            "# Written by `moonlight init`. The manual lists all keys: docs/src/reference/recipe.md.\n\
              # Predicted peak memory of a step: {}{budget}.\n\
              #\n\
              #     moonlight plan {path}\n\

@@ -66,34 +66,22 @@ impl LogArguments {
     }
 }
 
+// The doc comments of the `Arguments` are the help of the commands.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Write a recipe, from options or by asking
     Init(init::Arguments),
-    /// Predict parameters, operations and memory of a run or a model
     Plan(plan::Arguments),
-    /// Look at the data of a recipe
     #[command(subcommand)]
     Data(data::Command),
-    /// Train a model by a recipe
     Train(train::Arguments),
-    /// Draw a metric of several runs into one figure
     Plot(plot::Arguments),
-    /// Talk to a model in its chat template
     Chat(chat::Arguments),
-    /// Continue one prompt, or a file of prompts
     Generate(generate::Arguments),
-    /// Compute log-probabilities of texts or tokens
     Score(score::Arguments),
-    /// Evaluate on local files: multiple choice, perplexity, exact answers
     Eval(eval::Arguments),
-    /// Merge a LoRA adapter into the weights of its model
     Merge(merge::Arguments),
-    /// Print the SVD entropy and stable rank of the weights
     Spectrum(spectrum::Arguments),
-    /// Check this machine and this build, and say what to set
     Doctor(doctor::Arguments),
-    /// Print a completion script for a shell
     Completions(completions::Arguments),
 }
 

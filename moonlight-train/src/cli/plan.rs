@@ -41,11 +41,11 @@ pub(super) struct Arguments {
     /// Override a value of the recipe, e.g. `--set train.batch_size=1`; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "model")]
     sets: Vec<String>,
-    /// MemoryPlan for this device instead of `run.device`: cpu, or a GPU such as cuda, which this build need not support
+    /// Predict for this device instead of `run.device`: cpu, or a GPU such as cuda, which this build need not support
     #[arg(long, conflicts_with = "model")]
     device: Option<String>,
     /// The memory that the run must fit into, GB (10^9 bytes) [default on the CPU: what is free on this machine]
-    #[arg(long, value_name = "GB", conflicts_with = "model", value_parser = positive)]
+    #[arg(long, value_name = "GB", conflicts_with = "model", allow_negative_numbers = true, value_parser = positive)]
     budget: Option<f64>,
     /// Also plan for so many GPUs, a rank each: memory of each, bytes sent in a step, time
     #[arg(

@@ -8,7 +8,7 @@ use moonlight_model::config::ParameterKind;
 use serde::Serialize;
 
 use super::flops::{is_muon_parameter, newton_schulz_flops};
-use super::{MemoryPart, MemoryPlan};
+use super::{MemoryPart, MemoryPlan, StepPhase};
 
 /// The GPUs, and what a step asks of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -66,8 +66,10 @@ impl MultiGpuPlan {
         let (billion, share) = (trained as f64 / 1e9, (ranks - 1.0) / ranks);
         let master = if settings.master_weights && settings.bytes_per_value < 4 { 4.0 } else { 0.0 };
         let momentum = (settings.momentum_bytes + settings.second_moment_bytes) as f64;
-        let largest = plan.largest_phase();
-        let part = |part: MemoryPart| largest.bytes(part) as f64;
+        // Their own peak: the largest phase on one GPU is often the update of all parameters, which the ranks share.
+        let parts = [MemoryPart::LayerInputs, MemoryPart::Activations, MemoryPart::Logits];
+        let activations = |phase: &StepPhase| parts.iter().map(|&part| phase.bytes(part)).sum::<u64>();
+        let activations = plan.phases().iter().map(activations).max().unwrap_or(0);
 
         let item = |name, value, formula| Quantity { name, value, formula };
         let memory = vec![
@@ -88,11 +90,8 @@ impl MultiGpuPlan {
             ),
             item(
                 "activations",
-                part(MemoryPart::LayerInputs) + part(MemoryPart::Activations) + part(MemoryPart::Logits),
-                format!(
-                    "of a micro-batch of {} x {} tokens at the peak of a step on one GPU",
-                    settings.batch, settings.sequence
-                ),
+                activations as f64,
+                format!("of a micro-batch of {} x {} tokens, at their peak", settings.batch, settings.sequence),
             ),
             item(
                 "buckets",

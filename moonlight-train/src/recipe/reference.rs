@@ -51,7 +51,7 @@ const HEAD: &str = "\
 
 # Recipe keys
 
-Here you find every key of a recipe: what it does, its type, its default and its range.
+You will find every key of a recipe: what it does, its type, its default and its range.
 
 A recipe is a TOML file that describes a run completely; `moonlight train RECIPE.toml` runs it. Every key has a default, except for the few that are
 required. `--set section.key=value` overrides a value of the file. An unknown key, a wrong type or an impossible value is an error that names the key

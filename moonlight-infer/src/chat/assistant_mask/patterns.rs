@@ -181,6 +181,7 @@ impl Pattern {
         let common = self.context.chars().rev().zip(other.context.chars().rev()).take_while(|(a, b)| a == b);
         let length: usize = common.map(|(character, _)| character.len_utf8()).sum();
         let context = self.context[self.context.len() - length..].to_owned();
+        // The candidates that both turns allow; of the context, the common end.
         let both = |ours: Vec<(String, bool)>, theirs: &[(String, bool)]| -> Vec<(String, bool)> {
             ours.into_iter().filter(|one| theirs.contains(one)).collect()
         };

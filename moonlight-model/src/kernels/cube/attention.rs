@@ -182,10 +182,9 @@ fn forward(
     let log_sum = empty(&query, [batch, heads.heads, sequence], DType::F32);
     let over = cube_per_block(sequence, heads.heads, batch);
     let (starts, dtype) = (starts(&query, spec), elem_type(&query));
-    // SAFETY: `load_head`, `load_keys` and `load_values` read a position only below `sequence` and a column only below the
-    // head's width, `start_of` reads the starts of a position moved below `sequence`, and results are written under the same
-    // bounds. `HeadShape::new` asserted that the tensors have these shapes and one dtype; they are contiguous. Starts bound loops
-    // and are not indexed by.
+    // SAFETY: `load_head`, `load_keys` and `load_values` read only positions below `sequence` and columns below the width of a
+    // head, `start_of` clamps positions to below `sequence`, and results are written within the same bounds. `HeadShape::new`
+    // asserted that the tensors have these shapes and one dtype; they are contiguous. Starts bound loops and are no indices.
     unsafe {
         launch!(
             forward_kernel,
@@ -234,8 +233,8 @@ fn grad(saved: BackwardInputs, spec: &AttentionSpec) -> (CubeTensor, CubeTensor,
     // WebGPU has no empty buffers.
     let grad_shared = empty(&query, [batch, heads.key_heads, sequence, heads.shared.max(1)], DType::F32);
     let dtype = elem_type(&query);
-    // SAFETY: as in `forward`; sums and products of a query are read at a position moved below `sequence`, and the shapes and
-    // dtypes of these and of the gradient were asserted above.
+    // SAFETY: as in `forward`; `log_sum` and `delta` are read at positions clamped to below `sequence`, and their shapes and dtypes
+    // and those of the gradient are asserted above.
     unsafe {
         launch!(
             query_grad_kernel,

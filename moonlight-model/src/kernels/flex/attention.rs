@@ -335,8 +335,8 @@ fn grad<E: Element>(
             parts[position * shared..][..shared].write_copy_of_slice(&key[own..]);
         }
     });
-    // SAFETY: `E::write` wrote all of each block of the queries' gradient. The loop over positions wrote each row of its
-    // block, key and value, and each of its part, by functions that assert that both sides are of one length.
+    // SAFETY: `E::write` wrote all of each block of the query gradient. The loop over positions wrote each row of its block, key
+    // and value, and each row of its part, by functions that assert equal lengths.
     let (grad_query, grad_key_value, grad_shared) =
         unsafe { (grad_query.finish(), grad_key_value.finish(), grad_shared.finish()) };
     let grad_shared = (shared > 0)
