@@ -79,12 +79,12 @@ fn a_broken_token_file_is_an_error_with_its_line() {
 }
 
 /// A trained checkpoint that a test damages, and the error of opening it.
-struct Spoilt {
+struct Spoiled {
     home: Home,
     dir: PathBuf,
 }
 
-impl Spoilt {
+impl Spoiled {
     fn new(arguments: &[&str]) -> Self {
         let home = Home::new();
         let run = home.trained("good", &[&["--set", "train.steps=1"], arguments].concat());
@@ -133,64 +133,64 @@ fn join(weights: &Path, header: &serde_json::Value, data: &[u8]) {
 
 #[test]
 fn a_truncated_weight_file_is_refused() {
-    let spoilt = Spoilt::new(&[]);
-    let bytes = fs::read(spoilt.weights()).unwrap();
+    let spoiled = Spoiled::new(&[]);
+    let bytes = fs::read(spoiled.weights()).unwrap();
     for length in [bytes.len() - 1, bytes.len() / 2, 100, 5, 0] {
-        fs::write(spoilt.weights(), &bytes[..length]).unwrap();
-        spoilt.assert_refused("model.safetensors");
+        fs::write(spoiled.weights(), &bytes[..length]).unwrap();
+        spoiled.assert_refused("model.safetensors");
     }
 }
 
 #[test]
 fn a_header_that_claims_more_than_the_file_contains_is_refused() {
-    let spoilt = Spoilt::new(&[]);
-    let (mut header, data) = split(&spoilt.weights());
+    let spoiled = Spoiled::new(&[]);
+    let (mut header, data) = split(&spoiled.weights());
     header["model.norm.weight"]["data_offsets"][1] = serde_json::json!(1u64 << 40);
-    join(&spoilt.weights(), &header, &data);
-    spoilt.assert_refused("model.safetensors");
-    let mut bytes = fs::read(spoilt.weights()).unwrap();
+    join(&spoiled.weights(), &header, &data);
+    spoiled.assert_refused("model.safetensors");
+    let mut bytes = fs::read(spoiled.weights()).unwrap();
     bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
-    fs::write(spoilt.weights(), bytes).unwrap();
-    spoilt.assert_refused("model.safetensors");
+    fs::write(spoiled.weights(), bytes).unwrap();
+    spoiled.assert_refused("model.safetensors");
 }
 
 #[test]
 fn a_tensor_with_the_wrong_shape_is_refused() {
-    let spoilt = Spoilt::new(&[]);
-    let (mut header, data) = split(&spoilt.weights());
+    let spoiled = Spoiled::new(&[]);
+    let (mut header, data) = split(&spoiled.weights());
     header["model.norm.weight"]["shape"] = serde_json::json!([12, 2]);
-    join(&spoilt.weights(), &header, &data);
-    spoilt.assert_refused("model.norm.weight");
+    join(&spoiled.weights(), &header, &data);
+    spoiled.assert_refused("model.norm.weight");
 }
 
 #[test]
 fn a_tensor_with_the_wrong_name_is_refused() {
-    let spoilt = Spoilt::new(&[]);
-    let (mut header, data) = split(&spoilt.weights());
+    let spoiled = Spoiled::new(&[]);
+    let (mut header, data) = split(&spoiled.weights());
     let tensors = header.as_object_mut().unwrap();
     let norm = tensors.remove("model.norm.weight").unwrap();
     tensors.insert("model.nrom.weight".into(), norm);
-    join(&spoilt.weights(), &header, &data);
+    join(&spoiled.weights(), &header, &data);
     // One error names both the missing tensor and the unknown one.
-    spoilt.assert_refused("model.norm.weight");
-    spoilt.assert_refused("model.nrom.weight");
+    spoiled.assert_refused("model.norm.weight");
+    spoiled.assert_refused("model.nrom.weight");
 }
 
 #[test]
 fn non_finite_weights_are_refused() {
-    let spoilt = Spoilt::new(&[]);
-    let (header, mut data) = split(&spoilt.weights());
+    let spoiled = Spoiled::new(&[]);
+    let (header, mut data) = split(&spoiled.weights());
     let offset = header["model.norm.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
     data[offset..offset + 4].copy_from_slice(&f32::NAN.to_le_bytes());
-    join(&spoilt.weights(), &header, &data);
-    spoilt.assert_refused("model.norm.weight");
+    join(&spoiled.weights(), &header, &data);
+    spoiled.assert_refused("model.norm.weight");
 }
 
 #[test]
 fn a_missing_shard_and_an_index_that_leads_outside_are_refused() {
-    let spoilt = Spoilt::new(&[]);
-    let (header, _) = split(&spoilt.weights());
-    fs::remove_file(spoilt.weights()).unwrap();
+    let spoiled = Spoiled::new(&[]);
+    let (header, _) = split(&spoiled.weights());
+    fs::remove_file(spoiled.weights()).unwrap();
     let index = |file: &str| {
         let map: serde_json::Map<String, serde_json::Value> = header
             .as_object()
@@ -200,14 +200,14 @@ fn a_missing_shard_and_an_index_that_leads_outside_are_refused() {
             .map(|name| (name.clone(), file.into()))
             .collect();
         let index = serde_json::json!({"metadata": {"total_size": 1}, "weight_map": map});
-        fs::write(spoilt.file("model.safetensors.index.json"), index.to_string()).unwrap();
+        fs::write(spoiled.file("model.safetensors.index.json"), index.to_string()).unwrap();
     };
     index("model-00001-of-00002.safetensors");
-    spoilt.assert_refused("model-00001-of-00002.safetensors");
+    spoiled.assert_refused("model-00001-of-00002.safetensors");
     index("../../etc/passwd");
-    spoilt.assert_refused("../../etc/passwd");
+    spoiled.assert_refused("../../etc/passwd");
     index("/etc/passwd");
-    spoilt.assert_refused("/etc/passwd");
+    spoiled.assert_refused("/etc/passwd");
 }
 
 #[test]
@@ -222,13 +222,13 @@ fn a_directory_without_a_model_is_refused() {
 
 #[test]
 fn prompts_and_data_that_the_model_cannot_read_are_refused() {
-    let spoilt = Spoilt::new(&[]);
-    let dir = spoilt.dir.display().to_string();
+    let spoiled = Spoiled::new(&[]);
+    let dir = spoiled.dir.display().to_string();
     let generate =
         |prompt: &str| moonlight(&["generate", "--model", &dir, "--prompt-tokens", prompt]).output().unwrap();
     assert_fails(&generate("1,999"), "there is no token 999");
     assert_fails(&generate(&vec!["1"; 65].join(",")), "more than the model's context of 64");
-    let data = spoilt.home.path("data.jsonl");
+    let data = spoiled.home.path("data.jsonl");
     fs::write(&data, "{\"tokens\": [1]}\n{\"token\": [1]}\n").unwrap();
     let score = moonlight(&["score", "--model", &dir, "--data"]).arg(&data).output().unwrap();
     assert_fails(&score, "data.jsonl:2");

@@ -1,8 +1,9 @@
 //! Packages the crates as for crates.io.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::shell::{cargo, metadata, run as call};
 
@@ -13,12 +14,33 @@ pub(crate) fn run(root: &Path, no_verify: bool) -> Result<()> {
     let mut command = cargo(root, "package --allow-dirty");
     for package in metadata(root)?["packages"].as_array().into_iter().flatten() {
         // `null` is every registry, an empty list is none.
-        if let (true, Some(name)) = (package["publish"].is_null(), package["name"].as_str()) {
-            command.args(["--package", name]);
-        }
+        let (true, Some(name), Some(version)) =
+            (package["publish"].is_null(), package["name"].as_str(), package["version"].as_str())
+        else {
+            continue;
+        };
+        remove_unpacked(&format!("{name}-{version}"))?;
+        command.args(["--package", name]);
     }
     if no_verify {
         command.arg("--no-verify");
     }
     call(&mut command)
+}
+
+/// Removes what an earlier call has unpacked of a package. Cargo unpacks a version once, and would build the crates that depend
+/// on it with the contents of that time.
+fn remove_unpacked(package: &str) -> Result<()> {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let Some(home) = home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))) else { return Ok(()) };
+    let Ok(registries) = fs::read_dir(home.join("registry/src")) else { return Ok(()) };
+    for registry in registries {
+        let registry = registry?;
+        // The registry of packages that are not published has no host, and so a name that begins with a hyphen.
+        let folder = registry.path().join(package);
+        if registry.file_name().to_string_lossy().starts_with('-') && folder.is_dir() {
+            fs::remove_dir_all(&folder).with_context(|| format!("`{}` cannot be removed", folder.display()))?;
+        }
+    }
+    Ok(())
 }

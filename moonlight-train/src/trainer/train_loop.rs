@@ -12,7 +12,7 @@ use crate::metrics::Reporter;
 /// Trains from the trainer's current step to the last one of its recipe, or until `interrupter` is stopped, and saves.
 ///
 /// This is the loop of one rank. With several ranks each runs it, and every line is reached by all of them: a collective
-/// waits for every rank, so a branch that one of them takes alone would stop the others for ever.
+/// waits for every rank, so a branch that one of them takes alone would stop the others forever.
 pub(super) fn train_loop(
     trainer: &mut RankTrainer,
     reporter: &mut dyn Reporter,
