@@ -365,15 +365,12 @@ mod tests {
     fn errors_name_the_key() {
         let mut missing = moonlight();
         missing.as_object_mut().unwrap().remove("kv_lora_rank");
-        assert_eq!(
-            ModelConfig::from_value(missing).unwrap_err().to_string(),
-            "the model configuration lacks `kv_lora_rank`"
-        );
+        assert_eq!(ModelConfig::from_value(missing).unwrap_err().to_string(), "the model config lacks `kv_lora_rank`");
         let mut wrong = moonlight();
         wrong["hidden_size"] = json!("wide");
         assert_eq!(
             ModelConfig::from_value(wrong).unwrap_err().to_string(),
-            "the model configuration's `hidden_size` must be a whole number, not \"wide\""
+            "the model config's `hidden_size` must be a whole number, not \"wide\""
         );
         let mut unknown = moonlight();
         unknown["model_type"] = json!("gpt2");
