@@ -202,7 +202,7 @@ fn published() -> Vec<(&'static str, Value)> {
 }
 
 #[test]
-fn the_published_configurations_are_read_and_written_back() {
+fn the_published_configs_are_read_and_written_back() {
     for (name, value) in published() {
         let config = ModelConfig::from_value(value.clone()).unwrap_or_else(|error| panic!("{name}: {error}"));
         let again = ModelConfig::from_json(&config.to_json()).unwrap_or_else(|error| panic!("{name}: {error}"));

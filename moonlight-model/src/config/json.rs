@@ -365,10 +365,7 @@ mod tests {
     fn errors_name_the_key() {
         let mut missing = moonlight();
         missing.as_object_mut().unwrap().remove("kv_lora_rank");
-        assert_eq!(
-            ModelConfig::from_value(missing).unwrap_err().to_string(),
-            "the model config lacks `kv_lora_rank`"
-        );
+        assert_eq!(ModelConfig::from_value(missing).unwrap_err().to_string(), "the model config lacks `kv_lora_rank`");
         let mut wrong = moonlight();
         wrong["hidden_size"] = json!("wide");
         assert_eq!(
