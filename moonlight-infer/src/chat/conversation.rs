@@ -622,7 +622,7 @@ mod tests {
             let error = parse(&with(r#""loss_mask": [0, 1]"#)).unwrap_err().to_string();
             assert!(error.starts_with("the record has a list as `loss_mask`"), "{error}");
             let error = parse(&with(r#""weight": "much""#)).unwrap_err().to_string();
-            assert_eq!(error, "the record has a `weight` that is not a number from 0");
+            assert_eq!(error, "the record has a `weight` that is not a non-negative number");
             // A number is a model's loss on the record, not its weight.
             assert_eq!(parse(&with(r#""loss": 2.5, "weight": null"#)).unwrap().fields.len(), 1);
         }
@@ -715,7 +715,7 @@ mod tests {
             (with(r#"{"content": "A"}"#), "`messages[1]` has no `role` (or `from`)"),
             (
                 with(r#"{"role": "assistant", "content": "A", "weight": -1}"#),
-                "`messages[1]` has a `weight` that is not a number from 0",
+                "`messages[1]` has a `weight` that is not a non-negative number",
             ),
             (
                 with(r#"{"role": "assistant", "content": "A", "weight": 1e-46}"#),
