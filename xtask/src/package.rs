@@ -10,9 +10,12 @@ use crate::shell::{cargo, metadata, run as call};
 /// Packages the crates that are published, and builds each from its package if `no_verify` is not set. For a crate of this
 /// workspace that is not on crates.io yet, cargo uses the package that it has just made.
 pub(crate) fn run(root: &Path, no_verify: bool) -> Result<()> {
+    let metadata = metadata(root)?;
+    let target = Path::new(metadata["target_directory"].as_str().unwrap_or("target")).join("packages");
     // A tree with changes can be tried as well.
     let mut command = cargo(root, "package --allow-dirty");
-    for package in metadata(root)?["packages"].as_array().into_iter().flatten() {
+    command.env("CARGO_TARGET_DIR", &target);
+    for package in metadata["packages"].as_array().into_iter().flatten() {
         // `null` is every registry, an empty list is none.
         let (true, Some(name), Some(version)) =
             (package["publish"].is_null(), package["name"].as_str(), package["version"].as_str())
@@ -20,6 +23,7 @@ pub(crate) fn run(root: &Path, no_verify: bool) -> Result<()> {
             continue;
         };
         remove_unpacked(&format!("{name}-{version}"))?;
+        remove_built(&target, name)?;
         command.args(["--package", name]);
     }
     if no_verify {
@@ -28,8 +32,8 @@ pub(crate) fn run(root: &Path, no_verify: bool) -> Result<()> {
     call(&mut command)
 }
 
-/// Removes what an earlier call has unpacked of a package. Cargo unpacks a version once, and would build the crates that depend
-/// on it with the contents of that time.
+/// Removes what an earlier call has unpacked of a package. Cargo takes a version in a registry for immutable: it unpacks it once,
+/// and would build the crates that depend on it with the contents of that time.
 fn remove_unpacked(package: &str) -> Result<()> {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let Some(home) = home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))) else { return Ok(()) };
@@ -40,6 +44,20 @@ fn remove_unpacked(package: &str) -> Result<()> {
         let folder = registry.path().join(package);
         if registry.file_name().to_string_lossy().starts_with('-') && folder.is_dir() {
             fs::remove_dir_all(&folder).with_context(|| format!("`{}` cannot be removed", folder.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes cargo build a package again, for the same reason.
+fn remove_built(target: &Path, name: &str) -> Result<()> {
+    let Ok(fingerprints) = fs::read_dir(target.join("debug/.fingerprint")) else { return Ok(()) };
+    for fingerprint in fingerprints {
+        let path = fingerprint?.path();
+        // The name is followed by a hyphen and a hash.
+        let of = path.file_name().and_then(|file| file.to_str()).and_then(|file| file.rsplit_once('-'));
+        if of.is_some_and(|(package, _)| package == name) {
+            fs::remove_dir_all(&path).with_context(|| format!("`{}` cannot be removed", path.display()))?;
         }
     }
     Ok(())
