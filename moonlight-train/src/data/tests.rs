@@ -304,7 +304,7 @@ fn bytes_that_are_not_text_are_reported() {
         let dataset = open(&config(dir.path(), "*.txt")).unwrap();
         assert_eq!(
             dataset.notes(),
-            ["data.train: bytes that are not UTF-8 were read as U+FFFD; files that have such: 1"]
+            ["data.train: bytes that are not UTF-8 were read as U+FFFD; files with such bytes: 1"]
         );
     }
 }
