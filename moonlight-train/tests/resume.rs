@@ -82,7 +82,7 @@ fn if_any_file_of_the_newest_checkpoint_is_damaged_the_one_before_is_used() {
                 stderr.contains("step-00000012` is damaged: ") && stderr.contains(name),
                 "{name} {damage}: {stderr}"
             );
-            assert!(stderr.contains("it is now `step-00000012.damaged`"), "{stderr}");
+            assert!(stderr.contains("renamed to `step-00000012.damaged`"), "{stderr}");
             // The same weights again, next to the damaged checkpoint.
             assert_eq!(checkpoints(&run), ["step-00000008", "step-00000012", "step-00000012.damaged"]);
             fs::remove_dir_all(run.join("checkpoints/step-00000012.damaged")).unwrap();

@@ -230,9 +230,9 @@ fn documents_start_with_bos_and_end_with_one_eos() {
     let config = json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
     write_tokenizer(dir, &Value::Null, true, &config);
     let (bos, _, warning) = ends(&[]);
-    assert!(bos == 0 && warning.contains("`data.bos` decides"), "{warning}");
+    assert!(bos == 0 && warning.contains("set `data.bos` to decide"), "{warning}");
     let (bos, _, warning) = ends(&["data.bos=always"]);
-    assert!(bos == 2 && !warning.contains("`data.bos` decides"), "{warning}");
+    assert!(bos == 2 && !warning.contains("set `data.bos` to decide"), "{warning}");
 }
 
 /// Sends a line to `moonlight chat` and reads the answer.

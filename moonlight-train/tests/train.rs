@@ -111,7 +111,7 @@ fn an_existing_run_is_not_overwritten() {
     home.trained("there", &["--set", "train.steps=1"]);
     let output = home.train("there", &[]).output().unwrap();
     assert_fails(&output, "exists");
-    assert!(text(&output.stderr).contains("hint: resume it with `--resume`"));
+    assert!(text(&output.stderr).contains("hint: resume with `--resume`"));
 }
 
 #[test]
