@@ -211,7 +211,7 @@ mod tests {
         };
         let unknown = error(&runs, "los", "x.svg");
         assert_eq!(unknown.to_string(), "none of the runs has the metric `los`");
-        assert_eq!(unknown.hint().unwrap(), "they have: loss, lr, tokens, tokens_per_second");
+        assert_eq!(unknown.hint().unwrap(), "choose one of: loss, lr, tokens, tokens_per_second");
         assert!(error(&runs, "loss", "x.jpg").to_string().contains("neither an SVG nor a PNG"));
         assert!(error(&[home.path().join("missing")], "loss", "x.svg").to_string().contains("missing"));
     }
