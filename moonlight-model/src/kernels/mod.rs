@@ -24,9 +24,9 @@
 //!
 //! 1. Declare its kernels and the operation in `ops!` below, and add the public function with its checks.
 //! 2. Compose it of Burn's operations in `reference`.
-//! 3. Write `flex/NAME.rs` and `cube/NAME.rs`, or an empty `impl`, which runs the reference.
+//! 3. Write `flex/NAME.rs` and `cube/NAME.rs`, or in the `tensor.rs` there an empty `impl`, which runs the reference.
 //! 4. Write its gradient in `autodiff`.
-//! 5. Test it in `tests.rs`, `cube/tests.rs` and `tests/hostile_kernels.rs`.
+//! 5. Test it in `tests.rs`, `cube/tests.rs` and `tests/hostile_kernels.rs`. `CONTRIBUTING.md` has what to add to each.
 
 mod autodiff;
 mod cached_attention;

@@ -1,7 +1,8 @@
 //! The metrics of a run: one record for the dashboard, the log line, `metrics.jsonl` and TensorBoard.
 //!
 //! To add a metric, give it a field of [`Metrics`] and a row of `METRICS` here, and set it where it is measured (what a step
-//! measures, in `trainer/step_result.rs`). A column in `console.rs` shows it in the log line as well.
+//! measures, in `trainer/step_result.rs`). A column in `console.rs` shows it in the log line as well. `CONTRIBUTING.md` has the
+//! whole list, with tests and the manual.
 
 mod console;
 mod dashboard;
