@@ -7,13 +7,13 @@
 //! | TRL's | `{"prompt": [{"role": "user", ...}], "completion": [{"role": "assistant", ...}]}` |
 //! | Alpaca's | `{"instruction": "...", "input": "...", "output": "..."}` |
 //!
-//! The first of these keys with a value decides the format. A null counts as an absent key: tables have one where another row
-//! has a value. Messages keep all their fields, and the record keeps its other ones (`tools`, `documents`,
-//! `chat_template_kwargs`), which are variables for the template. Fields that nothing reads are reported, see
+//! The first of these keys with a value decides the format. A null counts as an absent key, because a row of a table has a
+//! null for each column that only other rows use. Messages keep all their fields. The other fields of the record (`tools`,
+//! `documents`, `chat_template_kwargs`) become variables of the template. Fields that nothing reads are reported in
 //! [`WeightedTokens::unread`](super::WeightedTokens::unread).
 //!
-//! ShareGPT records are converted to OpenAI's format, as LLaMA-Factory reads them: `function_call` is an assistant turn with
-//! `tool_calls`, `observation` a `tool` turn, `system` the first message, and a tool that is a bare function is wrapped.
+//! ShareGPT records are converted to OpenAI's format as LLaMA-Factory does it: `function_call` becomes an assistant turn with
+//! `tool_calls`, `observation` a `tool` turn, and `system` the first message; bare functions in `tools` are wrapped.
 
 use serde_json::{Map, Value, json};
 
@@ -32,7 +32,7 @@ pub enum ConversationFormat {
     ShareGpt,
     /// `instruction` and `output`; optional `input`, `system` and `history`.
     Alpaca,
-    /// `prompt` and `completion`, two lists of messages; only the second is learned.
+    /// `prompt` and `completion`, two lists of messages; only the completion is learned.
     PromptCompletion,
 }
 
@@ -52,12 +52,13 @@ impl std::fmt::Display for ConversationFormat {
 pub struct Turn {
     /// Role, content and further fields.
     pub message: Message,
-    /// Factor on the loss of each of its tokens, from 0; 1 unless the record sets it. 0 for all roles but `assistant`.
+    /// The non-negative factor on the loss of each token of the message. 1 unless the record sets it; 0 for every role except
+    /// `assistant`.
     pub weight: f32,
 }
 
 impl Turn {
-    /// A message with this weight if it is the assistant's, else with 0.
+    /// A message with `weight` if it is the assistant's, otherwise with 0.
     pub fn new(message: Message, weight: f32) -> Self {
         let weight = if message.role() == "assistant" { weight } else { 0.0 };
         Self { message, weight }
@@ -75,11 +76,11 @@ pub struct Conversation {
     pub format: ConversationFormat,
     /// The messages, in order.
     pub turns: Vec<Turn>,
-    /// The other fields of the record: `tools`, other variables of templates, and fields that nothing may use.
+    /// The other fields of the record: `tools`, variables of the template, and fields that the template may not use.
     pub fields: Map<String, Value>,
 }
 
-/// Fields that set the weight of a message: OpenAI's, two of axolotl, LoongForge's and ms-swift's.
+/// Fields that set the weight of a message, in this order: OpenAI's, two of axolotl's, LoongForge's and ms-swift's.
 const WEIGHT_FIELDS: [&str; 5] = ["weight", "train", "training", "loss_mask", "loss"];
 /// axolotl's fields that select ranges of characters of a message.
 const WEIGHT_DETAIL_FIELDS: [&str; 2] = ["train_detail", "training_detail"];
@@ -97,7 +98,7 @@ const MEDIA_PART_TYPES: [&str; 10] = [
     "input_file",
 ];
 
-/// Whether a field of a message is used by this module, whatever the template reads.
+/// Whether this module uses the field of a message, so that the field counts as read even if the template ignores it.
 pub(super) fn is_read_here(field: &str) -> bool {
     ["role", "content", "from", "value"].contains(&field) || WEIGHT_FIELDS.contains(&field)
 }
@@ -109,8 +110,8 @@ impl From<Vec<Turn>> for Conversation {
 }
 
 impl Conversation {
-    /// Parses a record. `knows` returns whether the template knows a role other than `system`, `user` and `assistant`, or
-    /// the type of a content part.
+    /// Parses a record. `knows` returns whether the template mentions a role other than `system`, `user` and `assistant`, or
+    /// a type of content parts.
     ///
     /// # Errors
     ///
@@ -132,6 +133,7 @@ impl Conversation {
             .filter(|(_, value)| !value.is_null())
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
+        // An empty list counts as absent: a table with a column for each format has one in the columns that a row does not use.
         let has = |key: &str| fields.get(key).is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty()));
         if let Some(key) = preference_field(&fields, has("messages")) {
             return Err(ConversationError::Preference { key });
@@ -146,6 +148,7 @@ impl Conversation {
         } else if has("instruction") {
             (ConversationFormat::Alpaca, alpaca(&mut fields)?)
         } else if fields.contains_key("messages") || fields.contains_key("conversations") {
+            // The list is empty: the format is known, and only the messages are missing.
             return Err(ConversationError::NoAssistant);
         } else {
             return Err(ConversationError::UnknownFormat { keys: fields.keys().cloned().collect() });
@@ -165,11 +168,11 @@ impl Conversation {
         if let Some(tools) = fields.shift_remove("tools") {
             fields.extend(parse_tools(tools, format)?.map(|tools| ("tools".to_owned(), tools)));
         }
-        let mut of_assistant = turns.iter().filter(|turn| turn.message.role() == "assistant").peekable();
-        if of_assistant.peek().is_none() {
+        let mut assistant_turns = turns.iter().filter(|turn| turn.message.role() == "assistant").peekable();
+        if assistant_turns.peek().is_none() {
             return Err(ConversationError::NoAssistant);
         }
-        if of_assistant.all(|turn| turn.weight == 0.0) {
+        if assistant_turns.all(|turn| turn.weight == 0.0) {
             return Err(ConversationError::NothingLearned);
         }
         Ok(Self { format, turns, fields })
@@ -185,7 +188,7 @@ fn invalid(place: impl Into<String>, problem: impl Into<String>) -> Conversation
     ConversationError::Message { place: place.into(), problem: problem.into() }
 }
 
-/// Removes a field from the record, and parses it as messages.
+/// Removes the field `key` from the record and parses it as messages.
 fn take_messages(
     fields: &mut Map<String, Value>,
     key: &str,
@@ -198,16 +201,17 @@ fn take_messages(
     messages.into_iter().enumerate().map(turn).collect()
 }
 
-/// The field that makes this a preference record: a better and a worse answer (DPO), or whether the answer is good (KTO).
-/// With `messages`, `chosen` and `rejected` are ignored: the answer to learn is the last message.
+/// The field that makes this a preference record: a better and a worse answer (DPO), or a label of one answer as good or bad
+/// (KTO). In a record with `messages`, `chosen` and `rejected` are ignored: the last message is the answer to learn.
 fn preference_field(fields: &Map<String, Value>, has_messages: bool) -> Option<&'static str> {
-    let holds = |key: &str| fields.get(key).is_some_and(|value| !is_empty_value(value));
+    let has_value = |key: &str| fields.get(key).is_some_and(|value| !is_empty_value(value));
     let is_bool = |key: &str| fields.get(key).is_some_and(Value::is_boolean);
-    let of_answers = || ["chosen", "rejected"].into_iter().find(|key| !has_messages && holds(key));
-    ["label", "kto_tag"].into_iter().find(|key| is_bool(key)).or_else(of_answers)
+    let dpo_field = || ["chosen", "rejected"].into_iter().find(|key| !has_messages && has_value(key));
+    // Only booleans: a `label` of another type is a class or a source, not a preference.
+    ["label", "kto_tag"].into_iter().find(|key| is_bool(key)).or_else(dpo_field)
 }
 
-/// TRL's format.
+/// The messages of TRL's format: those of the prompt with the weight 0, then those of the completion.
 fn prompt_and_completion(
     fields: &mut Map<String, Value>,
     knows: &impl Fn(&str) -> bool,
@@ -224,8 +228,8 @@ fn prompt_and_completion(
     Ok(turns)
 }
 
-/// The role that one of ShareGPT's names stands for; `None` for an unknown role. A role that the template itself knows is
-/// kept, before `function_call` and the like are replaced.
+/// The role that one of ShareGPT's names stands for; `None` for an unknown role. A role that the template knows is kept, even
+/// if it is one of the names that are otherwise replaced, such as `function_call`.
 fn normalize_role<'a>(role: &'a str, knows: &impl Fn(&str) -> bool) -> Option<&'a str> {
     Some(match role {
         "human" => "user",
@@ -250,7 +254,7 @@ fn parse_turn(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> R
                     .map(|(name, value)| (if name == other { key.to_owned() } else { name }, value))
                     .collect();
             }
-            // Some exports have both names for the same value.
+            // Some exports write the same value under both names.
             Some(known) if *known == value => {
                 message.shift_remove(other);
             }
@@ -275,8 +279,8 @@ fn parse_turn(place: String, message: Value, knows: &impl Fn(&str) -> bool) -> R
     Ok(Turn::new(Message(message), weight))
 }
 
-/// Keeps one of the fields with the reasoning, which the template gets under all their names; empty ones and copies of it
-/// are removed.
+/// Keeps one of the fields with the reasoning and removes empty ones and copies. The template gets the reasoning under all
+/// names that it may read ([`with_reasoning`](super::template_input::with_reasoning)).
 fn merge_reasoning(message: &mut Map<String, Value>) -> Result<(), String> {
     let mut found: Option<&str> = None;
     for name in REASONING_FIELDS {
@@ -293,8 +297,8 @@ fn merge_reasoning(message: &mut Map<String, Value>) -> Result<(), String> {
     Ok(())
 }
 
-/// Replaces the text of a ShareGPT `function_call` turn by `tool_calls`: it is a call as JSON or a list of calls, optionally
-/// after `<think>` reasoning.
+/// Replaces the text of a ShareGPT `function_call` turn by `tool_calls`. The text is a call or a list of calls as JSON,
+/// optionally after reasoning in `<think>` tags.
 fn parse_tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
     let Some(Value::String(text)) = message.get("content") else { return Err("has no call".into()) };
     let mut call = text.trim();
@@ -321,12 +325,12 @@ fn parse_tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
     Ok(())
 }
 
-/// A string with JSON in it, parsed as records are.
+/// The JSON in a string, parsed by the rules for records ([`parse`]).
 fn parse_json_text(text: &str) -> Option<Value> {
     parse(text.as_bytes()).ok().map(|parsed| parsed.value)
 }
 
-/// Makes `tool_calls` a list, which may be written as a string of JSON, and removes the nulls that tables put into the calls.
+/// Parses `tool_calls` that are a string of JSON, and removes the nulls that tables put into the calls.
 fn normalize_tool_calls(message: &mut Map<String, Value>) -> Result<(), String> {
     let Some(calls) = message.get_mut("tool_calls") else { return Ok(()) };
     if let Value::String(text) = calls {
@@ -351,8 +355,8 @@ fn normalize_tool_calls(message: &mut Map<String, Value>) -> Result<(), String> 
     Ok(())
 }
 
-/// Checks the content: a string, OpenAI's list of parts, or none where another field has a value (`tool_calls`). The content
-/// of `tool` and other roles of the template may be any JSON: it is whatever a tool returned.
+/// Checks the content: a string, OpenAI's list of parts, or nothing if another field has a value (`tool_calls`). For `tool`
+/// and other roles that the template knows, the content may be any JSON: it is whatever a tool returned.
 fn check_content(message: &mut Map<String, Value>, role: &str, knows: &impl Fn(&str) -> bool) -> Result<(), String> {
     let is_tool = !["system", "user", "assistant"].contains(&role);
     match message.get_mut("content") {
@@ -399,7 +403,7 @@ fn check_content(message: &mut Map<String, Value>, role: &str, knows: &impl Fn(&
     }
 }
 
-/// Whether a value is null or has no characters, items or entries: it is not reported where it is ignored.
+/// Whether a value is null, or has no characters, items or entries. Such a value is not reported as unread.
 pub(super) fn is_empty_value(value: &Value) -> bool {
     match value {
         Value::Null => true,
@@ -411,7 +415,7 @@ pub(super) fn is_empty_value(value: &Value) -> bool {
 }
 
 /// The weight of a message: the product of the fields that set it.
-fn message_weight(message: &Map<String, Value>, of_assistant: bool) -> Result<f32, String> {
+fn message_weight(message: &Map<String, Value>, is_assistant: bool) -> Result<f32, String> {
     for key in WEIGHT_DETAIL_FIELDS {
         if message.contains_key(key) {
             return Err(format!("has `{key}`, which is not supported: only whole messages have a weight (`train`)"));
@@ -424,6 +428,7 @@ fn message_weight(message: &Map<String, Value>, of_assistant: bool) -> Result<f3
             Some(Value::Bool(learned)) => f32::from(u8::from(*learned)),
             Some(value) => match value.as_f64() {
                 Some(weight) if weight >= 0.0 => match weight as f32 {
+                    // Rounding to 0 would silently exclude the message from the loss.
                     0.0 if weight > 0.0 => {
                         return Err(format!("has a `{key}` below the smallest f32 (1.4e-45)"));
                     }
@@ -435,7 +440,8 @@ fn message_weight(message: &Map<String, Value>, of_assistant: bool) -> Result<f3
                 _ => return Err(format!("has a `{key}` that is not a non-negative number")),
             },
         };
-        if !of_assistant && key != "weight" && weight != 0.0 {
+        // `weight` is ignored for other roles. The other fields ask to train on this message, which is refused.
+        if !is_assistant && key != "weight" && weight != 0.0 {
             return Err(format!(
                 "is marked as learned by `{key}`, and is not the assistant's: only the assistant's text is learned"
             ));
@@ -445,21 +451,22 @@ fn message_weight(message: &Map<String, Value>, of_assistant: bool) -> Result<f3
     Ok(product)
 }
 
-/// Whether a field of the record sets the weight of all its messages. `loss` does only as a boolean: as a number it is the
-/// loss that some model had on the record.
+/// Whether a field of the record sets the weight of all its messages. `loss` does so only as a boolean: a number is the loss
+/// of some model on the record.
 fn sets_record_weight(key: &str, value: &Value) -> bool {
     WEIGHT_FIELDS.contains(&key) && (key != "loss" || value.is_boolean())
 }
 
-/// The factor on the weights of all turns that the record sets.
+/// The factor that the record sets on the weights of all its turns; `None` if it sets none.
 fn record_weight(fields: &Map<String, Value>) -> Result<Option<f32>, ConversationError> {
-    let of_record = |(key, value): &(&String, &Value)| {
+    // Unsupported fields are included, so that the errors below report them.
+    let is_weight_field = |(key, value): &(&String, &Value)| {
         WEIGHT_DETAIL_FIELDS.contains(&key.as_str())
             || sets_record_weight(key, value)
             || key.as_str() == "loss" && value.is_array()
     };
     let mut set = Map::new();
-    for (key, value) in fields.iter().filter(of_record) {
+    for (key, value) in fields.iter().filter(is_weight_field) {
         if value.is_array() {
             let problem = format!("has a list as `{key}`, which is not supported: set `{key}` in each message");
             return Err(invalid(THE_RECORD, problem));
@@ -470,7 +477,7 @@ fn record_weight(fields: &Map<String, Value>) -> Result<Option<f32>, Conversatio
     Ok(Some(weight).filter(|_| !set.is_empty()))
 }
 
-/// The tools of a record: a list, or a string with the JSON of one. ShareGPT's are bare functions.
+/// The tools of a record: a list, or a string with a list as JSON. ShareGPT's tools are bare functions, and are wrapped.
 fn parse_tools(tools: Value, format: ConversationFormat) -> Result<Option<Value>, ConversationError> {
     let tools = match tools {
         Value::String(text) if text.trim().is_empty() => return Ok(None),
@@ -496,8 +503,8 @@ fn parse_tools(tools: Value, format: ConversationFormat) -> Result<Option<Value>
     }
 }
 
-/// Alpaca's format: the user's message is the instruction and the input, joined by a line break as in LLaMA-Factory;
-/// `history` has earlier pairs of question and answer. `system` is handled as in all formats.
+/// The messages of Alpaca's format. The user's message is the instruction and the input, joined by a line break as in
+/// LLaMA-Factory; `history` has earlier pairs of question and answer. The caller handles `system`, as for every format.
 fn alpaca(record: &mut Map<String, Value>) -> Result<Vec<Turn>, ConversationError> {
     if !record.contains_key("output") {
         return Err(ConversationError::NoOutput { keys: record.keys().cloned().collect() });
@@ -623,7 +630,7 @@ mod tests {
             assert!(error.starts_with("the record has a list as `loss_mask`"), "{error}");
             let error = parse(&with(r#""weight": "much""#)).unwrap_err().to_string();
             assert_eq!(error, "the record has a `weight` that is not a non-negative number");
-            // A number is a model's loss on the record, not its weight.
+            // A number in `loss` is a model's loss on the record, not a weight.
             assert_eq!(parse(&with(r#""loss": 2.5, "weight": null"#)).unwrap().fields.len(), 1);
         }
     }

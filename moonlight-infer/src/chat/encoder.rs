@@ -1,5 +1,5 @@
-//! Conversations to tokens, with a weight for each: the template renders, the tokenizer encodes, and the assistant mask says
-//! what is learned.
+//! Conversations to weighted tokens: the template renders the text, the tokenizer encodes it, and the assistant mask decides
+//! which tokens are learned.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,13 +43,13 @@ pub struct ChatEncoder {
     tokenizer: Tokenizer,
 }
 
-/// What the threads of the sandbox share.
+/// The part of an encoder that is shared with the threads of the sandbox.
 #[derive(Debug)]
 pub(super) struct EncoderCore {
     pub(super) template: ChatTemplate,
     specials: SpecialTokens,
-    /// Whether the template handles content that is a list of parts, by role and by whether there are tools. Each is
-    /// rendered once to find out.
+    /// Whether the template handles content that is a list of parts, by role and by whether there are tools. A probe is
+    /// rendered once for each of them.
     handles_parts: Mutex<HashMap<(String, bool), bool>>,
 }
 
@@ -58,16 +58,16 @@ pub(super) struct EncoderCore {
 pub struct WeightedTokens {
     /// The tokens.
     pub tokens: Vec<u32>,
-    /// As many as `tokens`: the weight of the turn for what the assistant writes, 0 for everything else.
+    /// The weight of each token: that of its turn for what the assistant writes, 0 for everything else.
     pub weights: Vec<f32>,
-    /// Fields that are ignored: of the record, and `messages[].NAME` of its messages, with a value that neither the
-    /// template nor the reader of records uses.
+    /// Fields with a value that neither the template nor the reader of records uses: those of the record by their name, those
+    /// of its messages as `messages[].NAME`.
     pub unread: Vec<String>,
     /// Fields of the record that the template uses as variables; without `tools` and `documents`.
     pub given: Vec<String>,
 }
 
-/// The fields of a record, by what becomes of them.
+/// The fields of a record, by how they are used.
 struct Variables {
     /// Variables of the template.
     values: Map<String, Value>,
@@ -78,13 +78,13 @@ struct Variables {
 }
 
 impl ChatEncoder {
-    /// An encoder by this template and tokenizer.
+    /// An encoder that renders with `template` and encodes with `tokenizer`.
     pub fn new(template: ChatTemplate, tokenizer: Tokenizer) -> Self {
         let specials = SpecialTokens::new(&tokenizer);
         Self { core: Arc::new(EncoderCore { template, specials, handles_parts: Mutex::default() }), tokenizer }
     }
 
-    /// The template.
+    /// The template that renders the conversations.
     pub fn template(&self) -> &ChatTemplate {
         &self.core.template
     }
@@ -113,16 +113,16 @@ impl ChatEncoder {
         Ok(Conversation::parse(record, |name| self.core.template.knows_role(name))?)
     }
 
-    /// The tokens of a conversation with a weight for each: that of the turn for what the assistant writes, its reasoning,
-    /// tool calls and the special token that ends them included; 0 for everything else.
+    /// The tokens of a conversation with a weight for each: that of the turn for what the assistant writes, including its
+    /// reasoning, tool calls and the special token at the end; 0 for everything else.
     ///
-    /// The text is cut at the ends of the learned spans before it is encoded. So the tokens before a span are those that the
-    /// model is given at inference, and no token crosses the boundary (two line breaks that are one token).
+    /// The text is cut at the ends of the learned spans before it is encoded. The tokens before a span are therefore those
+    /// that the model is given at inference, and no token crosses the boundary (such as two line breaks that are one token).
     ///
     /// # Errors
     ///
-    /// [`ChatError::RenderFailed`] where the template fails, [`ChatError::AssistantSpanNotFound`] and
-    /// [`ChatError::TooManyTurns`] where the assistant's text is not found in its output, [`ChatError::Tokenizer`] for a
+    /// [`ChatError::RenderFailed`] if the template fails, [`ChatError::AssistantSpanNotFound`] and
+    /// [`ChatError::TooManyTurns`] if the assistant's text is not found in its output, [`ChatError::Tokenizer`] for a
     /// text that the tokenizer cannot encode, [`ChatError::Conversation`] for a tool call that the template does not write.
     pub fn weighted_tokens(&self, conversation: &Conversation) -> Result<WeightedTokens, ChatError> {
         let turns = &conversation.turns;
@@ -131,8 +131,8 @@ impl ChatEncoder {
         let messages = turns.iter().map(|turn| &turn.message);
         let input = Arc::new(self.core.template_input(messages, variables)?);
         // All renderings are one job of the sandbox: switching threads takes longer than most of them.
-        let (core, of_job) = (self.core.clone(), input.clone());
-        let found = sandbox::run(input.budget.time(), move || core.span_finder(tools).spans(&of_job));
+        let (core, job_input) = (self.core.clone(), input.clone());
+        let found = sandbox::run(input.budget.time(), move || core.span_finder(tools).spans(&job_input));
         let found = found.map_err(|overrun| self.core.template.variant_for_tools(tools).overrun(overrun)).flatten();
         let ignored_message_fields = || ignored_message_fields(turns, &input);
         let (text, spans) = match found {
@@ -151,7 +151,7 @@ impl ChatEncoder {
         };
         let weights: Vec<f32> =
             turns.iter().filter(|turn| turn.message.role() == "assistant").map(|turn| turn.weight).collect();
-        // Blocks do not say which turn they are of: it matters only where the turns have different weights.
+        // A block does not identify its turn, which matters only if the turns have different weights.
         if spans.len() != weights.len() && weights.iter().any(|weight| *weight != weights[0]) {
             return Err(ChatError::GenerationBlocks { blocks: spans.len(), turns: weights.len() });
         }
@@ -165,8 +165,8 @@ impl ChatEncoder {
         Ok(result)
     }
 
-    /// The token that ends an answer, where the template writes an added token there, special or not (`<|im_end|>`,
-    /// `<|eot_id|>`, `<end_of_turn>`). A model that was trained with the template stops there.
+    /// The token that ends an answer (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`), at which a model that was trained with the
+    /// template stops. `None` if the template does not write an added token there, special or not.
     pub fn end_token(&self) -> Option<u32> {
         let turn = |role: &str, weight| Turn::new(Message::new(role, "x"), weight);
         let turns = vec![turn("user", 0.0), turn("assistant", 1.0)];
@@ -181,7 +181,11 @@ impl ChatEncoder {
     }
 }
 
-/// Fields of messages with a value that the template did not read.
+/// The fields of messages that have a value and were not read by the template.
+///
+/// # Errors
+///
+/// [`ConversationError::UnwrittenField`] for an assistant message without content whose other fields were not read.
 fn ignored_message_fields(turns: &[Turn], input: &TemplateInput) -> Result<Vec<String>, ChatError> {
     let is_read = |name: &str| match REASONING_FIELDS.contains(&name) {
         // The reasoning is in the input under all of these names.
@@ -191,20 +195,23 @@ fn ignored_message_fields(turns: &[Turn], input: &TemplateInput) -> Result<Vec<S
     let mut ignored = BTreeSet::new();
     for (index, turn) in turns.iter().enumerate() {
         let fields = turn.message.fields();
-        let of_use = |(name, value): &(&String, &Value)| !is_read_here(name) && !is_empty_value(value);
-        let missed = fields.iter().filter(of_use).map(|(name, _)| name).filter(|name| !is_read(name));
-        ignored.extend(missed.clone().map(|name| format!("messages[].{name}")));
+        let for_template = |(name, value): &(&String, &Value)| !is_read_here(name) && !is_empty_value(value);
+        let unread = fields.iter().filter(for_template).map(|(name, _)| name).filter(|name| !is_read(name));
+        ignored.extend(unread.map(|name| format!("messages[].{name}")));
         // A turn whose only value is one that the template does not write would be learned as an empty answer.
         let is_blank = fields.get("content").is_none_or(|content| match content {
             Value::String(text) => text.trim().is_empty(),
             content => is_empty_value(content),
         });
-        let values =
-            fields.iter().filter(of_use).map(|(name, _)| name).filter(|name| !["id", "name"].contains(&name.as_str()));
+        let in_place_of_content = fields
+            .iter()
+            .filter(for_template)
+            .map(|(name, _)| name)
+            .filter(|name| !["id", "name"].contains(&name.as_str()));
         if is_blank
             && turn.message.role() == "assistant"
-            && !values.clone().any(|name| is_read(name))
-            && let Some(field) = values.clone().next().cloned()
+            && !in_place_of_content.clone().any(|name| is_read(name))
+            && let Some(field) = in_place_of_content.clone().next().cloned()
         {
             return Err(ConversationError::UnwrittenField { message: index + 1, field }.into());
         }
@@ -213,8 +220,8 @@ fn ignored_message_fields(turns: &[Turn], input: &TemplateInput) -> Result<Vec<S
 }
 
 impl EncoderCore {
-    /// The messages as the template gets them: with their reasoning under each of its names, with lists of text parts joined
-    /// where the template does not handle lists, and escaped.
+    /// The messages in the form that the template gets: with their reasoning under each name for it, with lists of text parts
+    /// joined if the template does not handle lists, and escaped.
     pub(super) fn template_input<'a>(
         &self,
         messages: impl Iterator<Item = &'a Message>,
@@ -282,7 +289,7 @@ impl EncoderCore {
         Ok(Variables { values, used, ignored })
     }
 
-    /// Whether the template writes the parts of a content that is a list, or else prints the list itself.
+    /// Whether the template writes the parts of content that is a list, rather than printing the list itself.
     fn handles_parts(&self, role: &str, tools: bool) -> bool {
         let key = (role.to_owned(), tools);
         let known = || self.handles_parts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -306,7 +313,7 @@ impl EncoderCore {
         let of_parts = rendered(json!([{"type": "text", "text": PROBE}]));
         let handles = match (of_parts, rendered(PROBE.into())) {
             (Some(parts), Some(text)) => {
-                // `'type'` and `"type"` are of a list that was printed, as Python or as JSON.
+                // `'type'` or `"type"` in the output is from a list that was printed, as Python or as JSON.
                 parts == text || (parts.contains(PROBE) && !parts.contains("'type'") && !parts.contains("\"type\""))
             }
             (None, Some(_)) => false,
@@ -317,7 +324,7 @@ impl EncoderCore {
         handles
     }
 
-    /// The finder of spans in the output of the template that is used with tools or without.
+    /// The finder of spans in the output of the template for conversations with tools, or without.
     fn span_finder(&self, tools: bool) -> SpanFinder<'_> {
         SpanFinder { template: self.template.variant_for_tools(tools), specials: &self.specials }
     }
@@ -333,7 +340,7 @@ fn is_token_variable(name: &str) -> bool {
     name.ends_with("_token")
 }
 
-/// The text of parts that are all texts.
+/// The joined text of parts; `None` if a part is not text.
 fn join_text_parts(parts: &[Value]) -> Option<String> {
     let text = |part: &Value| match part {
         Value::String(text) => Some(text.clone()),

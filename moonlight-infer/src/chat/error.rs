@@ -8,8 +8,8 @@ use super::template_input::REASONING_FIELDS;
 use crate::records::JsonError;
 use crate::tokenizer::TokenizerError;
 
-/// Messages that are rendered to find the learned spans of one conversation, over all its renderings: about ten seconds. A
-/// template that rewrites earlier turns needs `turns * messages` of them.
+/// The limit of messages that are rendered to find the learned spans of one conversation, summed over all renderings; it takes
+/// about ten seconds. A template that rewrites earlier turns needs `turns * messages`.
 pub(super) const MAX_RENDERED_MESSAGES: usize = 8_000_000;
 
 /// Why a conversation cannot be encoded.
@@ -44,10 +44,10 @@ pub enum ChatError {
     AssistantSpanNotFound {
         /// The message, from 1.
         message: usize,
-        /// Why.
+        /// The reason, as the rest of the sentence.
         problem: String,
     },
-    /// A template that rewrites the conversation from turn to turn, and a conversation with too many turns for that.
+    /// A conversation with too many turns for a template that rewrites earlier turns.
     #[error(
         "the chat template rewrites the conversation, so that finding the assistant's text in {turns} of {messages} \
              messages renders {} messages, more than the limit of {}",
@@ -60,7 +60,7 @@ pub enum ChatError {
         /// All messages.
         messages: usize,
     },
-    /// `{% generation %}` blocks that are not one for each turn, with turns of different weights.
+    /// Turns of different weights, with more or fewer `{% generation %}` blocks than turns.
     #[error(
         "the chat template writes {blocks} `{{% generation %}}` blocks for {turns} assistant messages with different weights, \
              so that the weight of a block is not known"
@@ -74,7 +74,7 @@ pub enum ChatError {
     /// A text that the tokenizer cannot encode.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// A record that is not a conversation, or none to learn from.
+    /// A record that is not a conversation, or that has nothing to learn.
     #[error(transparent)]
     Conversation(#[from] ConversationError),
 }
@@ -97,7 +97,7 @@ impl ChatError {
     }
 }
 
-/// Why a record is not a conversation, or not one to learn from.
+/// Why a record is not a conversation, or has nothing to learn.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConversationError {
@@ -130,7 +130,7 @@ pub enum ConversationError {
     /// A record for preference learning (DPO, KTO).
     #[error("the record is a preference record (it has `{key}`), which is not supported")]
     Preference {
-        /// The field that says so.
+        /// The field by which it was recognized.
         key: &'static str,
     },
     /// A prompt or a completion that is a string.
@@ -147,7 +147,7 @@ pub enum ConversationError {
         /// The keys of the record.
         keys: Vec<String>,
     },
-    /// A character that is used to escape special tokens, and could not be restored.
+    /// A character of the conversation that is itself an escape, and could not be restored.
     #[error(
         "the conversation contains the character U+{:X}, which is reserved for escaping special tokens",
         u32::from(*character)
@@ -156,7 +156,7 @@ pub enum ConversationError {
         /// The character.
         character: char,
     },
-    /// A turn whose only content is in a field that the template does not write.
+    /// A turn whose only value is in a field that the template does not write.
     #[error(
         "message {message} has only {}, and the chat template does not read `{}`",
         description(field),
@@ -254,7 +254,7 @@ fn quoted_place(place: &str) -> String {
     if place == THE_RECORD { place.to_owned() } else { format!("`{place}`") }
 }
 
-/// What a message consists of that has no other field than this.
+/// The content of a message whose only value is in `field`, as words for a message.
 fn description(field: &str) -> &'static str {
     match field {
         field if REASONING_FIELDS.contains(&field) => "reasoning",

@@ -1,13 +1,14 @@
-//! Conversations: messages, the chat template of a model, their tokens, and which of those are learned.
+//! Conversations: from records to messages, to text by the model's chat template, and to tokens with a weight in the loss.
 //!
-//! * `conversation.rs`: records of JSON to messages; [`ConversationFormat`] lists what is read.
-//! * `template.rs`: messages to text, by the model's Jinja template; `template_input.rs`: what the template gets, as
-//!   transformers' `apply_chat_template` passes it; `tracked_message.rs`: which fields of the messages it reads.
-//! * `python.rs`: values, filters and methods as in Python and transformers.
-//! * `sandbox.rs`: limits for templates, which are programs that come with a model.
-//! * `assistant_mask/`: which spans of the text the assistant wrote.
-//! * `special_tokens.rs`: messages that spell a special token, kept apart from the template's own.
-//! * `encoder.rs`: the text to tokens, and a weight for each.
+//! * `conversation.rs`: parses JSON records into messages; [`ConversationFormat`] lists the formats.
+//! * `template.rs`: renders messages as text with the model's Jinja template.
+//! * `template_input.rs`: the variables of the template, as transformers' `apply_chat_template` passes them.
+//! * `tracked_message.rs`: records which fields of the messages the template reads.
+//! * `python/`: values, filters and methods as in Python and transformers.
+//! * `sandbox.rs`: limits for templates, which are untrusted programs that come with a model.
+//! * `assistant_mask/`: finds the spans of the text that the assistant wrote.
+//! * `special_tokens.rs`: distinguishes special tokens that the template writes from those that a message spells.
+//! * `encoder.rs`: encodes the text as tokens, with a weight for each.
 
 mod assistant_mask;
 mod conversation;
@@ -31,8 +32,8 @@ pub use encoder::{ChatEncoder, WeightedTokens};
 pub use error::{ChatError, ConversationError};
 pub use template::{ChatTemplate, TemplateSource};
 
-/// One message of a conversation: a role, its content, and whatever else its record has (`tool_calls`, `tool_call_id`, `name`,
-/// `reasoning_content`), which the template gets unchanged.
+/// One message of a conversation: a role, its content, and any other fields of the record (`tool_calls`, `tool_call_id`,
+/// `name`, `reasoning_content`), which the template gets unchanged.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(transparent)]
 pub struct Message(Map<String, Value>);
@@ -46,8 +47,8 @@ impl Message {
         Self(fields)
     }
 
-    /// A message of all fields of a record; `None` where `role` is missing or not a string. Null fields are left out, as
-    /// transformers does: tables have a null where another row has a value.
+    /// A message with all fields of a record; `None` if `role` is missing or not a string. Null fields are left out, as in
+    /// transformers: a row of a table has a null for each column that only other rows use.
     pub fn from_fields(mut fields: Map<String, Value>) -> Option<Self> {
         fields.retain(|_, value| !value.is_null());
         fields.get("role").is_some_and(Value::is_string).then_some(Self(fields))
@@ -58,12 +59,12 @@ impl Message {
         self.0.get("role").and_then(Value::as_str).unwrap_or_default()
     }
 
-    /// The content where it is a string; `None` where it is missing or a list of parts.
+    /// The content if it is a string; `None` if it is missing or a list of parts.
     pub fn text(&self) -> Option<&str> {
         self.0.get("content").and_then(Value::as_str)
     }
 
-    /// All fields, with `role` and `content`, in the order of the record.
+    /// All fields, including `role` and `content`, in the order of the record.
     pub fn fields(&self) -> &Map<String, Value> {
         &self.0
     }

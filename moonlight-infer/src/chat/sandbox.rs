@@ -1,15 +1,16 @@
-//! Limits for chat templates. A template is a program that comes with a model and is not trusted: it must not run forever, take
-//! all memory, or end the process.
+//! Limits for chat templates. A template is an untrusted program that comes with a model. It must not run forever, take all
+//! memory, or end the process.
 //!
 //! * **Source.** Its length, the tokens of one tag and the `elif` branches are limited before it is parsed, and the parser
 //!   runs on a stack that is large enough for what is within the limits ([`guard_source`]).
-//! * **Steps.** The engine's fuel is consumed by each instruction and by every 64 bytes that a template makes or reads,
-//!   output included, and before each allocation of a known size ([`Budget`]). So it limits time, output and memory alike.
+//! * **Steps.** Each instruction consumes the engine's fuel, and so do every 64 bytes that a template makes or reads, output
+//!   included. Before an allocation of a known size the fuel is consumed in advance. Fuel therefore limits time, output and
+//!   memory ([`Budget`]).
 //! * **Values.** A list that contains another one many times is small in memory and huge as text, and a namespace that
 //!   contains itself is infinite. The source is rewritten so that the value of a `set` or a literal is measured, a value
-//!   that goes into a namespace is copied, and `*` repeats strings only ([`install_guards`]).
-//! * **Time.** What none of these stops runs into a time limit: a template runs on a thread of its own, which is abandoned
-//!   ([`run`]).
+//!   that is assigned to a namespace is copied, and `*` repeats only strings ([`install_guards`]).
+//! * **Time.** A time limit stops whatever the other limits miss. Templates run on a separate thread, which is abandoned
+//!   when the time is up ([`run`]).
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,20 +30,20 @@ use crate::catch_panic::catch_panic;
 
 /// The limit of a source in bytes; published templates have a few thousand, the longest about 40,000.
 pub(super) const MAX_SOURCE_BYTES: usize = 1 << 20;
-/// Tokens between `{{` and `}}`, or `{%` and `%}`: the parser may recurse once for each.
+/// The limit of tokens between `{{` and `}}`, or `{%` and `%}`; the parser may recurse once for each.
 const MAX_TAG_TOKENS: usize = 4096;
-/// `elif` branches of a source: the parser nests each in the one before.
+/// The limit of `elif` branches in a source; the parser nests each in the one before.
 const MAX_ELIFS: usize = 1000;
 /// The stack of a thread that parses and renders: enough for 50 nested macros, each with the longest expression.
 const STACK_BYTES: usize = 256 << 20;
 /// The engine's recursion limit, in which a nested macro counts four.
 const RECURSION_LIMIT: usize = 200;
 
-/// The limit of a list or map in bytes, where an item counts as often as it occurs.
+/// The limit of a list or map in bytes; an item counts as often as it occurs.
 const MAX_VALUE_BYTES: u64 = 64 << 20;
-/// Nesting of lists and maps.
+/// The limit of nesting of lists and maps.
 const MAX_VALUE_DEPTH: usize = 64;
-/// The bytes that an item counts for, in addition to its text.
+/// The bytes that each item counts for in addition to its text.
 const SLOT_BYTES: u64 = 32;
 
 const CHECKED: &str = "moonlight_checked";
@@ -61,8 +62,8 @@ pub(super) struct Budget {
 
 /// The limits that a budget chooses from; few, because each needs an environment of its own.
 ///
-/// The first covers what does not depend on the messages: published templates take a few hundred steps for their preamble,
-/// and about ten thousand to write 100 kB of tools as JSON. At 64 bytes a step it is 32 MB.
+/// The first limit covers what does not depend on the messages: published templates take a few hundred steps for their
+/// preamble, and about ten thousand to write 100 kB of tools as JSON. At 64 bytes a step it allows 32 MB.
 pub(super) const STEP_LIMITS: [u64; 6] = [500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000];
 /// Steps for each message; published templates take 30 to 200.
 const STEPS_PER_MESSAGE: u64 = 1000;
@@ -70,13 +71,13 @@ const STEPS_PER_MESSAGE: u64 = 1000;
 const BYTES_PER_STEP: u64 = 4;
 
 impl Budget {
-    /// The budget of a conversation with `bytes` of JSON, tools and documents included: in proportion to its length, so that
-    /// long conversations pass and a hostile template gets no more than they need; 16 M steps (1 GB of text) at most.
+    /// The budget of a conversation with `bytes` of JSON, including tools and documents. It is proportional to the length, so
+    /// that long conversations pass and a hostile template gets no more than they need; 16 M steps (1 GB of text) at most.
     pub(super) fn for_conversation(messages: usize, bytes: usize) -> Self {
         let (count, bytes) = (messages as u64, bytes as u64);
         let steps = STEP_LIMITS[0] + count * STEPS_PER_MESSAGE + bytes / BYTES_PER_STEP;
         let level = STEP_LIMITS.iter().position(|&level| level >= steps).unwrap_or(STEP_LIMITS.len() - 1);
-        // Hundreds of times what a published template takes on a slow machine.
+        // Hundreds of times as long as a published template takes on a slow machine.
         let time = Duration::from_secs(3) + Duration::from_millis(2 * count) + Duration::from_micros(bytes / 4);
         Self { level, time }
     }
@@ -118,16 +119,16 @@ impl std::fmt::Display for Overrun {
     }
 }
 
-/// Runs `job` on a thread with [`STACK_BYTES`] of stack, and waits for it for `time` at most.
+/// Runs `job` on a thread with [`STACK_BYTES`] of stack, and waits for its result for `time` at most.
 ///
-/// A nested call runs its job on the same thread: switching to another one and back takes longer than most renderings. The
-/// time limit then applies to each of the nested jobs, and restarts with it.
+/// A nested call runs its job on the same thread, because switching to another one and back takes longer than most renderings.
+/// The time limit then restarts at the start and the end of each nested job.
 ///
-/// Threads are kept for later jobs, because starting one takes longer than most renderings. A thread that exceeds the time is
-/// abandoned, and ends with its job.
+/// Threads are kept for later jobs, because starting one takes longer than most renderings. A thread that exceeds the time
+/// limit is abandoned, and ends when its job does.
 pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + Send + 'static) -> Result<T, Overrun> {
     thread_local! {
-        /// On a thread of the sandbox: counts the starts and ends of nested jobs.
+        /// The count of starts and ends of nested jobs; `None` outside the threads of the sandbox.
         static INSIDE: RefCell<Option<Arc<AtomicU64>>> = const { RefCell::new(None) };
     }
     if let Some(progress) = INSIDE.with_borrow(Clone::clone) {
@@ -144,7 +145,7 @@ pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + S
         INSIDE.set(Some(within));
         let result = catch_panic(job);
         INSIDE.set(None);
-        // The receiver is gone if the time is over.
+        // The receiver is dropped after a timeout.
         let _ = answer.send(result);
     });
     let thread = loop {
@@ -155,13 +156,13 @@ pub(super) fn run<T: Send + 'static>(time: Duration, job: impl FnOnce() -> T + S
             Err(SendError(unsent)) => job = unsent, // the thread has ended
         }
     };
-    // Waits in slices: a process that is suspended for an hour loses one slice, not the whole time.
+    // Wait in slices: a process that is suspended for an hour then loses one slice, not the whole time.
     let slices = 50;
     let (mut slice, mut seen) = (0, 0);
     while slice < slices {
         match answers.recv_timeout(time / slices) {
             Ok(answer) => {
-                // Only a thread that has answered: another one may still be running.
+                // Only a thread that has answered is kept: any other may still be running.
                 idle().push(thread);
                 return answer.ok_or(Overrun::Panic);
             }
@@ -189,11 +190,11 @@ fn spawn_thread() -> Result<Sender<Job>, Overrun> {
     Ok(jobs)
 }
 
-/// Checks the limits of a source, and inserts the filters of [`install_guards`].
+/// Checks the limits of a source and inserts the filters of [`install_guards`].
 ///
 /// # Errors
 ///
-/// The limit that is exceeded, as part of a sentence; the lexer's error.
+/// The limit that is exceeded, or the lexer's error, as part of a sentence.
 pub(super) fn guard_source(source: &str, syntax: &SyntaxConfig) -> Result<String, String> {
     if source.len() > MAX_SOURCE_BYTES {
         return Err(format!("it has {} bytes, more than the limit of {MAX_SOURCE_BYTES}", source.len()));
@@ -241,7 +242,7 @@ pub(super) fn guard_source(source: &str, syntax: &SyntaxConfig) -> Result<String
     Ok(guarded)
 }
 
-/// An escape in a string that Python and the engine read differently.
+/// The first escape in a string literal that Python and the engine read differently.
 fn unknown_escape(text: &str) -> Option<char> {
     let mut characters = text.chars();
     while let Some(character) = characters.next() {
@@ -266,7 +267,7 @@ struct Lexed<'a> {
 /// * `|moonlight_checked` after list and map literals and the values of `set`,
 /// * `|moonlight_kept` after what is assigned to an attribute of a namespace,
 /// * `|moonlight_repeated` on both operands of `*`,
-/// * `|moonlight_written` on the operands of `~` that are not strings in Python,
+/// * `|moonlight_written` on the operands of `~`, which Python converts to strings,
 /// * `|moonlight_iterated` after what a `for` iterates over.
 fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
     let mut open: Vec<(usize, bool)> = Vec::new();
@@ -284,7 +285,7 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
                 open.push((index, literal));
             }
             Token::BracketClose | Token::BraceClose | Token::ParenClose => {
-                // Only with a name in it: a literal of constants is no larger than its source.
+                // Only literals that contain a name: one of constants is no larger than its source.
                 if let Some((from, true)) = open.pop()
                     && tag[from..index].iter().any(|lexed| matches!(lexed.token, Token::Ident(_)))
                 {
@@ -292,7 +293,7 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
                     insertions.push((lexed.end, "|moonlight_checked)"));
                 }
             }
-            // After `(` or `,` it is `*args` of a call.
+            // After `(` or `,` the token is the `*` of `*args` in a call.
             Token::Mul if !matches!(tag[index - 1].token, Token::ParenOpen | Token::Comma) => {
                 insertions.push((lexed.start, "|moonlight_repeated "));
                 if let Some(last) = end_of_operand(tag, index + 1) {
@@ -346,7 +347,7 @@ fn guard_tag(tag: &[Lexed<'_>], insertions: &mut Vec<(usize, &'static str)>) {
     }
 }
 
-/// Whether a bracket after this token starts a literal, rather than an index or a call.
+/// Whether a bracket after the token starts a literal, rather than an index or a call.
 fn begins_a_value(before: &Token<'_>) -> bool {
     const WORDS: [&str; 8] = ["in", "and", "or", "not", "if", "else", "elif", "is"];
     match before {
@@ -357,8 +358,8 @@ fn begins_a_value(before: &Token<'_>) -> bool {
     }
 }
 
-/// Whether the left operand of the operator at `index` is a name, a constant or a bracket with calls and filters on it: a
-/// filter after it then applies to the whole operand. Operators that bind more tightly make that wrong.
+/// Whether a filter after the left operand of the operator at `index` applies to the whole operand: if it is a name, a constant
+/// or a bracket with calls and filters on it. In an operand with other operators the filter would apply to the last part only.
 fn is_whole_operand(tag: &[Lexed<'_>], index: usize) -> bool {
     let mut at = index;
     let mut depth = 0_usize;
@@ -418,13 +419,13 @@ fn closed(tag: &[Lexed<'_>], index: usize) -> Option<usize> {
     None
 }
 
-/// Removes from an environment what cannot be limited, and adds the filters that [`guard_source`] inserts.
+/// Removes from an environment whatever cannot be limited, and adds the filters that [`guard_source`] inserts.
 pub(super) fn install_guards(environment: &mut Environment<'static>) {
-    // An error would contain the values of variables, which may be huge.
+    // In debug mode an error contains the values of variables, which may be huge.
     environment.set_debug(false);
     environment.set_recursion_limit(RECURSION_LIMIT);
     environment.remove_global("debug");
-    // Not in Jinja, and both repeat their arguments without consuming fuel.
+    // Jinja has neither, and both repeat their arguments without consuming fuel.
     environment.remove_filter("chain");
     environment.remove_filter("zip");
     python::install(environment);
@@ -480,7 +481,7 @@ fn measure(state: &State, value: &Value, size: &mut u64, depth: usize) -> Result
         return Err(invalid_operation(format!("nested lists exceed the limit of {MAX_VALUE_DEPTH} levels")));
     }
     if let Some(fields) = value.downcast_object_ref::<TrackedMessage>() {
-        // By `entries`, so that measuring a message does not count as reading its fields.
+        // From `entries`, so that measuring a message does not count as reading its fields.
         for (_, item) in fields.entries() {
             state.consume_fuel(1)?;
             measure(state, item, size, depth + 1)?;
@@ -525,7 +526,8 @@ fn deep_copy(value: &Value, depth: usize) -> Result<Value, Error> {
     })
 }
 
-/// Python's methods on values. `format` and `count` of the `pycompat` module consume no fuel, so that they are limited here.
+/// Calls a method that values have in Python. `format` and `count` of the `pycompat` module consume no fuel, so they are
+/// limited here.
 fn call_method(state: &mut State, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
     if let Some(result) = python::method(state, value, name, arguments)? {
         return Ok(result);

@@ -1,17 +1,17 @@
 //! Special tokens in rendered conversations: those that the template writes are tokens, those that a message spells are text.
 //!
-//! Before a template renders them, messages are *escaped*: each special token that they spell is replaced by a placeholder, a
-//! private-use character. So the template can cut and trim the message as it likes, and in its output whatever looks like
-//! a special token is its own. [`encode`](SpecialTokens::encode) restores the texts.
+//! Messages are *escaped* before a template renders them: each special token that they spell is replaced by a placeholder, a
+//! private-use character. The template may then cut and trim the message, and whatever looks like a special token in the
+//! output was written by the template. [`encode`](SpecialTokens::encode) restores the texts.
 //!
 //! | characters | meaning |
 //! |---|---|
 //! | U+100000 to U+10FFEF | placeholders: the `n`th stands for the `n`th special token |
 //! | U+10FFF0 to U+10FFF7, U+10FFFA, U+10FFFB | the digits and ends of [marks](super::assistant_mask) |
-//! | U+F8000 to U+FFEFF, U+FFF00 to U+FFFFF | a message's own characters that are one of the above |
+//! | U+F8000 to U+FFEFF, U+FFF00 to U+FFFFF | escapes of characters of the first two rows in a message |
 //!
-//! A message that itself contains a character of the last row that stands for one of the others cannot be restored, and is
-//! refused. No known font assigns anything to them, while Apple's has symbols from U+100000 on.
+//! A message that already contains one of these escapes could not be restored, and is refused. No known font assigns anything
+//! to them. Apple's has symbols from U+100000, so characters of the first two rows do occur in messages.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -25,10 +25,10 @@ use crate::tokenizer::{Piece, Tokenizer};
 const FIRST_PLACEHOLDER: u32 = 0x10_0000;
 const MAX_PLACEHOLDERS: usize = 0xFFF0;
 
-/// Escaped placeholders of a message; an index beyond [`ESCAPED_COUNT`] has no such character.
+/// The escape of the first placeholder in a message; only the first [`ESCAPED_COUNT`] placeholders have one.
 const FIRST_ESCAPED: u32 = 0xF_8000;
 const ESCAPED_COUNT: u32 = 0x7F00;
-/// Escaped marks of a message.
+/// The escape of the first mark in a message.
 const FIRST_ESCAPED_MARK: u32 = 0xF_FF00;
 
 /// The start and the end of a marked text.
@@ -53,20 +53,21 @@ impl SpecialTokens {
         names.retain(|(name, _)| !name.is_empty());
         names.truncate(MAX_PLACEHOLDERS);
         let finder = |names: Vec<&str>| {
+            // As in Hugging Face's tokenizers: of two tokens that start at the same position, the longer one is found.
             let finder = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(names);
-            finder.expect("a few hundred short names are no load for the automaton")
+            finder.expect("the names of added tokens fit into the automaton")
         };
         let added = finder(tokenizer.added_texts().take(MAX_PLACEHOLDERS).collect());
         Self { special: finder(names.iter().map(|(name, _)| name.as_str()).collect()), added, names }
     }
 
-    /// Where the last special token of a text ends, if only white space follows it.
+    /// The end of the last special token of a text, if only white space follows it.
     pub(super) fn end_of_last_special(&self, text: &str) -> Option<usize> {
         let end = self.special.find_iter(text).last()?.end();
         text[end..].trim().is_empty().then_some(end)
     }
 
-    /// The length of the added token that a text starts with, special or not, white space before it included.
+    /// The length of the added token at the start of a text, special or not, including white space before it.
     pub(super) fn special_at_start(&self, text: &str) -> Option<usize> {
         let white = text.len() - text.trim_start().len();
         let found = self.added.find(&text[white..])?;
@@ -78,13 +79,13 @@ impl SpecialTokens {
         Some(self.special.find(text)?.range())
     }
 
-    /// The start of the added token that contains `position`, not at its start.
+    /// The start of the added token that `position` is inside of; `None` if a token starts exactly at `position`.
     pub(super) fn start_of_special_at(&self, text: &str, position: usize) -> Option<usize> {
         let mut found = self.added.find_iter(text).take_while(|found| found.start() < position);
         found.find(|found| position < found.end()).map(|found| found.start())
     }
 
-    /// Escapes all texts of a map, at any depth, keys included.
+    /// Escapes all texts of a map, including keys, at any depth.
     pub(super) fn escape_map(&self, map: Map<String, Value>) -> Result<Map<String, Value>, ConversationError> {
         map.into_iter().map(|(name, value)| Ok((self.escape(&name)?, self.escape_value(value)?))).collect()
     }
@@ -103,7 +104,7 @@ impl SpecialTokens {
         self.placeholder_index(character).is_some() || MARKS.contains(&character) || MARK_DIGITS.contains(&character)
     }
 
-    /// The character that stands for a reserved one of a message.
+    /// The escape of a reserved character of a message; `None` for a placeholder that has none.
     fn escape_reserved(&self, character: char) -> Option<char> {
         match self.placeholder_index(character) {
             Some(index) => {
@@ -126,7 +127,8 @@ impl SpecialTokens {
     }
 
     fn escape(&self, text: &str) -> Result<String, ConversationError> {
-        // Nearly all texts have no such character.
+        // The message's own reserved characters come first, so that they differ from the placeholders that are added below.
+        // Nearly all texts have none, and are not copied.
         let is_private = |character: char| u32::from(character) >= FIRST_ESCAPED;
         let text = match text.contains(is_private) {
             false => Cow::Borrowed(text),
@@ -162,7 +164,7 @@ impl SpecialTokens {
         let ordinary = |text: &str, tokens: &mut Vec<u32>| -> Result<(), ChatError> {
             if !text.is_empty() {
                 let text = self.unescape(text);
-                // Only the first piece is the start of a text, where a SentencePiece tokenizer adds a space.
+                // A SentencePiece tokenizer adds a space at the start of a text, which is only before the first piece.
                 let first = tokens.is_empty();
                 tokens.extend(if first { tokenizer.encode(&text)? } else { tokenizer.encode_continuation(&text)? });
             }

@@ -1,8 +1,8 @@
 //! The chat template of a model: a Jinja program that renders messages as text.
 //!
 //! transformers adds a tag to Jinja, `{% generation %} ... {% endgeneration %}`, around what the assistant writes. The engine
-//! does not know it. It is rewritten to a block with a scope of its own and a variable at either end, which is empty, or a
-//! mark where the spans are searched for.
+//! does not support it, so it is rewritten to a scoped block with a variable at each end. The variables are empty in normal
+//! renderings, and marks when the learned spans are searched for.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ const JINJA: &str = "chat_template.jinja";
 const CONFIG: &str = "tokenizer_config.json";
 const TOKENS_MAP: &str = "special_tokens_map.json";
 
-/// Where a template comes from.
+/// The origin of a template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TemplateSource {
     /// A file: `chat_template.jinja`, or `tokenizer_config.json` with a `chat_template` in it.
@@ -55,27 +55,28 @@ impl std::fmt::Display for TemplateSource {
 pub struct ChatTemplate {
     /// One for each of the [`STEP_LIMITS`], because fuel is a setting of the environment.
     environments: Vec<Arc<Environment<'static>>>,
-    /// Set when a conversation exceeds the time limit. Its thread may still be running, so no other one is started.
+    /// Set when a conversation exceeds the time limit. Its thread may still be running, so the template is not run again:
+    /// each run could leave another such thread.
     timed_out: AtomicBool,
     source: TemplateSource,
     /// The source text, unchanged.
     text: String,
-    /// The texts of `bos_token`, `eos_token` and the like, which are variables of the template.
+    /// The names and texts of `bos_token`, `eos_token` and the like, which are variables of the template.
     names: Vec<(&'static str, String)>,
     /// The variables that the template reads and does not set.
     variables: HashSet<String>,
-    /// The template for conversations with tools, if it is a separate one: that named `tool_use` of several in
+    /// The separate template for conversations with tools, if there is one: the entry `tool_use` of a list of templates in
     /// `tokenizer_config.json`.
     tool_template: Option<Box<ChatTemplate>>,
 }
 
 impl ChatTemplate {
-    /// The template of a model's directory: `chat_template.jinja`, else that of `tokenizer_config.json`, else Moonlight's
-    /// if the tokenizer has its special tokens.
+    /// The template of a model's directory: `chat_template.jinja`, else the one in `tokenizer_config.json`, else
+    /// [`MOONLIGHT_TEMPLATE`] if the tokenizer has its special tokens.
     ///
     /// # Errors
     ///
-    /// [`ChatError::NoTemplate`] where there is none, [`ChatError::InvalidTemplate`] for a file that cannot be read or a
+    /// [`ChatError::NoTemplate`] if there is none, [`ChatError::InvalidTemplate`] for a file that cannot be read or a
     /// template that cannot be parsed.
     pub fn from_model_dir(dir: &Path, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
         let files = ModelFiles::new(dir);
@@ -98,7 +99,7 @@ impl ChatTemplate {
         Self::from_parts(Path::new(tokenizer.name()), [JINJA, CONFIG, TOKENS_MAP].map(file), tokenizer)
     }
 
-    /// The template in a file of its own, with the special tokens of a tokenizer.
+    /// The template in a given file, with the special tokens of a tokenizer.
     ///
     /// # Errors
     ///
@@ -168,7 +169,7 @@ impl ChatTemplate {
         if text.len() > MAX_SOURCE_BYTES {
             return Err(invalid(format!("it has {} bytes, more than the limit of {MAX_SOURCE_BYTES}", text.len())));
         }
-        // Jinja normalizes the line ends of a source (`newline_sequence`).
+        // As in Jinja, which normalizes the line ends of a source (`newline_sequence`).
         let marked = replace_generation_blocks(&text.replace("\r\n", "\n").replace('\r', "\n"));
         let parsed = sandbox::run(PARSE_TIME, move || {
             let environment = environment(&marked)?;
@@ -188,7 +189,7 @@ impl ChatTemplate {
         Ok(Self { environments, timed_out, source, text, names, variables, tool_template: None })
     }
 
-    /// The file or built-in template that this is.
+    /// The file that the template was read from, or the built-in template.
     pub fn source(&self) -> &TemplateSource {
         &self.source
     }
@@ -198,25 +199,25 @@ impl ChatTemplate {
         &self.text
     }
 
-    /// Whether it comes from a file, rather than built in.
+    /// Whether the template was read from a file, rather than being built in.
     pub fn is_from_file(&self) -> bool {
         matches!(self.source, TemplateSource::File(_))
     }
 
-    /// Everything but the conversation that determines a rendering: a key for caches of rendered conversations.
+    /// Everything that determines a rendering except the conversation: a key for caches of rendered conversations.
     pub fn fingerprint(&self) -> String {
         let names: Vec<String> = self.names.iter().map(|(key, name)| format!("\0{key}\0{name}")).collect();
         let tool_template = self.tool_template.as_ref().map_or("", |template| &template.text);
         format!("{}\0{tool_template}{}", self.text, names.concat())
     }
 
-    /// Whether it calls `strftime_now`, so that its output changes from day to day.
+    /// Whether the template calls `strftime_now`, so that its output changes from day to day.
     pub fn uses_date(&self) -> bool {
         let templates = [Some(self), self.tool_template.as_deref()];
         templates.into_iter().flatten().any(|template| template.uses_variable("strftime_now"))
     }
 
-    /// The template that applies to a conversation with `tools` or without.
+    /// The template to use for a conversation with `tools`, or without.
     pub(super) fn variant_for_tools(&self, tools: bool) -> &Self {
         self.tool_template.as_deref().filter(|_| tools).unwrap_or(self)
     }
@@ -244,7 +245,7 @@ impl ChatTemplate {
         self.text.contains("add_generation_prompt")
     }
 
-    /// The strings at which the template splits texts, or for which it tests their ends: the tags of reasoning, and the
+    /// The strings at which the template splits texts, or which it looks for at their ends: the tags of reasoning, and the
     /// quoted arguments of `split`, `startswith` and `endswith`.
     pub(super) fn split_markers(&self) -> Vec<String> {
         let mut markers = vec!["<think>".to_owned(), "</think>".to_owned()];
@@ -270,13 +271,13 @@ impl ChatTemplate {
     ///
     /// # Errors
     ///
-    /// [`ChatError::RenderFailed`] where the template raises an exception, fails, or exceeds a limit.
+    /// [`ChatError::RenderFailed`] if the template raises an exception, fails, or exceeds a limit.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
         let input = TemplateInput::from_messages(messages);
         self.render_input(&input, &input.values, add_generation_prompt, ["", ""])
     }
 
-    /// Like [`render`](ChatTemplate::render), of `messages` with the variables of `input`, and with `marks` around the
+    /// Like [`render`](ChatTemplate::render), but for `messages` with the variables of `input`, and with `marks` around the
     /// output of `{% generation %}` blocks.
     pub(super) fn render_input(
         &self,
@@ -298,7 +299,7 @@ impl ChatTemplate {
         context.extend(GENERATION.iter().zip(marks).map(|(key, mark)| ((*key).to_owned(), mark.into())));
         let environment = self.environments[input.budget.level()].clone();
         let rendered = sandbox::run(input.budget.time(), move || {
-            // Only a text leaves the thread: the engine's error may hold values of the template.
+            // The error leaves the thread as a string, because the engine's error may contain values of the template.
             let context = Value::from_pairs(context);
             let rendered = environment.get_template(NAME).and_then(|template| template.render(context));
             rendered.map_err(|error| (error.kind() == ErrorKind::OutOfFuel, error_message(&error)))
@@ -337,14 +338,14 @@ fn environment(source: &str) -> Result<Environment<'static>, String> {
         let message = message.as_str().unwrap_or("it raises an exception").to_owned();
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
-    // Taken once, so that a data set that is tokenized over midnight has one date.
+    // Read once, so that a data set that is tokenized across midnight has one date.
     let now = Local::now();
     environment.add_function("strftime_now", move |format: &str| strftime(&now, format));
     environment.add_template_owned(NAME, source).map_err(|error| error_message(&error))?;
     Ok(environment)
 }
 
-/// Python's `strftime`.
+/// Formats a time as Python's `strftime`; the `chrono` crate has the same directives for all that templates use.
 fn strftime(time: &DateTime<Local>, format: &str) -> Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut text = String::new();
@@ -354,14 +355,14 @@ fn strftime(time: &DateTime<Local>, format: &str) -> Result<String, minijinja::E
     }
 }
 
-/// A file of settings as JSON; null where there is none.
+/// Parses a file of settings as JSON; null if there is no file.
 fn read(config: Option<&[u8]>) -> Result<Value, String> {
     let read = |config| serde_json::from_slice(config).map_err(|error| format!("it is not JSON: {error}"));
     config.map_or(Ok(Value::Null), read)
 }
 
-/// The special tokens that templates use as variables: those of `tokenizer_config.json`, and the rest of
-/// `special_tokens_map.json`.
+/// The special tokens that templates use as variables: those of `tokenizer_config.json`, and those that only
+/// `special_tokens_map.json` has.
 fn names(config: &Value, map: &Value) -> Vec<(&'static str, String)> {
     const NAMES: [&str; 7] =
         ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
@@ -376,7 +377,7 @@ fn names(config: &Value, map: &Value) -> Vec<(&'static str, String)> {
 struct Tag {
     range: std::ops::Range<usize>,
     is_end: bool,
-    /// The sign of white-space control (`-`, `+`) at either end, or an empty text.
+    /// The sign of white-space control (`-`, `+`) at each end, or an empty string.
     signs: [String; 2],
 }
 
@@ -405,8 +406,8 @@ fn replace_generation_blocks(text: &str) -> String {
     for Tag { range, is_end, signs: [left, right] } in tags(text) {
         let [begin_mark, end_mark] = GENERATION;
         marked.push_str(&text[end..range.start]);
-        // Two blocks, because the mark is between them and both ends of the tag must keep their white-space control. The
-        // outer one is `with`, because a variable that is set in a generation block is not visible after it.
+        // Two nested blocks with the mark between them, so that both ends of the tag keep their white-space control. The
+        // outer one is `with`, because a variable that is set in a generation block is not visible after the block.
         marked.push_str(&match is_end {
             false => format!("{{%{left} with %}}{{{{ {begin_mark} }}}}{{% if true {right}%}}"),
             true => format!("{{%{left} endif %}}{{{{ {end_mark} }}}}{{% endwith {right}%}}"),
@@ -417,16 +418,16 @@ fn replace_generation_blocks(text: &str) -> String {
     marked
 }
 
-/// The template of this name in `chat_template`, which is a string or a list of named templates.
+/// The template called `name` in the value of `chat_template`, which is a string (of any name) or a list of named templates.
 fn named_template<'a>(value: &'a Value, name: &str) -> Option<&'a str> {
     let named = |entry: &&Value| entry["name"] == name;
     value.as_str().or_else(|| value.as_array()?.iter().find(named)?["template"].as_str())
 }
 
-/// An error of the engine as part of a message, truncated: a template may raise an exception of any length.
+/// An error of the engine as part of a message. It is truncated, because a template may raise an exception of any length.
 pub(super) fn error_message(error: &minijinja::Error) -> String {
     const MAX_CHARACTERS: usize = 500;
-    // An error in a macro or an included template is the source of an outer error that only names the place.
+    // The outer error of a macro or an included template only names the place; its source has the cause.
     let mut error = error;
     while let Some(inner) = std::error::Error::source(error).and_then(|source| source.downcast_ref()) {
         error = inner;

@@ -1,5 +1,5 @@
-//! What a template gets for a conversation: the messages, `tools`, `documents` and other variables, as transformers'
-//! `apply_chat_template` passes them (5.24). Converted once for all renderings of the conversation.
+//! The variables that a template gets for a conversation: the messages, `tools`, `documents` and others, as
+//! `apply_chat_template` of transformers 5.24 passes them. They are converted once for all renderings of the conversation.
 
 use std::sync::Arc;
 
@@ -10,8 +10,8 @@ use super::Message;
 use super::sandbox::Budget;
 use super::tracked_message::{FieldUsage, TrackedMessage, to_template_value};
 
-/// The fields that hold the assistant's reasoning, by precedence. transformers passes the first that is present under the
-/// names `reasoning_content` and `thinking`, too.
+/// The fields that hold the assistant's reasoning, by precedence. transformers passes the first one that is present also as
+/// `reasoning_content` and `thinking`.
 pub(super) const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// A conversation in values of the template engine.
@@ -28,7 +28,7 @@ pub(super) struct TemplateInput {
 }
 
 impl TemplateInput {
-    /// From messages with their reasoning under all names, and variables; both are escaped.
+    /// `messages` come from [`with_reasoning`]; both they and the variables are already escaped.
     pub(super) fn new(
         messages: Vec<Map<String, serde_json::Value>>,
         variables: Map<String, serde_json::Value>,
@@ -48,7 +48,7 @@ impl TemplateInput {
         Self { messages, values, variables, usage, budget }
     }
 
-    /// From messages without variables, not escaped.
+    /// An input of messages only, which are not escaped.
     pub(super) fn from_messages(messages: &[Message]) -> Self {
         Self::new(messages.iter().map(|message| with_reasoning(message.fields().clone())).collect(), Map::new())
     }
@@ -69,7 +69,7 @@ pub(super) fn with_reasoning(message: Map<String, serde_json::Value>) -> Map<Str
     extended
 }
 
-/// The bytes of text in a value, and a few for each value in it.
+/// The bytes of text in a value, plus a few for each value in it, which approximates its length as JSON.
 fn value_bytes(value: &serde_json::Value) -> usize {
     4 + match value {
         serde_json::Value::String(text) => text.len(),

@@ -1,4 +1,4 @@
-//! Messages as templates see them: maps that record which of their fields a template reads.
+//! Messages as template values: maps that record which of their fields a template reads.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,8 +10,8 @@ use serde_json::Map;
 
 use crate::records::{large_integer_digits, non_finite_from_json};
 
-/// JSON as a value of the template engine, with the objects that stand for non-finite numbers and large integers as numbers.
-/// An integer that does not fit into the engine's 128 bits is an error where a template reads it.
+/// JSON as a value of the template engine. The objects by which records represent non-finite numbers and large integers
+/// become numbers. An integer that does not fit into the engine's 128 bits becomes an error when a template reads it.
 pub(super) fn to_template_value(value: &serde_json::Value) -> Value {
     match value {
         serde_json::Value::Array(items) => items.iter().map(to_template_value).collect(),
@@ -45,7 +45,7 @@ pub(super) struct FieldUsage {
 }
 
 impl FieldUsage {
-    /// All names, none of them read.
+    /// The field names of all messages, none of them read.
     pub(super) fn for_messages<'a>(
         messages: impl IntoIterator<Item = &'a Map<String, serde_json::Value>>,
     ) -> Arc<Self> {
@@ -65,7 +65,7 @@ impl FieldUsage {
         }
     }
 
-    /// Whether a template has read the field, of any message.
+    /// Whether a template has read the field in any message.
     pub(super) fn is_read(&self, name: &str) -> bool {
         self.names.get(name).is_some_and(|&index| self.read[index].load(Ordering::Relaxed))
     }
@@ -76,7 +76,7 @@ impl FieldUsage {
 pub(super) struct TrackedMessage {
     usage: Arc<FieldUsage>,
     entries: Vec<(Value, Value)>,
-    /// By field name: the index in `usage`, and that in `entries`.
+    /// For each field name, its indices in `usage` and in `entries`.
     indices: HashMap<String, (usize, usize)>,
 }
 
@@ -87,6 +87,7 @@ impl TrackedMessage {
         let mut indices = HashMap::with_capacity(message.len());
         for (index, (name, value)) in message.iter().enumerate() {
             entries.push((Value::from(name.as_str()), to_template_value(value)));
+            // A name that the original messages do not have is not tracked: `usize::MAX` is no index of `usage`.
             indices.insert(name.clone(), (usage.names.get(name).copied().unwrap_or(usize::MAX), index));
         }
         Value::from_object(Self { usage: usage.clone(), entries, indices })

@@ -1,7 +1,8 @@
 //! Method 3: the span around the marked texts of a turn, for templates that rewrite earlier turns.
 //!
-//! The texts of the turn are known ([`Regions`]). What belongs to the turn before the first and after the last of them is
-//! found by comparison with two renderings in which the turn is the last: the prompt for it, and the conversation up to it.
+//! The positions of the turn's texts are known ([`Regions`]). The template also writes something before the first and after
+//! the last of them. How much of it belongs to the turn is found by comparison with two renderings that end with the turn:
+//! the prompt for it, and the conversation up to it.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -15,8 +16,8 @@ use crate::chat::ChatError;
 use crate::chat::template_input::TemplateInput;
 
 impl SpanFinder<'_> {
-    /// The span of a turn. `prompt` and `up_to_turn` are the conversation before the turn with the generation prompt, and
-    /// the conversation up to and with the turn, where the template renders them.
+    /// The span of a turn. `prompt` is the conversation before the turn with the generation prompt, and `up_to_turn` the
+    /// conversation up to and including the turn; each is `None` if the template does not render it.
     pub(super) fn span_by_marks(
         &self,
         input: &TemplateInput,
@@ -43,8 +44,8 @@ impl SpanFinder<'_> {
             true => self.content_end(input, turn + 1, up_to_turn, turn),
             false => self.message_regions(input, turn + 1, up_to_turn, turn),
         });
-        // A text that is written once more than where the turn is the last belongs to a later message: the header of a
-        // tool's answer may name the function that was called.
+        // A text of the turn may be written again in a later message: the header of a tool's answer may name the function
+        // that was called. Only as many occurrences as there are when the turn is the last belong to the turn.
         let mut occurrences: HashMap<usize, usize> = HashMap::new();
         let mut own: Vec<(&Region, usize)> = Vec::new();
         for region in &here {
@@ -71,7 +72,7 @@ impl SpanFinder<'_> {
         if let Some(found) = self.span_start(input, turn, text, [before, prompt], previous..texts.start) {
             start = found;
         } else if text[previous..texts.start].ends_with(lead) && !lead.trim().is_empty() {
-            // The content itself starts with a tag that is not marked.
+            // The content starts with a tag, which is not marked.
             start -= lead.len();
         }
         let rest = &text[texts.end..regions.start_after(turn, texts.end).unwrap_or(text.len())];
@@ -86,8 +87,8 @@ impl SpanFinder<'_> {
         Ok(start..texts.end + tail.map_or(0, |tail| self.tail_length(tail, rest, prompt.zip(before))))
     }
 
-    /// Where the span of a turn starts: where the output stops matching the prompt for the turn. `gap` is between the
-    /// last text of the message before and the first of the turn. The attempts are in order of how much they assume.
+    /// The start of a turn's span: the position where the output stops matching the prompt for the turn. `gap` is the output
+    /// between the last text of the message before and the first of the turn. The attempts that assume least come first.
     fn span_start(
         &self,
         input: &TemplateInput,
@@ -108,7 +109,7 @@ impl SpanFinder<'_> {
                 return Some(length);
             }
         }
-        // Earlier turns are rewritten: compare only what follows the last text before the turn.
+        // Earlier turns are rewritten, so compare only what follows the last text before the turn.
         let last_text =
             self.regions(input, turn, before).found.iter().map(|region| region.range.end).max().unwrap_or(0);
         let gap_text = &text[gap.clone()];
@@ -117,7 +118,7 @@ impl SpanFinder<'_> {
         if length > end_of_before || length == prompt.len() - last_text {
             return Some(gap.start + length);
         }
-        // The message before may end differently where it is the last: look for the generation prompt anywhere in the gap.
+        // The message before may end differently when it is the last, so look for the generation prompt anywhere in the gap.
         let matches =
             gap_text.char_indices().map(|(at, _)| (self.common_prefix(generation_prompt, &gap_text[at..]), at));
         let header = matches.max().filter(|&(length, _)| {
@@ -128,15 +129,15 @@ impl SpanFinder<'_> {
         if let Some((length, at)) = header {
             return Some(gap.start + at + length);
         }
-        // The turn has no header, or another than the generation prompt: compare with that of a plain answer.
+        // The turn has no header, or one that differs from the generation prompt: compare with the header of a plain answer.
         let header = self.up_to_plain_answer(input, turn)?;
         let length = self.common_prefix(header.strip_prefix(before).map(|_| &header[last_text..])?, gap_text);
         let starts = length > 0 && (length >= end_of_before || generation_prompt.trim().is_empty());
         starts.then_some(gap.start + length)
     }
 
-    /// How many bytes of `rest`, the output after the texts of a turn, belong to the turn. `tail` follows them where the
-    /// turn is the last; `prompt` is the prompt for the turn and the conversation before it.
+    /// The number of bytes of `rest`, the output after the texts of a turn, that belong to the turn. `tail` is the output
+    /// after these texts when the turn is the last; `prompt` is the prompt for the turn and the conversation before it.
     fn tail_length(&self, tail: &str, rest: &str, prompt: Option<(&str, &str)>) -> usize {
         let tail = &tail[..self.specials.end_of_last_special(tail).unwrap_or(tail.trim_end().len())];
         if rest.starts_with(tail) {
@@ -146,8 +147,8 @@ impl SpanFinder<'_> {
             if tail.starts_with(&rest[..end]) {
                 return end;
             }
-            // Another token than that of the last turn (gpt-oss: `<|end|>`, and `<|return|>` at the end of all), if the
-            // header of a message follows it.
+            // The last turn may end with a different token (gpt-oss writes `<|return|>` there, and `<|end|>` elsewhere). The
+            // token belongs to the turn if the header of a message follows it.
             let generation_prompt =
                 prompt.and_then(|(prompt, before)| prompt.strip_prefix(before)).unwrap_or_default().trim_start();
             let header = self.specials.first_special(generation_prompt).filter(|special| special.start == 0);
@@ -161,8 +162,8 @@ impl SpanFinder<'_> {
         tail[..length].trim_end().len()
     }
 
-    /// The length of the common prefix of two texts, without the start of a tag, a special token or a word that continues
-    /// differently: half of one is not a match.
+    /// The length of the common prefix of two texts. A tag, a special token or a word that is only partly the same does not
+    /// belong to it.
     fn common_prefix(&self, one: &str, other: &str) -> usize {
         let same = one.chars().zip(other.chars()).take_while(|(one, other)| one == other);
         let mut length: usize = same.map(|(character, _)| character.len_utf8()).sum();
@@ -185,7 +186,7 @@ impl SpanFinder<'_> {
         length
     }
 
-    /// What the content has before the first piece that is marked.
+    /// The part of the content before the first marked piece.
     fn unmarked_lead<'a>(&self, message: &'a Fields) -> &'a str {
         let content = message.get("content").and_then(Value::as_str).unwrap_or_default();
         &content[..split_pieces(content, &self.template.split_markers())[0].start]

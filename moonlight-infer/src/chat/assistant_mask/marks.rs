@@ -1,7 +1,7 @@
-//! Numbered private-use characters around the texts of a message, by which they are found in the output of a template.
+//! Marks: numbered private-use characters around the texts of a message, which show their positions in a template's output.
 //!
-//! A mark is [`MARKS`]`[0]`, the digits of a number, the text, and `MARKS[1]`. Templates compare and measure some fields
-//! and split others; what must not be marked, and where a text is cut, is decided here.
+//! A marked text is [`MARKS`]`[0]`, the digits of a number, the text, and `MARKS[1]`. Templates compare or measure some
+//! fields and split others. This module decides which fields are not marked, and where a text is cut.
 
 use std::ops::Range;
 
@@ -10,9 +10,9 @@ use serde_json::Value;
 use super::Fields;
 use crate::chat::special_tokens::{MARK_DIGITS, MARKS};
 
-/// Fields of a message, at any depth, that templates compare and do not write.
+/// Fields of a message, at any depth, that templates compare but do not write.
 const COMPARED_FIELDS: [&str; 3] = ["role", "type", "index"];
-/// Fields that some templates write, and others compare or measure (Mistral's check the length of ids).
+/// Fields that some templates write and others compare or measure (Mistral's check the length of ids).
 const ID_FIELDS: [&str; 2] = ["id", "tool_call_id"];
 
 /// Which texts of a message are marked.
@@ -24,17 +24,17 @@ pub(super) enum MarkedFields<'a> {
     /// All but [`ID_FIELDS`] and the content.
     NoContent,
     Only(&'a str),
-    /// None; an empty mark is put at the end of the content.
+    /// No text; an empty mark is put at the end of the content.
     ContentEnd,
 }
 
-/// Marks texts, each with a number of its own.
+/// Marks each text of a message with a different number.
 pub(super) struct Marker<'a> {
-    /// The number of the next text. A text that is not marked takes a number, too, so that the number of a text does not
+    /// The number of the next text. Texts that are not marked also take a number, so that the number of a text does not
     /// depend on `fields`.
     pub(super) next: usize,
     pub(super) fields: MarkedFields<'a>,
-    /// Where templates split texts: [`split_markers`](crate::chat::ChatTemplate::split_markers).
+    /// The strings at which the template splits texts: [`split_markers`](crate::chat::ChatTemplate::split_markers).
     pub(super) split_markers: &'a [String],
 }
 
@@ -87,7 +87,7 @@ impl Marker<'_> {
     }
 }
 
-/// Marks the content of a message, or all its other texts where it has no content, with one `number`. Returns the white
+/// Marks the content of a message, or all its other texts if the content is blank, with the same `number`. Returns the white
 /// space before and after the content, which templates may trim.
 pub(super) fn mark_message(
     message: &mut Fields,
@@ -129,7 +129,7 @@ fn mark_value(value: &mut Value, number: &str, ids: bool, split_markers: &[Strin
     }
 }
 
-/// Marks the pieces of a text, and returns what is before the first and after the last.
+/// Marks the pieces of a text, and returns the parts before the first and after the last.
 fn mark_text(text: &mut String, number: &str, split_markers: &[String]) -> (String, String) {
     let pieces = split_pieces(text, split_markers);
     let around = (text[..pieces[0].start].to_owned(), text[pieces[pieces.len() - 1].end..].to_owned());
@@ -137,7 +137,7 @@ fn mark_text(text: &mut String, number: &str, split_markers: &[String]) -> (Stri
     around
 }
 
-/// A text with a mark around each of `pieces`.
+/// A copy of a text with a mark around each of `pieces`.
 fn with_marks(text: &str, pieces: &[Range<usize>], number: impl Fn(usize) -> String) -> String {
     let mut marked = String::with_capacity(text.len() + 16 * pieces.len());
     let mut end = 0;
@@ -153,8 +153,8 @@ fn with_marks(text: &str, pieces: &[Range<usize>], number: impl Fn(usize) -> Str
     marked
 }
 
-/// The parts of a text between `split_markers`, without the white space at their ends, which templates trim. A blank text
-/// has one empty piece.
+/// The parts of a text between `split_markers`, without the white space around them, which templates trim. A blank text has
+/// one empty piece.
 pub(super) fn split_pieces(text: &str, split_markers: &[String]) -> Vec<Range<usize>> {
     let mut pieces = Vec::new();
     let mut start = 0;

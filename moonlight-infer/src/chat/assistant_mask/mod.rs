@@ -1,27 +1,27 @@
 //! The assistant mask: which spans of a rendered conversation are learned.
 //!
-//! A chat template is a program, and its output does not say which message a character came from. Three methods are tried
-//! in this order:
+//! A chat template is a program, and its output does not record which message a character came from. Three methods are
+//! tried in this order:
 //!
 //! 1. `generation_blocks.rs`: `{% generation %}` blocks mark the spans in the template itself. Their output is learned
 //!    verbatim, as in transformers' `apply_chat_template(return_assistant_tokens_mask=True)`.
-//! 2. `prompt_prefix.rs`: the conversation before a turn, rendered with the generation prompt, is what the model is given
-//!    at inference. Where the whole text starts with it, the rest of the turn is what the model has to write, tool calls
-//!    and reasoning included.
+//! 2. `prompt_prefix.rs`: at inference the model is given the conversation before a turn, rendered with the generation
+//!    prompt. If the whole text starts with that prompt, the rest of the turn is what the model has to write, including tool
+//!    calls and reasoning.
 //! 3. `marked_text.rs`: a template may rewrite earlier turns once others follow (most drop the reasoning), so that no
 //!    rendering is a prefix of another. Then the texts of all messages (content, reasoning, names and arguments of tool
 //!    calls) are rendered between numbered private-use characters ([`Regions`]), which shows where the texts of the turn
 //!    and of its neighbors are. The span starts where the output before the turn's first text stops matching the generation
-//!    prompt, and ends as the same turn ends when it is the last of the conversation.
+//!    prompt. It ends in the same way as when the turn is the last of the conversation.
 //!
 //! A text that a template splits, for example content with `<think>...</think>` in it, is marked on both sides of the
-//! split: what the template writes of a turn is learned, and what it drops is not.
+//! split: the parts that the template writes are learned, those that it drops are not.
 //!
-//! Whether a method applies is decided by comparing renderings, never guessed. Whatever the method, a span that contains
-//! the text of another message is an error: nothing that the user or a tool wrote may be learned.
+//! Comparing renderings decides whether a method applies; nothing is guessed. With every method, a span that contains the
+//! text of another message is an error: nothing that the user or a tool wrote may be learned.
 //!
 //! Methods 2 and 3 render the conversation once for each turn, which is quadratic in its length. Beyond [`MAX_EXACT_TURNS`]
-//! turns, `patterns.rs` applies them to a sample, and accepts the other turns where they look like the sample.
+//! turns, `patterns.rs` applies them to a sample of the turns, and derives the spans of the others from it.
 
 mod generation_blocks;
 mod marked_text;
@@ -40,7 +40,7 @@ use super::template_input::TemplateInput;
 use super::{ChatError, ChatTemplate};
 use regions::Regions;
 
-/// Turns of the assistant up to which methods 2 and 3 are applied to each of them.
+/// The number of assistant turns up to which methods 2 and 3 are applied to every turn.
 pub(super) const MAX_EXACT_TURNS: usize = 32;
 
 /// A message as JSON.
@@ -56,7 +56,7 @@ pub(super) struct SpanFinder<'a> {
 /// The span of a turn.
 struct TurnSpan {
     span: Range<usize>,
-    /// Whether method 2 found it; else method 3 did.
+    /// Whether method 2 found it, rather than method 3.
     by_prompt: bool,
 }
 
@@ -64,8 +64,8 @@ impl SpanFinder<'_> {
     /// The text of a conversation and its learned spans, in order: one for each assistant message, or with
     /// `{% generation %}` blocks one for each block.
     ///
-    /// The input must be [escaped](SpecialTokens::escape_map): what looks like a special token in the output is then the
-    /// template's own.
+    /// The input must be [escaped](SpecialTokens::escape_map), so that whatever looks like a special token in the output was
+    /// written by the template.
     pub(super) fn spans(&self, input: &TemplateInput) -> Result<(String, Vec<Range<usize>>), ChatError> {
         let turns = assistant_turns(input);
         if self.template.has_generation_blocks() {
@@ -92,12 +92,12 @@ impl SpanFinder<'_> {
         Ok((text, spans))
     }
 
-    /// The text of the first `messages` messages.
+    /// Renders the first `messages` messages.
     fn render(&self, input: &TemplateInput, messages: usize, add_generation_prompt: bool) -> Result<String, ChatError> {
         self.template.render_input(input, &input.values[..messages], add_generation_prompt, ["", ""])
     }
 
-    /// The span of each turn, by method 2 or else 3.
+    /// The span of each turn, by method 2 if it applies, otherwise by method 3.
     pub(super) fn exact_spans(
         &self,
         input: &TemplateInput,
@@ -119,8 +119,8 @@ impl SpanFinder<'_> {
         text: &str,
         regions: &Regions,
     ) -> Result<TurnSpan, ChatError> {
-        // A template may refuse the beginning of a conversation (without a user, say) and render the whole: such errors are
-        // not reported.
+        // A template may refuse the beginning of a conversation (without a user message, for example) and still render the
+        // whole. Such errors are not reported.
         let prompt = self.prompt(input, turn);
         let last = turn + 1 == input.messages.len();
         let up_to_turn = if last { Some(text.to_owned()) } else { self.render(input, turn + 1, false).ok() };

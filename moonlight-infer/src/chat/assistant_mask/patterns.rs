@@ -1,9 +1,10 @@
-//! Long conversations: the spans of all turns, from those of a sample.
+//! Long conversations: the spans of all turns, derived from those of a sample.
 //!
-//! One rendering marks all turns. A sample of them goes through methods 2 and 3, and shows how the span lies around the
-//! marked text ([`Pattern`]): the same context before the span, the same text between its ends and the marks. A turn with the
-//! same fields is accepted where a pattern fits. One that fits none goes through the methods itself, and shows another
-//! pattern; where too many do, the template does not treat turns alike, and all go through the methods.
+//! One rendering marks all turns. Methods 2 and 3 find the spans of a sample of turns. From these the position of a span
+//! relative to the marked text is known ([`Pattern`]): the context before the span, and the text between the marks and the
+//! ends of the span. A turn with the same fields gets the span that a pattern yields. For a turn that fits no pattern the
+//! methods are applied, and add another pattern. If too many turns fit none, the template does not treat turns alike, and
+//! the methods are applied to all of them.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -17,17 +18,17 @@ use crate::chat::ChatError;
 use crate::chat::special_tokens::{MARK_DIGITS, MARKS};
 use crate::chat::template_input::TemplateInput;
 
-/// Turns with the same fields that go through the methods, in addition to the first and the last turn.
+/// The size of a sample, for each set of turns with the same fields; the first and the last turn are extra.
 const SAMPLES: usize = 8;
-/// Turns that may fit no pattern.
+/// The number of turns that may fit no pattern.
 const MAX_UNMATCHED: usize = 16;
-/// The context before a span that is compared, in bytes.
+/// How much output before a span is compared, in bytes.
 const CONTEXT_BYTES: usize = 256;
-/// Patterns of turns with the same fields.
+/// The limit of patterns for turns with the same fields.
 const MAX_PATTERNS: usize = 8;
 
 impl SpanFinder<'_> {
-    /// The spans of all turns; `None` where the template does not treat turns alike.
+    /// The spans of all turns; `None` if the template does not treat turns alike.
     pub(in crate::chat) fn spans_by_pattern(
         &self,
         input: &TemplateInput,
@@ -39,7 +40,7 @@ impl SpanFinder<'_> {
         let Some(marked) = marked else { return Ok(None) };
         let mut spans: Vec<Option<Range<usize>>> = vec![None; turns.len()];
         let last = turns.len() - 1;
-        // Templates treat the first and the last turn in ways of their own.
+        // Templates often treat the first and the last turn differently from the others.
         for index in [0, last] {
             spans[index] = Some(self.exact_span(input, turns[index], text, regions)?.span);
         }
@@ -72,7 +73,7 @@ impl SpanFinder<'_> {
                     return Ok(None);
                 }
                 let TurnSpan { span, by_prompt } = self.exact_span(input, turns[index], text, regions)?;
-                // It may show what the template does with white space that the sample did not have.
+                // The turn may have white space that no turn of the sample has, and show how the template treats it.
                 add_pattern(known, Pattern::from_turn(text, &span, &marked[index], by_prompt));
                 spans[index] = Some(span);
             }
@@ -80,8 +81,8 @@ impl SpanFinder<'_> {
         Ok(spans.into_iter().collect())
     }
 
-    /// Where the text of each turn is, by one rendering in which all are marked; `None` where the template does not keep the
-    /// marks, or where its output without them is not `text`.
+    /// The text of each turn, from one rendering in which all are marked; `None` if the template does not keep the marks, or
+    /// if its output without them is not `text`.
     fn mark_turns(&self, input: &TemplateInput, turns: &[usize], text: &str, ids: bool) -> Option<Vec<MarkedText>> {
         let mut texts: Vec<MarkedText> = Vec::with_capacity(turns.len());
         let mut values = input.values.clone();
@@ -103,7 +104,7 @@ impl SpanFinder<'_> {
                 while let Some(digit) = characters.next_if(|&digit| MARK_DIGITS.contains(&digit)) {
                     number.push(digit);
                 }
-                // Either the next turn, or another text of the same one.
+                // A mark is of the next turn, or of another text of the same turn.
                 if open.is_some() || (number != encode_number(next) && (next == 0 || number != encode_number(next - 1)))
                 {
                     return None;
@@ -123,7 +124,7 @@ impl SpanFinder<'_> {
     }
 }
 
-/// The names of a message's fields, without a blank content: turns are compared with turns that have the same.
+/// The names of a message's fields, without `content` if it is blank. Only turns with the same names share patterns.
 fn fields_present(message: &Fields) -> Vec<&str> {
     let is_present = |(name, value): (&String, &Value)| {
         name != "content" || value.as_str().is_none_or(|text| !text.trim().is_empty())
@@ -139,27 +140,27 @@ struct MarkedText {
 }
 
 impl MarkedText {
-    /// Nothing but white space. Whether it is learned depends on what follows, so that no pattern applies.
+    /// Whether the text is only white space. Whether it is learned depends on what follows, so no pattern applies.
     fn is_blank(&self) -> bool {
         self.range.is_empty() && !self.before.is_empty()
     }
 }
 
-/// How the span lies around the marked text of turns.
+/// The position of the span relative to the marked text, for turns that are alike.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Pattern {
     by_prompt: bool,
-    /// The output before the span, as far as it is the same for all turns seen.
+    /// The end of the output before the span that all turns seen so far have in common.
     context: String,
-    /// What is between the start of the span and the text, and whether the message's own white space follows it: the
-    /// candidates that fit all turns seen.
+    /// The candidates that fit all turns seen so far: the output between the start of the span and the text, and whether the
+    /// message's own white space comes between the two.
     leads: Vec<(String, bool)>,
-    /// What is between the text, or the message's own white space after it, and the end of the span.
+    /// The same at the end of the span: the output after the text, and whether the message's white space comes first.
     tails: Vec<(String, bool)>,
 }
 
 impl Pattern {
-    /// The pattern of one turn; `None` where the text is not within the span.
+    /// The pattern of one turn; `None` if the text is not within the span.
     fn from_turn(text: &str, span: &Range<usize>, marked: &MarkedText, by_prompt: bool) -> Option<Self> {
         let lead = text.get(span.start..marked.range.start)?;
         let tail = text.get(marked.range.end..span.end)?;
@@ -176,12 +177,11 @@ impl Pattern {
         })
     }
 
-    /// The pattern that fits the turns of both; `None` where there is none.
+    /// The pattern that fits the turns of both; `None` if there is none.
     fn intersect(self, other: Self) -> Option<Self> {
         let common = self.context.chars().rev().zip(other.context.chars().rev()).take_while(|(a, b)| a == b);
         let length: usize = common.map(|(character, _)| character.len_utf8()).sum();
         let context = self.context[self.context.len() - length..].to_owned();
-        // The candidates that both turns allow; of the context, the common end.
         let both = |ours: Vec<(String, bool)>, theirs: &[(String, bool)]| -> Vec<(String, bool)> {
             ours.into_iter().filter(|one| theirs.contains(one)).collect()
         };
@@ -191,7 +191,7 @@ impl Pattern {
         fits.then_some(Self { by_prompt: self.by_prompt, context, leads, tails })
     }
 
-    /// The span around a marked text, where the pattern leaves exactly one.
+    /// The span around a marked text; `None` if the pattern does not fit, or allows more than one.
     fn find(&self, text: &str, marked: &MarkedText) -> Option<Range<usize>> {
         if marked.is_blank() {
             return None;
@@ -209,7 +209,7 @@ impl Pattern {
     }
 }
 
-/// Merges the pattern of another turn into the first one that it agrees with, or adds it.
+/// Merges the pattern of another turn into the first one that is compatible, or adds it.
 fn add_pattern(patterns: &mut Vec<Pattern>, seen: Option<Pattern>) {
     let Some(seen) = seen else { return };
     for pattern in patterns.iter_mut() {
@@ -223,14 +223,14 @@ fn add_pattern(patterns: &mut Vec<Pattern>, seen: Option<Pattern>) {
     }
 }
 
-/// The span around a marked text, where all patterns that fit agree on it.
+/// The span around a marked text; `None` if no pattern fits, or if those that fit disagree.
 fn match_patterns(patterns: &[Pattern], text: &str, marked: &MarkedText) -> Option<Range<usize>> {
     let mut found = patterns.iter().filter_map(|pattern| pattern.find(text, marked));
     let first = found.next()?;
     found.all(|other| other == first).then_some(first)
 }
 
-/// The value that all are; `None` where they differ or there is none.
+/// The common value; `None` if the values differ or there are none.
 fn single_value(mut values: impl Iterator<Item = usize>) -> Option<usize> {
     let first = values.next()?;
     values.all(|value| value == first).then_some(first)

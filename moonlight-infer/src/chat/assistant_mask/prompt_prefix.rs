@@ -1,4 +1,4 @@
-//! Method 2: what follows the generation prompt is learned, where the conversation starts with its own prompt.
+//! Method 2: what follows the generation prompt is learned, if the conversation starts with the prompt for the turn.
 
 use std::ops::Range;
 
@@ -7,14 +7,14 @@ use crate::chat::special_tokens::MARKS;
 use crate::chat::template_input::TemplateInput;
 
 impl SpanFinder<'_> {
-    /// The conversation before a turn with the generation prompt. A template without `add_generation_prompt` has none; then
-    /// it is followed by the header that the template writes before a plain answer.
+    /// The conversation before a turn with the generation prompt. If the template does not use `add_generation_prompt`, the
+    /// header that it writes before a plain answer takes the place of the generation prompt.
     pub(super) fn prompt(&self, input: &TemplateInput, turn: usize) -> Option<String> {
         if self.template.has_generation_prompt() {
             return self.render(input, turn, true).ok();
         }
         let with_header = self.up_to_plain_answer(input, turn)?;
-        // White space alone is not a header: nothing puts it there at inference, so the model has to write it
+        // White space alone is not a header. At inference the prompt does not contain it, so the model has to write it
         // (Llama 2: a space between `[/INST]` and the answer).
         let before = self.render(input, turn, false).ok();
         let has_no_header =
@@ -22,7 +22,7 @@ impl SpanFinder<'_> {
         Some(before.filter(has_no_header).unwrap_or(with_header))
     }
 
-    /// The conversation before a turn, and what the template writes of a plain answer before its text.
+    /// The conversation before a turn, and the header that the template writes before the text of a plain answer.
     pub(super) fn up_to_plain_answer(&self, input: &TemplateInput, turn: usize) -> Option<String> {
         let content = format!("{}x{}", MARKS[0], MARKS[1]);
         let plain = Fields::from_iter([("role".into(), "assistant".into()), ("content".into(), content.into())]);
@@ -32,8 +32,8 @@ impl SpanFinder<'_> {
         Some(marked[..marked.find(MARKS[0])?].to_owned())
     }
 
-    /// The span of a turn; `None` where the whole text does not start with the conversation up to the turn, or that does
-    /// not start with the prompt.
+    /// The span of a turn. `None` if the whole text does not start with the conversation up to the turn, or if this part
+    /// does not start with the prompt.
     ///
     /// The span ends with the last special token of the turn (`<|im_end|>`). White space after it separates messages, and
     /// is written by the template at inference.

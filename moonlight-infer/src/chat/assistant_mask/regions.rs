@@ -1,4 +1,4 @@
-//! Where the texts of messages are in the output of a template.
+//! The positions of messages' texts in the output of a template.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use crate::chat::error::MAX_RENDERED_MESSAGES;
 use crate::chat::special_tokens::{MARK_DIGITS, MARKS};
 use crate::chat::template_input::TemplateInput;
 
-/// Where a text of a message is in the output.
+/// The position of a message's text in the output.
 #[derive(Debug, Clone)]
 pub(super) struct Region {
     pub(super) message: usize,
@@ -22,19 +22,19 @@ pub(super) struct Region {
 #[derive(Debug)]
 pub(in crate::chat) struct Regions {
     pub(super) found: Vec<Region>,
-    /// Messages that the template writes differently when they are marked, so that their regions are not known.
+    /// Messages whose regions are not known, because the template writes them differently when they are marked.
     pub(super) unmarkable: Vec<usize>,
 }
 
 impl Regions {
-    /// Another message than `turn` with text in `span`.
+    /// A message other than `turn` that has text in `span`.
     pub(super) fn other_message_within(&self, turn: usize, span: &Range<usize>) -> Option<usize> {
         let first = self.found.partition_point(|region| region.range.end <= span.start);
         let within = self.found[first..].iter().take_while(|region| region.range.start < span.end);
         within.filter(|region| !region.range.is_empty()).map(|region| region.message).find(|&message| message != turn)
     }
 
-    /// The end of the last text of another message before a position; 0 where there is none.
+    /// The end of the last text of another message before a position; 0 if there is none.
     pub(super) fn end_before(&self, turn: usize, position: usize) -> usize {
         let before = self.found.partition_point(|region| region.range.end <= position);
         let other = self.found[..before].iter().rfind(|region| region.message != turn);
@@ -57,8 +57,8 @@ impl SpanFinder<'_> {
                 return Regions { found, unmarkable: Vec::new() };
             }
         }
-        // Some message cannot be marked: the template looks into its text. The others are marked one at a time, unless
-        // that takes too many renderings: several sets of fields are tried for each.
+        // Some message cannot be marked, because the template inspects its text. The others are marked one at a time. Each
+        // takes up to eight renderings or so, as several sets of fields are tried; with too many messages none is marked.
         if messages.saturating_mul(messages) > MAX_RENDERED_MESSAGES / 8 {
             return Regions { found: Vec::new(), unmarkable: all };
         }
@@ -73,7 +73,7 @@ impl SpanFinder<'_> {
         regions
     }
 
-    /// The regions of one message, by the largest set of its fields that can be marked; `None` where none can.
+    /// The regions of one message, with as many of its fields marked as the template allows; `None` if it allows none.
     pub(super) fn message_regions(
         &self,
         input: &TemplateInput,
@@ -95,7 +95,7 @@ impl SpanFinder<'_> {
         kept
     }
 
-    /// The empty region at the end of a message's content, for a message whose text is not written.
+    /// The empty region at the end of a message's content, for a message whose text the template does not write.
     pub(super) fn content_end(
         &self,
         input: &TemplateInput,
@@ -106,8 +106,8 @@ impl SpanFinder<'_> {
         self.marked_regions(input, messages, text, &[index], MarkedFields::ContentEnd)
     }
 
-    /// The regions of the `marked` messages; `None` where the template does not keep the marks, or where its output
-    /// without them is not `text`.
+    /// The regions of the `marked` messages; `None` if the template does not keep the marks, or if its output without them
+    /// is not `text`.
     fn marked_regions(
         &self,
         input: &TemplateInput,
@@ -118,7 +118,7 @@ impl SpanFinder<'_> {
     ) -> Option<Vec<Region>> {
         let split_markers = self.template.split_markers();
         let mut values = input.values[..messages].to_vec();
-        // The message and the text of each number.
+        // For each number, the message and the index of the text in it.
         let mut numbers: Vec<(usize, usize)> = Vec::new();
         for &index in marked {
             let mut message = input.messages[index].clone();

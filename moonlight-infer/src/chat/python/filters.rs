@@ -1,4 +1,4 @@
-//! Filters that differ from Jinja's or Python's, and the function `dict`.
+//! Filters that minijinja implements differently from Jinja or Python, and the function `dict`.
 
 use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs};
 use minijinja::{Error, State};
@@ -8,7 +8,7 @@ use super::repr::python_str;
 use super::{BYTES_PER_STEP, bind_arguments, check_iterable, is_true};
 use crate::chat::sandbox::invalid_operation;
 
-/// Jinja's `join`: of the `str` of values, or of an attribute of each.
+/// Jinja's `join`, of the `str` of values or of an attribute of each.
 pub(super) fn join(state: &State, values: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     let [separator, attribute] = bind_arguments(arguments, ["d", "attribute"])?;
     let separator = separator.map(|separator| python_str(state, &separator)).transpose()?.unwrap_or_default();
@@ -31,7 +31,7 @@ pub(super) fn join(state: &State, values: Value, arguments: Rest<ValueOrKwargs>)
     Ok(Value::from(text))
 }
 
-/// A dotted path of attributes and indices, as `a.0.b`.
+/// The value at a dotted path of attributes and indices, such as `a.0.b`.
 fn attribute_path(value: &Value, attribute: &Value) -> Result<Value, Error> {
     let Some(names) = attribute.as_str() else { return value.get_item(attribute) };
     let mut found = value.clone();
@@ -44,7 +44,7 @@ fn attribute_path(value: &Value, attribute: &Value) -> Result<Value, Error> {
     Ok(found)
 }
 
-/// Jinja's `indent`, by a number of spaces or by a string: of all lines except the first and empty ones.
+/// Jinja's `indent`, by a number of spaces or by a string. The first line and empty ones are indented only on request.
 pub(super) fn indent(state: &State, text: Value, arguments: Rest<ValueOrKwargs>) -> Result<String, Error> {
     let [width, first, blank] = bind_arguments(arguments, ["width", "first", "blank"])?;
     let (first, blank) = (is_true(&first), is_true(&blank));
@@ -59,6 +59,7 @@ pub(super) fn indent(state: &State, text: Value, arguments: Rest<ValueOrKwargs>)
             }
         },
     };
+    // As in Jinja, which adds a line break so that `splitlines` keeps an empty last line.
     let text = python_str(state, &text)? + "\n";
     let breaks = text.chars().filter(|&character| is_line_break(character)).count();
     state.consume_fuel((breaks.saturating_mul(32 + indent.len()) / BYTES_PER_STEP) as u64)?;
@@ -96,9 +97,11 @@ pub(super) fn int(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value,
         };
         let digits = lower.strip_prefix(prefix).unwrap_or(&lower).replace('_', "");
         let read = if (2..=36).contains(&base) { i128::from_str_radix(&digits, base).ok() } else { None };
+        // `from_str_radix` would accept a second sign.
         let read = read.filter(|_| digits.starts_with(|first: char| first.is_ascii_alphanumeric()));
         return Ok(match (read, text.parse::<f64>()) {
             (Some(number), _) => Value::from(if negative { -number } else { number }),
+            // i128 ends at 1.7e38.
             (None, Ok(number)) if number.is_finite() && number.abs() < 1e38 => Value::from(number.trunc() as i128),
             _ => default,
         });
@@ -127,14 +130,14 @@ pub(super) fn float(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Valu
     Ok(read.map_or(default, Value::from))
 }
 
-/// Jinja's `default`: for an undefined value, or with `boolean` for one that is false.
+/// Jinja's `default`: replaces an undefined value, and with `boolean` also one that is false.
 pub(super) fn default(value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     let [default, boolean] = bind_arguments(arguments, ["default_value", "boolean"])?;
     let is_missing = value.is_undefined() || (is_true(&boolean) && !value.is_true());
     Ok(if is_missing { default.unwrap_or_else(|| Value::from("")) } else { value })
 }
 
-/// Python's `dict`: from another, from pairs, and from named arguments.
+/// Python's `dict`, from another dict or from pairs, and from named arguments.
 pub(super) fn dict(state: &State, first: Option<Value>, named: Kwargs) -> Result<Value, Error> {
     let mut entries: Vec<(Value, Value)> = Vec::new();
     match first {
@@ -158,6 +161,6 @@ pub(super) fn dict(state: &State, first: Option<Value>, named: Kwargs) -> Result
     for name in named.args() {
         entries.push((Value::from(name), named.get::<Value>(name)?));
     }
-    // Of entries with the same key the last value wins, at the position of the first: as in Python.
+    // If a key occurs twice, the last value wins and the position of the first is kept, as in Python.
     Ok(Value::from_pairs(entries))
 }

@@ -9,10 +9,10 @@ use super::repr::{FueledString, is_a_dict, write_number};
 use super::{FIRST_PRIVATE, MAX_DEPTH, bind_arguments, is_true};
 use crate::chat::sandbox::invalid_operation;
 
-/// The limit of `indent`: it is written before each value, once for each level of nesting.
+/// The limit of `indent`, which is written before each value once for each level of nesting.
 const MAX_INDENT: i64 = 100;
 
-/// `json.dumps` with the arguments that transformers passes on.
+/// `json.dumps` with the arguments that the `tojson` of transformers accepts.
 pub(super) fn tojson(state: &State, value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     let settings = bind_arguments(arguments, ["ensure_ascii", "indent", "separators", "sort_keys"])?;
     let [ascii, indent, separators, sorted] = settings;
@@ -139,6 +139,7 @@ fn write_json(out: &mut String, text: &str, ascii: bool) {
             '\0'..='\u{1f}' => {
                 let _ = write!(out, "\\u{:04x}", u32::from(character));
             }
+            // Python escapes all but printable ASCII, U+7F included.
             _ if ascii && character > '~' && character < FIRST_PRIVATE => {
                 for unit in character.encode_utf16(&mut [0; 2]) {
                     let _ = write!(out, "\\u{unit:04x}");

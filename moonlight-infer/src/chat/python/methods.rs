@@ -8,7 +8,7 @@ use super::repr::is_a_dict;
 use super::{BYTES_PER_STEP, check_iterable, is_space};
 use crate::chat::sandbox::invalid_operation;
 
-/// Calls a method; `None` for one that is not implemented here. Those of minijinja's `pycompat` are tried next.
+/// Calls a method; `None` if it is not implemented here, so that the caller tries minijinja's `pycompat`.
 pub(in crate::chat) fn method(
     state: &State,
     value: &Value,
@@ -82,8 +82,9 @@ pub(super) fn split_lines(text: &str, keep: bool) -> Vec<&str> {
 
 fn str_method(state: &State, text: &str, name: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
     let pay = |bytes: usize| state.consume_fuel((bytes / BYTES_PER_STEP) as u64);
+    // Reading costs a quarter of writing: a step for 64 bytes.
     pay(text.len() / 4)?;
-    // Consumed before the list is allocated.
+    // 64 bytes for the value of each part, consumed before the list is allocated.
     let pay_for_parts = |parts: usize| pay(parts.saturating_mul(64));
     let list = |parts: Vec<&str>| Ok(Some(parts.into_iter().map(Value::from).collect()));
     Ok(Some(match name {
@@ -187,6 +188,7 @@ fn str_method(state: &State, text: &str, name: &str, arguments: &[Value]) -> Res
             }
             let found = part.and_then(|part| {
                 let at = if name.starts_with('r') { part.rfind(needle) } else { part.find(needle) }?;
+                // Python counts from the start of the text, also with a `start`.
                 let before = part.as_ptr() as usize - text.as_ptr() as usize;
                 Some(text[..before + at].chars().count())
             });
@@ -240,7 +242,7 @@ fn str_method(state: &State, text: &str, name: &str, arguments: &[Value]) -> Res
             pay(missing.saturating_mul(fill.len()))?;
             let left = match name {
                 "ljust" => 0,
-                // As in CPython: of an odd number of fill characters, the extra one is on the left if the width is odd.
+                // As in CPython: if the number of fill characters is odd, the extra one is on the left for an odd width.
                 "center" => missing / 2 + (missing & usize::try_from(width).unwrap_or(0) & 1),
                 _ => missing,
             };
@@ -265,7 +267,7 @@ fn str_method(state: &State, text: &str, name: &str, arguments: &[Value]) -> Res
             for character in text.chars() {
                 match is_digit(character) {
                     Some(digit) => all &= digit,
-                    // To distinguish fractions from digits of other scripts takes Unicode tables that are not here.
+                    // The standard library has no tables that distinguish digits of other scripts from fractions.
                     None => return Err(invalid_operation(format!("`{name}` does not support `{character}`"))),
                 }
             }
@@ -314,17 +316,19 @@ fn split_at_spaces(text: &str, max_parts: usize, from_end: bool) -> Vec<&str> {
     parts
 }
 
-/// `text[start:end]` in characters; `None` where the start is after the end of the text.
+/// `text[start:end]` in characters; `None` if the start is after the end of the text or of the slice, where Python finds not
+/// even an empty string.
 fn slice_characters(text: &str, start: Option<i64>, end: Option<i64>) -> Option<&str> {
     if start.is_none() && end.is_none() {
         return Some(text);
     }
     let length = text.chars().count() as i64;
-    let at = |place: i64| if place < 0 { (length + place).max(0) } else { place.min(length) };
-    let (from, out) = (at(start.unwrap_or(0)), at(end.unwrap_or(length)));
-    if start.unwrap_or(0) > length || from > out {
+    // A negative index counts from the end.
+    let clamp = |index: i64| if index < 0 { (length + index).max(0) } else { index.min(length) };
+    let (first, last) = (clamp(start.unwrap_or(0)), clamp(end.unwrap_or(length)));
+    if start.unwrap_or(0) > length || first > last {
         return None;
     }
-    let byte = |place: i64| text.char_indices().nth(place as usize).map_or(text.len(), |(at, _)| at);
-    Some(&text[byte(from)..byte(out)])
+    let byte = |index: i64| text.char_indices().nth(index as usize).map_or(text.len(), |(at, _)| at);
+    Some(&text[byte(first)..byte(last)])
 }

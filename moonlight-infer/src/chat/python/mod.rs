@@ -1,6 +1,6 @@
-//! Python's semantics for templates: Jinja templates are written for Python, and print its values.
+//! Python's semantics for templates, which are written for Jinja in Python and print Python's values.
 //!
-//! transformers renders templates with `ImmutableSandboxedEnvironment`, and a `tojson` that is `json.dumps`. minijinja comes
+//! transformers renders templates with `ImmutableSandboxedEnvironment`, and its `tojson` is `json.dumps`. minijinja is
 //! close; this module replaces what differs:
 //!
 //! * `repr.rs`: how values are written (`str` and `repr`);
@@ -8,7 +8,7 @@
 //! * `filters.rs`: filters and `dict`;
 //! * `methods.rs`: methods of strings, lists and maps.
 //!
-//! What Python refuses is refused where that is visible, rather than rendered as another text.
+//! A template that fails in Python should fail here too, rather than render a different text.
 
 mod filters;
 mod json;
@@ -24,12 +24,12 @@ use json::tojson;
 pub(super) use methods::method;
 pub(super) use repr::python_str;
 
-/// The nesting of values that are written.
+/// The limit of nesting of a value that is written.
 const MAX_DEPTH: usize = 200;
-/// The first private-use character by which special tokens of a message are escaped (`special_tokens.rs`). None of them may
-/// be written as an escape sequence, which could not be restored.
+/// The first of the characters that stand for special tokens of a message (`special_tokens.rs`). They must not be written as
+/// escape sequences, from which the special tokens could not be restored.
 const FIRST_PRIVATE: char = '\u{10_0000}';
-/// Bytes that are written for one step of fuel.
+/// The bytes of written text that cost one step of fuel.
 const BYTES_PER_STEP: usize = 16;
 
 /// Replaces what the engine does differently from Python.
@@ -42,7 +42,7 @@ pub(super) fn install(environment: &mut Environment<'static>) {
             None => Ok(output.write_str(&python_str(state, value)?)?),
         }
     });
-    // Extensions of minijinja: a template that uses them would fail in transformers.
+    // Extensions of minijinja, with which a template would fail in transformers.
     for filter in ["bool", "split", "lines", "attr"] {
         environment.remove_filter(filter);
     }
@@ -76,7 +76,7 @@ pub(super) fn install(environment: &mut Environment<'static>) {
         matches!(value.kind(), Undefined | String | Seq | Iterable | Map)
     });
     environment.add_test("sequence", |value: &Value| {
-        // Jinja tests for a length and items by index or key, which strings, dicts and undefined values have, too.
+        // Jinja tests for a length and for items by index or key, which strings, dicts and undefined values also have.
         matches!(value.kind(), ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map)
             || is_a_list(value)
     });
@@ -91,13 +91,13 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     });
 }
 
-/// Whether a lazy iterator of the engine is a list in Python: a slice of one, or the sum of two.
+/// Whether a lazy iterator of the engine is a list in Python: a slice of a list, or the sum of two lists.
 fn is_a_list(value: &Value) -> bool {
     // Other lazy iterators (`items()`, `range`) have no length or no items by index.
     value.kind() == ValueKind::Iterable && value.len().is_some() && value.get_item(&Value::from(0)).is_ok()
 }
 
-/// Binds positional and named arguments to `names`, as a call in Python does.
+/// Binds positional and named arguments to `names` as Python does in a call.
 fn bind_arguments<const N: usize>(
     arguments: Rest<ValueOrKwargs>,
     names: [&'static str; N],
@@ -123,10 +123,11 @@ fn is_true(setting: &Option<Value>) -> bool {
     setting.as_ref().is_some_and(Value::is_true)
 }
 
-/// The value that a loop iterates over. Python refuses `none` and numbers; an undefined value is an empty list.
+/// The value to iterate over in place of `value`. As in Python, `none` and numbers are refused; an undefined value is an
+/// empty list.
 pub(super) fn check_iterable(state: &State, value: Value) -> Result<Value, Error> {
     if let Some(text) = value.as_str() {
-        // As a list, because the engine's iterator over characters has no length, and so no `loop.last`.
+        // A list, because the engine's iterator over characters has no length and therefore no `loop.last`.
         state.consume_fuel(text.len() as u64 / 2)?;
         return Ok(text.chars().map(Value::from).collect());
     }
@@ -137,7 +138,7 @@ pub(super) fn check_iterable(state: &State, value: Value) -> Result<Value, Error
     }
 }
 
-/// Python's `str.isspace` of one character: Unicode's white space and the four ASCII separators.
+/// Python's `str.isspace` for one character: Unicode's white space and the four ASCII separators.
 fn is_space(character: char) -> bool {
     character.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&character)
 }

@@ -19,7 +19,7 @@ pub(in crate::chat) fn python_str(state: &State, value: &Value) -> Result<String
     Ok(text)
 }
 
-/// A string that consumes fuel as it grows.
+/// A string whose growth consumes fuel.
 pub(super) struct FueledString<'a> {
     pub(super) text: &'a mut String,
     /// Bytes for which fuel has been consumed.
@@ -84,14 +84,14 @@ fn write_repr(out: &mut FueledString<'_>, state: &State, value: &Value, depth: u
     out.pay(state)
 }
 
-/// Whether a map is a dict in Python. Namespaces, loops and macros are not, although the engine has them as maps.
+/// Whether a map is a dict in Python. Namespaces, loops and macros are not, although they are maps to the engine.
 pub(super) fn is_a_dict(value: &Value) -> bool {
     let name = value.as_object().map(|object| object.type_name()).unwrap_or_default();
     !["Namespace", "Loop", "Macro"].iter().any(|kind| name.contains(kind))
 }
 
-/// A number as Python writes it: the shortest digits that read back as the same float, with an exponent below 1e-4 and
-/// from 1e16 on (`1e-05`, `1e+16`).
+/// Writes a number as Python does: the shortest digits that parse to the same float, with an exponent below 1e-4 and from
+/// 1e16 upward (`1e-05`, `1e+16`).
 pub(super) fn write_number(out: &mut String, value: &Value, [nan, inf, minus_inf]: [&str; 3]) {
     if value.is_integer() {
         let _ = write!(out, "{value}");
@@ -124,7 +124,7 @@ fn write_float(out: &mut String, number: f64) {
     }
 }
 
-/// Python's `repr` of a string.
+/// Writes Python's `repr` of a string, in single quotes unless it contains only those.
 fn write_quoted(out: &mut String, text: &str) {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     out.push(quote);
@@ -155,9 +155,9 @@ fn write_quoted(out: &mut String, text: &str) {
     out.push(quote);
 }
 
-/// Python's `str.isprintable` of one character. Rust's `escape_debug` is based on the same Unicode categories.
+/// Python's `str.isprintable` for one character. Rust's `escape_debug` is based on the same Unicode categories.
 fn is_printable(character: char) -> bool {
-    // As the second of a string: `escape_debug` also escapes a combining character at the start.
+    // The character is the second of a string, because `escape_debug` also escapes a combining character at the start.
     let mut pair = String::from("a");
     pair.push(character);
     pair.escape_debug().nth(1).is_none_or(|escaped| escaped != '\\')
