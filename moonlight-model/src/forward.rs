@@ -81,7 +81,7 @@ impl ForwardContext {
         self
     }
 
-    /// The context on the inner device, without gradients, as `model.valid()` needs it.
+    /// The context on the inner device, without gradients, for the model that `valid()` returns.
     pub fn inner(self) -> Self {
         Self { rotation: self.rotation.map(Rotation::inner), ..self }
     }
@@ -96,7 +96,7 @@ impl ForwardContext {
         self.sequence
     }
 
-    /// New tokens of several sequences, concatenated into one packed sequence `[1, sequence]`, to be added to a cache.
+    /// New tokens of several sequences, to be added to a cache, as one packed sequence `[1, sequence]`.
     pub(crate) fn decoding(rotation: Rotation, sequence: usize, starts: Option<Vec<u32>>) -> Self {
         let rotation = Some(rotation);
         Self { rotation, starts: starts.map(Arc::new), ..Self::without_positions([1, sequence]) }
@@ -113,7 +113,7 @@ impl ForwardContext {
     /// a sliding window of `w` tokens, the token `w - 1` before it, whichever is later. `None` if every token sees its whole
     /// sequence up to itself.
     pub(crate) fn first_keys(&self, window: Option<usize>) -> Option<Arc<Vec<u32>>> {
-        // A window at least as long as the sequence hides nothing, and `None` is the fast case of the kernels.
+        // A window at least as long as the sequence hides nothing, and kernels are faster with `None`.
         let Some(window) = window.filter(|window| *window < self.sequence) else { return self.starts.clone() };
         let first = |token: usize| {
             let document = self.starts.as_ref().map_or(0, |starts| starts[token]);
@@ -157,8 +157,8 @@ pub(crate) struct DecodeContext {
 }
 
 impl DecodeContext {
-    /// Whether the tokens are prompts of empty sequences, for which attention over expanded keys and values is cheaper than
-    /// cached attention. With one token a sequence there is nothing to expand for, and the cached form wins.
+    /// Whether the tokens are prompts of empty sequences. For those, attention over expanded keys and values is cheaper than cached
+    /// attention, unless every prompt is a single token.
     pub(crate) fn is_prefill(&self) -> bool {
         self.spans.iter().all(|span| span.start == 0) && self.tokens.sequence > self.spans.len()
     }

@@ -112,7 +112,7 @@ impl CausalLm {
         &self.config
     }
 
-    /// The dtype of the weights; that of activations and of a [`KvCache`](crate::KvCache).
+    /// The dtype of the weights, of activations and of a [`KvCache`](crate::KvCache).
     pub fn dtype(&self) -> DType {
         self.embed_tokens.weight.val().dtype()
     }
@@ -144,8 +144,8 @@ impl CausalLm {
         self.head(hidden).reshape([batch, sequence, self.config.vocab_size])
     }
 
-    /// The language-modeling loss of a batch, as a sum over its tokens: the caller divides by the number of tokens of the whole
-    /// step, which this batch may be a part of.
+    /// The language-modeling loss of a micro-batch, as a sum over its tokens: the caller divides by the number of tokens of the step,
+    /// which may have more micro-batches.
     ///
     /// `sequence_balance_weight` is the weight of the experts' balance loss (DeepSeek-V3, equation 17); 0 turns it off.
     ///
@@ -186,8 +186,8 @@ impl CausalLm {
     /// [`forward_hidden`](CausalLm::forward_hidden), which calls `visit` with the index and the input
     /// (`[batch * sequence, hidden]`) of each layer before it runs.
     ///
-    /// For activation checkpointing: a caller that keeps only these inputs runs each layer again by
-    /// [`run_layer`](CausalLm::run_layer) in its backward pass, and so holds the activations of one layer instead of all.
+    /// For activation checkpointing: a caller can keep only these inputs, run each layer again by
+    /// [`run_layer`](CausalLm::run_layer) in its backward pass, and so hold the activations of one layer instead of all.
     pub fn forward_hidden_with(
         &self,
         tokens: Tensor<2, Int>,
@@ -258,10 +258,10 @@ impl CausalLm {
     }
 
     /// Moves each router's correction bias against its load: `b += rate (sign(e) - mean(sign(e)))`, where `e` is the mean load
-    /// less the expert's own (auxiliary-loss-free balancing, arXiv 2408.15664; centered as in the Muon report, appendix C).
+    /// minus that of the expert (auxiliary-loss-free balancing, arXiv 2408.15664; centered as in the Muon report, appendix C).
     ///
-    /// `loads` has an entry for each layer as [`ForwardStats::expert_loads`] returns them, summed over all micro-batches and
-    /// ranks of the step. A layer with `None`, or with a router without a correction bias, does not change.
+    /// `loads` has an entry for each layer, as [`ForwardStats::expert_loads`] returns them, summed over all micro-batches and ranks
+    /// of the step. A layer with `None`, or whose router has no correction bias, does not change.
     pub fn update_router_bias(mut self, loads: &[Option<Vec<u64>>], rate: f64) -> Self {
         if rate == 0.0 {
             return self;

@@ -114,8 +114,8 @@ impl CausalLm {
 
     /// Replaces quantized weights by their dequantized values, in the dtype that they had.
     pub fn dequantized(mut self) -> Self {
-        for each in self.projections_mut() {
-            match each.projection {
+        for entry in self.projections_mut() {
+            match entry.projection {
                 ProjectionMut::Matrix(WeightMut { weight, quantized: Some(quantized), .. }) => {
                     dequantize(weight, quantized);
                 }
@@ -131,8 +131,8 @@ impl CausalLm {
     /// Adds each adapter to its weight and removes it. A frozen weight stays frozen; a quantized weight that has an adapter is
     /// dequantized first.
     pub fn merge(mut self) -> Self {
-        for each in self.projections_mut() {
-            match each.projection {
+        for entry in self.projections_mut() {
+            match entry.projection {
                 ProjectionMut::Matrix(weight) => weight.merge(),
                 ProjectionMut::Experts(weight) => weight.merge(),
             }
@@ -147,7 +147,7 @@ impl CausalLm {
 
     /// Bytes of all quantized weights, scales included.
     pub fn quantized_bytes(&self) -> usize {
-        let quantized = self.projections().into_iter().filter_map(|each| match each.projection {
+        let quantized = self.projections().into_iter().filter_map(|entry| match entry.projection {
             ProjectionRef::Matrix(weight) => weight.quantized.and_then(Option::as_ref),
             ProjectionRef::Experts(weight) => weight.quantized.and_then(Option::as_ref),
         });
@@ -193,9 +193,9 @@ mod tests {
                 .map(|parameter| (parameter.path.trim_end_matches(".weight").to_owned(), parameter.role.unwrap()))
                 .collect();
             let mut model = config.init(&Device::default());
-            let found: Vec<_> = model.projections().iter().map(|each| (each.path(), each.role)).collect();
+            let found: Vec<_> = model.projections().iter().map(|entry| (entry.path(), entry.role)).collect();
             assert_eq!(found, listed, "{preset}");
-            let found: Vec<_> = model.projections_mut().iter().map(|each| (each.path(), each.role)).collect();
+            let found: Vec<_> = model.projections_mut().iter().map(|entry| (entry.path(), entry.role)).collect();
             assert_eq!(found, listed, "{preset}");
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! A matrix is split into blocks of 64 consecutive values. A block has one f32 scale, its largest magnitude divided by the
 //! largest integer, and its values are rounded to multiples of the scale: 8.5 or 4.5 bits a value, and an error of at most half
-//! a scale. A matrix is dequantized only for its product, in the forward and again in the backward pass (`dX = dY W^T`), one
-//! expert at a time.
+//! the scale. A matrix is dequantized only for its product, in the forward pass and again in the backward pass (`dX = dY W^T`),
+//! one expert at a time.
 //!
 //! Burn 0.22.1's own quantization was tried and is not used: on the CPU its 4-bit values take a byte each, and the product of a
 //! float and a quantized tensor dequantizes the whole weight (all experts of a stack), which autodiff keeps until the backward
@@ -29,12 +29,12 @@ pub struct QuantizedWeight {
 }
 
 impl QuantizedWeight {
-    /// Quantizes `[experts, in, out]`, one expert at a time: the cast to f32 and the intermediate tensors then take the memory of
+    /// Quantizes `[experts, in, out]`, one expert at a time, so that the cast to f32 and the intermediate tensors take the memory of
     /// one expert.
     pub(crate) fn new(weight: Tensor<3>, bits: QuantBits) -> Self {
         let [experts, input, output] = weight.dims();
         let spec = QuantizedSpec { bits, input, output };
-        // The quantized weight has no gradient, so nothing of this belongs into an autodiff graph.
+        // The quantized weight has no gradient, so the autodiff graph must not record these operations.
         let autodiff = weight.is_autodiff();
         let weight = if autodiff { weight.inner() } else { weight };
         let quantized: Vec<_> = (0..experts)
@@ -60,8 +60,8 @@ impl QuantizedWeight {
             let bytes = bytes.reshape([blocks, bits.bytes(BLOCK)]);
             let integers = match bits {
                 QuantBits::Eight => bytes,
-                // A byte has value `i` of the block in its low half and value `i + 32` in its high half. Split in f32, which is exact
-                // for integers below 256.
+                // A byte has value `i` of the block in its low half and value `i + 32` in its high half. They are split in f32, which
+                // is exact for integers below 256.
                 QuantBits::Four => {
                     let high = bytes.clone().div_scalar(16.0).floor();
                     Tensor::cat(vec![bytes - high.clone() * 16.0, high], 1)
@@ -90,7 +90,7 @@ impl QuantizedWeight {
         quantized_matmul(rows, self.values.val(), self.scales.val(), self.spec, layout)
     }
 
-    /// The bytes of values and scales; on a device without a byte type values take four times as many.
+    /// The bytes of values and scales. On a device without a byte type, values take four times as many.
     pub fn bytes(&self) -> usize {
         let [experts, input, output] = self.dims();
         let blocks = (input * output).div_ceil(BLOCK);
@@ -102,14 +102,15 @@ impl QuantizedWeight {
 fn quantize(weight: Tensor<3>, spec: QuantizedSpec) -> (Tensor<2, Int>, Tensor<2>) {
     let count = spec.input * spec.output;
     let blocks = count.div_ceil(BLOCK);
-    let mut flat = weight.reshape([count]); // filled with zeros to whole blocks
+    let mut flat = weight.reshape([count]);
+    // Fill the last block with zeros, which do not change its scale.
     if count < blocks * BLOCK {
         let padding = Tensor::zeros([blocks * BLOCK - count], (&flat.device(), DType::F32));
         flat = Tensor::cat(vec![flat, padding], 0);
     }
     let values = flat.reshape([blocks, BLOCK]);
     let scales = values.clone().abs().max_dim(1) / f64::from(spec.bits.largest());
-    // A block of zeros has a scale of 0; dividing by 1 instead gives integers of 0 and not NaN.
+    // A block of zeros has the scale 0. Dividing by 1 instead gives zeros and not NaN.
     let divisors = scales.clone().mask_fill(scales.clone().equal_elem(0.0), 1.0);
     let integers = (values / divisors).round() + f64::from(spec.bits.zero());
     let bytes = match spec.bits {

@@ -10,7 +10,7 @@ use crate::kernels::{CacheSpan, uniform_span};
 pub(crate) struct LayerCache {
     /// `None` only inside [`write`](Self::write) and [`grow`](Self::grow).
     store: Option<Tensor<4>>,
-    /// Weights in the layout that decoding needs, made at the first use by the kinds of attention that want them.
+    /// Weights in a layout for decoding, made at the first use by the kinds of attention that need one.
     pub(crate) prepared: Option<Vec<Tensor<3>>>,
 }
 
@@ -34,10 +34,10 @@ impl LayerCache {
         self.store = Some(larger.slice_assign([0..batch, 0..heads, 0..old, 0..row], store));
     }
 
-    /// Writes the rows of new tokens, `[tokens, key heads, row]`, to the places in `spans`.
+    /// Writes the rows of new tokens, `[tokens, key heads, row]`, to the positions in `spans`.
     pub(crate) fn write(&mut self, new: Tensor<3>, spans: &[CacheSpan]) {
-        // The tensor is moved out while it is written: as its only owner the backend writes in place. A clone left in `self` would
-        // make every write copy the whole cache.
+        // The tensor is moved out while it is written: the backend writes in place only if there is no other owner. A clone left in
+        // `self` would make every write copy the whole cache.
         let mut store = self.store.take().expect("the store is always put back");
         let [batch, heads, _, row] = store.dims();
         if let Some(span) = uniform_span(spans, batch) {

@@ -1,5 +1,5 @@
 //! The traits that a kind of attention implements: [`AttentionKind`] for its part of `config.json`, [`AttentionModule`] for the
-//! computation. All code in the workspace that depends on the kind uses these.
+//! computation. Code that depends on the kind goes through these.
 
 use burn::tensor::Tensor;
 use serde_json::{Map, Value};
@@ -68,7 +68,7 @@ pub(crate) trait AttentionKind {
 
 /// The computation of a kind of attention.
 pub(crate) trait AttentionModule: Projections {
-    /// Attends over whole sequences, `[tokens, hidden]` to `[tokens, hidden]`; with statistics if the context probes logits.
+    /// Attends over whole sequences, `[tokens, hidden]` to `[tokens, hidden]`. Returns statistics if the context probes logits.
     fn forward_rows(&self, x: Tensor<2>, context: &ForwardContext) -> (Tensor<2>, Option<LogitStats>);
 
     /// Appends new tokens to the cache and attends to it, `[tokens, hidden]` to `[tokens, hidden]`.
@@ -83,10 +83,10 @@ pub(crate) trait AttentionModule: Projections {
 pub struct QkClipProjections<'a> {
     /// The projection that outputs the queries of all heads, `nope + rope` columns each.
     pub query: &'a mut Projection,
-    /// The projection that outputs keys and values of all heads, `nope + value` columns each; `None` if heads share whole keys
-    /// (grouped-query attention), where the query takes the whole factor.
+    /// The projection that outputs keys and values of all heads, `nope + value` columns each; `None` if heads share complete keys
+    /// (grouped-query attention), so that the whole factor goes into the query.
     pub key_value: Option<&'a mut Projection>,
-    /// Columns of a key that are a head's own (without position).
+    /// Columns of a key that belong to one head (without position).
     pub nope: usize,
     /// Columns of a key that all heads share (with position).
     pub rope: usize,

@@ -9,7 +9,7 @@ const THRESHOLD: f64 = 100.0;
 /// Queries whose logits are in memory at once: `[batch, heads, QUERY_BLOCK, sequence]`.
 const QUERY_BLOCK: usize = 128;
 
-/// Statistics of the scaled attention logits of one layer, over all pairs of a query and a key that it sees.
+/// Statistics of the scaled attention logits of one layer, over all pairs of a query and a key visible to it.
 #[derive(Debug, Clone)]
 pub(crate) struct LogitStats {
     /// The largest logit of each head, f32 `[heads]`.
@@ -33,7 +33,7 @@ pub(crate) fn logit_stats(
     let key = key.detach().swap_dims(1, 2).swap_dims(2, 3); // [batch, heads, width, sequence]
     let heads = query.dims()[1];
     let mut max_logit: Option<Tensor<1>> = None;
-    let mut large: Option<Tensor<1>> = None;
+    let mut large_count: Option<Tensor<1>> = None;
     let mut visible_pairs = 0u64;
     for first in (0..context.sequence()).step_by(QUERY_BLOCK) {
         let rows = first..context.sequence().min(first + QUERY_BLOCK);
@@ -43,13 +43,13 @@ pub(crate) fn logit_stats(
         let shape = block.dims();
         let block = block.mask_fill(masked.expand(shape), f32::NEG_INFINITY);
         let count = block.clone().greater_elem(THRESHOLD).float().sum();
-        let block = block.swap_dims(0, 1).reshape([heads as i32, -1]).max_dim(1).reshape([heads]);
+        let block = block.swap_dims(0, 1).reshape([heads as i32, -1]).max_dim(1).reshape([heads]); // over batch, rows, keys
         max_logit = Some(max_logit.map_or(block.clone(), |max_logit| max_logit.max_pair(block)));
-        large = Some(large.map_or(count.clone(), |large| large + count));
+        large_count = Some(large_count.map_or(count.clone(), |sum| sum + count));
     }
     LogitStats {
         max_logit: max_logit.expect("a sequence has at least one token"),
-        share_above_100: large.expect("a sequence has at least one token") / visible_pairs as f64,
+        share_above_100: large_count.expect("a sequence has at least one token") / visible_pairs as f64,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Attention layers. Each kind has a folder with its module and config (`mod.rs`) and its part of `config.json` (`shape.rs`). This
+//! Attention layers. Each kind has a folder, with its module and config in `mod.rs` and its part of `config.json` in `shape.rs`. This
 //! file lists the kinds; `kind.rs` has the traits that a kind implements.
 
 mod cache;
@@ -45,7 +45,7 @@ impl AttentionShape {
         [MlaShape::KEYS, GqaShape::KEYS].into_iter().flatten().copied()
     }
 
-    /// Reads the keys of the kind of attention that the model class has.
+    /// Reads the keys of the model class's kind of attention.
     pub(crate) fn read(
         keys: &mut Keys,
         model_type: ModelType,

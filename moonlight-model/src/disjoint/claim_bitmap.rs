@@ -1,4 +1,4 @@
-//! [`ClaimBitmap`]: which elements of a buffer were claimed, one bit for each, set by any thread.
+//! [`ClaimBitmap`]: one bit for each element of a buffer that was claimed, by any thread.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,12 +24,13 @@ impl ClaimBitmap {
             let (word, bit) = (first / BITS, first % BITS);
             let count = (BITS - bit).min(range.end - first);
             let mask = (u64::MAX >> (BITS - count)) << bit;
-            // Relaxed is enough: a read-modify-write sees every earlier one of the same word.
-            let twice = self.0[word].fetch_or(mask, Ordering::Relaxed) & mask;
+            // Relaxed is enough: the read-modify-writes of one word have a total order, so one of two overlapping claims sees the
+            // other.
+            let overlap = self.0[word].fetch_or(mask, Ordering::Relaxed) & mask;
             assert!(
-                twice == 0,
+                overlap == 0,
                 "an overlap: element {} was claimed twice",
-                word * BITS + twice.trailing_zeros() as usize
+                word * BITS + overlap.trailing_zeros() as usize
             );
             first += count;
         }

@@ -1,11 +1,11 @@
-//! Parallel writes to one buffer, by tasks with disjoint rows or blocks. Bounds are checked in every build, overlaps and gaps with debug
+//! Parallel writes to one buffer, by tasks with disjoint rows or blocks. Bounds are checked in every build, overlaps with debug
 //! assertions.
 //!
-//! `chunks_mut` divides a slice into consecutive chunks. Tasks that write a row-major matrix often have a *block* instead, some columns
-//! of some rows, whose elements alternate in memory with those of other blocks. [`DisjointMut`] hands out rows and blocks of a
-//! slice through a shared reference, [`DisjointVec`] those of new memory, which need not be initialized first.
+//! `chunks_mut` divides a slice into consecutive chunks. A task that writes a row-major matrix often has a *block* instead, some
+//! columns of some rows, whose elements alternate in memory with those of other blocks. [`DisjointMut`] hands out rows and blocks of
+//! a slice through a shared reference, [`DisjointVec`] those of new memory, which need not be initialized first.
 //!
-//! Two rules make this sound. Claiming a part is `unsafe` because the caller must ensure the second:
+//! Two rules make this sound. To claim a part is `unsafe`, because the caller must ensure the second:
 //!
 //! 1. A part is within the buffer. Every claim asserts it, in every build.
 //! 2. No element is claimed twice, ever. With debug assertions claims are recorded, one bit for each element, and a second claim
@@ -56,9 +56,9 @@ pub struct DisjointMut<'a, T> {
     lifetime: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it owns the rights of a `&mut [T]`, which can be sent if `T` can.
+// SAFETY: it stands for a `&mut [T]`, which can be sent if `T` can.
 unsafe impl<T: Send> Send for DisjointMut<'_, T> {}
-// SAFETY: a shared reference only hands out `&mut` to elements that no one else has, by rule 2; that is the same as sending them.
+// SAFETY: a shared reference only hands out `&mut` to elements that no other claim contains, by rule 2, which is sending them.
 unsafe impl<T: Send> Sync for DisjointMut<'_, T> {}
 
 impl<'a, T> DisjointMut<'a, T> {
@@ -105,7 +105,7 @@ impl<'a, T> DisjointMut<'a, T> {
     pub unsafe fn row(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.length, "{range:?} exceeds a buffer of {}", self.length);
         self.claim(&range, 1, 0);
-        // SAFETY: the range is within the buffer, as asserted, and no one else has any of its elements, as the caller ensures.
+        // SAFETY: the range is within the buffer, as asserted, and no other claim contains any of its elements, as the caller ensures.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(range.start), range.len()) }
     }
 
@@ -157,6 +157,7 @@ impl<'a, T> DisjointMut<'a, T> {
             self.bitmap.claim(first.start + row * stride..first.end + row * stride);
         }
         let _ = stride;
+        // Relaxed is enough: `finish` takes `self`, so every claim happened before it.
         self.claimed.fetch_add(first.len() * rows, Ordering::Relaxed);
     }
 
@@ -229,8 +230,8 @@ impl<T> Deref for DisjointVec<T> {
 
 impl<T> Drop for DisjointVec<T> {
     fn drop(&mut self) {
-        // SAFETY: the memory is that of `new`, and nothing else frees it. Its values are not dropped, because which of them are
-        // initialized is not known; leaking them is safe.
+        // SAFETY: the memory is that of `new`, and nothing else frees it. Its values are leaked, which is safe: it is not known which
+        // of them are initialized.
         drop(unsafe { Box::from_raw(self.memory()) });
     }
 }
@@ -244,7 +245,7 @@ pub struct BlockMut<'a, T> {
     lifetime: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it has the rights of a `&mut [T]` to a part of its elements.
+// SAFETY: it stands for a `&mut [T]` to some of its elements.
 unsafe impl<T: Send> Send for BlockMut<'_, T> {}
 // SAFETY: as above; a shared reference returns sizes only.
 unsafe impl<T: Sync> Sync for BlockMut<'_, T> {}

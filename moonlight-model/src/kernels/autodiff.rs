@@ -13,8 +13,8 @@ use burn::backend::{Autodiff, AutodiffBackend, Backend};
 use super::reference::AttentionSaved;
 use super::{AttentionSpec, CachedAttentionSpec, GroupLayout, Kernels, ModelOps, QuantizedSpec, RotationSpec};
 
-/// Evaluates `forward`. If a parent is tracked, the result becomes a node of the graph, whose backward step receives `state`; `state`
-/// may save parents by `prep.checkpoint`.
+/// Evaluates `forward`. If a parent is tracked, the result becomes a node of the graph, and its backward step receives `state`, which
+/// saves parents by `prep.checkpoint`.
 macro_rules! node {
     ($backward:ident, [$($parent:expr),+], |$prep:ident| $state:expr, $forward:expr) => {
         match $backward.prepare::<C>([$($parent),+]).compute_bound().stateful() {
@@ -34,8 +34,8 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         node!(
             Project,
             [rows.node(), weight.node()],
-            // Each operand is needed for the gradient of the other only. With a frozen weight, as in LoRA, no rows
-            // are saved.
+            // Each operand is needed only for the gradient of the other. With a frozen weight, as in LoRA, no rows are
+            // saved.
             |prep| (weight_tracked.then(|| prep.checkpoint(&rows)), rows_tracked.then(|| prep.checkpoint(&weight))),
             B::project_forward(rows.into_primitive(), weight.into_primitive())
         )
@@ -140,8 +140,8 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         let (query, key_value, shared_key) =
             (query.into_primitive(), key_value.into_primitive(), Some(shared_key.into_primitive()));
         let (output, log_sum) = B::attention_forward(query.clone(), key_value.clone(), shared_key.clone(), &spec);
-        // Computed before the node is made: the state also holds `output` and `log_sum`, which are not nodes that could be
-        // checkpointed.
+        // Computed before the node is made, because its state holds `output` and `log_sum`. These are results, not parents that
+        // `prep.checkpoint` could save.
         node!(
             Attention,
             [query_node, key_node, shared_node],
@@ -166,7 +166,7 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         )
     }
 
-    // Decoding has no gradient: the result is a constant of the graph.
+    // Decoding has no gradient: the result enters the graph as a constant.
     fn cached_attention(
         query: FloatTensor<Self>,
         cache: FloatTensor<Self>,
@@ -185,7 +185,7 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
     }
 }
 
-const SAVED: &str = "the operand was saved for the gradient of the other, tracked one";
+const SAVED: &str = "an operand is saved if the other one is tracked";
 
 #[derive(Debug)]
 struct Project;

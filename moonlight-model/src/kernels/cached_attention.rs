@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-/// New tokens of one sequence. They are consecutive among all new tokens.
+/// The new tokens of one sequence, which are consecutive among all new tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheSpan {
     /// The index of the sequence in the cache.
@@ -43,8 +43,8 @@ impl CachedAttentionSpec {
     }
 }
 
-/// The span that all `batch` sequences share, up to their index; `None` if they differ in position or number of new tokens, or if a
-/// sequence has no new tokens. Then one operation over the batch can replace one for each sequence.
+/// The span of the first sequence, if all `batch` sequences have new tokens, equally many and at the same position: one operation
+/// over the batch can then replace one for each sequence. `None` otherwise.
 pub(crate) fn uniform_span(spans: &[CacheSpan], batch: usize) -> Option<CacheSpan> {
     let first = *spans.first()?;
     let same = |(index, span): (usize, &CacheSpan)| *span == CacheSpan { sequence: index, ..first };

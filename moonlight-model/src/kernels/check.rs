@@ -1,7 +1,7 @@
 //! Assertions on the arguments of the public functions, made once before an operation is dispatched.
 //!
-//! They cost nanoseconds, and the operations at least microseconds. Only two depend on the number of tokens:
-//! [`Check::document_starts`], and the targets of cross-entropy, which are checked in `flex::cross_entropy` on the CPU.
+//! An assertion takes nanoseconds, an operation at least microseconds. Only two checks grow with the number of tokens:
+//! [`Check::document_starts`], and that of cross-entropy's targets, which `flex::cross_entropy` makes on the CPU.
 
 use burn::tensor::{DType, Tensor};
 
@@ -48,7 +48,7 @@ impl Check {
     pub(super) fn document_starts(self, spec: &AttentionSpec, batch: usize, sequence: usize) {
         let Some(starts) = &spec.starts else { return };
         self.rule(starts.len() == batch * sequence, "there must be one document start for each query");
-        // One flag that is asserted once, instead of a branch for each token.
+        // One flag, asserted once, instead of a branch for each token.
         let mut valid = true;
         for starts in starts.chunks_exact(sequence) {
             let mut last = 0;
@@ -67,24 +67,27 @@ impl Check {
         let inside = |range: &std::ops::Range<usize>| range.start < range.end && range.end <= row;
         self.rule(inside(&spec.keys), "the key is not a part of a cache row");
         self.rule(inside(&spec.values), "the value is not a part of a cache row");
-        let mut rest = tokens;
-        let mut next = 0;
+        let mut remaining = tokens;
+        let mut next_sequence = 0;
         for span in spec.spans.iter() {
             self.rule(span.sequence < batch, "a span's sequence is not in the cache");
-            self.rule(span.sequence >= next, "spans must be in the order of their sequences, at most one for each");
+            self.rule(
+                span.sequence >= next_sequence,
+                "spans must be in the order of their sequences, at most one for each",
+            );
             let end = span.start.checked_add(span.count);
             self.rule(end.is_some_and(|end| end <= capacity), "a span exceeds the capacity of the cache");
             self.rule(
-                span.count > 0 && span.count <= rest,
+                span.count > 0 && span.count <= remaining,
                 "a span has no token, or spans have more tokens than there are queries",
             );
-            rest -= span.count;
-            next = span.sequence + 1;
+            remaining -= span.count;
+            next_sequence = span.sequence + 1;
         }
-        self.rule(rest == 0, "spans have fewer tokens than there are queries");
+        self.rule(remaining == 0, "spans have fewer tokens than there are queries");
     }
 
-    /// Asserts that a matrix can exist, and returns its numbers of bytes and blocks.
+    /// Asserts that the matrix is not empty and can be addressed, and returns its number of bytes and of blocks.
     #[track_caller]
     pub(super) fn quantized(self, spec: QuantizedSpec) -> [usize; 2] {
         self.not_empty("spec", [spec.input, spec.output]);

@@ -1,10 +1,10 @@
-//! [`GroupLayout`]: which rows of a matrix belong to which group, for a mixture of experts which expert each row is routed to.
+//! [`GroupLayout`]: which rows of a matrix belong to which group. In a mixture of experts a group is an expert.
 
 use std::ops::Range;
 
-/// Rows sorted by group, and the tokens that they are copies of.
+/// Rows sorted by group. Each row is a copy of a token.
 ///
-/// The rows of a *group* are multiplied by one matrix of a stack: that of an expert, or of a head. Each token has `k` rows, one
+/// The rows of a *group* are multiplied by one matrix of a stack, that of an expert or of a head. Each token has `k` rows, one
 /// for each of its choices. A *slot* is a (token, choice) pair with the index `token * k + choice`; a *row* is the position of a
 /// slot after sorting by group.
 ///
@@ -21,7 +21,7 @@ use std::ops::Range;
 ///
 /// - `offsets` begins with 0, never decreases, and ends with the number of rows;
 /// - `row_of_slot` is a permutation of the rows, and `token_of_row[row_of_slot[slot]] == slot / k`;
-/// - there is at least one group, `k` is not 0, and rows can be counted in an `i32`.
+/// - there is at least one group, `k` is not 0, and the number of rows fits in an `i32`, the type of index tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupLayout {
     offsets: Vec<usize>,
@@ -88,7 +88,7 @@ impl GroupLayout {
         );
         assert!(groups > 0, "a layout has at least one group");
         assert!(i32::try_from(choices.len()).is_ok(), "{} rows are more than an i32 can count", choices.len());
-        // A counting sort, which keeps tokens in order within a group: sums over a group do not depend on how it was sorted.
+        // A counting sort is stable: rows of a group are in the order of tokens, which fixes the order of sums over them.
         let mut offsets = vec![0; groups + 1];
         for &group in choices {
             assert!((group as usize) < groups, "choice {group} is not one of {groups} groups");
@@ -109,18 +109,18 @@ impl GroupLayout {
         Self { offsets, token_of_row, row_of_slot, k }
     }
 
-    /// A layout of `groups` groups with `each` rows, one group after the other, and `k` = 1. It makes a grouped product a batched
+    /// A layout of `groups` groups with `rows_per_group` rows each, in order, and `k` = 1. A grouped product with it is a batched
     /// product.
     ///
     /// # Panics
     ///
     /// If `groups` is 0, or there are more than `i32::MAX` rows.
-    pub fn uniform(groups: usize, each: usize) -> Self {
+    pub fn uniform(groups: usize, rows_per_group: usize) -> Self {
         assert!(groups > 0, "a layout has at least one group");
-        let rows = groups.checked_mul(each).and_then(|rows| i32::try_from(rows).ok());
-        let rows = rows.unwrap_or_else(|| panic!("{groups} x {each} rows are more than an i32 can count"));
+        let rows = groups.checked_mul(rows_per_group).and_then(|rows| i32::try_from(rows).ok());
+        let rows = rows.unwrap_or_else(|| panic!("{groups} x {rows_per_group} rows are more than an i32 can count"));
         let rows: Vec<u32> = (0..rows.unsigned_abs()).collect();
-        let offsets = (0..=groups).map(|group| group * each).collect();
+        let offsets = (0..=groups).map(|group| group * rows_per_group).collect();
         Self { offsets, token_of_row: rows.clone(), row_of_slot: rows, k: 1 }
     }
 
@@ -150,20 +150,20 @@ impl GroupLayout {
             return Err(GroupLayoutError::Offsets { at: offsets.len(), rows });
         }
         let last = offsets.len() - 1;
-        let wrong = |at: usize| match at {
+        let is_wrong = |at: usize| match at {
             0 => offsets[0] != 0,
             at => offsets[at] < offsets[at - 1] || offsets[at] > rows || (at == last && offsets[at] != rows),
         };
-        if let Some(at) = (0..=last).find(|&at| wrong(at)) {
+        if let Some(at) = (0..=last).find(|&at| is_wrong(at)) {
             return Err(GroupLayoutError::Offsets { at, rows });
         }
-        let mut taken = vec![false; rows];
+        let mut is_taken = vec![false; rows];
         for (slot, &row) in row_of_slot.iter().enumerate() {
             let index = row as usize;
-            if index >= rows || taken[index] || token_of_row[index] as usize != slot / k {
+            if index >= rows || is_taken[index] || token_of_row[index] as usize != slot / k {
                 return Err(GroupLayoutError::Slot { slot, row });
             }
-            taken[index] = true;
+            is_taken[index] = true;
         }
         Ok(Self { offsets, token_of_row, row_of_slot, k })
     }

@@ -1,13 +1,13 @@
-//! Fused operations, in which a training step spends most of its time, as Burn backend extensions.
+//! Fused operations as Burn backend extensions. A training step spends most of its time in them.
 //!
 //! The public functions take and return Burn tensors and run on every backend. Each operation has up to three implementations:
-//! `reference` composes Burn's own operations and runs everywhere; `flex` is the fast one for CPUs, in f32 and bf16; `cube` is the
-//! one for GPUs. Tests compare both with the reference. Gradients are written by hand in `autodiff`.
+//! `reference` uses Burn's own operations and runs everywhere; `flex` has fast kernels for CPUs, in f32 and bf16; `cube` has
+//! kernels for GPUs. Tests compare both with the reference. Gradients are written by hand in `autodiff`.
 //!
 //! | operation | shapes | why not Burn's operations |
 //! |---|---|---|
 //! | [`project`] | `[rows, in] x [in, out]` | slow in the backward pass and for a single row |
-//! | [`grouped_matmul`] | `[rows, in] x [groups, in, out]` | there is no grouped product, and the gradient of each slice of a stack has the size of the stack |
+//! | [`grouped_matmul`] | `[rows, in] x [groups, in, out]` | Burn has no grouped product, and the gradient of each slice of a stack is as large as the stack |
 //! | [`quantized_matmul`] | the same, with weights of 8 or 4 bits | the backward pass would keep the whole dequantized weight |
 //! | [`dispatch_rows`], [`combine_rows`] | tokens to rows of experts and back | the gradient of a gather is a scatter; here it is another gather |
 //! | [`latent_attention`], [`grouped_attention`] | causal, within documents | autodiff keeps several `[sequence, sequence]` tensors; these keep none |
@@ -16,15 +16,16 @@
 //!
 //! # What is checked
 //!
-//! Every function asserts shapes, dtypes and the ranges of all indices before it dispatches, because the backends' code is
-//! `unsafe` and trusts them. No tensor may be empty, and all tensors of an operation must be on one device. Indices in a tensor
-//! on a GPU are not read back to be checked; the kernel of [`cross_entropy`] bounds its targets itself.
+//! Every function asserts shapes, dtypes and the ranges of all indices before it dispatches, because the `unsafe` code of the
+//! backends relies on them. No tensor may be empty, and all tensors of an operation must be on one device. Indices in a tensor
+//! on a GPU are not checked, because reading them back would wait for the device; the kernel of [`cross_entropy`] checks its
+//! targets itself.
 //!
 //! # Adding an operation
 //!
 //! 1. Declare its kernels and the operation in `ops!` below, and add the public function with its checks.
-//! 2. Compose it of Burn's operations in `reference`.
-//! 3. Write `flex/NAME.rs` and `cube/NAME.rs`, or in the `tensor.rs` there an empty `impl`, which runs the reference.
+//! 2. Write it with Burn's operations in `reference`.
+//! 3. Write `flex/NAME.rs` and `cube/NAME.rs`. A backend with an empty `impl` runs the reference.
 //! 4. Write its gradient in `autodiff`.
 //! 5. Test it in `tests.rs`, `cube/tests.rs` and `tests/hostile_kernels.rs`. `CONTRIBUTING.md` has what to add to each.
 
@@ -42,8 +43,8 @@ mod tests;
 mod flex {
     //! CPU kernels for f32 and bf16: one pass over memory, vectorized, on all threads. Other dtypes run the reference.
     //!
-    //! Work is divided into tasks that write disjoint memory. The size of a task, and with it the order of every sum, does not
-    //! depend on the number of threads: the same input gives the same bits.
+    //! Work is divided into tasks that write disjoint memory. The size of a task, and so the order of every sum, does not depend
+    //! on the number of threads: the same input gives the same bits.
 
     mod attention;
     mod cached_attention;
@@ -68,18 +69,22 @@ mod cube {
     //!
     //! The kernels do not depend on the runtime: cube sizes and shared memory stay within the limits that WebGPU guarantees
     //! everywhere. They take f32 and the half types that the device can store; sums are in f32. Projections run the reference, because
-    //! Burn's product is the right one there; products by quantized weights and cached attention have no kernel yet.
+    //! Burn's product already uses matrix units (tensor cores); products by quantized weights and cached attention have no kernel yet.
     //!
     //! A *cube* is a workgroup (WebGPU) or thread block (CUDA), a *unit* one of its threads.
     //!
     //! # Where the host waits for the device
     //!
-    //! All work is queued without waiting, with two exceptions. In every layer of experts the router reads the scores
-    //! (`[tokens, experts]`), because it chooses on the host: the list of tiles needs the layout there, the bias update and the
-    //! balance loss need the loads. And a training step reads its loss and gradient norm. Removing the first exception would take
-    //! a kernel for the choice, one that counts and sorts the choices, tiles for the worst case (`rows / TILE` plus one for each
-    //! expert; empty ones end at once), and loads that stay on the device until the end of the step. Decoding would gain most,
-    //! because its layers are short compared with a round trip to the host.
+    //! All work is queued without waiting, with two exceptions:
+    //!
+    //! * In every layer of experts the router reads the scores (`[tokens, experts]`), because it chooses on the host: the list of
+    //!   tiles needs the layout there, the bias update and the balance loss need the loads.
+    //! * A training step reads its loss and gradient norm.
+    //!
+    //! To remove the first, the choice, its counts and its sorted order would have to be computed on the device, tiles launched
+    //! for the worst case (`rows / TILE` plus one for each expert; empty ones end at once), and loads kept there until the end of
+    //! the step. Decoding would gain most, because its layers are short compared with a round trip to the host.
+
     mod attention;
     mod cross_entropy;
     mod dispatch;
@@ -292,8 +297,7 @@ pub fn project(rows: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as ModelOps>::project(rows.into_dispatch(), weight.into_dispatch()))
 }
 
-/// The grouped product: multiplies the rows of each group by the matrix of the group. The matrix of a group without rows is not
-/// read.
+/// The grouped product: the rows of each group times the matrix of the group. The matrix of a group without rows is not read.
 ///
 /// # Shapes
 ///
@@ -318,9 +322,9 @@ pub fn grouped_matmul(rows: Tensor<2>, weight: Tensor<3>, layout: &Arc<GroupLayo
     ))
 }
 
-/// [`grouped_matmul`] by frozen quantized weights, `w = (value - zero) * scale`. One group at a time is dequantized.
+/// [`grouped_matmul`] by frozen quantized weights, `w = (value - zero) * scale`. One group is dequantized at a time.
 ///
-/// Only the rows have a gradient, for which the weights are dequantized again.
+/// Only the rows have a gradient. The backward pass dequantizes the weights again.
 ///
 /// # Shapes
 ///
@@ -355,7 +359,7 @@ pub fn quantized_matmul(
     ))
 }
 
-/// Copies each token to the rows of the experts that it is routed to.
+/// Copies each token to one row of each expert that it is routed to.
 ///
 /// # Shapes
 ///
@@ -418,8 +422,8 @@ pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
 
 /// `gain * x / sqrt(mean(x^2) + epsilon)` over the last dimension (RMSNorm, arXiv 1910.07467).
 ///
-/// Statistics are in f32. The normalized value is rounded to the dtype of `x` *before* it is multiplied by the gain, as in the
-/// published code.
+/// Statistics are in f32. The normalized value is rounded to the dtype of `x` *before* it is multiplied by the gain, as in
+/// transformers.
 ///
 /// # Shapes
 ///
@@ -439,8 +443,8 @@ pub fn rms_norm(x: Tensor<2>, gain: Tensor<1>, epsilon: f64) -> Tensor<2> {
 
 /// Rotary embedding (RoPE, arXiv 2104.09864): rotates dimensions `start..` of each head by the angles of its position.
 ///
-/// A pair `(a, b)` becomes `(a cos - b sin, b cos + a sin)` in its place. Published code permutes the dimensions of queries and
-/// keys instead; their products are the same.
+/// A pair `(a, b)` becomes `(a cos - b sin, b cos + a sin)` and stays in its place. transformers also permutes the dimensions of
+/// queries and keys, which does not change their products.
 ///
 /// # Shapes
 ///
@@ -454,8 +458,8 @@ pub fn rms_norm(x: Tensor<2>, gain: Tensor<1>, epsilon: f64) -> Tensor<2> {
 pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, spec: RotationSpec) -> Tensor<4> {
     let check = Check("rotate");
     let [batch, sequence, _, width] = check.float("x", &x);
-    let whole = spec.start < width && (width - spec.start).is_multiple_of(2);
-    check.rule(whole, "the rotated part of a head is not a number of pairs");
+    let is_paired = spec.start < width && (width - spec.start).is_multiple_of(2);
+    check.rule(is_paired, "the rotated part of a head is not a number of pairs");
     for (name, angles) in [("cos", &cos), ("sin", &sin)] {
         check.shape(name, check.float(name, angles), [batch * sequence, (width - spec.start) / 2]);
         check.dtype(name, angles.dtype(), DType::F32);
@@ -535,9 +539,9 @@ pub fn grouped_attention(query: Tensor<4>, key_value: Tensor<4>, spec: Attention
     ))
 }
 
-/// Causal attention of new tokens to a KV cache that contains their own keys and values already. There is no gradient.
+/// Causal attention of new tokens to a KV cache, to which their keys and values have been written. There is no gradient.
 ///
-/// `spec` says which part of a cache row is the key and which the value, and to which sequence each token belongs.
+/// `spec` gives the columns of a cache row that are the key and the value, and the sequence of each token.
 ///
 /// # Shapes
 ///

@@ -3,7 +3,7 @@
 /// Declares kernels, and the operations that are dispatched to them.
 ///
 /// `kernels` lists traits with forward and gradient functions. The default of each function is the function of the same name in
-/// `reference`, so a backend overrides what it can do faster, each trait in a file of its own. `Kernels` is the sum of all traits; a
+/// `reference`; a backend overrides those that it can compute faster, in one file for each trait. `Kernels` combines all traits; a
 /// backend opts in with an empty `impl`.
 ///
 /// `operations` lists the methods of the trait `ModelOps`, which Burn dispatches by the backend of the tensors. They are implemented
@@ -38,7 +38,7 @@ macro_rules! ops {
             }
         )*
 
-        /// A backend with all kernels, its own or the reference.
+        /// A backend that implements every kernel trait, by its own code or by the reference.
         pub(crate) trait Kernels: Backend $(+ $kernel)* {}
 
         /// The operations that Burn dispatches. The public functions of the same names document their shapes.

@@ -1,7 +1,7 @@
 //! The reference: each operation and its gradient, composed of Burn's tensor operations.
 //!
-//! It defines what the fast kernels must compute, and runs on every backend and dtype without a kernel. It may be slow, but
-//! it must not be wrong.
+//! It defines what the fast kernels must compute, and runs on every backend and dtype that has no kernel. Clarity comes before
+//! speed here.
 
 use std::ops::Range;
 
@@ -111,7 +111,7 @@ fn dequantized<B: Backend>(
         B::float_reshape(B::int_into_float(values, FloatDType::F32), Shape::new([blocks, bits.bytes(QUANT_BLOCK)]));
     let integers = match bits {
         QuantBits::Eight => bytes,
-        // The high half of a byte by division: bit operations on integers are not available on every backend.
+        // Halves by division, because not every backend has bit operations on integers. In f32 this is exact: a byte is below 256.
         QuantBits::Four => {
             let high = B::float_floor(B::float_div_scalar(bytes.clone(), 16_f32.into()));
             let low = B::float_sub(bytes, B::float_mul_scalar(high.clone(), 16_f32.into()));
@@ -206,7 +206,7 @@ pub(super) fn rms_norm_forward<B: Backend>(x: FloatTensor<B>, gain: FloatTensor<
     let normalized = B::float_mul(x.clone(), inverse_rms::<B>(x, epsilon));
     let width = gain.shape()[0];
     let gain = B::float_reshape(gain, Shape::new([1, width]));
-    // Rounded before the product with the gain, as in the published code.
+    // Rounded before the product with the gain, as in transformers.
     B::float_mul(B::float_cast(normalized, dtype), B::float_cast(gain, dtype))
 }
 
@@ -243,7 +243,7 @@ pub(super) fn rotate_forward<B: Backend>(
     let dtype = FloatDType::from(x.dtype());
     let [batch, sequence, heads, width] = x.shape().dims();
     let pairs = (width - spec.start) / 2;
-    // Cos and sin are rounded to the dtype of x before the products, as in the published code.
+    // Cos and sin are rounded to the dtype of x before the products, as in transformers.
     let angle = |t| B::float_cast(B::float_reshape(t, Shape::new([batch, sequence, 1, pairs, 1])), dtype);
     let (cos, sin) = (angle(cos), angle(sin));
     let tail = slice::<B>(x.clone(), 3, spec.start, width);
@@ -254,8 +254,7 @@ pub(super) fn rotate_forward<B: Backend>(
         let part = slice::<B>(paired.clone(), pair_dim, index, index + 1);
         B::float_reshape(part, Shape::new([batch, sequence, heads, pairs, 1]))
     };
-    let (a, b) = (member(0), member(1));
-    // Each [batch, sequence, heads, pairs, 1].
+    let (a, b) = (member(0), member(1)); // each [batch, sequence, heads, pairs, 1]
     let rotated_a = B::float_sub(B::float_mul(a.clone(), cos.clone()), B::float_mul(b.clone(), sin.clone()));
     let rotated_b = B::float_add(B::float_mul(b, cos), B::float_mul(a, sin));
     let rotated = if spec.interleave {
@@ -281,7 +280,7 @@ pub(super) fn attention_forward<B: Backend>(
     let heads = AttentionHeads::<B>::new(query, key_value, shared_key);
     let [batch, count, sequence, _] = heads.query.shape().dims();
     let scores = heads.scores(spec); // [batch, heads, queries, keys]
-    let largest = B::float_max_dim(scores.clone(), 3);
+    let largest = B::float_max_dim(scores.clone(), 3); // finite: every query sees at least its own key
     let exponentials = B::float_exp(B::float_sub(scores, largest.clone()));
     let sum = B::float_sum_dim(exponentials.clone(), 3);
     let probabilities = B::float_cast(B::float_div(exponentials, sum.clone()), dtype);
@@ -351,7 +350,7 @@ pub(super) fn cached_attention_forward<B: Backend>(
     B::float_cat(parts, 0)
 }
 
-/// [`cached_attention_forward`] if `span` holds for every sequence of `cache`.
+/// [`cached_attention_forward`] for a `cache` in which `span` applies to every sequence.
 fn attend_span<B: Backend>(
     query: FloatTensor<B>,
     cache: FloatTensor<B>,
@@ -370,18 +369,19 @@ fn attend_span<B: Backend>(
     let query = B::float_reshape(B::float_swap_dims(query, 1, 2), Shape::new([batch, key_heads, count * group, width]));
     let scores = to_f32::<B>(B::float_matmul(query, B::float_transpose(key))); // [batch, key heads, tokens * group, keys]
     let mut scores = B::float_mul_scalar(scores, spec.scale.into());
+    // A single query without a window sees every key up to its own, so there is nothing to mask.
     if count > 1 || spec.first_key(span.start) > 0 {
-        let masked: Vec<f32> = (0..count * group)
+        let mask: Vec<f32> = (0..count * group)
             .flat_map(|row| {
                 let last = span.start + row / group;
                 let seen = spec.first_key(last)..=last;
                 (0..span.end()).map(move |key| if seen.contains(&key) { 0.0 } else { f32::NEG_INFINITY })
             })
             .collect();
-        let masked = TensorData::new(masked, [1, 1, count * group, span.end()]);
-        let masked = B::float_from_data(masked, &scores.device());
+        let mask = TensorData::new(mask, [1, 1, count * group, span.end()]);
+        let mask = B::float_from_data(mask, &scores.device());
         let shape = scores.shape();
-        scores = B::float_add(scores, B::float_expand(masked, shape));
+        scores = B::float_add(scores, B::float_expand(mask, shape));
     }
     let probabilities = B::float_cast(B::softmax(scores, 3), dtype);
     let output = B::float_matmul(probabilities, value); // [batch, key heads, tokens * group, value]
@@ -420,8 +420,9 @@ pub(super) fn cross_entropy_grad<B: Backend>(
 /// The NaN is computed as the root of a negative number, because not every shading language allows a NaN constant. Boolean masks
 /// are avoided, because backends store them differently.
 fn clamp_targets<B: Backend>(targets: IntTensor<B>, vocab: usize) -> (IntTensor<B>, FloatTensor<B>) {
-    let wide = matches!(targets.dtype(), DType::I32 | DType::I64 | DType::U32 | DType::U64);
-    let targets = if wide { targets } else { B::int_cast(targets, IntDType::I32) };
+    // Narrower types could not represent the bounds of the clamp.
+    let is_wide = matches!(targets.dtype(), DType::I32 | DType::I64 | DType::U32 | DType::U64);
+    let targets = if is_wide { targets } else { B::int_cast(targets, IntDType::I32) };
     let last = i32::try_from(vocab - 1).unwrap_or(i32::MAX);
     let inside = B::int_clamp(targets.clone(), 0.into(), last.into());
     let distance = B::int_into_float(B::int_sub(targets, inside.clone()), FloatDType::F32);
@@ -443,7 +444,7 @@ struct AttentionHeads<B: Backend> {
     query: FloatTensor<B>,
     key: FloatTensor<B>,
     value: FloatTensor<B>,
-    /// Width of the part of the key that is the head's own; the rest is shared.
+    /// Width of the part of the key that belongs to the head; the rest is shared by all heads.
     own_key_width: usize,
 }
 
@@ -453,7 +454,7 @@ impl<B: Backend> AttentionHeads<B> {
         let [_, _, key_heads, pair] = key_value.shape().dims();
         let shared_width = shared_key.as_ref().map_or(0, |shared| shared.shape()[2]);
         let own_key_width = width - shared_width;
-        // Each query head gets a copy of its key head, so that the rest is ordinary multi-head attention.
+        // Each query head gets a copy of its key head, which leaves ordinary multi-head attention.
         let repeated = B::float_expand(
             B::float_reshape(key_value, Shape::new([batch, sequence, key_heads, 1, pair])),
             Shape::new([batch, sequence, key_heads, count / key_heads, pair]),
@@ -484,7 +485,7 @@ impl<B: Backend> AttentionHeads<B> {
 }
 
 /// `[batch, 1, sequence, sequence]`: `-inf` where query `i` does not see key `j`, because the key is after it or before its document;
-/// 0 elsewhere. It is added to the scores and not a boolean mask, because backends store booleans differently.
+/// 0 elsewhere. It is added to the scores instead of masking them by booleans, which backends store differently.
 fn causal_mask<B: Backend>(batch: usize, sequence: usize, spec: &AttentionSpec, device: &Device<B>) -> FloatTensor<B> {
     let mut causal_mask = vec![0.0f32; batch * sequence * sequence];
     for (query, row) in causal_mask.chunks_mut(sequence).enumerate() {

@@ -7,9 +7,9 @@ use std::sync::Arc;
 pub struct AttentionSpec {
     /// Factor on the products of queries and keys.
     pub scale: f32,
-    /// `[batch * sequence]`: for each query the index in its sequence of the first key that it sees, which is the start of its
-    /// document or of a sliding window. It must not be after the query and must not decrease along a sequence. `None` if every
-    /// query sees its sequence from the start.
+    /// `[batch * sequence]`: for each query the first key that it sees, as an index in its sequence: the start of its document or
+    /// of a sliding window. It must not be after the query and must not decrease along a sequence. `None` if every query sees its
+    /// sequence from the start.
     pub starts: Option<Arc<Vec<u32>>>,
 }
 
@@ -49,7 +49,7 @@ impl QuantBits {
         self.largest() + 1
     }
 
-    /// The bytes of an even number of values.
+    /// The number of bytes that an even number of values takes.
     pub fn bytes(self, values: usize) -> usize {
         match self {
             Self::Eight => values,

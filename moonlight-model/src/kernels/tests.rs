@@ -602,7 +602,7 @@ mod flex_against_reference {
         let (grad_x, grad_gain) = Flex::rms_norm_grad(gate.clone(), gain.clone(), grad.clone(), 1e-5);
         let (full_x, full_gain) = Flex::rms_norm_grad(full(&gate), full(&gain), full(&grad), 1e-5);
         rounded_once([grad_x, grad_gain], [full_x, full_gain]);
-        // As in the published code, there is a second rounding, before the gain.
+        // As in transformers, there is a second rounding, before the gain.
         let normalized = half(&Flex::rms_norm_forward(
             full(&gate),
             full(&Flex::float_ones(Shape::new([33]), &Default::default(), FloatDType::F32)),

@@ -1,4 +1,4 @@
-//! [`LowRank`], the two matrices of an adapter, with dropout whose masks can be drawn again.
+//! [`LowRank`]: the two matrices of an adapter, with dropout masks that a seed reproduces.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -66,14 +66,14 @@ struct Dropout {
 }
 
 impl Dropout {
-    /// Drops values with probability `rate` and scales the others by `1 / (1 - rate)`. The mask depends on the seed and the
-    /// adapter only, so a layer that is run again for its gradients, and a resumed run, drop the same values.
+    /// Drops values with probability `rate` and scales the others by `1 / (1 - rate)`. The mask depends on the seed and the adapter
+    /// only, so the same values are dropped when a layer is run again for its gradients, and in a resumed run.
     fn apply(&self, x: Tensor<2>, rate: f64) -> Tensor<2> {
         let seed = self.seed.0.load(Ordering::Relaxed);
         if rate == 0.0 || seed == 0 {
             return x;
         }
-        // The device's generator is seeded for every mask: the number of draws before this one must not matter.
+        // The device's generator is seeded for every mask, so that earlier draws do not matter.
         x.device().seed(split_mix64(seed ^ split_mix64(self.adapter + 1)));
         let kept = x.random_like(Distribution::Bernoulli(1.0 - rate));
         x * kept.mul_scalar(1.0 / (1.0 - rate))
@@ -130,7 +130,7 @@ impl LowRank<2> {
     pub(crate) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         let dtype = x.dtype();
         let x = self.dropout.apply(x, self.settings.dropout);
-        // Scaling here costs the fewest products: this is the narrowest tensor.
+        // The scale is applied here because this is the narrowest tensor.
         let narrow = x.matmul(self.a.val().cast(dtype)).mul_scalar(self.scale()); // [rows, rank]
         narrow.matmul(self.b.val().cast(dtype))
     }

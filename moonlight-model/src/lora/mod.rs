@@ -4,8 +4,8 @@
 //! the base model. Only `A` and `B` have gradients. Each expert has its own pair, stacked like the experts' weights and
 //! multiplied by the same grouped product.
 //!
-//! Burn's own `Module::apply_lora` is not used: it computes `W + s A B` in every forward pass, which copies the weight and
-//! needs a gradient of its full size, it has no dropout, and it treats a stack of experts as one matrix with one pair.
+//! Burn's own `Module::apply_lora` is not used: it computes `W + s A B` in every forward pass, which copies the weight and needs a
+//! gradient of the weight's size; it has no dropout; and it treats a stack of experts as one matrix with one pair.
 
 pub(crate) mod low_rank;
 mod target;
@@ -218,8 +218,8 @@ impl LoraConfig {
 impl CausalLm {
     /// Freezes the model and adds an adapter to each projection that a target matches. Existing adapters are merged first.
     ///
-    /// `A` is uniform in `[-1 / sqrt(in), 1 / sqrt(in)]`, which is what peft's `kaiming_uniform_(a=sqrt(5))` amounts to, and
-    /// depends on `seed` only; `B` is zero.
+    /// `A` is uniform in `[-1 / sqrt(in), 1 / sqrt(in)]`, as by peft's `kaiming_uniform_(a=sqrt(5))`, and depends only on `seed`; `B`
+    /// is zero.
     ///
     /// # Errors
     ///
@@ -237,17 +237,17 @@ impl CausalLm {
         let device = model.embed_tokens.weight.val().device();
         let mut projections = model.projections_mut();
         for (text, target) in &targets {
-            if !projections.iter().any(|each| target.matches(&each.path(), each.role)) {
-                let mut known: Vec<String> = projections.iter().map(|each| each.name().to_owned()).collect();
+            if !projections.iter().any(|entry| target.matches(&entry.path(), entry.role)) {
+                let mut known: Vec<String> = projections.iter().map(|entry| entry.name().to_owned()).collect();
                 known.sort();
                 known.dedup();
                 return Err(LoraError::NoSuchTarget { target: (*text).clone(), known });
             }
         }
         let shared = DropoutSeed::default();
-        projections.retain(|each| targets.iter().any(|(_, target)| target.matches(&each.path(), each.role)));
-        for (index, each) in projections.into_iter().enumerate() {
-            match each.projection {
+        projections.retain(|entry| targets.iter().any(|(_, target)| target.matches(&entry.path(), entry.role)));
+        for (index, entry) in projections.into_iter().enumerate() {
+            match entry.projection {
                 ProjectionMut::Matrix(weight) => {
                     *weight.lora = Some(init_adapter(weight.dims(), config, (seed, index), &shared, &device));
                 }
@@ -277,11 +277,11 @@ impl CausalLm {
             }
             by_path.insert(adapter.path.clone(), adapter);
         }
-        // Indexed as in `with_lora`, so that a model that is saved and loaded draws the same dropout masks.
-        projections.retain(|each| by_path.contains_key(&each.path()));
-        for (index, each) in projections.into_iter().enumerate() {
-            let Some(adapter) = by_path.remove(&each.path()) else { continue };
-            match each.projection {
+        // Adapters are numbered as in `with_lora`, so that a model that is saved and loaded draws the same dropout masks.
+        projections.retain(|entry| by_path.contains_key(&entry.path()));
+        for (index, entry) in projections.into_iter().enumerate() {
+            let Some(adapter) = by_path.remove(&entry.path()) else { continue };
+            match entry.projection {
                 ProjectionMut::Matrix(weight) => {
                     *weight.lora = Some(from_adapter(weight.dims(), adapter, index, &shared, &device)?);
                 }
@@ -300,9 +300,9 @@ impl CausalLm {
 
     /// The values of all adapters, in the order of the model's parameters.
     pub fn adapters(&self) -> Vec<Adapter> {
-        let of_projection = |each: ModelProjection<ProjectionRef<'_>>| match &each.projection {
-            ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| to_adapter(each.path(), lora)),
-            ProjectionRef::Experts(weight) => weight.lora.as_ref().map(|lora| to_adapter(each.path(), lora)),
+        let of_projection = |entry: ModelProjection<ProjectionRef<'_>>| match &entry.projection {
+            ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| to_adapter(entry.path(), lora)),
+            ProjectionRef::Experts(weight) => weight.lora.as_ref().map(|lora| to_adapter(entry.path(), lora)),
         };
         self.projections().into_iter().filter_map(of_projection).collect()
     }
@@ -310,15 +310,15 @@ impl CausalLm {
     /// Turns dropout on in the adapters of this model and its clones, with masks that depend on `seed`; `None` turns it off.
     /// Call it before each micro-batch with a new seed. It has no effect without adapters.
     ///
-    /// The masks are drawn from the device's random generator, which every adapter seeds: other random tensors drawn from the
-    /// device then depend on this seed as well.
+    /// The masks are drawn from the device's random generator, which every adapter seeds, so other random tensors of the device then
+    /// depend on this seed as well.
     pub fn set_dropout_seed(&self, seed: Option<u64>) {
         if let Some(shared) = self.dropout_seed() {
             shared.set(seed);
         }
     }
 
-    /// The model with no parameter requiring a gradient.
+    /// The model in which no parameter requires a gradient.
     fn frozen(self) -> Self {
         struct Freeze;
         impl ModuleMapper for Freeze {
@@ -331,7 +331,7 @@ impl CausalLm {
 
     /// The seed shared by all adapters; `None` without adapters.
     fn dropout_seed(&self) -> Option<DropoutSeed> {
-        self.projections().into_iter().find_map(|each| match each.projection {
+        self.projections().into_iter().find_map(|entry| match entry.projection {
             ProjectionRef::Matrix(weight) => weight.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
             ProjectionRef::Experts(weight) => weight.lora.as_ref().map(|lora| lora.dropout_seed().clone()),
         })
@@ -350,7 +350,8 @@ fn init_adapter<const D: usize>(
     shape_a[D - 1] = config.rank;
     shape_b[D - 2] = config.rank;
     let bound = (weight[D - 2] as f64).sqrt().recip();
-    // Drawn on the host by a counter-based generator: the same values on every device, whatever was drawn before.
+    // Drawn on the host by a counter-based generator: the values are the same on every device, whatever was drawn before. The upper
+    // 53 bits make a uniform f64 in [0, 1).
     let seed = split_mix64(seed ^ split_mix64(index as u64));
     let uniform = |number: usize| (split_mix64(seed ^ split_mix64(number as u64)) >> 11) as f64 / (1_u64 << 53) as f64;
     let count: usize = shape_a.iter().product();

@@ -20,7 +20,8 @@ impl Target {
         if let Some(group) = TARGET_GROUPS.iter().find(|group| **group == text) {
             return Ok(Self::Group(group));
         }
-        // As in peft, `q_proj` means that of every layer. Names in a checkpoint begin with `model.`, paths of the module do not.
+        // As in peft, `q_proj` matches the projection of every layer. Names in a checkpoint begin with `model.`, paths in the module do
+        // not.
         let end = text.strip_prefix("model.").unwrap_or(text);
         // The router is `gate` in a checkpoint and `router` in the module.
         let router = match end.strip_suffix("gate") {
@@ -36,8 +37,8 @@ impl Target {
         match self {
             Self::Group("all") => role != ProjectionRole::Router,
             Self::Group(group) => group_of(role) == *group,
-            // A router is adapted only if it is named, not because a glob like `layers.1.**` matches it: training routers by
-            // adapters unbalances the experts' loads.
+            // A router is adapted only if it is named, not because a glob like `layers.1.**` matches it: an adapter on a router
+            // unbalances the loads of the experts.
             Self::Path(pattern) => role != ProjectionRole::Router && pattern.matches(path),
             Self::Router(pattern) => role == ProjectionRole::Router && pattern.matches(path),
         }

@@ -6,7 +6,7 @@ use super::router::{RouterOutput, top_k_by_score};
 use super::shape::ScoringFunc;
 use crate::forward::ForwardContext;
 
-/// The number of tokens routed to each expert, without padding.
+/// The number of tokens routed to each expert; padding does not count.
 pub(super) fn expert_load(choices: &[u32], k: usize, experts: usize, padding: Option<&[bool]>) -> Vec<u64> {
     let mut load = vec![0; experts];
     for (token, choices) in choices.chunks_exact(k).enumerate() {
@@ -17,11 +17,12 @@ pub(super) fn expert_load(choices: &[u32], k: usize, experts: usize, padding: Op
     load
 }
 
-/// The update of the correction bias (Muon report, arXiv 2502.16982, appendix C): `u (sign(e_i) - mean_j sign(e_j))`, with `e_i`
-/// the mean load less the load of expert `i`, so that an overloaded expert becomes less likely. Subtracting the mean keeps the
-/// sum of the biases constant.
+/// The update of the correction bias (Muon report, arXiv 2502.16982, appendix C): `u (sign(e_i) - mean_j sign(e_j))`, where `e_i`
+/// is the mean load minus the load of expert `i`. An overloaded expert becomes less likely. Subtracting the mean keeps the sum of
+/// the biases constant.
 pub(crate) fn bias_step(load: &[u64], rate: f64) -> Vec<f32> {
-    // sign(mean - load_i) in integers: the total is compared with `experts * load_i`, without a rounded division.
+    // sign(mean - load_i) in integers: comparing the total with `experts * load_i` avoids a rounded division, so a load that equals
+    // the mean has the sign 0.
     let total: u64 = load.iter().sum();
     let signs: Vec<f64> =
         load.iter().map(|&load_i| f64::from(total.cmp(&(load_i * load.len() as u64)) as i8)).collect();
@@ -36,20 +37,20 @@ pub(crate) fn bias_step(load: &[u64], rate: f64) -> Vec<f32> {
 pub(super) fn sequence_loss(routed: &RouterOutput, experts: usize, context: &ForwardContext) -> Tensor<1> {
     let (batch, sequence, k) = (context.batch(), context.sequence(), routed.k);
     let top_k = top_k_by_score(&routed.host_scores, experts, k);
-    let counts = |token: usize| !context.padding().is_some_and(|padding| padding[token]);
+    let is_counted = |token: usize| !context.padding().is_some_and(|padding| padding[token]);
     // coefficients[t, i] = a f_i / (T sequences). `f` has no gradient, so the loss is one product of these constants with the
     // normalized scores.
     let mut coefficients = vec![0.0f32; batch * sequence * experts];
     for row in 0..batch {
         let tokens = row * sequence..(row + 1) * sequence;
-        // T, without padding. A sequence of padding only has no terms below, so its infinite factor is never used.
-        let length = tokens.clone().filter(|&token| counts(token)).count();
+        // T, without padding. If a whole sequence is padding, `factor` is infinite, but no token below uses it.
+        let length = tokens.clone().filter(|&token| is_counted(token)).count();
         let mut chosen = vec![0u64; experts];
-        for token in tokens.clone().filter(|&token| counts(token)) {
+        for token in tokens.clone().filter(|&token| is_counted(token)) {
             top_k[token * k..(token + 1) * k].iter().for_each(|&expert| chosen[expert as usize] += 1);
         }
         let factor = context.balance_weight() * experts as f64 / (k as f64 * (length as f64).powi(2) * batch as f64);
-        for token in tokens.filter(|&token| counts(token)) {
+        for token in tokens.filter(|&token| is_counted(token)) {
             for (coefficient, &chosen) in coefficients[token * experts..][..experts].iter_mut().zip(&chosen) {
                 *coefficient = (factor * chosen as f64) as f32;
             }
@@ -57,7 +58,7 @@ pub(super) fn sequence_loss(routed: &RouterOutput, experts: usize, context: &For
     }
     let shape = [batch * sequence, experts];
     let coefficients = Tensor::<2>::from_data(TensorData::new(coefficients, shape), &routed.scores.device());
-    // Scores by softmax sum to 1 already.
+    // Softmax scores already sum to 1.
     let normalized = match routed.scoring {
         ScoringFunc::Softmax => routed.scores.clone(),
         ScoringFunc::Sigmoid => routed.scores.clone() / routed.scores.clone().sum_dim(1),

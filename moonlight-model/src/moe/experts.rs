@@ -50,7 +50,7 @@ impl ExpertsConfig {
     }
 }
 
-/// A stack of gated MLPs. Each projection is one parameter `[experts, in, out]`, so that all experts are one grouped product,
+/// A stack of gated MLPs. Each projection is one parameter `[experts, in, out]`, so that one grouped product computes all experts
 /// and an optimizer has one parameter instead of one for each expert.
 ///
 /// ```
@@ -93,7 +93,7 @@ pub struct Experts {
 }
 
 impl Experts {
-    /// Applies to each row the MLP of its expert.
+    /// Applies the MLP of its expert to each row.
     ///
     /// # Shapes
     ///

@@ -42,7 +42,7 @@ pub use router::{Router, RouterConfig, RouterOutput};
 /// ```
 #[derive(Config, Debug, PartialEq)]
 pub struct MoeConfig {
-    /// The router, which also has the hidden size and the number of routed experts.
+    /// The router; its config also has the hidden size and the number of routed experts.
     pub router: RouterConfig,
     /// Width of the MLP of one expert.
     pub moe_intermediate_size: usize,
@@ -97,7 +97,7 @@ pub struct Moe {
     pub router: Router,
     /// The routed experts, stacked.
     pub experts: Experts,
-    /// The shared experts as one MLP, which every token passes.
+    /// The shared experts as one MLP, which is applied to every token.
     pub shared_experts: Option<Mlp>,
 }
 

@@ -86,8 +86,8 @@ impl RouterConfig {
     }
 }
 
-/// The router of a mixture of experts (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16). It computes in f32 in every dtype: a
-/// rounded score would send tokens to other experts.
+/// The router of a mixture of experts (DeepSeek-V3, arXiv 2412.19437, equations 13 to 16). It computes in f32 whatever the dtype:
+/// rounding the scores would send some tokens to other experts.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
@@ -130,7 +130,7 @@ pub(crate) struct RoutingRule {
 /// The experts of each token and their weights.
 #[derive(Debug)]
 pub struct RouterOutput {
-    /// Indices of the chosen experts, `tokens * k` entries, the `k` of a token with the best first.
+    /// Indices of the chosen experts, `tokens * k` entries, those of a token in descending order of score.
     pub choices: Vec<u32>,
     /// Experts per token.
     pub k: usize,
@@ -138,7 +138,7 @@ pub struct RouterOutput {
     pub weights: Tensor<2>,
     /// The scores of all experts (sigmoid or softmax of the logits), f32 `[tokens, experts]`; differentiable.
     pub scores: Tensor<2>,
-    /// How logits became scores, which decides how the balance loss normalizes them.
+    /// How logits became scores; the balance loss normalizes them accordingly.
     pub(crate) scoring: ScoringFunc,
     /// `scores` in host memory, `tokens * experts` values.
     pub(crate) host_scores: Vec<f32>,
@@ -163,8 +163,8 @@ impl Router {
 
     /// [`forward`](Self::forward) over `[tokens, hidden]`.
     ///
-    /// The choice is made on the host, because the dispatch needs the number of rows of each expert there in any case. On a GPU
-    /// this waits for the scores.
+    /// The choice is made on the host, because the dispatch needs the number of rows of each expert there in any case. On a GPU it
+    /// waits for the scores.
     pub(super) fn route(&self, x: Tensor<2>) -> RouterOutput {
         let tokens = x.dims()[0];
         let x = x.cast(DType::F32);
@@ -182,10 +182,10 @@ impl Router {
         let k = self.rule.k;
         let indices: Vec<i32> = choices.iter().map(|&expert| expert as i32).collect();
         let indices = Tensor::<2, Int>::from_data(TensorData::new(indices, [tokens, k]), &scores.device());
-        // The weights are scores without the bias, which only steers the choice.
+        // Weights come from the scores without the bias, which only affects the choice.
         let mut weights = scores.clone().gather(1, indices); // [tokens, k]
         if self.rule.normalize {
-            // The same guard against a sum of zero as in the published code.
+            // transformers has the same guard against a sum of zero.
             weights = weights.clone() / (weights.sum_dim(1) + 1e-20);
         }
         RouterOutput { choices, k, weights: weights * self.rule.scale, scores, scoring: self.rule.scoring, host_scores }
@@ -216,7 +216,7 @@ fn to_host(data: TensorData) -> Vec<f32> {
 impl RoutingRule {
     /// The `k` best experts of each token, best first; of equal scores the lower index.
     ///
-    /// NaN ranks below every number, so that a model with non-finite values still routes, and fails by its loss.
+    /// NaN ranks below every number: a model with non-finite values is still routed, and its loss then shows them.
     fn choose(&self, scores: &[f32], bias: Option<&[f32]>) -> Vec<u32> {
         let mut choices = vec![0; scores.len() / self.experts * self.k];
         choices
@@ -266,15 +266,16 @@ impl RoutingRule {
 
 /// Fills `chosen` with the indices of the largest scores, best first; of equal scores the lower index first, NaN last.
 fn top_k(scores: &mut [f32], chosen: &mut [u32]) {
-    // For the small k of a router, k scans are faster than sorting. Taken experts are marked by bits and not by a score of minus
-    // infinity, which masked experts have as well: no expert may be chosen twice.
+    // For the small k of a router, k scans are faster than sorting. Bits mark the chosen experts: a score of minus infinity could
+    // not, because masked experts have it too, and no expert may be chosen twice.
     let mut taken = [0u64; MAX_EXPERTS / 64];
     assert!(scores.len() <= MAX_EXPERTS, "{} experts are more than {MAX_EXPERTS}", scores.len());
     for chosen in chosen {
         let mut index = usize::MAX;
         for (candidate, &score) in scores.iter().enumerate() {
-            let free = taken[candidate / 64] & (1 << (candidate % 64)) == 0;
-            if free && (index == usize::MAX || score > scores[index] || (scores[index].is_nan() && !score.is_nan())) {
+            let is_free = taken[candidate / 64] & (1 << (candidate % 64)) == 0;
+            if is_free && (index == usize::MAX || score > scores[index] || (scores[index].is_nan() && !score.is_nan()))
+            {
                 index = candidate;
             }
         }
@@ -283,7 +284,7 @@ fn top_k(scores: &mut [f32], chosen: &mut [u32]) {
     }
 }
 
-/// The `k` best experts of each token by score, without correction bias and groups, as the balance loss counts them.
+/// The `k` best experts of each token by score alone, without correction bias and groups, as the balance loss counts them.
 pub(super) fn top_k_by_score(scores: &[f32], experts: usize, k: usize) -> Vec<u32> {
     let mut choices = vec![0; scores.len() / experts * k];
     choices.par_chunks_exact_mut(k).zip(scores.par_chunks_exact(experts)).for_each(|(choices, scores)| {

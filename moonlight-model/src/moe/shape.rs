@@ -25,7 +25,7 @@ pub struct MoeShape {
     pub n_shared_experts: usize,
     /// Number of layers at the start that are dense.
     pub first_k_dense_replace: usize,
-    /// After these, layers whose index is a multiple of this have experts; 1 for all.
+    /// After the dense layers, those whose index is a multiple of this have experts; 1 for all.
     pub moe_layer_freq: usize,
     /// Number of groups that the experts are divided into.
     pub n_group: usize,
@@ -105,7 +105,7 @@ impl MoeShape {
         let topk_method = match keys.string("topk_method")?.as_deref() {
             None if v2 => TopkMethod::Greedy,
             None | Some("noaux_tc") => TopkMethod::NoauxTc,
-            Some("greedy" | "gready") => TopkMethod::Greedy, // `gready` in V2-Lite's remote code
+            Some("greedy" | "gready") => TopkMethod::Greedy, // V2-Lite's remote code spells it `gready`
             Some("group_limited_greedy") => TopkMethod::GroupLimitedGreedy,
             Some(other) => {
                 return Err(ConfigError::Invalid {

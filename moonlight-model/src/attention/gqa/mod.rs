@@ -124,21 +124,21 @@ impl GroupedQueryAttention {
         super::kind::forward(self, x, context)
     }
 
-    /// Attends over whole sequences. If `kept` is given, it receives keys and values,
-    /// `[batch, sequence, key heads, 2 head_dim]`, for the cache.
+    /// Attends over whole sequences. If `cache_rows` is given, it receives keys and values,
+    /// `[batch, sequence, key heads, 2 head_dim]`.
     fn attend(
         &self,
         x: Tensor<2>,
         context: &ForwardContext,
-        kept: Option<&mut Option<Tensor<4>>>,
+        cache_rows: Option<&mut Option<Tensor<4>>>,
     ) -> (Tensor<2>, Option<LogitStats>) {
         let (batch, sequence) = (context.batch(), context.sequence());
         let (query, key_value) = self.project(x, context);
-        if let Some(kept) = kept {
-            *kept = Some(key_value.clone());
+        if let Some(cache_rows) = cache_rows {
+            *cache_rows = Some(key_value.clone());
         }
         let statistics = context.probes_logits().then(|| {
-            // Every query head gets a copy of its key head, which only the statistics need.
+            // A copy of the key head for each query head, which only the statistics need.
             let group = self.heads / self.key_heads;
             let key = key_value.clone().slice_dim(3, 0..self.width);
             let key = key.reshape([batch, sequence, self.key_heads, 1, self.width]);
@@ -157,7 +157,7 @@ impl GroupedQueryAttention {
         let key = self.k_proj.forward(x.clone()).reshape(shape(self.key_heads));
         let value = self.v_proj.forward(x).reshape(shape(self.key_heads));
         let key = context.rotation().apply(key, 0);
-        // Key and value of a head side by side: a row of the cache, and one tensor for the kernel.
+        // Key and value of a head side by side, as the kernel and a row of the cache have them.
         (context.rotation().apply(query, 0), Tensor::cat(vec![key, value], 3))
     }
 }
@@ -173,10 +173,10 @@ impl AttentionModule for GroupedQueryAttention {
         let (count, width) = (new.tokens.sequence(), self.width);
         let row = [count, self.key_heads, 2 * width];
         if new.is_prefill() {
-            let mut kept = None;
-            let (output, _) = self.attend(x, &new.tokens, Some(&mut kept));
-            let kept = kept.expect("`attend` fills it");
-            cache.write(kept.reshape(row), &new.spans); // after the attention, which did not need the cache
+            let mut cache_rows = None;
+            let (output, _) = self.attend(x, &new.tokens, Some(&mut cache_rows));
+            let cache_rows = cache_rows.expect("`attend` fills it");
+            cache.write(cache_rows.reshape(row), &new.spans);
             return output;
         }
         let (query, key_value) = self.project(x, &new.tokens);

@@ -63,9 +63,9 @@ impl SlidingWindow {
         }
     }
 
-    /// Follows transformers' `Qwen2Config`: if `use_sliding_window` is true, the window belongs to the layers that `layer_types`
-    /// lists as `sliding_attention`, or without `layer_types` to those from `max_window_layers` on. The keys stay in `map`, so
-    /// that writing the config restores them.
+    /// Follows transformers' `Qwen2Config`: if `use_sliding_window` is true, the layers that `layer_types` lists as
+    /// `sliding_attention` have the window; without `layer_types`, all layers from `max_window_layers` on. The keys stay in `map`,
+    /// so that writing the config restores them.
     fn read(map: &Map<String, Value>) -> Result<Option<Self>, ConfigError> {
         let mut keys = Keys { map: Map::new() };
         for key in Self::KEYS {
@@ -181,7 +181,7 @@ impl AttentionKind for GqaShape {
         if model_type == ModelType::Llama {
             put("attention_bias", json!(self.o_bias));
         }
-        // `map` still has the keys of the file. They are replaced only if the window was changed after reading.
+        // `map` still has the keys of the file. Replace them only if the window was changed after reading.
         if !SlidingWindow::read(map).is_ok_and(|window| window == self.sliding_window) {
             match &self.sliding_window {
                 Some(window) => window.write(map),

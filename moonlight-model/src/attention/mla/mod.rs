@@ -137,7 +137,7 @@ impl MultiHeadLatentAttention {
         super::kind::forward(self, x, context)
     }
 
-    /// Attends over whole sequences, with keys and values expanded. If `latents` is given, it receives the cache rows,
+    /// Attends over whole sequences, with expanded keys and values. If `latents` is given, it receives the cache rows,
     /// `[batch, sequence, kv_lora_rank + rope]`.
     fn attend(
         &self,
@@ -169,7 +169,7 @@ impl MultiHeadLatentAttention {
     /// Rotated queries, `[batch, sequence, heads, nope + rope]`.
     fn query(&self, x: Tensor<2>, context: &ForwardContext) -> Tensor<4> {
         let query = match (&self.q_proj, &self.q_a_proj, &self.q_a_layernorm, &self.q_b_proj) {
-            (Some(whole), ..) => whole.forward(x),
+            (Some(direct), ..) => direct.forward(x),
             (None, Some(down), Some(norm), Some(up)) => up.forward(norm.forward(down.forward(x))),
             _ => unreachable!("`build` makes either the one projection or all three parts"),
         };
@@ -187,15 +187,15 @@ impl MultiHeadLatentAttention {
         (self.kv_a_layernorm.forward(latent), shared)
     }
 
-    /// The key half `[heads, nope, latent]` and the value half `[heads, latent, value]` of `kv_b_proj`, made once for each cache.
-    /// Weights must not change while a cache is in use.
+    /// The key half `[heads, nope, latent]` and the value half `[heads, latent, value]` of `kv_b_proj`. They are made once for each
+    /// cache, so weights must not change while a cache is in use.
     fn absorbed(&self, cache: &mut LayerCache) -> [Tensor<3>; 2] {
         let halves = cache.prepared.get_or_insert_with(|| {
             let weight = self.kv_b_proj.effective_weight();
             let weight = weight.reshape([self.latent, self.heads, self.nope + self.value]).swap_dims(0, 1); // [heads, latent, ..]
             let key = weight.clone().slice_dim(2, 0..self.nope).swap_dims(1, 2); // [heads, nope, latent]
             let value = weight.slice_dim(2, self.nope..self.nope + self.value);
-            // Both are strided views, which the grouped product would copy for every token. Two reshapes copy them once.
+            // Both are strided views, which the grouped product would copy for every token. Flattening them copies them once.
             let copied = |tensor: Tensor<3>| {
                 let [heads, rows, columns] = tensor.dims();
                 tensor.reshape([heads * rows, columns]).reshape([heads, rows, columns])
@@ -215,8 +215,8 @@ impl AttentionModule for MultiHeadLatentAttention {
 
     /// Attends to cached and new tokens without expanding keys or values (arXiv 2405.04434, section 2.1.2).
     ///
-    /// A score is `q_nope . (W_uk c) = (W_uk^T q_nope) . c`, so the key half of `kv_b_proj` is applied to the query, and
-    /// likewise its value half to the weighted sum of latents. For prompts of empty sequences expanding is cheaper.
+    /// A score is `q_nope . (W_uk c) = (W_uk^T q_nope) . c`, so the key half of `kv_b_proj` is applied to the query, and likewise
+    /// its value half to the weighted sum of latents. A prefill expands keys and values instead, which is cheaper there.
     fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2> {
         let (count, heads, latent, rope) = (new.tokens.sequence(), self.heads, self.latent, self.rope);
         if new.is_prefill() {

@@ -95,7 +95,7 @@ impl AttentionKind for MlaShape {
         if self.latent_norm_eps != DEFAULT_LATENT_NORM_EPS {
             put("kv_norm_eps", json!(self.latent_norm_eps));
         }
-        // Published files have the key, though latent attention does not use it.
+        // Published files have this key, though latent attention does not use it.
         map.entry("num_key_value_heads").or_insert_with(|| json!(heads));
     }
 
@@ -119,7 +119,7 @@ impl AttentionKind for MlaShape {
             query: heads * (nope + rope),
             key_value: heads * (nope + value),
             output: heads * value,
-            // Twice, before and after: the latent is normalized, and the shared key, in the same tensor before, is rotated.
+            // Twice each: latents before and after their norms, the shared key before and after its rotation.
             latent: 2 * (self.kv_lora_rank + rope) + 2 * self.q_lora_rank.unwrap_or(0),
             cache: [1, self.kv_lora_rank + rope],
             head: nope + rope,

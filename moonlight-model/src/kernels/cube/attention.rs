@@ -3,7 +3,7 @@
 //! The forward pass is FlashAttention (arXiv 2205.14135): a cube takes [`BLOCK`] queries of one head, visits the keys that they
 //! see [`BLOCK`] at a time, and keeps a running maximum and sum for the softmax of each query. The backward pass computes the
 //! scores again from the logarithms of the sums, once for the gradient of queries and once for that of keys and values, so
-//! that no two cubes add to the same value (FlashAttention-2, arXiv 2307.08691). Blocks of keys after a block of queries, or
+//! that no two cubes write the same value (FlashAttention-2, arXiv 2307.08691). Blocks of keys after a block of queries, or
 //! before its first document, are not visited.
 //!
 //! Loops over the values of a block are not marked `#[unroll]`: a software Vulkan driver takes long to compile the unrolled
@@ -91,11 +91,12 @@ const UNITS: usize = ACROSS * DOWN;
 const PATCH_ROWS: usize = BLOCK / DOWN;
 const PATCH_COLUMNS: usize = BLOCK / ACROSS;
 const PATCH: usize = PATCH_ROWS * PATCH_COLUMNS;
-/// The distance between rows of a block in shared memory: one more than the columns, so that rows begin in different banks.
+/// The distance between rows of a block in shared memory: one more than the columns, so that rows begin in different banks and a
+/// column can be read without bank conflicts.
 const PITCH: usize = BLOCK + 1;
 const SHARED: usize = BLOCK * PITCH;
-/// The score of a key that a query does not see. It is finite, because a query may see no key of a block: with minus infinity the
-/// running maximum would be infinite, and `exp(score - maximum)` NaN.
+/// The score of a key that a query does not see. It is finite, because a query may see no key of a block: from minus infinity the
+/// running maximum would be minus infinity, and `exp(score - maximum)` NaN.
 const MASKED: f32 = -1e30;
 
 /// The compile-time sizes of the kernels.
@@ -103,7 +104,7 @@ const MASKED: f32 = -1e30;
 struct HeadShape {
     heads: usize,
     key_heads: usize,
-    /// Width of the part of a key that is a key head's own.
+    /// Width of the part of a key that belongs to one key head.
     own: usize,
     /// Width of the part of a key that all heads share.
     shared: usize,
@@ -154,7 +155,7 @@ struct BlockPair {
     sequence: usize,
 }
 
-/// Uploads the first keys of all queries; a buffer of one value if there are none, because WebGPU has no empty buffers.
+/// Uploads the first key of each query. Without starts the buffer has one unused value, because WebGPU has no empty buffers.
 fn starts(like: &CubeTensor, spec: &AttentionSpec) -> BufferArg {
     upload(like, spec.starts.as_ref().map_or(&[0], |starts| starts.as_slice()))
 }
@@ -184,7 +185,7 @@ fn forward(
     let (starts, dtype) = (starts(&query, spec), elem_type(&query));
     // SAFETY: `load_head`, `load_keys` and `load_values` read only positions below `sequence` and columns below the width of a
     // head, `start_of` clamps positions to below `sequence`, and results are written within the same bounds. `HeadShape::new`
-    // asserted that the tensors have these shapes and one dtype; they are contiguous. Starts bound loops and are no indices.
+    // asserted that the tensors have these shapes and one dtype; they are contiguous. Starts only bound loops.
     unsafe {
         launch!(
             forward_kernel,
@@ -211,7 +212,7 @@ struct BackwardInputs {
     delta: CubeTensor,
 }
 
-/// Gradients for the query, for keys and values, and the parts of each key head of the gradient for the shared key, f32
+/// Gradients for the query and for keys and values, and for each key head its part of the gradient for the shared key, f32
 /// `[batch, key heads, sequence, shared]`.
 fn grad(saved: BackwardInputs, spec: &AttentionSpec) -> (CubeTensor, CubeTensor, Option<CubeTensor>) {
     let heads = HeadShape::new(&saved.query, &saved.key_value, saved.shared_key.as_ref(), spec);
@@ -225,7 +226,7 @@ fn grad(saved: BackwardInputs, spec: &AttentionSpec) -> (CubeTensor, CubeTensor,
     assert_dtype(&log_sum, DType::F32);
     assert_shape(&grad, [batch, sequence, heads.heads, heads.value]);
     assert_dtype(&grad, query.dtype);
-    // A sum over the last dimension, which Burn keeps.
+    // The sum over the last dimension of `grad * output`; Burn keeps the dimension.
     assert_shape(&delta, [batch, sequence, heads.heads, 1]);
     assert_dtype(&delta, DType::F32);
     let grad_query = empty(&query, [batch, sequence, heads.heads, heads.width()], query.dtype);
@@ -310,7 +311,7 @@ fn forward_kernel<F: Float>(
             }
         }
         sync_cube(); // all scores of the block are written
-        // The units that share a row each compute its maximum and sum over the whole row, so that all have them.
+        // Each unit computes maximum and sum over its whole rows, which saves an exchange between the units that share a row.
         let mut shrink = Array::<f32>::new(PATCH_ROWS);
         #[unroll]
         for i in 0..PATCH_ROWS {
@@ -327,6 +328,7 @@ fn forward_kernel<F: Float>(
             #[unroll]
             for j in 0..PATCH_COLUMNS {
                 let score = patch[i * PATCH_COLUMNS + j];
+                // If no key was visible yet, `largest` is `MASKED`, and the exponential of a masked score would be 1.
                 let probability = select(score > MASKED, (score - largest[i]).exp(), 0f32);
                 scores[(row + i) * PITCH + column + j * ACROSS] = probability;
             }
@@ -334,7 +336,7 @@ fn forward_kernel<F: Float>(
         sync_cube(); // all probabilities of the block are written
         #[unroll]
         for i in 0..PATCH_ROWS {
-            // What was summed so far is relative to the old maximum.
+            // Earlier sums are relative to the old maximum.
             let mut total = totals[i] * shrink[i];
             for j in 0..BLOCK {
                 total += scores[(row + i) * PITCH + j];
@@ -473,7 +475,7 @@ fn key_grad_kernel<F: Float>(
     let mut key_sums = zeros(comptime!(chunks * PATCH));
     let mut value_sums = zeros(comptime!(value_chunks * PATCH));
 
-    let last = min(key + BLOCK, sequence) - 1;
+    let last = min(key + BLOCK, sequence) - 1; // the last key of the block
     for member in 0..group {
         let head = key_head * group + member;
         let mut first = key;
@@ -565,7 +567,7 @@ fn start_of(starts: &[u32], batch: usize, query: usize, sequence: usize, #[compt
     start
 }
 
-/// The patch of a unit of `queries x keys^T`.
+/// The unit's patch of `queries x keys^T`.
 #[cube]
 fn key_products<F: Float>(
     left: &mut Shared<[f32]>,
@@ -588,7 +590,7 @@ fn key_products<F: Float>(
     patch
 }
 
-/// The patch of a unit of `output gradient x values^T`.
+/// The unit's patch of `output gradient x values^T`.
 #[cube]
 fn value_products<F: Float>(
     left: &mut Shared<[f32]>,
@@ -609,8 +611,8 @@ fn value_products<F: Float>(
     patch
 }
 
-/// The patches of a unit of the probabilities, computed again from the logarithms of the softmax denominators, and of the gradients
-/// of the scores. Both gradient kernels begin with it.
+/// The unit's patches of the probabilities, computed again from the logarithms of the softmax denominators, and of the gradients of
+/// the scores. Both gradient kernels begin with it.
 #[cube]
 fn softmax_grad<F: Float>(
     left: &mut Shared<[f32]>,
@@ -632,7 +634,7 @@ fn softmax_grad<F: Float>(
     #[unroll]
     for i in 0..PATCH_ROWS {
         let at = blocks.query + row + i;
-        let known = min(at, blocks.sequence - 1); // in bounds; queries after the end are masked below
+        let known = min(at, blocks.sequence - 1); // stays in bounds; queries after the end are masked below
         let first_key = start_of(starts, blocks.batch, at, blocks.sequence, heads);
         let log_sum = log_sum[(blocks.batch * heads.heads + blocks.head) * blocks.sequence + known];
         let delta = delta[(blocks.batch * blocks.sequence + known) * heads.heads + blocks.head];
@@ -704,7 +706,7 @@ fn load_keys<F: Float>(
             if to < heads.own {
                 value = f32::cast_from(key_value[(position * heads.key_heads + blocks.key_head) * pair + to]);
             }
-            // Never true without a shared key.
+            // Never true without a shared key, whose buffer is then that of the query.
             if to >= heads.own && to < comptime!(heads.own + heads.shared) {
                 value = f32::cast_from(shared_key[position * heads.shared + to - heads.own]);
             }

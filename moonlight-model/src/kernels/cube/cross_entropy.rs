@@ -1,7 +1,7 @@
 //! Cross-entropy of rows of logits and its gradient, one cube for each row, without a tensor of probabilities.
 //!
-//! Targets are on the device and are not read back to be checked: a target outside the vocabulary gives NaN. The NaN is an argument
-//! of the kernels, because not every shading language has a constant for it.
+//! Targets are on the device, and reading them back would wait for it: a target outside the vocabulary gives NaN instead of an error.
+//! The NaN is an argument of the kernels, because not every shading language has a constant for it.
 
 use burn::backend::Cube;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -101,6 +101,7 @@ fn forward_kernel<F: Float, I: Int>(
     let (largest, sum) = softmax_of::<F>(logits, row * vocab, vocab);
     if UNIT_POS == 0 {
         let target = usize::cast_from(targets[row]);
+        // The cast may wrap a negative or 64-bit target into the vocabulary, so the target is also compared in its own type.
         let inside = target < vocab && targets[row] >= I::from_int(0) && targets[row] < I::cast_from(vocab);
         let logit = f32::cast_from(logits[row * vocab + select(inside, target, 0usize)]);
         out[row] = select(inside, sum.ln() + largest - logit, nan);

@@ -1,5 +1,5 @@
-//! Dispatch of tokens to rows of experts, and their combination. One cube writes one row and reads all rows that it depends on, so
-//! there are no atomic additions, whose order would change from run to run.
+//! Dispatch of tokens to rows of experts, and their combination. One cube writes one row and reads all rows that it depends on.
+//! Atomic additions, whose order changes from run to run, are not needed.
 
 use burn::backend::Cube;
 use burn::backend::tensor::FloatTensor;
@@ -64,7 +64,7 @@ fn dispatch(tokens: CubeTensor, layout: &GroupLayout) -> CubeTensor {
     assert_shape(&tokens, [layout.tokens(), width]);
     let out = empty(&tokens, [rows, width], tokens.dtype);
     let (sources, dtype) = (upload(&tokens, layout.token_of_row()), elem_type(&tokens));
-    // SAFETY: the kernel indexes rows by their index and tokens by `token_of_row`, which a layout keeps below `tokens`; both tensors
+    // SAFETY: the kernel uses indices of rows, and of tokens from `token_of_row`, which a layout keeps below `tokens`. Both tensors
     // have the shapes of the layout, as asserted, and are contiguous.
     unsafe { launch!(dispatch_kernel, cube_per_row(rows), [tokens, out], sources, rows, width, dtype) };
     out

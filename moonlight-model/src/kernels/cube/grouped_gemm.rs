@@ -3,7 +3,7 @@
 //! A cube computes a tile of [`TILE`] x [`TILE`] values, each of its units a patch of [`PATCH`] x [`PATCH`] in registers, from strips of
 //! [`DEPTH`] values of both factors in shared memory: the usual blocking of a dense product on a GPU (Volkov and Demmel, SC'08).
 //! Half types are summed in f32 and rounded once. The host, which has the layout, sends a list of tiles to the device. An
-//! expert without rows has no tile; in the gradient of the weights its tiles are written with zeros.
+//! expert without rows has no tile; its weight gradient is filled with zeros.
 
 use burn::backend::Cube;
 use burn::backend::tensor::FloatTensor;
@@ -72,12 +72,12 @@ const PATCH: usize = TILE / SIDE;
 /// row use different banks.
 const PITCH: usize = TILE + 1;
 
-/// From this many rows for each expert on, a product with matrix units is worth a launch for each expert: at 64 rows these kernels
-/// take about as long as three launches on a data-center GPU. This is an estimate, not a measurement.
+/// With at least this many rows an expert, Burn's product on matrix units is assumed to be worth its launch for each expert: at 64
+/// rows these kernels take about as long as three launches on a data-center GPU. This is an estimate, not a measurement.
 const MANY_ROWS: usize = 64;
 
-/// Whether these kernels are expected to be faster than the reference. Burn's product of half types uses matrix units (tensor cores),
-/// which these kernels do not; that decides once experts have many rows.
+/// Whether these kernels are expected to be faster than the reference. For half types Burn's product uses matrix units (tensor
+/// cores) and these kernels do not, which decides once experts have many rows.
 fn is_faster(rows: &CubeTensor, layout: &GroupLayout) -> bool {
     let active_experts = layout.offsets().windows(2).filter(|range| range[0] < range[1]).count();
     let matrix_units = !rows.client.properties().features.matmul.cmma.is_empty();
@@ -232,8 +232,8 @@ fn zeros() -> Array<f32> {
     sums
 }
 
-/// Fills `strip`, `[DEPTH, TILE]`, with steps `at..` of the depth of rows or columns `first..` of a factor; zero outside it. With
-/// `along`, the depth runs along the rows of the factor, without it down its columns.
+/// Fills `strip`, `[DEPTH, TILE]`, with steps `at..` of the depth and rows or columns `first..` of a factor; zero outside it. The
+/// depth runs along the rows of the factor if `along` is true, and down its columns otherwise.
 #[cube]
 fn load<F: Float>(
     strip: &mut Shared<[f32]>,

@@ -39,7 +39,8 @@ impl RmsNormKernel for Cube {
     }
 }
 
-/// Rows over which one unit sums the gradient of the gain.
+/// Rows over which one unit sums the gradient of the gain. Burn adds the partial sums: with atomic additions the order of the sum
+/// would change from run to run.
 const CHUNK: usize = 64;
 
 fn forward(x: CubeTensor, gain: CubeTensor, epsilon: f32) -> CubeTensor {
@@ -100,7 +101,7 @@ fn forward_kernel<F: Float, G: Float>(
     let inverse = 1f32 / (sum_of_units(&mut scratch, square) / f32::cast_from(width) + epsilon).sqrt();
     let mut at = UNIT_POS as usize;
     while at < width {
-        // Rounded before it is multiplied by the gain, as in the published code.
+        // Rounded before it is multiplied by the gain, as in transformers.
         let normalized = F::cast_from(f32::cast_from(x[line + at]) * inverse);
         out[line + at] = normalized * F::cast_from(gain[at]);
         at += UNITS;

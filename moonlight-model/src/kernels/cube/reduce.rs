@@ -5,16 +5,16 @@ use cubecl::prelude::*;
 /// Units of a cube.
 pub(super) const UNITS: usize = 128;
 
-/// One cube for each row. WebGPU allows 65,535 cubes in each dimension, so many rows take two dimensions, and there may be more cubes
-/// than rows.
+/// One cube for each row. WebGPU allows 65,535 cubes in a dimension, so many rows take two dimensions, which may have more cubes than
+/// there are rows.
 pub(super) fn cube_per_row(rows: usize) -> (CubeCount, CubeDim) {
     let across = rows.clamp(1, 32_768);
     let count = CubeCount::Static(across as u32, rows.div_ceil(across) as u32, 1);
     (count, CubeDim::new_1d(UNITS as u32))
 }
 
-/// The row of this cube. Surplus cubes repeat the last row and write the same values: leaving the kernel early would skip
-/// synchronization points.
+/// The row of this cube. Surplus cubes repeat the last row and write the same values, because a unit must not leave a kernel before
+/// its synchronization points.
 #[cube]
 pub(super) fn row_of_cube(rows: usize) -> usize {
     min(CUBE_POS, rows - 1)

@@ -81,7 +81,7 @@ fn forward_kernel<F: Float, G: Float>(
             };
             let apart = comptime!(if rotation.interleave { 1 } else { pairs });
             let angle = ABSOLUTE_POS / comptime!(rotation.width * rotation.heads) * pairs + pair;
-            // Cos and sin are rounded to the dtype of x before the products, as in the published code.
+            // Cos and sin are rounded to the dtype of x before the products, as in transformers.
             let (cos, sin) = (F::cast_from(cos[angle]), F::cast_from(sin[angle]));
             let own = x[ABSOLUTE_POS] * cos;
             if second == 0 {

@@ -24,8 +24,8 @@ impl CachedAttentionKernel for Cube {}
 
 /// The buffers of tensors whose dtype the kernels read: f32, or a half type that the device can store.
 ///
-/// `None` if a tensor has another dtype, or if the program uses Burn's fusion, whose tensors are promises of a result and have
-/// no buffer yet.
+/// `None` if a tensor has another dtype, or if the program uses Burn's fusion, whose tensors are results not computed yet, without
+/// a buffer.
 ///
 /// # Panics
 ///
@@ -51,8 +51,8 @@ pub(super) fn same_device(buffer: &CubeTensor, other: &CubeTensor) {
 
 /// # Panics
 ///
-/// If a tensor does not have the shape, or the shape has an empty dimension. Kernels compute their indices from these shapes only,
-/// so every launch relies on this.
+/// If a tensor does not have the shape, or the shape has an empty dimension. Every launch relies on this, because kernels compute
+/// their indices from these shapes.
 #[track_caller]
 pub(super) fn assert_shape<const D: usize>(tensor: &CubeTensor, shape: [usize; D]) {
     assert!(tensor.meta.shape()[..] == shape[..], "a kernel's tensor is {:?}, not {shape:?}", tensor.meta.shape());
@@ -84,13 +84,14 @@ fn is_readable(tensor: &CubeTensor) -> bool {
         && tensor.qparams.is_none()
 }
 
-/// The tensor of a buffer, in code that [`buffers`] returned buffers to: then the two are the same type.
+/// Converts a buffer to the backend's tensor. Call it only where [`buffers`] returned buffers, which shows that both are the same
+/// type.
 pub(super) fn to_float_tensor(buffer: CubeTensor) -> FloatTensor<Cube> {
     let tensor: Box<dyn Any> = Box::new(buffer);
     *tensor.downcast().expect("`buffers` downcast tensors of this type")
 }
 
-/// CubeCL's name of the dtype.
+/// The dtype as CubeCL's element type.
 pub(super) fn elem_type(tensor: &CubeTensor) -> ElemType {
     dtype_to_storage_type(tensor.dtype)
 }

@@ -64,7 +64,7 @@ struct AttentionInputs<'a, E> {
     key_heads: usize,
     /// Width of a query and a complete key, `own + shared`.
     width: usize,
-    /// Width of the part of a key that is a key head's own.
+    /// Width of the part of a key that belongs to one key head.
     own: usize,
     /// Width of the part of a key that all heads share; 0 without a shared key.
     shared: usize,
@@ -107,7 +107,7 @@ impl<'a, E: Element> AttentionInputs<'a, E> {
         self.own + self.value
     }
 
-    /// The rows of positions of a sequence in `[batch * sequence, ..]`.
+    /// The rows in `[batch * sequence, ..]` of some positions of a sequence.
     fn rows(&self, batch: usize, positions: &Range<usize>) -> Range<usize> {
         batch * self.sequence + positions.start..batch * self.sequence + positions.end
     }
@@ -203,7 +203,7 @@ fn forward<E: Element>(
     let AttentionInputs { batch, sequence, heads, width, value, .. } = inputs;
     let output = DisjointVec::<E>::new(batch * sequence * heads * value); // [batch, sequence, heads, value]
     let mut log_sums = vec![0.0; batch * heads * sequence]; // [batch, heads, sequence]
-    // A task for each query head: dividing by the rows of `log_sums` gives each task its own part of that as well.
+    // A task for each query head, made from the rows of `log_sums` so that each task owns the row that it writes.
     log_sums.par_chunks_mut(sequence).enumerate().for_each(|(task, log_sums)| {
         let (batch, head) = (task / heads, task % heads);
         let key_head = head / (heads / inputs.key_heads);
@@ -218,7 +218,7 @@ fn forward<E: Element>(
             for (row, scores) in rows.clone().zip(scores.chunks_exact_mut(keys.len())) {
                 log_sums[row] = softmax(scores, inputs.start(batch, row) - keys.start, row - keys.start);
             }
-            // SAFETY: a task has the columns of one head in the rows of one sequence, and `blocks` has each of these once.
+            // SAFETY: a task writes the columns of one head in the rows of one sequence, and `blocks` yields each row once.
             let target = unsafe { output.block(heads * value, inputs.rows(batch, &rows), head_columns(head, value)) };
             E::write(target, &mut wide_output, |out| {
                 multiply(out, Matrix::new(scores, rows.len(), keys.len()), head_kv.values(&keys), 1.0, Write::Set);
@@ -265,7 +265,7 @@ fn grad<E: Element>(
 
     let grad_query = DisjointVec::<E>::new(batch * sequence * heads * width); // [batch, sequence, heads, width]
     let grad_key_value = DisjointVec::<E>::new(batch * sequence * key_heads * (own + value)); // [.., key heads, own + value]
-    // All key heads contribute to the gradient of the shared key. Each writes a part of its own, and the parts are summed below in
+    // All key heads contribute to the gradient of the shared key. Each writes a separate part, and the parts are summed below in
     // the order of heads, so that the result does not depend on which task ends first.
     let grad_shared = DisjointVec::<f32>::new(batch * key_heads * sequence * shared); // [batch, key heads, sequence, shared]
     let pair = own + value;
@@ -310,8 +310,8 @@ fn grad<E: Element>(
                 let probabilities = Matrix::new(probabilities, height, count);
                 let grad_scores = Matrix::new(grad_scores, height, count);
                 let rows = inputs.rows(batch, &rows);
-                // SAFETY: a task has the columns of its own heads in the rows of its sequence, and `blocks` has each of these
-                // once for a head.
+                // SAFETY: a task writes the columns of its heads in the rows of its sequence, and `blocks` yields each row once
+                // for a head.
                 let target = unsafe { grad_query.block(heads * width, rows, head_columns(head, width)) };
                 E::write(target, &mut wide_out, |out| multiply(out, grad_scores, head_kv.keys(&keys), 1.0, Write::Set));
                 let mut out = MatrixMut::strided(&mut grad_keys[keys.start * width..], count, width, width);
@@ -320,7 +320,7 @@ fn grad<E: Element>(
                 multiply(&mut out, probabilities.transposed(), grad_matrix, 1.0, Write::Add);
             }
         }
-        // SAFETY: a task has the columns of its key head in the rows of its sequence, and a part of the shared key's gradient.
+        // SAFETY: a task claims the columns of its key head in the rows of its sequence, and one part of the shared key's gradient.
         let (mut pairs, parts) = unsafe {
             let rows = inputs.rows(batch, &(0..sequence));
             let part = head_columns(batch * key_heads + key_head, sequence * shared);
@@ -335,8 +335,8 @@ fn grad<E: Element>(
             parts[position * shared..][..shared].write_copy_of_slice(&key[own..]);
         }
     });
-    // SAFETY: `E::write` wrote all of each block of the query gradient. The loop over positions wrote each row of its block, key
-    // and value, and each row of its part, by functions that assert equal lengths.
+    // SAFETY: `E::write` wrote all of each block of the query gradient. The loop over positions wrote key and value of each row of
+    // the block, and each row of the part, by functions that assert equal lengths.
     let (grad_query, grad_key_value, grad_shared) =
         unsafe { (grad_query.finish(), grad_key_value.finish(), grad_shared.finish()) };
     let grad_shared = (shared > 0)

@@ -1,7 +1,7 @@
 //! Attention of new tokens to a KV cache, which is read in place.
 //!
-//! A task is a block of queries of one key head with all keys that they see, or with few queries a segment of those keys, as in
-//! flash-decoding: in decoding there is one query a sequence, and the keys are what can be divided among threads. The partial
+//! A task is a block of queries of one key head with all keys that they see. If there are few queries, it has a segment of those
+//! keys, as in flash-decoding: in decoding a sequence has one query, so only its keys can be divided among threads. The partial
 //! results of segments are combined in order (FlashAttention-2, arXiv 2307.08691), so the result does not depend on the number
 //! of threads. Softmax denominators and sums are in f32.
 
@@ -34,7 +34,7 @@ impl CachedAttentionKernel for Flex {
 
 /// Queries of a task.
 const QUERY_BLOCK: usize = 64;
-/// Keys whose scores are computed at a time; also the keys of a segment.
+/// Keys whose scores are computed at a time, and keys of a segment.
 const KEY_BLOCK: usize = 256;
 
 /// Shapes and inputs of a cached attention.
@@ -49,7 +49,7 @@ struct CachedAttentionInputs<'a, E> {
     spec: &'a CachedAttentionSpec,
 }
 
-/// Some queries of a span and key head, and some of the keys that they see.
+/// Some queries of one span and key head, with some of the keys that they see.
 struct Task {
     span: CacheSpan,
     /// Index of the span's first token among all new tokens.
@@ -59,7 +59,7 @@ struct Task {
     rows: Range<usize>,
     /// Positions in the sequence.
     keys: Range<usize>,
-    /// Whether the task has the same queries as the one before it, with the keys that follow.
+    /// Whether the task has the same queries as the task before it, and the next keys.
     continues: bool,
 }
 
@@ -93,15 +93,15 @@ fn forward<E: Element>(query: &FlexTensor, cache: &FlexTensor, spec: &CachedAtte
 
     let mut output = vec![0.0; tokens * heads * width]; // [tokens, heads, value]
     let mut parts = tasks.iter().zip(partials).peekable();
-    while let Some((task, mut whole)) = parts.next() {
+    while let Some((task, mut combined)) = parts.next() {
         // The segments of the same queries, in the order of their keys.
         while let Some((_, part)) = parts.next_if(|(next, _)| next.continues) {
-            whole.add(part, width);
+            combined.add(part, width);
         }
         for (index, row) in task.rows.clone().enumerate() {
             let output = &mut output[inputs.query_row(task, row) * width..][..width];
-            let weighted = &whole.weighted[index * width..][..width];
-            output.iter_mut().zip(weighted).for_each(|(output, weighted)| *output = weighted / whole.sum[index]);
+            let weighted = &combined.weighted[index * width..][..width];
+            output.iter_mut().zip(weighted).for_each(|(output, weighted)| *output = weighted / combined.sum[index]);
         }
     }
     tensor_of(E::rounded(output), [tokens, heads, width])
@@ -120,6 +120,7 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
                     // A window moves with the query, so the first query sees the earliest key and the last the latest.
                     let from = self.visible(span, block.start).start;
                     let end = self.visible(span, block.end - 1).end;
+                    // With many queries one segment has all keys: a step of `end` is at least as long as their range.
                     let segment = if rows <= QUERY_BLOCK { KEY_BLOCK } else { end };
                     tasks.extend((from..end).step_by(segment).map(|start| Task {
                         span,
@@ -163,7 +164,7 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
             .collect();
         let queries = Matrix::new(&queries, rows, key_width);
         let first = (task.span.sequence * self.key_heads + task.key_head) * self.capacity;
-        let mut whole = PartialSoftmax {
+        let mut partial = PartialSoftmax {
             largest: vec![f32::NEG_INFINITY; rows],
             sum: vec![0.0; rows],
             weighted: vec![0.0; rows * value_width],
@@ -192,19 +193,19 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
                 if seen.is_empty() {
                     continue;
                 }
-                whole.rescale(index, largest(seen).max(whole.largest[index]), value_width);
-                whole.sum[index] += exp_in_place(seen, whole.largest[index]);
+                partial.rescale(index, largest(seen).max(partial.largest[index]), value_width);
+                partial.sum[index] += exp_in_place(seen, partial.largest[index]);
             }
             let view = E::view(&cached[values.start..], count, value_width, self.row, &mut wide);
-            let mut out = MatrixMut::strided(&mut whole.weighted, rows, value_width, value_width);
+            let mut out = MatrixMut::strided(&mut partial.weighted, rows, value_width, value_width);
             multiply(&mut out, Matrix::new(scores, rows, count), view, 1.0, Write::Add);
         }
-        whole
+        partial
     }
 }
 
 impl PartialSoftmax {
-    /// Makes the sums of a query relative to `largest`, if it is larger than the score that they are relative to.
+    /// Makes the sums of a query relative to `largest`, if it exceeds the query's largest score so far.
     fn rescale(&mut self, index: usize, largest: f32, width: usize) {
         if largest > self.largest[index] {
             let factor = (self.largest[index] - largest).exp();

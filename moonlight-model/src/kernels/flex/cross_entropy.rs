@@ -58,8 +58,8 @@ fn forward<E: Element>(logits: &FlexTensor, targets: &[usize]) -> FlexTensor {
                 widen(row, scratch);
                 let offset = largest(scratch);
                 let sum = exp_in_place(scratch, offset);
-                // The difference first: for a confident model the logit is close to the largest, and adding the small logarithm
-                // to a large offset first would lose its digits.
+                // The difference first: in a confident model the logit is close to the largest, and the small logarithm would
+                // lose its digits if it were added to a large offset.
                 sum.ln() + (offset - row[target].wide())
             },
         )

@@ -38,7 +38,7 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
     ///
     /// # Panics
     ///
-    /// If `fill` does not write the matrix. So all of `target` is initialized afterwards.
+    /// If `fill` does not write the matrix, so that all of `target` is initialized afterwards.
     fn write(target: BlockMut<'_, MaybeUninit<Self>>, scratch: &mut Vec<f32>, fill: impl FnOnce(&mut MatrixMut<'_>));
 }
 
@@ -109,8 +109,8 @@ impl Element for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
-    // Branchless for the same reason. Adding 0x7fff and the lowest kept bit carries into the kept bits if the dropped ones are
-    // above half, or are half and the kept bit is odd.
+    // Branchless for the same reason. Adding 0x7fff and the lowest kept bit carries into the kept bits if the dropped bits are above
+    // half, or are half and the lowest kept bit is 1.
     #[inline(always)]
     fn narrow(wide: f32) -> bf16 {
         let bits = wide.to_bits();

@@ -13,14 +13,14 @@ use rayon::prelude::*;
 use super::dtype::Element;
 use super::tensor::tensor_of;
 
-/// Up to this number of rows a group is faster here than by packing the weight for a matrix product.
+/// Up to this number of rows, reading the weight once is faster than packing it for a matrix product.
 const MAX_ROWS: usize = 8;
 /// Rows of the weight in a task.
 const DEPTH_PER_TASK: usize = 128;
 /// Rows of a wide weight that are added to the sums together, which reads and writes the sums a quarter as often.
 const UNROLL: usize = 4;
-/// Up to this width the sums stay in the L1 cache, and rows are added one at a time: reading one stream of memory is then twice as
-/// fast as reading four.
+/// Up to this width the sums stay in the L1 cache, and rows are added one at a time: one stream of memory is then read twice as fast
+/// as four.
 const MAX_NARROW_WIDTH: usize = 2048;
 
 /// Whether every group has few rows.
@@ -48,12 +48,13 @@ pub(super) fn forward<E: Element>(
     let sum = |(group, range, depth): (usize, Range<usize>, Range<usize>)| {
         let weight = &weight[(group * input + depth.start) * output..][..depth.len() * output];
         let mut sums = vec![0.0; range.len() * output]; // [rows of the group, output]
-        let rows: Vec<&[E]> = range.clone().map(|place| &rows[place * input..][depth.clone()]).collect();
+        let rows: Vec<&[E]> = range.clone().map(|row| &rows[row * input..][depth.clone()]).collect();
         add_product(&mut sums, &rows, weight, output);
         (range, sums)
     };
     let parts: Vec<_> = tasks.into_par_iter().with_max_len(1).map(sum).collect();
-    let mut wide = vec![0.0; count * output]; // [rows, output], in the order of tasks whichever thread computed them
+    let mut wide = vec![0.0; count * output]; // [rows, output]
+    // In the order of tasks, whichever thread computed them.
     for (range, sums) in parts {
         let wide = &mut wide[range.start * output..range.end * output];
         wide.iter_mut().zip(sums).for_each(|(wide, sum)| *wide += sum);
@@ -63,10 +64,10 @@ pub(super) fn forward<E: Element>(
 
 /// Adds to `sums`, `[rows, width]`, the product of `rows` and `weight`, whose rows have `width` columns.
 fn add_product<E: Element>(sums: &mut [f32], rows: &[&[E]], weight: &[E], width: usize) {
-    let together = if width <= MAX_NARROW_WIDTH { 1 } else { UNROLL };
-    for (index, lines) in weight.chunks(together * width).enumerate() {
+    let unroll = if width <= MAX_NARROW_WIDTH { 1 } else { UNROLL };
+    for (index, lines) in weight.chunks(unroll * width).enumerate() {
         for (sums, row) in sums.chunks_exact_mut(width).zip(rows) {
-            let factors = &row[index * together..];
+            let factors = &row[index * unroll..];
             match factors {
                 &[a, b, c, d, ..] if lines.len() == UNROLL * width => add_four(sums, [a, b, c, d], lines),
                 _ => lines.chunks_exact(width).zip(factors).for_each(|(line, &factor)| add(sums, factor, line)),
@@ -89,7 +90,7 @@ by_level! {
         let ((line_a, line_b), (line_c, line_d)) = (first.split_at(sums.len()), second.split_at(sums.len()));
         let lines = line_a.iter().zip(line_b).zip(line_c).zip(line_d);
         for (sum, (((p, q), r), s)) in sums.iter_mut().zip(lines) {
-            // Written as a tree: the order of additions is the source's at every level of vector instructions.
+            // The parentheses fix the order of additions, so every level of vector instructions gives the same bits.
             *sum += (a * p.wide() + b * q.wide()) + (c * r.wide() + d * s.wide());
         }
     }

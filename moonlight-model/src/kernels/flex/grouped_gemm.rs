@@ -82,8 +82,8 @@ impl GroupedMatmulKernel for Flex {
     }
 }
 
-/// The first row of each group, followed by the number of rows. They begin with 0 and never decrease, because they come from a
-/// [`GroupLayout`] or from [`one_group`]; the parallel writes below rely on it.
+/// The first row of each group, followed by the number of rows. The parallel writes below rely on offsets that begin with 0 and
+/// never decrease, as those of a [`GroupLayout`] and of [`one_group`] do.
 #[derive(Clone, Copy)]
 struct Offsets<'a>(&'a [usize]);
 
@@ -112,12 +112,12 @@ fn one_group(rows: &FlexTensor) -> [usize; 2] {
 }
 
 /// Columns of a task. With fewer, the rows are packed for the product more often than necessary; with more, there are too few tasks
-/// for the threads.
+/// to share among threads.
 const COLUMNS_PER_TASK: usize = 128;
-/// From this number of groups on, the groups alone make enough tasks, and columns need not be divided for that.
+/// With at least this many groups, the groups alone are enough tasks for the threads, and a task may have more columns.
 const MANY_GROUPS: usize = 16;
-/// Rows times columns of a task if there are many groups. With few rows the time goes into reading the matrix, and wide tasks read
-/// longer runs of memory.
+/// Rows times columns of a task if there are many groups. With few rows most of the time is spent on reading the matrix, and wide
+/// tasks read longer runs of memory.
 const OUTPUTS_PER_TASK: usize = 128 * 256;
 
 /// The ranges of columns of the tasks of a group with `rows` rows, if there are `groups` groups.
@@ -128,7 +128,8 @@ fn blocks<E: Element>(width: usize, rows: usize, groups: usize) -> impl Iterator
     (0..width).step_by(columns).map(move |first| first..width.min(first + columns))
 }
 
-/// Copies of a task's operands in f32, for bf16. Each thread keeps its own, so that tasks do not allocate.
+/// Copies of a task's operands in f32, for bf16. Each thread keeps one `Scratch`, so that tasks do not allocate. While it is borrowed,
+/// nothing waits for rayon: a stolen task would borrow it a second time and panic.
 #[derive(Default)]
 struct Scratch {
     lhs: Vec<f32>,

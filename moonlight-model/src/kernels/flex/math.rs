@@ -31,8 +31,8 @@ pub(super) fn exp(x: f32) -> f32 {
     let rest = whole as i32 - half;
     let scale = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
     let result = p * scale(half) * scale(rest);
-    let result = if x > 88.72 { f32::INFINITY } else { result };
-    if x < -87.4 { 0.0 } else { result }
+    let result = if x > 88.72 { f32::INFINITY } else { result }; // ln(f32::MAX) is 88.723
+    if x < -87.4 { 0.0 } else { result } // ln(f32::MIN_POSITIVE) is -87.337
 }
 
 /// `1 / (1 + e^-x)`.

@@ -83,8 +83,8 @@ impl<'a> MatrixMut<'a> {
     /// Sets every element to zero.
     pub(super) fn clear(&mut self) {
         for row in 0..self.rows {
-            // SAFETY: both constructors take a view whose rows are within its memory, as asserted, and which is borrowed for
-            // writing; zero bits are a valid f32.
+            // SAFETY: both constructors take a view that is borrowed for writing and whose rows are within its memory, as
+            // asserted; zero bits are a valid f32.
             unsafe { self.values.add(row * self.row_stride).write_bytes(0, self.columns) };
         }
         self.written = true;

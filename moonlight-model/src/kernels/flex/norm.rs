@@ -34,8 +34,8 @@ impl RmsNormKernel for Flex {
     }
 }
 
-/// Rows of a task. The gradient of the gain is the sum of one partial sum for each task, in order, so this constant fixes the order
-/// of that sum whatever the number of threads.
+/// Rows of a task. The gradient of the gain adds one partial sum for each task, in order, so this constant fixes the order of the sum
+/// whatever the number of threads.
 const ROWS_PER_TASK: usize = 64;
 
 fn forward<E: Element>(x: &FlexTensor, gain: &FlexTensor, epsilon: f32) -> FlexTensor {
@@ -52,7 +52,7 @@ fn forward<E: Element>(x: &FlexTensor, gain: &FlexTensor, epsilon: f32) -> FlexT
 }
 
 by_level! {
-    /// The normalized value is rounded before it is multiplied by the gain, as in the published code.
+    /// The normalized value is rounded before it is multiplied by the gain, as in transformers.
     fn scale[E: Element](out: &mut [E], x: &[E], inverse: f32, gain: &[E]) {
         for ((out, x), gain) in out.iter_mut().zip(x).zip(gain) {
             *out = E::narrow(E::narrow(x.wide() * inverse).wide() * gain.wide());

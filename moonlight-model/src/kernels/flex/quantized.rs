@@ -1,5 +1,5 @@
-//! Grouped products by quantized weights. All threads dequantize the matrix of one group, then all multiply by it: there is one
-//! dequantized matrix in memory at a time.
+//! Grouped products by quantized weights. All threads dequantize the matrix of one group, then all multiply by it, so there is only
+//! one dequantized matrix in memory.
 
 use crate::disjoint::DisjointVec;
 use burn::backend::Flex;
@@ -64,7 +64,7 @@ fn product<E: Element>(
     let quantized: &[u8] = quantized.as_slice().expect("quantized values are u8 and contiguous");
     let (rows, scales) = (values_of::<E>(rows), values(scales));
     let out = DisjointVec::<E>::new(count * to);
-    let mut weight = vec![0.0; input * output];
+    let mut weight = vec![0.0; input * output]; // [in, out] of one group after the other
     for group in 0..layout.groups() {
         let range = layout.group(group);
         if range.is_empty() {
@@ -78,8 +78,7 @@ fn product<E: Element>(
             let matrix = Matrix::new(&weight, input, output);
             let matrix = if transpose { matrix.transposed() } else { matrix };
             let inputs = E::view(inputs, height, from, from, lhs);
-            // SAFETY: a task has complete rows of its chunk of the inputs, and groups share no rows (`GroupLayout`'s
-            // constructors).
+            // SAFETY: a task writes the rows of its chunk of the inputs, and groups share no rows (`GroupLayout`'s constructors).
             let target = unsafe { out.block(to, first..first + height, 0..to) };
             E::write(target, wide, |out| multiply(out, inputs, matrix, 1.0, Write::Set));
         });

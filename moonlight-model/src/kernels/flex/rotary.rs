@@ -39,7 +39,7 @@ fn forward<E: Element>(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, spec:
                 let (out, x) = (&mut out[spec.start..], &x[spec.start..]);
                 for (pair, (&cos, &sin)) in cos.iter().zip(sin).enumerate() {
                     let (i, j) = if spec.interleave { (2 * pair, 2 * pair + 1) } else { (pair, pair + pairs) };
-                    // Cos and sin are rounded before the products, as in the published code.
+                    // Cos and sin are rounded before the products, as in transformers.
                     let (cos, sin) = (E::narrow(cos).wide(), E::narrow(sin).wide());
                     let (a, b) = (x[i].wide(), x[j].wide());
                     out[i] = E::narrow(a * cos - b * sin);

@@ -54,7 +54,7 @@ pub(super) fn dims<const D: usize>(tensor: &FlexTensor) -> [usize; D] {
     tensor.layout().shape().dims()
 }
 
-/// Zeros, in pages that the system provides cleared if it can.
+/// Zeros. The system provides large allocations as cleared pages, so they are not written here.
 pub(super) fn zeros<E: Element>(count: usize) -> Vec<E> {
     bytemuck::allocation::zeroed_vec(count)
 }
