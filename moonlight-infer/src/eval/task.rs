@@ -298,7 +298,10 @@ mod tests {
                 serde_json::json!({"question": "?", "choices": ["1", "2"], "answer": 2}),
                 "`answer` is none of the choices",
             ),
-            (serde_json::json!({"choices": ["1", "2"], "question": 3, "answer": 0}), "the row has no string `question`"),
+            (
+                serde_json::json!({"choices": ["1", "2"], "question": 3, "answer": 0}),
+                "the row has no string `question`",
+            ),
             (serde_json::json!({"question": "?", "choices": {}, "answerKey": "A"}), "`choices.label` is not a list"),
             (serde_json::json!({"endings": ["a", "b"], "ctx": "x"}), "`label` is none of the endings"),
         ] {

@@ -108,8 +108,8 @@ impl TokenizerName {
         }
     }
 
-    /// The default for data in `format`: the tokenizer in the folder of the weights `model`, or else bytes. That the folder
-    /// contains one is checked here only for tokens, which need none; otherwise opening it reports the error.
+    /// The default for data in `format`: the tokenizer in the folder of the weights `model`, or else bytes. Only for tokens,
+    /// which need no tokenizer, is it checked that the folder contains one; otherwise opening it reports the error.
     pub(super) fn default_for(format: DataFormat, model: Option<&Path>) -> Self {
         let has_tokenizer =
             |dir: &Path| ["tokenizer.json", "tiktoken.model"].iter().any(|name| dir.join(name).exists());
