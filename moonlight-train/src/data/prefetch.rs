@@ -33,8 +33,8 @@ impl Prefetcher {
         Self { stream, prefetched: None }
     }
 
-    /// Returns the batches of the next step, and starts to read those of the step after it, `then`. If the next call requests
-    /// others than `then`, the prefetched batches are dropped and the requested ones are read from the same position.
+    /// Returns the batches of the next step, and starts to read those of the step after it, `then`. If the next call has another
+    /// request than `then`, the prefetched batches are dropped and the requested ones are read from the same position.
     ///
     /// # Errors
     ///

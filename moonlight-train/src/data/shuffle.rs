@@ -39,7 +39,7 @@ impl Shuffle {
         let mask = (1 << self.half_bits) - 1;
         let (mut left, mut right) = (value >> self.half_bits, value & mask);
         for round in 0..ROUNDS {
-            // `right` is below 2^32, so the round in the top byte makes the function of each round another one.
+            // `right` is below 2^32, so the number of the round in the top byte gives each round a different function.
             let mixed = mix(self.key ^ mix(right ^ (round << 56))) & mask;
             (left, right) = (right, left ^ mixed);
         }

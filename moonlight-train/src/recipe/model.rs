@@ -322,8 +322,8 @@ impl ModelRecipe {
             }
             None => {
                 let mut shape = self.shape.clone();
-                // While the vocabulary is unknown, a placeholder allows to check the rest of the shape. The largest u32 is never
-                // smaller than the size of a tokenizer's vocabulary.
+                // While the vocabulary is unknown, a placeholder stands in, so that the rest of the shape is checked. The largest
+                // u32 is never smaller than a tokenizer's vocabulary.
                 let placeholder = if vocab_size == 0 { u32::MAX as usize } else { vocab_size };
                 shape.entry("vocab_size").or_insert_with(|| placeholder.into());
                 ModelConfig::from_value(Value::Object(shape)).map_err(model)?

@@ -213,7 +213,7 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
             Item::Scalar(value, _) => {
                 let result = match value {
                     Value::Integer(number) => visitor.visit_i64(*number),
-                    // `1e6` is a whole number too. From 2^53 it may be another one than was written, so it stays a float.
+                    // `1e6` is a whole number too. From 2^53 it may differ from the number that was written, so it stays a float.
                     Value::Float(number) if number.fract() == 0.0 && (0.0..TWO_TO_53).contains(number) => {
                         visitor.visit_i64(*number as i64)
                     }
