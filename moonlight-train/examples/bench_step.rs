@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut optimizer = assignment.build(OptimizerOptions::new())?;
     let batches = batches(&config, [micro_batches, batch, sequence], &device);
     let mut times = Vec::new();
-    // The first step initializes the parameters and the momentum, so it is not measured.
+    // The first step also initializes parameters and momentum, so it is not measured.
     for index in 0..=repeats {
         let took;
         (model, took) = step(model, &mut optimizer, &batches, &device)?;
@@ -124,11 +124,11 @@ fn step(
     }
     let gradients: GradientsParams = only.unwrap_or_else(|| sum.grads());
     device.sync()?;
-    let passed = start.elapsed().as_secs_f64();
+    let backward_done = start.elapsed().as_secs_f64();
     let model = optimizer.step(3e-4, model, gradients)?.update_router_bias(&loads, 1e-3);
     device.sync()?;
     let whole = start.elapsed().as_secs_f64();
-    Ok((model, Times { whole, optimizer: whole - passed }))
+    Ok((model, Times { whole, optimizer: whole - backward_done }))
 }
 
 /// Peak resident memory of the process, in MiB; `None` on systems without `/proc`.

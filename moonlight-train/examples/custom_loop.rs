@@ -1,4 +1,4 @@
-//! A training loop of your own: a small Moonlight learns this file byte by byte, with Muon, and without the trainer.
+//! Your own training loop, without the trainer: a small Moonlight learns this file byte by byte, with Muon.
 //!
 //! ```text
 //! cargo run -p moonlight-train --example custom_loop
@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut model = config.init(&device);
 
     // Muon for the hidden matrices and the experts, AdamW for embedding, head, norms and biases. The rules are checked
-    // against the model, and the table says which parameter goes where.
+    // against the model, and the table lists which optimizer takes which parameter.
     let assignment = ParameterRules::moonlight(MuonConfig::new(), AdamWConfig::new()).assign(&model)?;
     println!("{assignment}\n");
     // Matrices of equal shape, such as one projection of all layers, are orthogonalized in one batch.
@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for micro_batch in 0..MICRO_BATCHES {
             let batch = batch(step * MICRO_BATCHES + micro_batch, &device);
             let output = model.loss(&batch, BALANCE_WEIGHT, Probe::default());
-            // The loss of the step is the mean over all its tokens: each micro-batch adds its sum, divided by their number.
+            // The loss of the step is the mean over all its tokens: each micro-batch adds its sum over the tokens of the step.
             let mean = output.loss_sum / (MICRO_BATCHES * BATCH * SEQUENCE) as f64;
             loss += f64::from(mean.clone().into_scalar::<f32>());
             let objective = match output.balance_loss {

@@ -19,10 +19,10 @@ const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/moonlight-
 fn main() -> Result<(), Box<dyn Error>> {
     // The base model, on an autodiff device.
     let device = Device::flex().autodiff();
-    // In f32, because a merge into bf16 weights would round the sum.
+    // In f32, because merging adapters into bf16 weights would round the sums.
     let base = load(Path::new(MODEL), &device, Some(DType::F32))?.model;
 
-    // `with_lora` freezes the base. `B` is initialized with zeros, so the model computes the same as the base at first.
+    // `with_lora` freezes the base. `B` is initialized with zeros, so the model is equivalent to the base at first.
     let config = LoraConfig { rank: 4, alpha: 8.0, targets: vec!["attention".into()], ..LoraConfig::default() };
     let mut model = base.clone().with_lora(&config, 0)?;
     let batch = batch(&device);

@@ -81,7 +81,7 @@ pub enum TrainError {
     OtherRun {
         /// The checkpoint.
         checkpoint: PathBuf,
-        /// What differs and may not.
+        /// The differences with which the run may not resume.
         differences: Vec<Difference>,
     },
     /// A non-finite loss or gradient.
@@ -206,7 +206,7 @@ impl TrainError {
         if matches!(self, Self::RemoteFailure) {
             return;
         }
-        // Programs that read stderr rely on one line each, so line breaks of nested messages go.
+        // Programs that read stderr rely on one line for each, so line breaks in nested messages become spaces.
         let line = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
         let hint = hint.map(|hint| format!("\nhint: {}", line(hint))).unwrap_or_default();
         tracing::error!("{}{hint}", line(self.to_string()));

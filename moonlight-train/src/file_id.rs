@@ -1,13 +1,14 @@
-//! The identity of a file, whatever path leads to it.
+//! The identity of a file, independent of its path.
 
 use std::fs::Metadata;
 use std::io;
 use std::path::Path;
 
-/// Identifies a file by whatever path, link or hard link it is reached: device and inode on Unix, elsewhere its path with
-/// links resolved.
+/// Identifies a file, whichever path, link or hard link leads to it: device and inode on Unix, elsewhere its path with links
+/// resolved.
 ///
-/// The crate `same-file` opens the files that it compares, and opening a pipe blocks until its other end is opened.
+/// The crate `same-file` is not used because it opens the files that it compares, and opening a pipe blocks until its other
+/// end is opened.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct FileId(Id);
 

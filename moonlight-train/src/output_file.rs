@@ -39,8 +39,8 @@ pub(crate) fn remove_unfinished() {
     }
 }
 
-/// Removes a file, or a folder to which another thread may still be writing, hence the attempts. The process exits next, so an
-/// error is ignored.
+/// Removes a file or a folder. Another thread may still be writing to the folder, so the removal is tried several times. The
+/// process exits next, so an error is ignored.
 fn remove(path: &Path) {
     if fs::remove_file(path).is_err() {
         for _ in 0..20 {
@@ -58,8 +58,8 @@ pub(crate) struct OutputFile(Destination);
 enum Destination {
     /// A temporary file, to be renamed to `path`. It is removed if it is dropped without [`OutputFile::finish`].
     Temporary { out: BufWriter<NamedTempFile>, path: PathBuf, unfinished: Unfinished },
-    /// The file itself: a device or a pipe, which cannot be replaced, a link to nothing, or a file in a folder in which no file
-    /// can be created.
+    /// The file itself. It cannot be replaced by a rename if it is a device or a pipe, a link to a file that does not exist, or
+    /// in a folder in which no file can be created.
     InPlace(BufWriter<File>),
 }
 
@@ -77,7 +77,7 @@ impl OutputFile {
             return in_place();
         }
         if existing.is_some() {
-            // A rename needs write access to the folder only; a read-only file must not be replaced all the same.
+            // A rename needs write access only to the folder: without this check a read-only file would be replaced.
             OpenOptions::new().write(true).open(path)?;
         }
         // The file that a link points to is replaced, and not the link.
@@ -107,6 +107,7 @@ impl OutputFile {
             Destination::InPlace(mut out) => out.flush(),
             Destination::Temporary { out, path, unfinished } => {
                 let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+                // Before the rename: after a power failure the file with the final name must not be empty.
                 file.as_file().sync_all()?;
                 file.persist(path).map_err(|error| error.error)?;
                 drop(unfinished);

@@ -1,7 +1,7 @@
 //! TensorBoard event files.
 //!
 //! A file is a sequence of TFRecords, each `length: u64, masked CRC of the length, event, masked CRC of the event`. An event
-//! is a protocol buffer (`tensorflow/core/util/event.proto`), and only four of its fields are needed, so they are encoded by hand.
+//! is a protocol buffer (`tensorflow/core/util/event.proto`). Only four of its fields are needed, so they are encoded by hand.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -26,7 +26,7 @@ impl EventWriter {
     pub fn create(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         let now = now();
-        // The number keeps the names of two writers apart that start in the same second.
+        // The number distinguishes writers that start in the same second.
         let open = |number: u32| {
             let name = format!("events.out.tfevents.{:010}.{number}.moonlight", now as u64);
             File::options().write(true).create_new(true).open(dir.join(name))
@@ -90,7 +90,7 @@ impl EventFile {
         file
     }
 
-    /// Stops writing: after a record that was written in part, nothing in the file can be read.
+    /// Stops writing: readers cannot find a record after one that was written in part.
     fn close_after(&mut self, error: &io::Error) {
         tracing::warn!("`{}` cannot be written: {error}; the run continues without TensorBoard", self.dir.display());
         self.writer = None;

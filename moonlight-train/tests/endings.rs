@@ -90,14 +90,13 @@ fn a_chat_ends_at_every_signal() {
     }
 }
 
-/// Starts a run that tokenizes for a long time: a sparse file of zeros.
 #[test]
 fn under_nohup_the_end_of_the_terminal_is_ignored() {
     let (home, model) = talking();
     let mut nohup = Command::new("nohup");
     nohup.arg(env!("CARGO_BIN_EXE_moonlight")).args(["chat", "--device", "cpu", "--model"]).arg(&model);
     let mut child = nohup.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    // It handles signals by the time it has opened the model.
+    // By now it has opened the model and handles signals.
     std::thread::sleep(Duration::from_secs(2));
     signal(&child, "HUP");
     std::thread::sleep(Duration::from_millis(300));
@@ -107,6 +106,7 @@ fn under_nohup_the_end_of_the_terminal_is_ignored() {
     drop(home);
 }
 
+/// Starts a run that tokenizes for a long time: its data are a sparse file of zeros.
 fn tokenizing(home: &Home, run: &str) -> Child {
     let big = home.path("big.txt");
     File::create(&big).unwrap().set_len(2 << 30).unwrap();

@@ -66,7 +66,7 @@ fn fail(root: PathBuf, position: usize, fault: Fault) -> (Observation, Arc<Atomi
             return Ok(());
         }
         if let (Call::Write(path), 0) = (call, number % 2) {
-            // Every other failed call leaves part of its result.
+            // Every second failed write leaves a part of the file.
             let _ = fs::write(path, "a part");
         }
         Err(io::ErrorKind::StorageFull.into())
@@ -80,7 +80,7 @@ fn newest(run: &Path) -> Option<u64> {
     for folder in checkpoint_folders(&run.join("checkpoints")).unwrap() {
         match check_checkpoint(&folder, Depth::Digests).unwrap() {
             CheckpointStatus::Complete { step } => newest = newest.max(Some(step)),
-            verdict => panic!("{}: {verdict:?}", folder.display()),
+            status => panic!("{}: {status:?}", folder.display()),
         }
     }
     newest
@@ -132,7 +132,7 @@ fn after_any_failed_call_of_a_save_or_a_rotation_the_run_resumes_bit_for_bit() {
                     survived += 1;
                     assert_eq!(newest, Some(STEPS), "call {position}");
                 }
-                // The first save has ended after about a quarter of all calls.
+                // One of four saves takes about a quarter of the calls, so the first one is complete by the middle.
                 Err(_) => {
                     ended += 1;
                     assert!(newest.is_some() || position < positions / 2, "call {position}: nothing is left");

@@ -82,7 +82,7 @@ fn a_run_of_adapters_killed_at_random_moments_always_resumes() {
             assert!(!read_adapter(&config, checkpoint).unwrap().is_empty());
         });
         assert_same_adapter(&checkpoint(&whole, LAST), &checkpoint(&run, LAST));
-        // And the base model is unchanged.
+        // The base model is unchanged.
         assert!(self::files(&path) == files, "{base}");
     }
 }

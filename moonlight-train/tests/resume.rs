@@ -83,7 +83,7 @@ fn if_any_file_of_the_newest_checkpoint_is_damaged_the_one_before_is_used() {
                 "{name} {damage}: {stderr}"
             );
             assert!(stderr.contains("renamed to `step-00000012.damaged`"), "{stderr}");
-            // The same weights again, next to the damaged checkpoint.
+            // The resumed run wrote the same weights again, next to the damaged checkpoint.
             assert_eq!(checkpoints(&run), ["step-00000008", "step-00000012", "step-00000012.damaged"]);
             fs::remove_dir_all(run.join("checkpoints/step-00000012.damaged")).unwrap();
             let again = fs::read(checkpoint(&run, 12).join("model.safetensors")).unwrap();
@@ -237,7 +237,7 @@ fn adapters_do_not_resume_on_another_base() {
         "{stderr}"
     );
     assert_eq!(contents(&adapter), before);
-    // With its original base, wherever that is now, the run resumes.
+    // With its original base the run resumes, even from another folder.
     let copy = tuned.home.path("copy");
     fs::create_dir(&copy).unwrap();
     for file in fs::read_dir(checkpoint(&run_of_base, 6)).unwrap().map(|entry| entry.unwrap().path()) {
@@ -320,7 +320,7 @@ fn an_interrupted_replacement_of_a_checkpoint_is_finished() {
     fs::rename(&newest, hidden("new")).unwrap();
     fs::write(checkpoints.join(".step-notes"), "mine").unwrap();
     let path = run.display().to_string();
-    // A reader uses the checkpoint before, and changes nothing.
+    // A reader uses the previous checkpoint, and changes nothing.
     let generate = ["generate", "--model", &path, "--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"];
     let before = contents(&run);
     assert!(moonlight(&generate).output().unwrap().status.success());

@@ -74,15 +74,15 @@ enum Rule {
 const RULES: &[(&str, Rule)] = &[
     ("run.seed", Rule::Fixed),
     ("run.", Rule::Free),
-    // Compared by the dtype of the weights, the shape of the model and the contents of the base.
+    // Free, because the dtype of the weights, the shape of the model and the contents of the base are compared instead.
     ("model.dtype", Rule::Free),
     ("model.path", Rule::Free),
     ("model.preset", Rule::Free),
     ("model.", Rule::Fixed),
-    // Compared by the tokens.
     ("data.sequence_length", Rule::Fixed),
     ("data.pack", Rule::Fixed),
     ("data.shuffle", Rule::Fixed),
+    // The other keys of `[data]` are free, because the tokens are compared instead.
     ("data.", Rule::Free),
     ("optimizer.name", Rule::Fixed),
     ("optimizer.rounding", Rule::Fixed),
@@ -112,7 +112,7 @@ fn rule(key: &str) -> Rule {
         true => key.starts_with(pattern),
         false => key == pattern || key.strip_prefix(pattern).is_some_and(|rest| rest.starts_with('.')),
     };
-    // A section without a rule was forgotten here. Refusing a change of it is safe, ignoring one is not.
+    // A new section may lack a rule. Refusing a change of it is safe, ignoring one is not.
     RULES.iter().find(|(pattern, _)| matches(pattern)).map_or(Rule::Fixed, |(_, rule)| *rule)
 }
 

@@ -16,8 +16,8 @@
 //! model's config and weights.
 //!
 //! A checkpoint is written under a hidden name, flushed, and renamed, so that a folder with a step's name was complete when it
-//! got that name. Its manifest proves that it still is. One function, [`check_checkpoint`], compares the two: when a run resumes
-//! (`recovery.rs`), when old checkpoints are removed (`rotation.rs`), and when any other program reads a run's folder.
+//! got that name. Its manifest proves that it still is. [`check_checkpoint`] compares files and manifest: when a run resumes
+//! (`recovery.rs`), when old checkpoints are removed (`rotation.rs`), and when any other command reads a run's folder.
 //! `identity.rs` decides whether a run that resumes is the same run.
 
 mod identity;
@@ -115,7 +115,7 @@ impl Checkpoints {
             let written = optimizer.end(new, written);
             // The manifest is written last, so that a checkpoint that has one was complete.
             let written = written.and_then(|()| Ok(Manifest::compute(new).and_then(|manifest| manifest.write(new))?));
-            // `replace_directory` returns the converter's error type only, so this one is kept aside.
+            // `replace_directory` can return only the converter's error type, so the original error is kept here.
             failure = written.err();
             match &failure {
                 None => Ok(()),
@@ -186,14 +186,14 @@ impl Checkpoints {
         }
     }
 
-    /// Removes old checkpoints. One that cannot be removed is a warning: a run must not end for it.
+    /// Removes old checkpoints. One that cannot be removed is a warning: it is no reason to end the run.
     fn rotate(&self, state: &TrainerState) {
         let folders = match checkpoint_folders(&self.dir) {
             Ok(folders) => folders,
             Err(error) => return tracing::warn!("old checkpoints cannot be removed: {error}"),
         };
-        // Damaged checkpoints do not count towards `keep` and are not removed: a user may still save something of them.
-        let whole: BTreeMap<u64, PathBuf> = folders
+        // Damaged checkpoints do not count towards `keep` and are not removed: a user may still recover something from them.
+        let complete: BTreeMap<u64, PathBuf> = folders
             .into_iter()
             .filter_map(|path| match check_checkpoint(&path, Depth::Sizes) {
                 Ok(CheckpointStatus::Complete { step }) if path == self.path(step) => Some((step, path)),
@@ -202,13 +202,13 @@ impl Checkpoints {
             .collect();
         let best = state.best.filter(|_| self.keep_best).map(|best| best.step);
         let protected: Vec<u64> = [Some(state.step), self.resumed_from, best].into_iter().flatten().collect();
-        for step in rotation::steps_to_remove(&whole.keys().copied().collect(), self.keep, &protected) {
-            let path = &whole[&step];
-            // A user has made it read-only in order to keep it.
+        for step in rotation::steps_to_remove(&complete.keys().copied().collect(), self.keep, &protected) {
+            let path = &complete[&step];
+            // A user makes a checkpoint read-only to keep it.
             if path.metadata().is_ok_and(|data| data.permissions().readonly()) {
                 continue;
             }
-            // Another process reads it; the next rotation tries again.
+            // Another process holds a lock while it reads the checkpoint; the next rotation tries again.
             let lock = File::open(path);
             if let Ok(lock) = &lock
                 && matches!(lock.try_lock(), Err(TryLockError::WouldBlock))

@@ -28,7 +28,7 @@ impl Checkpoints {
     /// The newest complete checkpoint, with the result of `open` for it; `None` if the run has no checkpoint. Every byte of it
     /// was compared with its manifest.
     ///
-    /// `open` returns `Err(Ok(problem))` for damage that it finds itself: checkpoints of earlier versions have no manifest.
+    /// `open` returns `Err(Ok(problem))` for damage that no manifest shows: checkpoints of earlier versions have none.
     /// Damaged checkpoints are renamed to `step-N.damaged`, and a warning names each.
     ///
     /// # Errors
@@ -47,8 +47,8 @@ impl Checkpoints {
             // Comparing every byte takes as long as reading the weights, so it is done only until the newest complete
             // checkpoint is found; of older ones sizes are enough.
             let depth = if newest.is_none() { Depth::Digests } else { Depth::Sizes };
-            let verdict = match check_checkpoint(&path, depth) {
-                Ok(verdict) => verdict,
+            let status = match check_checkpoint(&path, depth) {
+                Ok(status) => status,
                 // An older checkpoint that cannot be read must not keep the run from resuming.
                 Err(error) if newest.is_some() => {
                     tracing::warn!("the checkpoint `{}` is ignored: {error}", path.display());
@@ -56,7 +56,7 @@ impl Checkpoints {
                 }
                 Err(error) => return Err(error.into()),
             };
-            let problem = match verdict {
+            let problem = match status {
                 CheckpointStatus::Newer { .. } if newest.is_some() => continue,
                 CheckpointStatus::Newer { version } => return Err(TrainError::NewerCheckpoint { path, version }),
                 CheckpointStatus::Damaged(problem) => problem,

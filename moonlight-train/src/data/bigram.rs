@@ -11,8 +11,8 @@ const TABLE_VOCABULARY: usize = 2048;
 /// A document is its tokens with their weights. A token of weight 0 is neither counted nor predicted, and the mean is
 /// weighted. Each token except a document's first is predicted from the one before it:
 /// `p(b | a) = (n(a, b) + p(b)) / (n(a) + 1)` with `p(b) = (n(b) + 1) / (n + vocab_size)`, where `n` counts predicted tokens
-/// of `train`. The single pseudo-count is distributed like the tokens, so an unseen pair costs as much as its second token is
-/// rare. That is a stronger baseline than add-one smoothing.
+/// of `train`. The single pseudo-count is distributed like the tokens: the rarer the second token of an unseen pair, the higher
+/// its loss. That is a stronger baseline than add-one smoothing.
 pub fn bigram_loss<D: Iterator<Item = (u32, f32)>>(
     train: impl Iterator<Item = D>,
     valid: impl Iterator<Item = D>,
@@ -28,12 +28,12 @@ pub fn bigram_loss<D: Iterator<Item = (u32, f32)>>(
     (predicted > 0.0).then(|| nats / predicted)
 }
 
-fn each_pair<D: Iterator<Item = (u32, f32)>>(documents: impl Iterator<Item = D>, mut see: impl FnMut(u32, u32, f64)) {
+fn each_pair<D: Iterator<Item = (u32, f32)>>(documents: impl Iterator<Item = D>, mut visit: impl FnMut(u32, u32, f64)) {
     for mut document in documents {
         let Some((mut first, _)) = document.next() else { continue };
         for (second, weight) in document {
             if weight > 0.0 {
-                see(first, second, weight.into());
+                visit(first, second, weight.into());
             }
             first = second;
         }

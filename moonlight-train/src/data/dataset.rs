@@ -68,8 +68,8 @@ impl Dataset {
         train_files.retain(|file| !of_valid.contains(&file.id));
         let (mut documents, mut notes) = (Vec::new(), Vec::new());
         let mut files_of_train = Vec::new();
-        // The explanation for each part, in case that nothing in it can be learned.
-        let mut nothing: Vec<(&str, String, Option<String>)> = Vec::new();
+        // The explanation for each part, in case nothing in it can be learned: key, problem and hint.
+        let mut explanations: Vec<(&str, String, Option<String>)> = Vec::new();
         if let Some(chat) = &chat {
             notes.push(format!("data: chat template: {}", chat.template().source()));
             if chat.template().uses_date() {
@@ -87,8 +87,8 @@ impl Dataset {
             notes.extend(note.iter().map(|note| format!("data.{key}: {note}")));
             let (max_tokens, broken) = (config.max_tokens, config.broken);
             let (format, chat) = (config.format, chat.as_ref());
-            let reading = TokenizeJob { key, files: &files, format, tokenizer, chat, broken, vocab_size, max_tokens };
-            let store = reading.store(&config.cache_dir)?;
+            let job = TokenizeJob { key, files: &files, format, tokenizer, chat, broken, vocab_size, max_tokens };
+            let store = job.store(&config.cache_dir)?;
             notes.extend(store.report().notes(key, &files));
             let UsedDocuments { parts, notes: more, left_out, hint } = parts(&store, &files, config)?;
             notes.extend(more.iter().map(|note| format!("data.{key}: {note}")));
@@ -96,7 +96,7 @@ impl Dataset {
             reasons.extend(left_out.into_iter().chain(note));
             let broken = "set `data.broken = \"error\"` to stop at the first broken record";
             let hint = hint.or((store.report().broken.count > 0).then(|| broken.into()));
-            nothing.push((key, nothing_in(&files, &reasons), hint));
+            explanations.push((key, nothing_in(&files, &reasons), hint));
             if key == "train" {
                 files_of_train = files;
             }
@@ -107,7 +107,7 @@ impl Dataset {
             let sequences = Sequences::new(store, parts, config.sequence_length, packing(config));
             match sequences.predicted()? {
                 0 => {
-                    let found = nothing.iter().find(|(of, ..)| *of == key).or(nothing.first());
+                    let found = explanations.iter().find(|(of, ..)| *of == key).or(explanations.first());
                     let (problem, hint) = found.map(|(_, problem, hint)| (problem.clone(), hint.clone())).unzip();
                     let mut problem = problem.unwrap_or_default();
                     if problem.is_empty() {
@@ -157,8 +157,8 @@ impl Dataset {
         Ok(Self { train, valid, files, template, end_of_turn, seed, train_hash, valid_hash, vocab_size, notes })
     }
 
-    /// The chat template of the data, if the tokenizer's files have none or another. Checkpoints contain it, so that the model
-    /// is used with the template it was trained with.
+    /// The chat template of the data, unless the tokenizer's files contain the same one. Checkpoints contain it, so that the
+    /// model is used with the template it was trained with.
     pub fn template(&self) -> Option<&TokenizerFile> {
         self.template.as_ref()
     }
@@ -233,7 +233,7 @@ impl Dataset {
         match of_train.and(of_valid) {
             Ok(()) => loss,
             Err(error) => {
-                // Only a baseline for the log at the end of a run, which must not fail for it.
+                // The baseline is only logged at the end of a run, which must not fail because of it.
                 tracing::warn!("the bigram model cannot be counted: {error}");
                 None
             }
@@ -268,10 +268,10 @@ struct Chosen {
 }
 
 fn choose(mut files: Vec<SourceFile>, config: &DataConfig) -> Chosen {
-    let most = config.max_file_bytes;
+    let limit = config.max_file_bytes;
     let mut note = None;
-    if most > 0 {
-        let large: Vec<SourceFile> = files.extract_if(.., |file| file.size > most).collect();
+    if limit > 0 {
+        let large: Vec<SourceFile> = files.extract_if(.., |file| file.size > limit).collect();
         if let Some(first) = large.first() {
             let (count, first) = (large.len(), first.path.display());
             note =
@@ -281,7 +281,7 @@ fn choose(mut files: Vec<SourceFile>, config: &DataConfig) -> Chosen {
     Chosen { files: files::limit(files, config.max_bytes), note }
 }
 
-/// Why files contain nothing to learn from; empty if no reason is known.
+/// The reasons why files contain nothing to learn from; empty if none is known.
 fn nothing_in(files: &[SourceFile], reasons: &[String]) -> String {
     match (reasons, files) {
         ([], []) => "no file".into(),
@@ -401,8 +401,8 @@ fn parts(store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Resul
 }
 
 /// Moves documents to the validation data, in the order of a hash of their indices, until they contain `fraction` of the
-/// tokens; at least one document stays. A single document is cut, and its end is moved. The hash makes the choice independent
-/// of the order of topics in the files, and the same in every run.
+/// tokens; at least one document stays in the training data. If there is only one, its end is moved. The hash makes the choice
+/// independent of the order of topics in the files, and the same in every run.
 fn split(documents: &mut Vec<(u64, u64)>, fraction: f64) -> Vec<(u64, u64)> {
     let tokens: u64 = documents.iter().map(|(start, end)| end - start).sum();
     let wanted = (tokens as f64 * fraction).ceil() as u64;

@@ -1,7 +1,7 @@
 //! Globs to files.
 //!
-//! The crate `glob` matches names, but folders are walked here: the crate skips names that are not UTF-8, and follows links
-//! in circles.
+//! The crate `glob` matches names. Folders are walked here, because the crate skips names that are not UTF-8 and follows links
+//! that form a loop.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -148,7 +148,7 @@ fn names(folder: &Path) -> Result<Vec<std::ffi::OsString>, String> {
 }
 
 /// Chooses files in the order of a hash of their paths until `max_bytes` are reached, with the last file cut short, and sorts
-/// the chosen ones by path. The hash makes a small share of many folders contain something of each. 0 is no limit.
+/// the chosen ones by path. The hash spreads a small share over all folders. 0 is no limit.
 pub(super) fn limit(mut files: Vec<SourceFile>, max_bytes: u64) -> Vec<SourceFile> {
     if max_bytes == 0 {
         return files;

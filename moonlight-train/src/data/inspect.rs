@@ -12,7 +12,7 @@ pub struct Inspection {
     pub train: SplitStats,
     /// Statistics of the validation data, if there are any.
     pub valid: Option<SplitStats>,
-    /// Documents of the training data, at even distances.
+    /// Documents of the training data, evenly spaced.
     pub samples: Vec<Sample>,
 }
 

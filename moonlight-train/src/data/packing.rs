@@ -19,9 +19,11 @@ pub(super) struct Bins {
 
 impl Bins {
     /// Packs documents of these lengths, none above `capacity`, into sequences. Within a sequence they keep their order, and
-    /// sequences are in the order of their first documents, so that the result does not depend on how ties were broken.
+    /// sequences are in the order of their first documents. The same lengths always give the same sequences, which a resumed
+    /// run relies on.
     pub(super) fn best_fit(lengths: &[u64], capacity: u64) -> Self {
         let mut order: Vec<u32> = (0..lengths.len() as u32).collect();
+        // A stable sort: documents of equal length are placed in their order.
         order.sort_by_key(|&document| std::cmp::Reverse(lengths[document as usize]));
         let mut bins: Vec<Vec<u32>> = Vec::new();
         let mut by_space: BTreeMap<u64, Vec<u32>> = BTreeMap::new(); // open sequences by the tokens that still fit

@@ -11,9 +11,9 @@ use super::{DataError, DataPosition, HostBatch, TrainStream};
 pub struct BatchRequest {
     /// Sequences of the step.
     pub sequences: usize,
-    /// The ones that this rank needs.
+    /// The part of them that this rank needs.
     pub share: Range<usize>,
-    /// The number of micro-batches to divide these into.
+    /// The number of micro-batches to divide this part into.
     pub batches: usize,
 }
 
@@ -33,8 +33,8 @@ impl Prefetcher {
         Self { stream, prefetched: None }
     }
 
-    /// Returns the batches of the next step, and starts to read those of the step after it, `then`. If the next request is
-    /// another one, the prefetched batches are dropped, and its batches are read from the same position.
+    /// Returns the batches of the next step, and starts to read those of the step after it, `then`. If the next call has another
+    /// request than `then`, the prefetched batches are dropped and the requested ones are read from the same position.
     ///
     /// # Errors
     ///

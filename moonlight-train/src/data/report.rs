@@ -1,4 +1,4 @@
-//! What was found while data were read. It is stored with the tokens, so that a later run that reuses them logs it again.
+//! What was found while reading data. It is stored with the tokens, so that a later run that reuses them logs it too.
 
 use std::collections::BTreeMap;
 
@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::files::SourceFile;
 
-/// Records of a kind that are listed by their line; the rest are only counted.
+/// Records with the same kind of problem that are listed by their lines; the rest are only counted.
 const MAX_NAMED_RECORDS: usize = 5;
 
-/// What was found. The names of the fields are part of the cache's format.
+/// What was found while reading. The names of the fields are part of the cache's format.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Report {
     /// The number of files of each kind.
@@ -39,8 +39,9 @@ pub(super) struct Report {
     pub(super) hopeless: Vec<(u32, u64)>,
 }
 
-/// Fields that are listed by name, and characters of a name that are kept: files may have arbitrarily many and long ones.
+/// Fields that are listed by name: a file may have any number of them.
 const MAX_FIELDS: usize = 200;
+/// Characters of a field's name that are kept.
 const MAX_FIELD_NAME: usize = 80;
 
 /// Fields of records, with the number of records that have each.

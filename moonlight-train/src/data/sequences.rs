@@ -23,7 +23,7 @@ pub(super) enum Packing {
     EndToEnd,
     /// Several in a sequence if they fit, never cut.
     Whole,
-    /// Each in a sequence of its own.
+    /// One in each sequence.
     OneByOne,
 }
 
@@ -144,9 +144,9 @@ impl Sequences {
 
     /// The batch with these sequences.
     pub(super) fn batch(&self, indices: &[u64]) -> Result<HostBatch, DataError> {
-        let sequence = if matches!(self.rows, RowLayout::OneByOne) { self.padded(indices) } else { self.length };
-        let mut rows = Rows { sequence, alone: true, ..Rows::default() };
-        // Only end to end, the documents of a row are adjacent in the store, and one read gets all of them.
+        let sequence = if matches!(self.rows, RowLayout::OneByOne) { self.padded_length(indices) } else { self.length };
+        let mut rows = Rows { sequence, one_document_each: true, ..Rows::default() };
+        // Only with `EndToEnd` are the documents of a row adjacent in the store, so that one read gets all of them.
         let prefetch = if matches!(self.rows, RowLayout::EndToEnd) { self.length + 1 } else { 0 };
         let mut reader = self.store.reader(prefetch);
         for &index in indices {
@@ -165,13 +165,14 @@ impl Sequences {
             tokens: rows.tokens,
             targets: rows.targets,
             loss_mask: rows.mask,
-            documents: (!rows.alone).then_some(rows.documents),
+            documents: (!rows.one_document_each).then_some(rows.documents),
             batch: indices.len(),
             sequence,
         })
     }
 
-    fn padded(&self, indices: &[u64]) -> usize {
+    /// The length of rows that are as long as the longest of these sequences, rounded up to `PADDING_STEP`.
+    fn padded_length(&self, indices: &[u64]) -> usize {
         let longest = indices.iter().map(|&index| self.documents[index as usize].len()).max().unwrap_or(1);
         (longest as usize).next_multiple_of(PADDING_STEP).min(self.length)
     }
@@ -203,26 +204,26 @@ struct Rows {
     /// The number of the next document in the row.
     document: i32,
     /// Whether every row so far is one document without padding: such a batch needs no mask between documents.
-    alone: bool,
+    one_document_each: bool,
 }
 
 impl Rows {
-    /// Adds up to `most` tokens of a document, starting with its token `from`.
+    /// Adds up to `limit` tokens of a document, starting with its token `from`.
     fn add(
         &mut self,
         reader: &mut SpanReader<'_>,
         part: DocumentSpan,
         from: u64,
-        most: usize,
+        limit: usize,
     ) -> Result<(), DataError> {
         let start = part.start + from;
-        let end = part.end.min(start + most as u64);
+        let end = part.end.min(start + limit as u64);
         // One token more, if the document has it: the target of the last one.
-        let mut known =
+        let mut tokens =
             reader.read(start..part.end.min(end + 1))?.map(|(token, weight)| (token as i32, weight)).peekable();
         for _ in start..end {
-            let Some((token, _)) = known.next() else { break };
-            let (target, weight) = known.peek().copied().unwrap_or((0, 0.0));
+            let Some((token, _)) = tokens.next() else { break };
+            let (target, weight) = tokens.peek().copied().unwrap_or((0, 0.0));
             self.tokens.push(token);
             self.targets.push(target);
             self.mask.push(weight);
@@ -235,7 +236,7 @@ impl Rows {
     /// Pads the row to its length.
     fn end(&mut self) {
         let full = self.tokens.len().next_multiple_of(self.sequence.max(1));
-        self.alone &= self.document == 1 && full == self.tokens.len();
+        self.one_document_each &= self.document == 1 && full == self.tokens.len();
         self.tokens.resize(full, 0);
         self.targets.resize(full, 0);
         self.mask.resize(full, 0.0);

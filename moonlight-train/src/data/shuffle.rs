@@ -2,7 +2,8 @@
 //! anywhere in an epoch of billions of sequences.
 //!
 //! A Feistel network permutes the numbers below a power of four. A number outside the range is permuted again until it is
-//! inside ("cycle walking", Black and Rogaway 2002), which gives a permutation of the range.
+//! inside ("cycle walking", Black and Rogaway 2002), which gives a permutation of the range. The power is less than 4 times the
+//! range, so fewer than 4 attempts are needed on average.
 
 use super::hash::mix;
 
@@ -38,6 +39,7 @@ impl Shuffle {
         let mask = (1 << self.half_bits) - 1;
         let (mut left, mut right) = (value >> self.half_bits, value & mask);
         for round in 0..ROUNDS {
+            // `right` is below 2^32, so the number of the round in the top byte gives each round a different function.
             let mixed = mix(self.key ^ mix(right ^ (round << 56))) & mask;
             (left, right) = (right, left ^ mixed);
         }

@@ -33,8 +33,8 @@ pub struct TrainStream {
 }
 
 impl TrainStream {
-    /// A stream from the first sequence on, shuffled by `seed` or, with `None`, in the order of the files. `sequences` must not
-    /// be empty.
+    /// A stream that starts with the first sequence, shuffled by `seed` or, with `None`, in the order of the files. `sequences`
+    /// must not be empty.
     pub(super) fn new(sequences: Sequences, seed: Option<u64>, batch_size: usize, data: u64) -> Self {
         Self { sequences, seed, batch_size, position: DataPosition { epoch: 0, sequence: 0, data } }
     }
@@ -49,8 +49,8 @@ impl TrainStream {
         self.sequences.batch(&indices)
     }
 
-    /// The part `share` of the next `sequences` sequences, cut into `batches` batches of sizes that differ by at most 1. The
-    /// position moves past all `sequences`, so that ranks with a share each stay at the same position.
+    /// The part `share` of the next `sequences` sequences, divided into `batches` batches whose sizes differ by at most 1. The
+    /// position moves past all `sequences`, so that all ranks stay at the same position, each with its own share.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! How a file is read with `format = "text"`: as one document, or if it contains records, with a document in each.
+//! How a file is read with `format = "text"`: as one document, or, if it contains records, as one document for each record.
 
 use std::path::Path;
 
@@ -39,10 +39,10 @@ impl TextFile {
         match extension.as_str() {
             _ if is_parquet => Self::records(RecordReader::from_source(source, TEXT_COLUMNS, limit)?),
             "jsonl" | "ndjson" => Self::records(RecordReader::from_source(source, &[], limit)?),
-            // Source code has this extension too, and is learned as plain text.
+            // Source repositories contain .json files too, which are learned as plain text.
             "json" => {
-                let may_hold = matches!(source.kind(), Ok(FileKind::JsonLines | FileKind::JsonArray));
-                Self::records_or_plain(source, limit, may_hold, "JSON as plain text")
+                let may_be_records = matches!(source.kind(), Ok(FileKind::JsonLines | FileKind::JsonArray));
+                Self::records_or_plain(source, limit, may_be_records, "JSON as plain text")
             }
             "csv" | "tsv" => Self::records_or_plain(source, limit, true, "CSV as plain text"),
             _ => {
@@ -106,11 +106,11 @@ impl TextFile {
     fn records_or_plain(
         source: Source,
         limit: Option<u64>,
-        may_hold: bool,
+        may_be_records: bool,
         what: &'static str,
     ) -> Result<Self, DataError> {
         let path = source.path().to_owned();
-        if !may_hold {
+        if !may_be_records {
             return Ok(Self::Plain { source, what });
         }
         match RecordReader::from_source(source, &[], limit) {

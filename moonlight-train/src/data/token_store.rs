@@ -1,8 +1,8 @@
 //! Documents of tokens on disk.
 //!
 //! A file is written once, under a temporary name in the same folder, and renamed. It is checked completely when it is opened,
-//! and from then on read in pieces. It is not mapped into memory, because a mapped file that another process cuts ends the
-//! program with a signal instead of an error.
+//! and then read in pieces. It is not mapped into memory: if another process truncated a mapped file, this one would end with
+//! a signal (SIGBUS) instead of an error.
 //!
 //! Layout, little-endian:
 //!
@@ -31,7 +31,7 @@ use crate::output_file::Unfinished;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"moontok4");
 /// Magic numbers of earlier formats, without a checksum or without columns. Such files are written again.
-const MAGIC_BEFORE: [u64; 2] = [u64::from_le_bytes(*b"moontok2"), u64::from_le_bytes(*b"moontok3")];
+const EARLIER_MAGICS: [u64; 2] = [u64::from_le_bytes(*b"moontok2"), u64::from_le_bytes(*b"moontok3")];
 const FOOTER_WORDS: usize = 9;
 const FOOTER_BYTES: usize = 8 * FOOTER_WORDS;
 const DOCUMENT_BYTES: usize = 24;
@@ -39,10 +39,10 @@ const DOCUMENT_BYTES: usize = 24;
 const WEIGHTED: u64 = 8;
 /// Bytes that are read at once when a whole file is read: a multiple of the size of every kind of entry.
 const CHUNK_BYTES: usize = 3 << 19;
-/// Random characters in the name of a temporary file, those of earlier versions last.
+/// Lengths of the random part of a temporary file's name: today's, and that of earlier versions.
 const RANDOM_CHARACTERS: [usize; 2] = [6, 12];
 
-/// The end of the file, which describes the rest. In the file it is followed by an xxh3 of everything before that, and by
+/// The end of the file, which describes the rest. These seven words are followed by an xxh3 of everything before it, and by
 /// [`MAGIC`].
 #[derive(Debug)]
 struct Footer {
@@ -60,7 +60,7 @@ struct Footer {
 
 impl Footer {
     /// The offsets of the documents, the report and the footer in a file of this size; `None` if the numbers do not match it.
-    fn places(&self, size: u64) -> Option<[u64; 3]> {
+    fn offsets(&self, size: u64) -> Option<[u64; 3]> {
         let table = self.tokens.checked_mul(self.width)?.checked_next_multiple_of(8)?;
         let report = table.checked_add(self.documents.checked_mul(DOCUMENT_BYTES as u64)?)?;
         let end = report.checked_add(self.report)?.checked_next_multiple_of(8)?;
@@ -114,7 +114,7 @@ impl TokenStore {
             Ok(Ok(store)) => Ok(OpenedStore::Complete(store)),
             Ok(Err(Unusable::Earlier)) => Ok(OpenedStore::None),
             Ok(Err(Unusable::Damaged(problem))) => Ok(OpenedStore::Damaged(problem)),
-            // Another process cuts the file at this moment.
+            // Another process truncated the file after its size was read.
             Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
                 Ok(OpenedStore::Damaged("it ends too early".into()))
             }
@@ -132,11 +132,11 @@ impl TokenStore {
         let [key_0, key_1, documents, tokens, width, report, content, checksum, magic] = words;
         match magic {
             MAGIC => {}
-            before if MAGIC_BEFORE.contains(&before) => return Ok(Err(Unusable::Earlier)),
+            earlier if EARLIER_MAGICS.contains(&earlier) => return Ok(Err(Unusable::Earlier)),
             _ => return damaged("it does not end like a token cache"),
         }
         let footer = Footer { key: [key_0, key_1], documents, tokens, width, report, content };
-        let Some([table, report_start, _]) = footer.places(size).filter(|_| [2, 4, WEIGHTED].contains(&width)) else {
+        let Some([table, report_start, _]) = footer.offsets(size).filter(|_| [2, 4, WEIGHTED].contains(&width)) else {
             return damaged("its footer does not match its size");
         };
         if footer.key != key {
@@ -166,6 +166,7 @@ impl TokenStore {
             true
         })?;
         let mut report_bytes = Vec::new();
+        // The report, and the footer up to its checksum.
         store.each_chunk(report_start..start + 7 * 8, |bytes| {
             hash.update(bytes);
             report_bytes.extend_from_slice(bytes);
@@ -252,8 +253,9 @@ impl TokenStore {
         let mut entry = [0; DOCUMENT_BYTES];
         let at = self.table + (DOCUMENT_BYTES * document) as u64;
         read_exact_at(&self.file, &mut entry, at).map_err(|error| self.fault(&error))?;
-        let packed = u64_at(&entry, 8);
-        let origin = Origin { file: packed as u32, line: (packed >> 32) as u32, column: u64_at(&entry, 16) as u32 };
+        let file_and_line = u64_at(&entry, 8);
+        let (file, line) = (file_and_line as u32, (file_and_line >> 32) as u32);
+        let origin = Origin { file, line, column: u64_at(&entry, 16) as u32 };
         Ok((u64_at(&entry, 0), origin))
     }
 
@@ -284,7 +286,7 @@ impl TokenStore {
         let outside = |token: u32| format!("it contains the token {token}, outside the vocabulary of {vocab_size}");
         let wrong = |weight: f32| !(weight >= 0.0 && weight.is_finite());
         let tokens = || self.decode(bytes);
-        // Looks for the maximum: a loop without an early exit is vectorized, and several times as fast.
+        // The maximum of all tokens, because a loop without an early exit is vectorized and several times as fast.
         let largest = match self.footer.width {
             2 => bytes.chunks_exact(2).map(|token| u32::from(u16::from_le_bytes([token[0], token[1]]))).max(),
             _ => tokens().map(|(token, _)| token).max(),
@@ -511,8 +513,8 @@ impl TokenStoreWriter {
         self.write(&vec![0; padding as usize])?;
         let documents = std::mem::take(&mut self.documents);
         for (end, origin) in &documents {
-            let place = u64::from(origin.file) | u64::from(origin.line) << 32;
-            self.write(&[*end, place, origin.column.into()].map(u64::to_le_bytes).concat())?;
+            let file_and_line = u64::from(origin.file) | u64::from(origin.line) << 32;
+            self.write(&[*end, file_and_line, origin.column.into()].map(u64::to_le_bytes).concat())?;
         }
         // The report consists of numbers and texts, which JSON can always hold.
         let mut report = serde_json::to_vec(report).unwrap_or_default();
@@ -527,9 +529,10 @@ impl TokenStoreWriter {
         let temporary = out.get_ref().path().to_owned();
         let write = |error: &io::Error| DataError::io("write", &temporary, error);
         let file = out.into_inner().map_err(|error| write(error.error()))?;
+        // Before the rename: after a power failure a file with the final name must not be empty.
         file.as_file().sync_all().map_err(|error| write(&error))?;
         file.persist(&path).map_err(|error| DataError::io("write", &path, &error.error))?;
-        drop(unfinished);
+        drop(unfinished); // an interrupt until here removes the temporary file
         Ok(())
     }
 

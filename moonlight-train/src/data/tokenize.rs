@@ -42,7 +42,7 @@ pub(super) struct TokenizeJob<'a> {
     pub(super) chat: Option<&'a ChatEncoder>,
     pub(super) broken: BrokenRecords,
     pub(super) vocab_size: usize,
-    /// Stop after the document with which this many tokens are reached; 0 to read everything.
+    /// Stop after the document that reaches this many tokens; 0 to read everything.
     pub(super) max_tokens: u64,
 }
 
@@ -50,7 +50,7 @@ pub(super) struct TokenizeJob<'a> {
 struct Block {
     origin: Origin,
     bytes: Vec<u8>,
-    /// Whether the document starts here.
+    /// Whether the document starts with this block.
     begins: bool,
     /// The field that contains the document, for a record with `format = "text"`.
     field: Option<&'static str>,
@@ -155,9 +155,9 @@ impl TokenizeJob<'_> {
             hash.number(READER_VERSION);
             hash.bytes(self.tokenizer.map(Tokenizer::fingerprint).unwrap_or_default().as_bytes());
             if let Some(tokenizer) = self.tokenizer.filter(|_| self.format == DataFormat::Text) {
-                for around in [tokenizer.prefix(), tokenizer.suffix()] {
-                    hash.number(around.len() as u64);
-                    around.iter().for_each(|&token| hash.number(token.into()));
+                for added in [tokenizer.prefix(), tokenizer.suffix()] {
+                    hash.number(added.len() as u64);
+                    added.iter().for_each(|&token| hash.number(token.into()));
                 }
             }
             hash.number(self.vocab_size as u64);
@@ -294,7 +294,8 @@ impl TokenizeJob<'_> {
                         Err(rejected) => return Ok(Err(rejected)),
                     },
                 };
-                // Text that the tokenizer has no tokens for is always an error: it would be missing from the data unnoticed.
+                // Text that the tokenizer has no tokens for is an error even with `broken = "skip"`: without one, part of the
+                // data would be missing unnoticed.
                 let rejected = |error: TokenizerError| RejectedRecord::new(error.to_string(), error.hint());
                 let is_empty = block.field.is_some() && text.is_empty();
                 let mut tokens = if block.begins && !is_empty { tokenizer.prefix().to_vec() } else { Vec::new() };
@@ -333,12 +334,13 @@ impl TokenizeJob<'_> {
         let origin = Origin { file: index, line: 0, column: 0 };
         let block = |bytes, begins, end| Block { origin, bytes, begins, field: None, end, skippable: false };
         let cut = file.read < file.size;
-        // What was appended to the file since its size was read is not part of the cache's key, so it is not read.
+        // Bytes that were appended after the file's size was read are not covered by the cache's key, so they are not read.
         let limit = (cut || !source.is_compressed()).then_some(file.read);
         let mut reader = source.into_reader(limit);
         let mut bytes = Vec::new();
         let mut is_first = true;
         loop {
+            // At least 1 byte, even if the rest of the last block fills a whole one.
             let wanted = (BLOCK_BYTES - bytes.len().min(BLOCK_BYTES - 1)) as u64;
             let read = reader.by_ref().take(wanted).read_to_end(&mut bytes).map_err(io)?;
             if (read as u64) < wanted || reader.fill_buf().map_err(io)?.is_empty() {
@@ -377,7 +379,7 @@ impl TokenizeJob<'_> {
                     return Ok(false);
                 }
                 Err(error) => {
-                    // Errors in the records before this one come first, as they would with smaller groups.
+                    // Records before this one are still in the group; an error in one of them is reported first.
                     self.flush(state)?;
                     return Err(error.into());
                 }
@@ -411,7 +413,7 @@ struct BlockGroup {
 
 impl BlockGroup {
     fn add(&mut self, block: Block) {
-        // A block costs more than its bytes, which counts where lines are short.
+        // A block takes more memory than its bytes, which matters for short lines.
         self.bytes += block.bytes.len() + 64;
         self.blocks.push(block);
     }
@@ -505,11 +507,12 @@ fn conversation_of(record: &[u8], chat: &ChatEncoder) -> Result<Tokenized, Rejec
     }
 }
 
-/// Where a block of text can end without cutting a token: after the last line break that is followed by a visible character,
-/// or if there is none after the last complete character. A token may contain several spaces and line breaks, but not a line
-/// break and the visible character after it.
+/// The length at which a block of text can end without cutting a token: after the last line break that is followed by a visible
+/// character, or without one after the last complete character. A token may contain several spaces and line breaks, but not a
+/// line break and the visible character after it.
 fn boundary(bytes: &[u8]) -> usize {
-    // The first UTF-8 bytes of characters that are not spaces. U+1680, U+2000 to U+202F and U+3000 start with E1 to E3.
+    // The first UTF-8 bytes of characters that are not spaces. U+0085 and U+00A0 start with C2; U+1680, U+2000 to U+202F and
+    // U+3000 start with E1 to E3.
     let visible = |byte: u8| byte.is_ascii_graphic() || matches!(byte, 0xC3..=0xE0 | 0xE4..=0xF4);
     let line = (1..bytes.len()).rev().find(|&at| bytes[at - 1] == b'\n' && visible(bytes[at]));
     match line {

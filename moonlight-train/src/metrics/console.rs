@@ -1,7 +1,6 @@
 //! One readable line for each logged step and each validation, with torchtitan's fields in torchtitan's order.
 //!
-//! The line goes to the log at the level `info`, so whoever filters the log filters the lines. `metrics.jsonl` has the same
-//! numbers for programs.
+//! The line is logged at the level `info`, so the log's filter applies to it. `metrics.jsonl` has the same numbers for programs.
 
 use std::fmt::Write;
 use std::time::{Duration, Instant};
@@ -63,7 +62,7 @@ impl ConsoleLines {
         Self { steps, begun: first, since: None, first }
     }
 
-    /// The predicted time to the last step. It counts validations and checkpoints, which will recur as they did so far.
+    /// The predicted time to the last step. It includes validations and checkpoints, as often as they occurred so far.
     fn eta(&self, step: u64) -> Option<Duration> {
         let (from, at) = self.since?;
         let (done, left) = (step.checked_sub(from)?, self.steps.checked_sub(step)?);
@@ -73,7 +72,7 @@ impl ConsoleLines {
 
 impl Reporter for ConsoleLines {
     fn begin_step(&mut self) {
-        // The clock starts again with the second step, because in the first one kernels are compiled and tuned.
+        // The clock restarts with the second step, because the first one compiles and tunes kernels.
         if self.begun <= self.first + 1 {
             self.since = Some((self.begun, Instant::now()));
         }

@@ -43,12 +43,12 @@ impl Progress {
 
 /// The dashboard of a run. Dropping it restores the terminal.
 ///
-/// The renderer runs on its own thread: its key `k` (kill the run) panics in the next call of the renderer, and there is no
-/// other sign of it. Here the panic ends that thread only, and the training loop sees a closed channel. Any other panic
-/// means that the terminal is gone, which does not end the run.
+/// The renderer runs on its own thread, because its key `k` (kill the run) makes the next call of the renderer panic, and does
+/// nothing else. The panic ends only that thread, and the training loop sees a closed channel. Any other panic means that the
+/// terminal is gone, which does not end the run.
 ///
-/// While the dashboard is up, stderr is held back: its lines would tear the picture, and once the terminal is gone, libraries
-/// that print to it panic.
+/// While the dashboard is open, stderr is held back: its lines would garble the screen, and libraries that print to stderr
+/// panic once the terminal is gone.
 pub(crate) struct Dashboard {
     /// `None` once the dashboard is closed.
     metrics: Option<Sender<Metrics>>,
@@ -59,7 +59,7 @@ pub(crate) struct Dashboard {
     failed: bool,
 }
 
-/// How the message of the renderer's panic starts if the user pressed `k`.
+/// The start of the message with which the renderer panics after the key `k`.
 const KILL_MESSAGE: &str = "Killing training";
 
 impl Dashboard {
@@ -81,7 +81,8 @@ impl Dashboard {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         let joined = thread.join();
         if joined.is_err() {
-            terminal::leave_screen(); // first: what stderr then prints would vanish with the alternate screen
+            // Before stderr is released: its lines would vanish with the alternate screen.
+            terminal::leave_screen();
         }
         self.stderr = None;
         let Err(panic) = joined else { return Ok(()) };
@@ -101,7 +102,7 @@ impl Dashboard {
 impl Reporter for Dashboard {
     fn begin_step(&mut self) {
         terminal::keep_interrupt_key();
-        self.lines.begin_step(); // keeps time, should lines be needed
+        self.lines.begin_step(); // for its clock, in case log lines replace the dashboard
     }
 
     fn report(&mut self, metrics: &Metrics) -> Result<(), TrainError> {

@@ -13,7 +13,7 @@ use crate::error::TrainError;
 /// A longer line was not written by this program, and is dropped when a run resumes.
 const MAX_LINE_BYTES: u64 = 1 << 20;
 
-/// The open file. A line that cannot be written is lost; the run continues, because its checkpoints are worth more.
+/// The open file. A line that cannot be written is lost, but the run continues: its checkpoints are worth more.
 #[derive(Debug)]
 pub(crate) struct MetricsFile {
     path: PathBuf,
@@ -24,7 +24,7 @@ pub(crate) struct MetricsFile {
 
 impl MetricsFile {
     /// Opens the file for a run that resumes after `step`. Lines of later steps, which the interrupted run wrote after its
-    /// last checkpoint, are dropped, and so is what is not a record, such as a last line that was cut short.
+    /// last checkpoint, are dropped, and so are lines that are not records, such as a last line that was cut short.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
         let folder = path.parent().unwrap_or(Path::new("."));
         let mut kept = new_file(folder, ".metrics.", ".tmp").map_err(TrainError::write(folder))?;
@@ -74,7 +74,7 @@ fn keep_until(mut file: impl BufRead, step: u64, kept: &mut impl Write) -> io::R
             return Ok(());
         }
         let Ok(value) = serde_json::from_slice::<Value>(&line) else { continue };
-        if value["step"].as_u64().is_some_and(|of| of <= step) {
+        if value["step"].as_u64().is_some_and(|line_step| line_step <= step) {
             kept.write_all(line.trim_ascii_end())?;
             kept.write_all(b"\n")?;
         }

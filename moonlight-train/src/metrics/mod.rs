@@ -161,7 +161,7 @@ impl Metrics {
         let imbalance = |load: &Vec<u64>| {
             let total: u64 = load.iter().sum();
             let largest = load.iter().copied().max().unwrap_or(0);
-            // A step in which a layer routed nothing has imbalance 0 and not NaN, which JSON could not hold.
+            // A step in which a layer routed nothing has imbalance 0 and not NaN, which JSON cannot represent.
             largest as f64 * load.len() as f64 / (total as f64).max(1.0)
         };
         let layers: Vec<&Vec<u64>> = loads.iter().flatten().collect();

@@ -9,7 +9,7 @@ use rustix::io::dup;
 use rustix::pipe::pipe;
 use rustix::stdio::{dup2_stderr, stderr};
 
-/// Bytes that are kept; of a longer text the end, which has the newest lines.
+/// Bytes that are kept: of a longer text its end, which has the newest lines.
 const MAX_BYTES: usize = 64 << 10;
 
 /// Collects what this process writes to stderr, and writes it to the real stderr when dropped.
@@ -25,7 +25,7 @@ impl HeldStderr {
         let original = dup(stderr()).ok()?;
         let (read, write) = pipe().ok()?;
         dup2_stderr(&write).ok()?;
-        // The thread reads until `drop` restores the real stderr: that closes the pipe's last writing end.
+        // The thread reads until `drop` restores the real stderr, which closes the last writing end of the pipe.
         let reader = spawn(move || read_tail(File::from(read)));
         Some(Self { original, reader: Some(reader) })
     }

@@ -1,4 +1,4 @@
-//! Standard error under the dashboard, on systems where it cannot be redirected: it stays as it is.
+//! Standard error under the dashboard, on systems where it is not redirected.
 
 /// Holds nothing back.
 pub(super) struct HeldStderr;

@@ -19,7 +19,7 @@ impl<'a> Check<'a> {
         self.document.get(key).is_some()
     }
 
-    /// Where the key is written, or if it is not, its section or file.
+    /// The place of the key; without one in the recipe, that of its section or file.
     pub(super) fn place(&self, key: &str) -> String {
         self.document.place(key).to_string()
     }

@@ -108,8 +108,8 @@ impl TokenizerName {
         }
     }
 
-    /// The default for data in `format`: the tokenizer in the folder of the weights `model`, or else bytes. That the folder
-    /// contains one is checked here only for tokens, which need none; otherwise opening it reports the error.
+    /// The default for data in `format`: the tokenizer in the folder of the weights `model`, or else bytes. Data that are tokens
+    /// need none, so a folder without a tokenizer is accepted for them; for other data, opening it reports the error.
     pub(super) fn default_for(format: DataFormat, model: Option<&Path>) -> Self {
         let has_tokenizer =
             |dir: &Path| ["tokenizer.json", "tiktoken.model"].iter().any(|name| dir.join(name).exists());
@@ -154,7 +154,7 @@ pub struct DataConfig {
     /// Globs of the validation files. A file that `train` matches too is used for validation only. Excludes `valid_fraction`.
     pub valid: Vec<String>,
     /// The share of the training tokens to hold out for validation, at least 0 and below 1: whole documents, chosen by a hash,
-    /// or the end of the only document. Use it for data without a split of their own.
+    /// or the end of the only document. Use it for data without a validation split.
     pub valid_fraction: f64,
     /// The kind of data in the files.
     pub format: DataFormat,
@@ -172,24 +172,22 @@ pub struct DataConfig {
     /// Default: 1024, or the model's maximum if that is smaller.
     pub sequence_length: usize,
     /// Whether several documents share a sequence: texts are concatenated and cut every `sequence_length` tokens;
-    /// conversations are combined without cutting any. Attention never crosses documents. With `false` each record is a
-    /// sequence of its own, padded on the right.
+    /// conversations are combined without cutting any. Attention never crosses documents. With `false` each record becomes one
+    /// sequence, padded on the right.
     pub pack: bool,
-    /// Whether each epoch has its own order of the sequences, which follows from `run.seed`. Without it they have the order of
-    /// the files.
+    /// Whether each epoch has its own order of the sequences, which follows from `run.seed`. With `false` they are in the order
+    /// of the files.
     pub shuffle: bool,
     /// What to do, with `pack = false` or `format = "chat"`, with a record longer than `sequence_length`.
     pub too_long: LongRecords,
-    /// What to do with a record that cannot be read. A file of another format, and one that is cut off, is an error in any
-    /// case.
+    /// What to do with a record that cannot be read. A file in another format, or one that is cut off, is always an error.
     pub broken: BrokenRecords,
     /// Bytes of files to read for training, and as many again for validation; 0 for all. The files are chosen by a hash of
     /// their paths, so that a small share has something from every folder.
     pub max_bytes: u64,
     /// Files larger than this many bytes are left out; 0 for no limit.
     pub max_file_bytes: u64,
-    /// Stop reading after the document with which this many tokens are reached, for training and again for validation; 0 for
-    /// all.
+    /// Tokens to read for training, rounded up to whole documents, and as many again for validation; 0 for all.
     pub max_tokens: u64,
     /// The folder in which tokenized data are kept for later runs. Default: `{run.dir}/token-cache`.
     #[serde(deserialize_with = "path")]

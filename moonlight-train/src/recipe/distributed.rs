@@ -15,19 +15,20 @@ const DESCRIPTION: &str = "Several ranks train one model. Each computes its shar
                            optimizer's state. Without this section the world size is 1, or the number of processes that \
                            `mpirun` or `srun` started.";
 
-/// `[distributed]`: several ranks train one model. Its keys are these and those of [`DistributedConfig`].
+/// `[distributed]`: several ranks train one model. Its keys are `devices`, `timeout_seconds` and those of
+/// [`DistributedConfig`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DistributedRecipe {
     /// Ranks of each process, one for each of its devices.
     pub devices: usize,
-    /// Seconds that a rank may be silent before the others end.
+    /// Seconds that a rank may be silent before the others end with an error.
     pub timeout_seconds: u64,
     /// How the ranks shard the optimizer.
     #[serde(flatten)]
     pub optimizer: DistributedConfig,
 }
 
-/// The keys of `[distributed]` that are not the optimizer's.
+/// The keys of `[distributed]` in addition to those of [`DistributedConfig`].
 #[derive(Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(default)]
 struct Keys {

@@ -1,4 +1,4 @@
-//! The TOML of a recipe as a tree in which every value has its line, and to which each `--set` is applied.
+//! The TOML of a recipe as a tree of values that know their lines. Each `--set` is applied to this tree.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -39,7 +39,7 @@ pub(super) struct Node {
     pub(super) item: Item,
 }
 
-/// A value. The elements of lists and tables are nodes again.
+/// A value. The elements of lists and tables are nodes themselves.
 #[derive(Debug, Clone)]
 pub(super) enum Item {
     /// A string, number, boolean or date. If it came from a `--set`, also the text that was typed: `run.name=7` parses as a
@@ -76,7 +76,7 @@ impl Node {
         }
         let value = match toml::from_str::<toml::Table>(&format!("value = {text}")) {
             Ok(mut table) if table.len() == 1 => table.remove("value"),
-            // A text that starts with a bracket, brace or quote is meant as TOML, so it is an error and not a string.
+            // A text that starts with a bracket, brace or quote is an error and not a string: it was meant as TOML.
             Err(error) if text.starts_with(['[', '{', '"', '\'']) => {
                 return Err(syntax(&format!("`{text}` is not a TOML value: {}", error.message())));
             }
@@ -95,7 +95,7 @@ impl Node {
         Ok(())
     }
 
-    /// Moves the value of a key that was renamed to its name of today.
+    /// Moves the value of a renamed key to its new name.
     pub(super) fn rename(&mut self, old: &str, new: &str) -> Result<(), RecipeError> {
         let names = old.split_once('.').zip(new.split_once('.'));
         let Some(((section, old_key), (_, new_key))) = names else { return Ok(()) };
@@ -153,7 +153,7 @@ impl Node {
         })
     }
 
-    /// The place of a key, or if it is not written that of its section, or of the file.
+    /// The place of a key; without one in the recipe, that of its section or file.
     pub(super) fn place(&self, path: &str) -> &Location {
         match (self.get(path), path.rfind(['.', '['])) {
             (Some(node), _) => &node.place,
@@ -180,7 +180,7 @@ impl Node {
         }
     }
 
-    /// A value all of whose parts have the same place.
+    /// A node for a value whose parts all have the same place.
     fn of_value(value: Value, place: &Location) -> Self {
         let item = match value {
             Value::Array(list) => Item::List(list.into_iter().map(|value| Self::of_value(value, place)).collect()),

@@ -25,7 +25,7 @@ pub struct LoraRecipe {
     pub adapters: LoraConfig,
 }
 
-/// The keys of `[lora]` that are not the adapters'.
+/// The keys of `[lora]` in addition to those of [`LoraConfig`].
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default)]
 struct Keys {

@@ -110,7 +110,7 @@ pub struct ShapedRecipe {
     pub recipe: Recipe,
     /// The shape of its model.
     pub config: ModelConfig,
-    /// A sentence on where the shape is from, if not from the recipe's own keys or weights.
+    /// A sentence on the source of the shape, unless that is the recipe's own keys or weights.
     pub assumed: Option<String>,
 }
 
@@ -139,7 +139,8 @@ impl Draft {
         for (old, new) in RENAMED_KEYS {
             document.rename(old, new)?;
         }
-        // First, because a misspelled key is often a required one: the hint to its spelling helps more than that it is missing.
+        // First, because a misspelled key is often a required one, and the hint with its spelling helps more than the error that
+        // it is missing.
         if let Some(unknown) = schema::unknown_key(&document) {
             return Err(unknown);
         }
@@ -226,7 +227,7 @@ impl Recipe {
             self.train.steps = self.schedule.stages.iter().map(|stage| stage.steps).sum();
         }
         if !written.has("moe.bias_update_rate") && self.model.path.is_some() {
-            // DeepSeek-V3 and Moonlight froze the bias in their last stage, and fine-tuning continues from there.
+            // DeepSeek-V3 and Moonlight froze the bias in their last stage of training; fine-tuning keeps it frozen.
             self.moe.bias_update_rate = 0.0;
         }
     }
@@ -311,7 +312,7 @@ impl Recipe {
 
     /// The recipe as TOML, with every default.
     pub fn to_toml(&self) -> String {
-        // TOML holds every recipe: `None` is skipped, and the reader accepts no integer beyond i64.
+        // Every recipe can be written as TOML: `None` is skipped, and the reader accepts no integer beyond i64.
         toml::to_string(self).unwrap_or_else(|error| format!("# this recipe cannot be written as TOML: {error}\n"))
     }
 }

@@ -35,15 +35,15 @@ pub struct ModelRecipe {
     /// Keys of `config.json`: the shape, or what differs from the preset.
     #[serde(flatten)]
     pub shape: Map<String, Value>,
-    /// The line of the recipe that errors about the model name.
+    /// The place in the recipe that errors about the model refer to.
     #[serde(skip)]
     place: String,
-    /// A lock on the folder at `path`: another run does not remove it, if it is a checkpoint of that run.
+    /// A lock on the folder at `path`: if it is a checkpoint of another run, that run does not remove it.
     #[serde(skip)]
     held: Option<ModelDir>,
 }
 
-/// The keys of `[model]` that are not those of `config.json`.
+/// The keys of `[model]` in addition to those of `config.json`.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default)]
 struct Keys {
@@ -152,7 +152,7 @@ impl JsonSchema for ModelRecipe {
 }
 
 impl PartialEq for ModelRecipe {
-    /// Compares the values, and not where they were written.
+    /// Compares the values, and neither their place in the recipe nor the lock.
     fn eq(&self, other: &Self) -> bool {
         let parts = |it: &Self| (it.dtype, it.quantize, it.path.clone(), it.preset.clone(), it.shape.clone());
         parts(self) == parts(other)
@@ -217,7 +217,7 @@ impl ModelRecipe {
         }
     }
 
-    /// The model's config for a plan, with a sentence on where it is from, unless that is the recipe's own shape or the weights at
+    /// The model's config for a plan, with a sentence on its source unless that is the recipe's own shape or the weights at
     /// `path`. The weights may be absent.
     pub(super) fn resolve_shape(
         &mut self,
@@ -322,8 +322,8 @@ impl ModelRecipe {
             }
             None => {
                 let mut shape = self.shape.clone();
-                // While the vocabulary is unknown, a placeholder lets the rest of the shape be checked. The largest one is
-                // never smaller than a tokenizer's.
+                // While the vocabulary is unknown, a placeholder stands in, so that the rest of the shape is checked. The largest
+                // u32 is never smaller than a tokenizer's vocabulary.
                 let placeholder = if vocab_size == 0 { u32::MAX as usize } else { vocab_size };
                 shape.entry("vocab_size").or_insert_with(|| placeholder.into());
                 ModelConfig::from_value(Value::Object(shape)).map_err(model)?

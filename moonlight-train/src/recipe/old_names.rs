@@ -1,5 +1,4 @@
-//! Names of keys that an earlier version had.
+//! Keys of earlier versions.
 
-/// Keys that were renamed, as `section.key`, with their names today. Recipes and checkpoints of earlier versions have the old
-/// names and mean the same.
+/// Renamed keys as `(old, new)`, each `section.key`. Recipes and checkpoints of earlier versions contain the old names.
 pub(crate) const RENAMED_KEYS: &[(&str, &str)] = &[("model.quantise", "model.quantize")];

@@ -42,7 +42,7 @@ pub struct OptimizerRecipe {
     pub adamw: AdamWConfig,
 }
 
-/// The keys of `[optimizer]` that are not those of one optimizer alone.
+/// The keys of `[optimizer]` in addition to those of [`MuonConfig`] and [`AdamWConfig`], and those that both optimizers share.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 struct Keys {
@@ -104,8 +104,7 @@ impl Serialize for OptimizerRecipe {
                 table.entry(key).or_insert(value);
             }
         }
-        // The factor is written as `update_rms`, and a hidden size of 0 stands for the model's, so the name of the scale is
-        // enough.
+        // The name of the scale is enough: the factor is written as `update_rms`, and a hidden size of 0 means the model's.
         if !matches!(muon.scale, UpdateScale::HiddenSize { hidden: 1.., .. })
             && let Some(Value::Object(scale)) = table.get("scale")
             && let Some(word) = scale.keys().next().cloned()
@@ -139,7 +138,7 @@ impl OptimizerRecipe {
         let Keys { name, learning_rate, weight_decay, rounding, update_rms, qk_clip } = keys;
         (adamw.weight_decay, adamw.rounding) = (weight_decay, rounding);
         (muon.weight_decay, muon.rounding) = (weight_decay, rounding);
-        // Written out, because the default depends on the coefficients, and `recipe.toml` must name every value.
+        // The default depends on the coefficients. It is filled in because `recipe.toml` must contain every value.
         muon.steps.get_or_insert(muon.coefficients.default_steps());
         if let Some(rms) = update_rms {
             muon.scale = muon.scale.with_update_rms(rms);

@@ -1,6 +1,6 @@
 //! A serde deserializer over the tree of a recipe. It checks types, and its errors name the key and its line.
 //!
-//! The names of keys and choices come from the types that are read (`#[derive(Deserialize)]`); there is no other list of them.
+//! The names of keys and choices come from the types that are read (`#[derive(Deserialize)]`), and are not listed again here.
 //! It accepts more than serde's derives do: an integer may be written as `1e6`; a list of one string as that string; and the
 //! name of a choice alone if all of its settings have defaults (`scale = "report"`).
 
@@ -27,13 +27,14 @@ pub(super) fn read<'de, T: Deserialize<'de>>(root: &'de Node) -> Result<T, Recip
     })
 }
 
+/// From here f64 skips whole numbers.
 const TWO_TO_53: f64 = 9_007_199_254_740_992.0;
 
 /// The name of the newtype by which [`read_flattened`] asks the reader to share a table.
 const FLATTENED: &str = "$flat";
 
-/// Reads a tuple of structs from the keys of one table. Each struct gets those of its keys that no struct before it has, and a
-/// map gets the rest. `#[serde(flatten)]` does the same, but buffers the values and loses their lines.
+/// Reads a tuple of structs from the keys of one table. Each struct gets its keys, except those that an earlier struct has, and
+/// a map gets the rest. `#[serde(flatten)]` does the same, but buffers the values and loses their lines.
 pub(super) fn read_flattened<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
     struct Parts<T>(std::marker::PhantomData<T>);
     impl<'de, T: Deserialize<'de>> Visitor<'de> for Parts<T> {
@@ -212,7 +213,7 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
             Item::Scalar(value, _) => {
                 let result = match value {
                     Value::Integer(number) => visitor.visit_i64(*number),
-                    // `1e6` is a whole number too. From 2^53 on, f64 skips whole numbers, so what was meant is unknown.
+                    // `1e6` is a whole number too. From 2^53 it may differ from the number that was written, so it stays a float.
                     Value::Float(number) if number.fract() == 0.0 && (0.0..TWO_TO_53).contains(number) => {
                         visitor.visit_i64(*number as i64)
                     }
@@ -331,8 +332,7 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
 }
 
 impl<'de> Reader<'de, 'static> {
-    /// Reads a value. Errors of `deserialize_with` and `try_from`, which are raised after the value was read, get their place
-    /// here.
+    /// Reads a value. Adds the place to errors of `deserialize_with` and `try_from`, which occur after the value was read.
     fn read<S: DeserializeSeed<'de>>(self, seed: S) -> Result<S::Value, Error> {
         let place = Reader { node: self.node, path: self.path.clone(), parts: None };
         place.locate(seed.deserialize(self))

@@ -1,5 +1,4 @@
-//! The JSON schema of recipes, generated from the types that are read: for editors, for the reference page, and to find unknown
-//! keys.
+//! The JSON schema of recipes, generated from the recipe's types: for editors, for the reference page, and to find unknown keys.
 
 use std::sync::LazyLock;
 

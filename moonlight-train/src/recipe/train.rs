@@ -10,11 +10,11 @@ use crate::schedule::ScheduleConfig;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Optimizer steps of the run. Required, unless `epochs` or the stages of `[schedule]` give them. 0 stands for the steps of
+    /// Optimizer steps of the run. Required, unless `epochs` or the stages of `[schedule]` give them. 0 if they are computed from
     /// `epochs`.
     pub steps: u64,
-    /// Passes over the training data, not necessarily a whole number, instead of `steps`. The run's own `recipe.toml` gets the number of
-    /// steps. 0 if `steps` is given.
+    /// Passes over the training data, instead of `steps`; need not be a whole number. The run's own `recipe.toml` contains the
+    /// number of steps. 0 if `steps` is given.
     pub epochs: f64,
     /// Sequences of one micro-batch, from 1. Lower it if activations do not fit into memory, and raise
     /// `gradient_accumulation` instead.

@@ -1,9 +1,9 @@
 //! The learning rate over the steps.
 //!
 //! Steps count from 0. Step `s` of a warm-up of `w` steps has the rate `peak * (s + 1) / w`: the first step already learns,
-//! step `w - 1` has the peak, and the decay starts with step `w`. A decay from step `a` to the schedule's end `n` has at step
-//! `s` the point `(s + 1 - a) / (n - a)` of its line or cosine, so that the last step has the final rate. Stages follow the
-//! same convention: the last step of a stage has the stage's rate.
+//! step `w - 1` has the peak, and the decay starts with step `w`. In a decay from step `a` to the schedule's end `n`, step `s`
+//! is at the fraction `(s + 1 - a) / (n - a)` of the line or cosine, so that the last step has the final rate. Stages follow
+//! the same convention: the last step of a stage has the stage's rate.
 
 mod config;
 
@@ -87,13 +87,14 @@ impl Schedule {
                 schedule.push(after, learning_rate, StageShape::Constant);
             }
         }
+        // Without steps there is no segment, and `rate` would be 0.
         if schedule.segments.is_empty() {
             schedule.push(1, learning_rate, StageShape::Constant);
         }
         Ok(schedule)
     }
 
-    /// Appends a segment that starts at the rate of the last one; none for 0 steps.
+    /// Appends a segment that starts at the rate of the last one. Does nothing for 0 steps.
     fn push(&mut self, steps: u64, to: f64, shape: StageShape) {
         if steps == 0 {
             return;

@@ -8,8 +8,8 @@
 //! * Logits and their gradient: `2 b t v` elements, or with `loss_chunk_tokens = c` `2 c v`.
 //! * Gradients. A sink that updates a layer and frees its gradients holds those of one layer at a time.
 //!
-//! The gradients are the same in every case, except for the order in which the head's are summed over its chunks, and a
-//! layer input's over the layer's branches.
+//! The gradients differ by rounding only: the head's are summed over its chunks, and with `recompute` the gradient of a layer's
+//! input is summed over the layer's branches in another order.
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
@@ -34,8 +34,8 @@ pub struct MemoryOptions {
 #[derive(Debug)]
 pub(crate) struct MicroBatch {
     pub(crate) batch: LmBatch,
-    /// The factor on the sum of losses: 1 over the predicted tokens of the whole step, on all ranks. So gradients of
-    /// micro-batches and ranks add up to that of the step's mean loss without a division at the end.
+    /// The factor on the sum of losses: 1 over the predicted tokens of the whole step, on all ranks. With it the gradients of
+    /// micro-batches and ranks add up to the gradient of the step's mean loss.
     pub(crate) loss_scale: f64,
     /// Weight of the sequence-wise balance loss.
     pub(crate) balance_weight: f64,
@@ -46,8 +46,8 @@ pub(crate) struct MicroBatch {
 
 /// Receives the gradients of a micro-batch, stage by stage.
 pub(crate) trait GradientSink {
-    /// The model as it is now. A sink may have updated the parameters of earlier stages; those of later stages are the ones
-    /// that the forward pass used.
+    /// The current model. A sink may have updated the parameters of earlier stages; those of later stages are unchanged since
+    /// the forward pass.
     fn model(&self) -> &CausalLm;
 
     /// Receives the gradients of one stage. No later stage has gradients of these parameters.
@@ -83,7 +83,7 @@ impl<'a> ReducingSink<'a> {
         Self { model, optimizer, sums: Sums::Accumulating(GradientsAccumulator::new()) }
     }
 
-    /// Hands over the sums of parameters that had no gradient in the last micro-batch.
+    /// Gives the optimizer the sums of parameters that had no gradient in the last micro-batch.
     pub(crate) fn finish(self) {
         if let Sums::Earlier(rest) = self.sums {
             self.optimizer.add_gradients(self.model, rest);
@@ -196,7 +196,8 @@ pub(crate) fn backward(
     if !loss_sum.is_finite() && !sink.must_finish_pass() {
         return Err(NonFinite { what: "loss", value: loss_sum * loss_scale, rank: None }.into());
     }
-    // A tied embedding is also the head: its gradient is complete only after the last stage, so it waits until then.
+    // A tied embedding is also the head: its gradient is complete only after the last stage, so the head's part is kept until
+    // then.
     let tied = sink.model().lm_head.is_none().then(|| {
         let mut tied = GradientsParams::new();
         let id = sink.model().embed_tokens.weight.id;
@@ -237,6 +238,7 @@ impl Backbone {
         Self { last: output.hidden, balance_loss: None, inputs, stats: output.stats }
     }
 
+    /// The last layer's output `[tokens, hidden]` without its graph: the head builds a graph for each of its chunks.
     fn output(&self) -> Tensor<2> {
         let output = self.last.clone();
         if self.inputs.is_empty() { output.inner() } else { output }
@@ -310,13 +312,13 @@ struct Head {
     /// `[tokens]`.
     mask: Tensor<1>,
     scale: f64,
-    /// Tokens at a time.
+    /// Tokens whose logits are in memory at once.
     chunk: usize,
 }
 
 impl Head {
-    /// Returns the sum of the losses, the gradient of `hidden` (`[tokens, hidden]`), and those of norm and head. The chunks
-    /// are summed from the first to the last; the chunk size changes the rounding, but nothing else.
+    /// Returns the sum of the losses, the gradient of `hidden` (`[tokens, hidden]`), and the gradients of norm and head. Chunks
+    /// are summed in order; their size changes the rounding only.
     fn backward(&self, model: &CausalLm, hidden: Tensor<2>) -> (f64, Tensor<2>, GradientsParams) {
         let [tokens, _] = hidden.dims();
         let mut loss_sum = 0.0;
@@ -324,7 +326,7 @@ impl Head {
         let mut parts = Vec::with_capacity(tokens.div_ceil(self.chunk));
         for start in (0..tokens).step_by(self.chunk) {
             let range = start..tokens.min(start + self.chunk);
-            let part = Tensor::from_inner(hidden.clone().slice_dim(0, range.clone())).require_grad();
+            let part = Tensor::from_inner(hidden.clone().slice_dim(0, range.clone())).require_grad(); // [chunk, hidden]
             let losses = model.token_losses(part.clone(), self.targets.clone().slice_dim(0, range.clone()));
             let loss = (losses * self.mask.clone().slice_dim(0, range)).sum();
             loss_sum += f64::from(loss.clone().into_scalar::<f32>());
@@ -561,7 +563,7 @@ mod tests {
         let none = std::slice::from_ref(&none);
         for update in MODES {
             let (_, expected) = stepped(&start, update, &[some, some]);
-            // Nor do momentum, decay and router bias change.
+            // A change of momentum, weight decay or router bias in an empty step would show in the parameters.
             let (results, parameters) = stepped(&start, update, &[none, some, none, some, none]);
             assert!(parameters == expected, "{update:?}");
             for empty in [&results[0], &results[2], &results[4]] {
@@ -593,7 +595,7 @@ mod tests {
             let result = step(&mut model, &mut optimizer, &batches, StepTotals::local(&batches), &settings, &device);
             let Err(StepError::NonFinite(found)) = result else { panic!("expected an error") };
             assert!(found.what == "loss" && found.value.is_nan() && found.rank.is_none());
-            // NaN is not equal to itself.
+            // Compared as text, because NaN is not equal to itself.
             assert!(format!("{before:?}") == format!("{:?}", values(&model, None)), "{update:?}");
         }
     }

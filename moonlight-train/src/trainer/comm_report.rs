@@ -30,7 +30,7 @@ pub(super) fn comm_report(
 ) -> Result<String, TrainError> {
     let comm = optimizer.communicator();
     let (state, momentum_state) = optimizer.state_bytes();
-    let own = RankBytes {
+    let local = RankBytes {
         gradients: sent.reduce_scatter,
         momentum: sent.all_to_all,
         parameters: sent.all_gather,
@@ -38,11 +38,11 @@ pub(super) fn comm_report(
         state,
         momentum_state,
     };
-    let all = all_gather(comm, &own)?;
+    let all = all_gather(comm, &local)?;
     let ranks = comm.size() as f64;
     let mean = |bytes: fn(&RankBytes) -> u64| all.iter().map(|rank| bytes(rank) as f64).sum::<f64>() / ranks;
     let largest = |bytes: fn(&RankBytes) -> u64| all.iter().map(|rank| bytes(rank) as f64).fold(0.0, f64::max);
-    let a_step = |bytes: fn(&RankBytes) -> u64| mean(bytes) / steps.max(1) as f64;
+    let per_step = |bytes: fn(&RankBytes) -> u64| mean(bytes) / steps.max(1) as f64;
     let imbalance = |bytes: fn(&RankBytes) -> u64| if mean(bytes) > 0.0 { largest(bytes) / mean(bytes) } else { 1.0 };
     let [gradients, gathered, parameters] = optimizer.predicted_bytes_sent(model);
     let megabytes = |bytes: f64| format!("{:.3} MB", bytes / 1e6);
@@ -56,14 +56,14 @@ pub(super) fn comm_report(
          optimizer state of a rank: mean {}, maximum {} ({:.3} times the mean), {} over all ranks\n\
          momentum of a rank:        mean {}, maximum {} ({:.3} times the mean)",
         comm.size(),
-        megabytes(a_step(|rank| rank.gradients)),
-        megabytes(a_step(|rank| rank.momentum)),
-        megabytes(a_step(|rank| rank.parameters)),
-        megabytes(a_step(|rank| rank.numbers)),
+        megabytes(per_step(|rank| rank.gradients)),
+        megabytes(per_step(|rank| rank.momentum)),
+        megabytes(per_step(|rank| rank.parameters)),
+        megabytes(per_step(|rank| rank.numbers)),
         megabytes(gradients),
         megabytes(gathered),
         megabytes(parameters),
-        ratio(a_step(|rank| rank.momentum), a_step(|rank| rank.gradients) + a_step(|rank| rank.parameters)),
+        ratio(per_step(|rank| rank.momentum), per_step(|rank| rank.gradients) + per_step(|rank| rank.parameters)),
         megabytes(mean(|rank| rank.state)),
         megabytes(largest(|rank| rank.state)),
         imbalance(|rank| rank.state),

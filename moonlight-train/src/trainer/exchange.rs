@@ -7,7 +7,7 @@ use moonlight_optim::distributed::{CollectiveError, Communicator};
 
 use crate::error::TrainError;
 
-/// The numbers of one rank while they are decoded.
+/// The numbers of one rank that are not decoded yet.
 pub(super) type Numbers<'a> = std::iter::Copied<std::slice::Iter<'a, f64>>;
 
 /// A value that has the same layout (lengths, and which options are set) on every rank.
@@ -23,7 +23,7 @@ impl Exchange for f64 {
         numbers.push(*self);
     }
 
-    fn decode(_own: &Self, numbers: &mut Numbers<'_>) -> Self {
+    fn decode(_local: &Self, numbers: &mut Numbers<'_>) -> Self {
         numbers.next().expect("values have the same layout on every rank")
     }
 }
@@ -34,7 +34,7 @@ impl Exchange for u64 {
         numbers.push(*self as f64);
     }
 
-    fn decode(_own: &Self, numbers: &mut Numbers<'_>) -> Self {
+    fn decode(_local: &Self, numbers: &mut Numbers<'_>) -> Self {
         f64::decode(&0.0, numbers) as u64
     }
 }
@@ -44,7 +44,7 @@ impl Exchange for bool {
         numbers.push(f64::from(u8::from(*self)));
     }
 
-    fn decode(_own: &Self, numbers: &mut Numbers<'_>) -> Self {
+    fn decode(_local: &Self, numbers: &mut Numbers<'_>) -> Self {
         f64::decode(&0.0, numbers) > 0.0
     }
 }
@@ -110,12 +110,13 @@ pub(super) fn agree<T>(comm: &Communicator, local: Result<T, TrainError>) -> Res
 
 /// The number of rank 0, if it has one.
 pub(super) fn broadcast_number(comm: &Communicator, local: Option<u64>) -> Result<Option<u64>, CollectiveError> {
+    // Not as an `Option`, which would need to have the same layout on every rank.
     let is_some = all_gather(comm, &local.is_some())?[0];
     let number = all_gather(comm, &local.unwrap_or_default())?[0];
     Ok(is_some.then_some(number))
 }
 
-/// The text of rank 0, if it has one.
+/// The text of rank 0, if it has one; an empty text counts as none.
 pub(super) fn broadcast_text(comm: &Communicator, local: Option<&str>) -> Result<Option<String>, CollectiveError> {
     let local = local.unwrap_or_default().as_bytes();
     let length = all_gather(comm, &(local.len() as u64))?[0] as usize;

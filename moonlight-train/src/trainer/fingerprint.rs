@@ -1,4 +1,4 @@
-//! A fingerprint of a model's weights, to check on resuming that adapters meet the base model they were trained on.
+//! A fingerprint of a base model's weights, to check on resuming that it is the one that the adapters were trained on.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -11,7 +11,7 @@ use crate::error::TrainError;
 
 /// A file of at most this many bytes is hashed completely.
 const MAX_FULLY_HASHED_BYTES: u64 = 64 << 20;
-/// Blocks that are hashed of a longer file, spread evenly from its first byte to its last.
+/// Blocks of a longer file that are hashed, spread evenly over it.
 const SAMPLED_BLOCKS: u64 = 1024;
 const BLOCK_BYTES: u64 = 16 << 10;
 
@@ -39,21 +39,16 @@ fn add(path: &Path, hash: &mut Xxh3) -> io::Result<()> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
     hash.update(&length.to_le_bytes());
-    let (count, block) = if length <= MAX_FULLY_HASHED_BYTES {
+    let (count, stride) = if length <= MAX_FULLY_HASHED_BYTES {
         (length.div_ceil(BLOCK_BYTES), BLOCK_BYTES)
     } else {
-        (SAMPLED_BLOCKS, BLOCK_BYTES)
+        (SAMPLED_BLOCKS, (length - BLOCK_BYTES) / (SAMPLED_BLOCKS - 1))
     };
     let mut bytes = Vec::new();
     for index in 0..count {
-        let at = if length <= MAX_FULLY_HASHED_BYTES {
-            index * block
-        } else {
-            (length - block) / (SAMPLED_BLOCKS - 1) * index
-        };
-        file.seek(SeekFrom::Start(at))?;
+        file.seek(SeekFrom::Start(index * stride))?;
         bytes.clear();
-        file.by_ref().take(block).read_to_end(&mut bytes)?;
+        file.by_ref().take(BLOCK_BYTES).read_to_end(&mut bytes)?;
         hash.update(&bytes);
     }
     Ok(())

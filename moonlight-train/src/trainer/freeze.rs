@@ -34,7 +34,7 @@ pub(super) fn freeze(model: CausalLm, patterns: &[String], clips: bool) -> Resul
     Ok(model)
 }
 
-/// Freezes parameters by their position: a module is visited in the order of its list of shapes.
+/// Freezes parameters by their position: `parameter_shapes` lists them in the order in which the module is visited.
 struct Freeze {
     frozen: Vec<bool>,
     at: usize,

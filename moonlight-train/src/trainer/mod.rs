@@ -1,6 +1,6 @@
 //! `moonlight train`: from a recipe to a trained model.
 //!
-//! World size 1 is the ordinary case: one rank takes the same path as many. In the order of a run:
+//! A run with one rank takes the same path as a run with many. The files, in the order of a run:
 //!
 //! * `process_group.rs`: the ranks, from the recipe or a launcher, and what happens when one fails.
 //! * `setup.rs`: data, model, optimizer, and the checkpoint to resume from. `run_folder.rs` locks the run's folder,
@@ -12,7 +12,7 @@
 //!   the run with plots, results and a sample.
 //!
 //! `exchange.rs` sends values other than tensors between ranks. `model_cell.rs` holds the model while a step replaces it,
-//! `terminal.rs` handles the terminal under the dashboard, and `in_loop.rs` knows whether an interrupted run has to save.
+//! `terminal.rs` handles the terminal under the dashboard, and `in_loop.rs` records whether an interrupt has to save first.
 
 mod backward;
 mod comm_report;
@@ -63,13 +63,13 @@ use process_group::{Display, ProcessGroup};
 /// Runs the training that a recipe describes, from its start or, with `resume`, from the newest complete checkpoint of the
 /// run. If the recipe or a launcher (`mpirun`, `srun`) asks for several ranks, this process runs its share of them.
 ///
-/// Metrics go to the dashboard if stdout and stderr are a terminal and keys can be read, and otherwise to the log
-/// ([`tracing`], level `info`), one line a step. A subscriber that drops `info` but keeps warnings gets neither. Stopping
-/// `interrupter` ends the run after the current step, with a checkpoint.
+/// The dashboard shows the metrics if stdout and stderr are a terminal that can draw it and keys can be read. Otherwise they
+/// are logged, one line a step ([`tracing`], level `info`). With a subscriber that drops `info` but keeps warnings there is
+/// neither. Stopping `interrupter` ends the run after the current step, with a checkpoint.
 ///
 /// # Errors
 ///
-/// [`TrainError`]. Whatever fails, the checkpoints that were written stay complete.
+/// [`TrainError`]. The checkpoints that were written before the error stay complete.
 pub fn train(
     recipe: &Recipe,
     target: &ComputeDevice,

@@ -1,4 +1,4 @@
-//! The ranks of a run: the devices of this process, the processes of an MPI job, or both. World size 1 is the ordinary case.
+//! The ranks of a run: the devices of this process, the processes of an MPI job, or both. An ordinary run has one.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -28,8 +28,8 @@ use crate::recipe::{DistributedRecipe, Recipe};
 
 /// Environment variables with the number of processes, as launchers set them.
 const WORLD_SIZE_VARIABLES: &[&str] = &["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
-/// Environment variables with the number of this process. `srun` sets one of these and no size; `SLURM_NTASKS` is its size,
-/// but alone does not mean that `srun` started this process, because `salloc` sets it too.
+/// Environment variables with the rank of this process. `srun` sets one of these, and the number of processes in
+/// `SLURM_NTASKS`. `SLURM_NTASKS` alone does not mean that `srun` started this process, because `salloc` sets it too.
 const RANK_VARIABLES: &[&str] = &["PMIX_RANK", "PMI_RANK"];
 /// How long the other ranks of this process may take to end after an error.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
@@ -102,12 +102,12 @@ impl ProcessGroup {
         Ok(group)
     }
 
-    /// An error that every process finds: the first one reports it.
+    /// For an error that every process finds: process 0 returns it, so that it is reported once.
     fn reported_once(&self, error: TrainError) -> TrainError {
         if self.process() == 0 { error } else { TrainError::RemoteFailure }
     }
 
-    /// Sequences of the smallest step, over all changes of the gradient accumulation.
+    /// Sequences of the run's smallest step; `schedule.accumulation` changes their number.
     fn fewest_sequences(&self, recipe: &Recipe) -> usize {
         let changes = recipe.schedule.accumulation.iter().map(|change| change.gradient_accumulation);
         let fewest = changes.chain([recipe.train.gradient_accumulation]).min().unwrap_or(1);
@@ -167,9 +167,9 @@ impl ProcessGroup {
         if devices.len() == 1 {
             return across.into_iter().take(1).map(Communicator::new).collect();
         }
-        let direct = supports_nccl(&devices[0]);
+        let has_nccl = supports_nccl(&devices[0]);
         let inside = InProcess::collectives(devices.len(), self.recipe.timeout()).into_iter().map(|host| {
-            if direct { Arc::new(NcclCollective::new(host, devices.clone())) as Arc<dyn Collective> } else { host }
+            if has_nccl { Arc::new(NcclCollective::new(host, devices.clone())) as Arc<dyn Collective> } else { host }
         });
         let nested = inside.zip(across).map(|(inside, across)| {
             if across.size() == 1 {
@@ -234,7 +234,7 @@ impl ProcessGroup {
             let sender = sender.clone();
             thread::spawn(move || {
                 let comm = trainer.communicator().clone();
-                // The first rank alone reports and sees the user's interrupt; the loop passes the interrupt on.
+                // Only the first rank reports and sees the user's interrupt, which the loop passes on to all ranks.
                 let mut no_reporters: Vec<Box<dyn Reporter>> = Vec::new();
                 let result = run_guarded(&comm, || train_loop(&mut trainer, &mut no_reporters, &Interrupter::new()));
                 // The receiver may be gone if another rank failed first.
@@ -246,6 +246,8 @@ impl ProcessGroup {
         let result = run_guarded(&comm, || train_loop(&mut first, &mut reporters, interrupter));
         drop(reporters); // a dashboard restores the terminal before an error is printed
         let mut results = vec![(comm.rank(), result)];
+        // A rank may still be in a step, so the wait has no limit until one fails. Ranks that do not end in time after that are
+        // left behind: the process is about to exit.
         let mut deadline: Option<Instant> = None;
         while results.len() <= others {
             if results.iter().any(|(_, result)| result.is_err()) {
@@ -289,7 +291,7 @@ impl ProcessGroup {
         };
         let error = with_rank(rank, error);
         if self.processes() > 1 && !is_known_to_all(&error) {
-            // The lowest rank that can report does, and aborts the job before the others report the same error.
+            // The lowest rank that can report the error does so, and aborts the job before the others report it too.
             thread::sleep(report_delay(&error, rank));
             error.report();
             comm.abort(&error.to_string());
@@ -322,14 +324,14 @@ fn open(recipe: &Recipe, target: &ComputeDevice, resume: bool, between: &Communi
     Ok(setup)
 }
 
-/// Fails unless all processes start from the same weights: with different ones every rank would train a model of its own.
+/// Fails unless all processes start from the same weights: otherwise the ranks would train different models.
 fn check_weights(between: &Communicator, model: &CausalLm) -> Result<(), TrainError> {
     struct Fingerprint(Vec<f64>);
     impl ModuleVisitor for Fingerprint {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let squares = sum_of_squares(param.val().inner());
             self.0[0] += squares;
-            // Weighted by the parameter's index, so that two parameters in each other's place are noticed.
+            // Weighted by the parameter's index, so that two swapped parameters are noticed.
             self.0[2] += 1.0;
             self.0[1] += squares * self.0[2];
         }
@@ -371,8 +373,8 @@ fn is_known_to_all(error: &TrainError) -> bool {
     matches!(error, TrainError::RemoteFailure | TrainError::NonFinite { .. })
 }
 
-/// Root-cause priority: of the errors of several ranks, the one with the highest is reported. A collective that failed is
-/// the consequence of another rank's error, so it comes last.
+/// Of the errors of several ranks, the one with the highest priority is reported. A failed collective is the consequence of
+/// another rank's error, so its priority is low.
 fn root_cause_priority(error: &TrainError) -> u8 {
     match error {
         TrainError::RemoteFailure => 0,
@@ -395,14 +397,14 @@ fn with_rank(rank: usize, error: TrainError) -> TrainError {
 
 /// How long a rank waits before it reports an error that others may report as well.
 fn report_delay(error: &TrainError, rank: usize) -> Duration {
-    let before = match error {
+    let lower_ranks = match error {
         TrainError::Collective(CollectiveError::Timeout { missing, .. }) => {
             (0..rank).filter(|rank| !missing.contains(rank)).count()
         }
-        TrainError::Collective(_) => rank + 1,
+        TrainError::Collective(_) => rank + 1, // the rank with the cause reports before any of these, rank 0 included
         _ => 0,
     };
-    // Every rank but the first waits equally long: once one aborts, the launcher asks the processes to end and kills them
-    // four seconds later, so that a second delay would never be reached.
-    REPORT_STAGGER * before.min(1) as u32
+    // One delay at most, and not one for each lower rank: once a rank aborts, the launcher asks the processes to end and kills
+    // them four seconds later, so a second delay would never pass.
+    REPORT_STAGGER * lower_ranks.min(1) as u32
 }

@@ -23,7 +23,8 @@ pub(super) fn clip(mut model: CausalLm, largest: &[Vec<f64>], clip: QkClip) -> C
     model
 }
 
-/// Applies `scaled` to a projection's weight `[in, out]`, and to its bias as a weight of one row: both add to the logits.
+/// Applies `scaled` to a projection's weight `[in, out]`, and to its bias as a weight of one row, because the bias contributes
+/// to the logits too.
 fn scale(layer: &mut Projection, scaled: impl Fn(Tensor<2>) -> Tensor<2>) {
     layer.weight = layer.weight.clone().map(|weight| replace_value(&weight, scaled(weight.clone().inner())));
     layer.bias = layer.bias.take().map(|bias| {

@@ -25,7 +25,7 @@ use crate::metrics::{Metrics, Split, resident_memory_mib};
 use crate::recipe::{Checkpointing, Recipe};
 use crate::schedule::Schedule;
 
-/// The golden ratio times 2^64. Seeds of adjacent steps and of adjacent runs stay far apart when multiplied by it.
+/// 2^64 divided by the golden ratio. Multiplied by it, adjacent numbers become seeds that are far apart.
 const SEED_STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// The trainer of one rank: what the loop in `train_loop.rs` calls.
@@ -43,7 +43,8 @@ pub(super) struct RankTrainer {
     pub(super) state: TrainerState,
     /// Steps taken before this process started.
     pub(super) resumed_at: u64,
-    /// Whether the recipe or a launcher asks for a distributed run, even of one rank; such a run prints what it sent.
+    /// Whether the recipe has `[distributed]`, even with one rank, or a launcher started several processes. Such a run logs
+    /// how much it sent.
     pub(super) distributed: bool,
 }
 
@@ -68,7 +69,7 @@ impl RankTrainer {
         self.communicator().rank() == 0
     }
 
-    /// Whether a rank was asked to stop.
+    /// Whether any rank was asked to stop.
     pub(super) fn any_rank_stops(&self, interrupter: &Interrupter) -> Result<bool, TrainError> {
         Ok(any(self.communicator(), interrupter.should_stop())?)
     }
@@ -76,7 +77,7 @@ impl RankTrainer {
     /// Takes the next step.
     pub(super) fn step(&mut self) -> Result<Metrics, TrainError> {
         let started = Instant::now();
-        // In the first step kernels are compiled and tuned, at each rank's own speed: the others must not time out.
+        // The first step compiles and tunes kernels, for which each rank takes its own time: none may time out meanwhile.
         let _busy = (self.state.step == self.resumed_at).then(|| self.communicator().busy());
         let index = self.state.step;
         let settings = self.settings(index);
@@ -116,7 +117,7 @@ impl RankTrainer {
         })
     }
 
-    /// The settings of the step after `index` steps; seeds the device for it.
+    /// The settings of the step `index`, from 0. Seeds the device for it.
     ///
     /// Every random number of a step, for dropout or stochastic rounding, follows from the run's seed and the step's number,
     /// so that a resumed run draws the same ones.
@@ -153,7 +154,7 @@ impl RankTrainer {
     fn batch_request(&self, index: u64) -> BatchRequest {
         let train = &self.recipe.train;
         let passes = self.schedule.gradient_accumulation(index).unwrap_or(train.gradient_accumulation);
-        // No overflow to check for here: the stream refuses a step of more than `MAX_STEP_TOKENS` tokens.
+        // A saturated product is an error later: the stream refuses a step of more than `MAX_STEP_TOKENS` tokens.
         let sequences = passes.saturating_mul(train.batch_size);
         let cuts = even_cuts(sequences, self.communicator().size());
         let share = cuts[self.communicator().rank()]..cuts[self.communicator().rank() + 1];

@@ -48,7 +48,7 @@ pub(super) fn record(folder: &Path, when: &str, (table, results): (String, Value
     Ok(())
 }
 
-/// What the file contains already; nothing if it is absent or damaged, since results can be computed again.
+/// The results in the file; none if it is absent or damaged, since they can be computed again.
 fn earlier(folder: &Path) -> Map<String, Value> {
     let text = fs::read_to_string(folder.join(FILE)).unwrap_or_default();
     serde_json::from_str(&text).unwrap_or_default()

@@ -22,7 +22,7 @@ pub(super) struct RunFolder {
     path: PathBuf,
     /// Held for its lock; `None` if the file system has no locks.
     _lock: Option<File>,
-    /// Set while the folder contains only the lock file, so that a program that is interrupted removes it as well.
+    /// Set until the run begins, so that an interrupt removes the folder as well.
     fresh: Option<Unfinished>,
 }
 
@@ -40,7 +40,7 @@ impl RunFolder {
         // Creating the folder is the check for its existence: of two processes that start at once, one creates it.
         let fresh = match storage::create_dir(path) {
             Ok(()) => {
-                // A checkpoint in a folder whose name was never flushed would be lost with it.
+                // After a power failure a folder whose entry was never flushed is gone, with the checkpoints in it.
                 let parent = path.parent().unwrap_or(Path::new(""));
                 storage::sync_dir(parent).map_err(TrainError::write(parent))?;
                 true
@@ -49,7 +49,7 @@ impl RunFolder {
             Err(error) => return Err(TrainError::write(path)(error)),
         };
         if !fresh && !resume && !holds_only_the_lock(path) {
-            // If the run is in progress, that is the better explanation than that its folder exists.
+            // If the run is in progress, `RunLocked` explains more than `RunExists`.
             lock(path)?;
             return Err(TrainError::RunExists(path.to_owned()));
         }
@@ -90,7 +90,7 @@ fn lock(folder: &Path) -> Result<Option<File>, TrainError> {
         let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let file = options.map_err(TrainError::write(&path))?;
         match file.try_lock() {
-            // A process that gave up its claim has removed the file since it was opened: a lock on it would exclude no one.
+            // Another process gave up its claim and removed this file after it was opened here. A lock on it excludes no one.
             Ok(()) if !is_at(&file, &path) => {}
             Ok(()) => break file,
             Err(TryLockError::WouldBlock) => {

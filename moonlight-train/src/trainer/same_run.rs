@@ -13,7 +13,7 @@ use crate::data::Dataset;
 use crate::error::TrainError;
 use crate::recipe::Recipe;
 
-/// Refuses the checkpoint of another run, and logs what has changed and may.
+/// Refuses the checkpoint of another run, and logs the changes that are allowed.
 pub(super) fn check_same_run(
     identity: &RunIdentity,
     config: &ModelConfig,

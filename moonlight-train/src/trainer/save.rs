@@ -1,5 +1,5 @@
-//! Saving a checkpoint with all ranks. Rank 0 writes the weights while each rank writes its part of the optimizer's state;
-//! the checkpoint gets its name when every file is written.
+//! Saving a checkpoint with all ranks. Rank 0 writes the weights while each rank writes its part of the optimizer's state.
+//! The folder is renamed to the checkpoint's name after every file is written.
 
 use std::path::{Path, PathBuf};
 
@@ -46,9 +46,9 @@ pub(super) fn save(
 /// Rank 0's side: announces the new folder to the other ranks, and waits for their parts.
 struct RankZeroWriter<'a> {
     optimizer: &'a MuonAdamW,
-    /// Whether the others know the folder.
+    /// Whether the folder was sent to the other ranks.
     announced: bool,
-    /// Whether a rank failed to write its part. All ranks know then, and the second `agree` is skipped by all.
+    /// Whether a rank failed to write its part. All ranks know this from the first `agree`, and skip the second.
     disagreed: bool,
 }
 
@@ -80,7 +80,7 @@ fn write_part(dir: &Path, optimizer: &MuonAdamW) -> Result<(), TrainError> {
     }
     storage::announce(Call::Write(&path)).map_err(TrainError::write(&path))?;
     optimizer.save(&path).map_err(|source| match source {
-        // The sentence of this error is about reading.
+        // The message of `Unreadable` is about reading.
         StateError::Unreadable(problem) => TrainError::write(&path)(std::io::Error::other(problem)),
         source => TrainError::OptimizerState { path: path.clone(), source },
     })?;

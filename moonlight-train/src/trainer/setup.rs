@@ -45,7 +45,7 @@ pub(super) struct Setup {
     pub(super) state: TrainerState,
     /// The checkpoint that the run resumes from.
     pub(super) resumed: Option<FoundCheckpoint>,
-    /// The locked folder of the run; `None` in a process that resumes at the step that another process found.
+    /// The locked folder of the run; `None` in all processes but the first, which holds the lock for them.
     folder: Option<RunFolder>,
     assignment: Assignment,
     schedule: Schedule,
@@ -61,7 +61,7 @@ pub(super) enum ResumePoint {
     Start,
     /// The newest complete checkpoint; the first step if the run has no checkpoint.
     Newest,
-    /// The checkpoint of the step that another process found, or with `None` the first step.
+    /// What process 0 found: the checkpoint of this step, or none.
     AtStep(Option<u64>),
 }
 
@@ -112,10 +112,10 @@ impl Setup {
         Ok(Self { recipe, model, state, resumed, folder, assignment, schedule, dataset, checkpoints, tokenizer })
     }
 
-    /// Writes what the run consists of into its folder and to the log, and opens the files for its metrics. With `lines`
-    /// metrics are logged as well.
+    /// Writes recipe, optimizer assignment and data sizes into the run's folder, logs them, and opens the files for its
+    /// metrics. With `lines`, metrics are logged as well.
     pub(super) fn begin(&mut self, lines: bool) -> Result<Vec<Box<dyn Reporter>>, TrainError> {
-        // A resumed run was evaluated before its first step already.
+        // A resumed run has this evaluation already.
         let before = match self.state.step {
             0 => run_eval(&self.recipe, &self.model.clone().valid(), self.tokenizer.as_ref())?,
             _ => None,
@@ -268,12 +268,12 @@ struct Weights<'a> {
 }
 
 impl Weights<'_> {
-    /// The model at the run's start, or that of a checkpoint with the checkpoint.
+    /// The model that the run starts from, and the checkpoint that contains it if the run resumes.
     fn open(&self, config: &ModelConfig, from: ResumePoint) -> Result<(CausalLm, Option<FoundCheckpoint>), TrainError> {
         let Self { recipe, path, target, checkpoints } = *self;
         let device = target.device.clone().autodiff();
         let dtype = device::parse_dtype(recipe.model.dtype.as_str(), target)?;
-        // Checkpoints of a LoRA run contain adapters only; their base model is loaded once for all that are tried.
+        // Checkpoints of a LoRA run contain adapters only. Their base model is loaded once, however many checkpoints are tried.
         let base = match (&recipe.lora, path) {
             (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantize.bits())?),
             _ => None,
@@ -307,8 +307,8 @@ impl Weights<'_> {
             (_, _, Some(path)) => load(path, &device, dtype)?.model,
             (_, _, None) => {
                 device.seed(recipe.run.seed);
-                // `materialize` draws all weights now and in the order of the module. Lazily drawn ones would depend on what
-                // else draws from the device's generator before they are first used.
+                // `materialize` draws all weights now, in the order of the module. Weights drawn lazily would depend on what
+                // else draws from the device's generator before their first use.
                 cast(config.init(&device).materialize(), dtype.unwrap_or(DType::F32))
             }
         };
@@ -394,8 +394,8 @@ fn check_memory(recipe: &Recipe, config: &ModelConfig, target: &ComputeDevice) -
     })
 }
 
-/// Divides errors of opening a checkpoint: `Ok` with the text of what is damaged, or `Err` for a failure that does not mean
-/// that the checkpoint is damaged, such as a file that cannot be read at the moment.
+/// Classifies an error of opening a checkpoint: `Ok` describes damage; `Err` is any other failure, such as a file that cannot
+/// be read at the moment.
 fn damage(error: TrainError) -> Result<String, TrainError> {
     match error {
         TrainError::File(_)
@@ -406,7 +406,7 @@ fn damage(error: TrainError) -> Result<String, TrainError> {
     }
 }
 
-/// Checks the optimizer's state of a checkpoint of an earlier version, which has no manifest, by reading it.
+/// Reads the optimizer's state of a checkpoint of an earlier version: without a manifest, damage shows only then.
 fn check_state(recipe: &Recipe, model: &CausalLm, found: &FoundCheckpoint) -> Result<(), Result<String, TrainError>> {
     if found.state.identity.is_some() {
         return Ok(()); // a checkpoint with an identity has a manifest, which was compared

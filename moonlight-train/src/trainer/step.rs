@@ -15,8 +15,8 @@ use crate::data::{HostBatch, mask_scale};
 pub(crate) enum UpdateMode {
     /// After the backward pass of the last micro-batch.
     AfterBackward,
-    /// As soon as a layer's gradients exist, which are then freed (LOMO, arXiv 2306.09782). Excludes clipping, which needs
-    /// the norm of all gradients first, several micro-batches, and several ranks.
+    /// As soon as a layer's gradients exist, which are then freed (LOMO, arXiv 2306.09782). Not possible with clipping, which
+    /// needs the norm of all gradients first, nor with several micro-batches or ranks, whose gradients must be summed first.
     DuringBackward,
 }
 
@@ -41,8 +41,8 @@ pub(crate) struct StepSettings {
 /// the size of the step over all ranks.
 ///
 /// The loss is the mean over all predicted tokens of all micro-batches, weighted by their loss weights. If the weights sum
-/// to 0 there is no mean: the loss is 0, and model and optimizer stay unchanged, including momentum, weight decay and the
-/// router bias.
+/// to 0 there is no mean: the returned loss is 0, and the step changes neither the model (no weight decay, no router bias)
+/// nor the optimizer's momentum.
 pub(crate) fn step(
     model: &mut ModelCell,
     optimizer: &mut MuonAdamW,
@@ -51,7 +51,7 @@ pub(crate) fn step(
     settings: &StepSettings,
     device: &Device,
 ) -> Result<StepResult, StepError> {
-    // Every rank has the same totals, so all of them return here, and none waits for the others in a collective.
+    // Every rank has the same totals, so all of them return here and none is left waiting in a collective.
     if totals.predicted == 0.0 {
         return Ok(StepResult::default());
     }
@@ -67,11 +67,11 @@ pub(crate) fn step(
             let mut sink = ReducingSink::new(model, optimizer);
             let mut local = run_micro_batches(&mut sink, batches, totals, settings, device)?;
             sink.finish();
-            // The norm is that of the gradient summed over ranks, so each rank measures the parts it owns after their reduction.
+            // The norm is that of the gradient summed over ranks: each rank measures the parts it owns after the reduction.
             local.gradient_squares = optimizer.local_sum_of_squares(&**model)?;
             // A non-finite loss or norm returns here on every rank, before the model is touched.
             let result = local.all_reduce(&comm)?;
-            // Applied inside the update, which reads each gradient anyway.
+            // The update multiplies each gradient by this while it reads it, which saves a pass over all gradients.
             let scale = clip_factor(settings.gradient_clip, result.gradient_norm());
             model.update(|model| optimizer.apply(settings.learning_rate, scale, model))?;
             result

@@ -8,7 +8,7 @@ use super::step_error::{NonFinite, StepError};
 use crate::data::HostBatch;
 use crate::metrics::Metrics;
 
-/// The size of a step: of one rank's share, or after [`all_reduce`](Self::all_reduce) of the whole.
+/// The size of one rank's share of a step, or after [`all_reduce`](Self::all_reduce) of the whole step.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct StepTotals {
     /// The sum of the loss weights, which counts a predicted token of weight 1 as 1.
@@ -41,18 +41,19 @@ impl StepTotals {
     }
 }
 
-/// What a step measured: one rank's share, or after [`all_reduce`](Self::all_reduce) the whole.
+/// What one rank measured in a step, or after [`all_reduce`](Self::all_reduce) what all ranks measured.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StepResult {
-    /// Mean over all predicted tokens of the step, in nats. One rank's share is its summand of that mean.
+    /// Mean over all predicted tokens of the step, in nats. The values of the ranks add up to it: each is the rank's sum of
+    /// losses over the step's predicted tokens.
     pub(crate) loss: f64,
-    /// Square of the gradient's global norm before clipping. One rank's share is that of the parts it owns.
+    /// Square of the gradient's global norm before clipping. One rank's value covers the parts of the gradient that it owns.
     pub(crate) gradient_squares: f64,
     /// Tokens routed to each expert of each layer, over all micro-batches; `None` for dense layers.
     pub(crate) expert_loads: Vec<Option<Vec<u64>>>,
     /// Set if the probe measured attention logits.
     pub(crate) attention: Option<AttentionLogits>,
-    /// The largest attention logit, `[layers][heads]`; empty unless the probe measured them.
+    /// The largest attention logit of each head, `[layers][heads]`; empty unless the probe measured them.
     pub(crate) head_logits: Vec<Vec<f64>>,
 }
 
@@ -62,7 +63,8 @@ exchange_fields!(StepResult { loss, gradient_squares, expert_loads, attention, h
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AttentionLogits {
     pub(crate) largest: f64,
-    /// Mean over the layers. That of one micro-batch or rank is weighted by its share of the step's sequences.
+    /// Mean over the layers. The value of a micro-batch or rank is weighted by its share of the step's sequences, so that the
+    /// values add up.
     pub(crate) share_above_100: f64,
 }
 
@@ -74,7 +76,7 @@ impl StepResult {
         self.gradient_squares.sqrt()
     }
 
-    /// Adds a micro-batch: its summand of the mean loss, its statistics, and its share of the step's sequences.
+    /// Adds a micro-batch. `loss` is its term of the step's mean loss, `share` its share of the step's sequences.
     pub(crate) fn add_micro_batch(&mut self, loss: f64, stats: &ForwardStats, share: f64) {
         let pass = Self {
             loss,
@@ -86,8 +88,8 @@ impl StepResult {
         self.merge(pass);
     }
 
-    /// The whole step's result, from each rank's share: the same bits on every rank, because all of them merge the shares
-    /// in the order of the ranks.
+    /// The result of the whole step. Every rank merges the results of all ranks in the order of the ranks, so that all of them
+    /// get the same bits.
     ///
     /// A non-finite loss or gradient is an error on every rank.
     pub(crate) fn all_reduce(self, comm: &Communicator) -> Result<Self, StepError> {
@@ -144,7 +146,7 @@ impl StepResult {
     }
 }
 
-/// Merges two lists element by element. An empty `into`, that of a result to which nothing was added, becomes `from`.
+/// Merges two lists element by element. An empty `into` becomes `from`: nothing was added to it yet.
 fn merge_each<T>(into: &mut Vec<T>, from: Vec<T>, merge: impl Fn(&mut T, T)) {
     if into.is_empty() {
         *into = from;
@@ -153,7 +155,7 @@ fn merge_each<T>(into: &mut Vec<T>, from: Vec<T>, merge: impl Fn(&mut T, T)) {
     }
 }
 
-/// The largest attention logit, `[layers][heads]`.
+/// The largest attention logit of each head, `[layers][heads]`.
 fn head_logits(stats: &ForwardStats) -> Vec<Vec<f64>> {
     let layers = stats.layers.iter().map_while(|layer| layer.max_attention_logit.clone());
     layers.map(|logits| logits.into_data().iter::<f64>().collect()).collect()

@@ -50,7 +50,7 @@ pub fn restore() {
     }
 }
 
-/// Undoes what the dashboard switched: turns mouse reports off, leaves the alternate screen, shows the cursor.
+/// Undoes the dashboard's settings: turns mouse reports off, leaves the alternate screen, shows the cursor.
 pub(crate) fn leave_screen() {
     let _ = std::io::stdout().write_all(b"\x1b[?1006l\x1b[?1015l\x1b[?1003l\x1b[?1002l\x1b[?1000l\x1b[?1049l\x1b[?25h");
     let _ = std::io::stdout().flush();

@@ -11,8 +11,8 @@ use crate::metrics::Reporter;
 
 /// Trains from the trainer's current step to the last one of its recipe, or until `interrupter` is stopped, and saves.
 ///
-/// This is the loop of one rank. With several ranks each runs it, and every line is reached by all of them: a collective
-/// waits for every rank, so a branch that one of them takes alone would stop the others forever.
+/// Every rank runs this loop, and all of them must take the same branches: a collective waits for every rank, so a rank that
+/// skips one leaves the others waiting.
 pub(super) fn train_loop(
     trainer: &mut RankTrainer,
     reporter: &mut dyn Reporter,
@@ -28,7 +28,7 @@ pub(super) fn train_loop(
         reporter.begin_step();
         let before = trainer.communicator().bytes_sent();
         let metrics = trainer.step()?;
-        sent = sent + (trainer.communicator().bytes_sent() - before); // of steps alone, not of validations and checkpoints
+        sent = sent + (trainer.communicator().bytes_sent() - before); // without validations and checkpoints
         reporter.report(&metrics)?;
 
         // `state.step` counts from 1 here: "every 100" validates after the hundredth step and not after the 101st.
@@ -44,7 +44,7 @@ pub(super) fn train_loop(
         saved = is_due(settings.checkpoint_every).then(|| trainer.save()).transpose()?;
     }
 
-    // An interrupted run has no checkpoint of its last step yet, nor has a run that was resumed with no step left.
+    // The last step is not saved yet if the run was interrupted, or was resumed with no step left.
     let checkpoint = saved.map_or_else(|| trainer.save(), Ok)?;
     let comm_report = match trainer.distributed {
         true => Some(comm_report(&trainer.optimizer, &trainer.model, sent, trainer.state.step - first)?),

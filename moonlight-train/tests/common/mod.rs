@@ -150,7 +150,7 @@ pub(crate) fn moonlight(arguments: &[&str]) -> Command {
     command
 }
 
-/// Whether SIGHUP ends a program that a test starts; prints a note if it does not.
+/// Whether SIGHUP ends a program that a test starts; prints a note if not. It does not if the tests run under `nohup`.
 pub(crate) fn hangup_ends_programs() -> bool {
     let ignored = moonlight_convert::hangup_is_ignored();
     if ignored {
@@ -267,8 +267,8 @@ pub(crate) fn assert_fails(output: &Output, expected: &str) {
     assert!(after.len() <= 1 && after.iter().all(|line| line.starts_with("hint: ")), "{stderr}");
 }
 
-/// Asserts that a run with an absurd learning rate ends with one error that names its second step, after the checkpoint of the
-/// first.
+/// Asserts that a run with an absurd learning rate ends with one error that names its second step and keeps the checkpoint of
+/// its first.
 pub(crate) fn assert_ends_at_non_finite_loss(more: &[&str]) {
     let home = Home::new();
     let mut arguments = vec![
