@@ -246,8 +246,8 @@ impl ProcessGroup {
         let result = run_guarded(&comm, || train_loop(&mut first, &mut reporters, interrupter));
         drop(reporters); // a dashboard restores the terminal before an error is printed
         let mut results = vec![(comm.rank(), result)];
-        // A rank may still be in a step, so the wait has no limit until one fails. Ranks that do not end in time after that are
-        // left behind: the process is about to exit.
+        // Other ranks may still be in a step, so the wait has no limit until a rank fails. Ranks that do not end in time after
+        // that are abandoned: the run returns the error.
         let mut deadline: Option<Instant> = None;
         while results.len() <= others {
             if results.iter().any(|(_, result)| result.is_err()) {
