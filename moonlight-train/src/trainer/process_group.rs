@@ -31,7 +31,7 @@ const WORLD_SIZE_VARIABLES: &[&str] = &["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
 /// Environment variables with the rank of this process. `srun` sets one of these, and the number of processes in
 /// `SLURM_NTASKS`. `SLURM_NTASKS` alone does not mean that `srun` started this process, because `salloc` sets it too.
 const RANK_VARIABLES: &[&str] = &["PMIX_RANK", "PMI_RANK"];
-/// How long the other ranks of this process may take to end after an error.
+/// How long the other ranks of this process may take to end after the first error.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 /// Delay before a rank reports an error that a lower rank may report as well.
 const REPORT_STAGGER: Duration = Duration::from_secs(5);
