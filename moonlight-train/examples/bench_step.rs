@@ -103,7 +103,7 @@ fn step(
     let mut loads: Vec<Option<Vec<u64>>> = Vec::new();
     for batch in batches {
         let output = model.loss(batch, 0.0, Probe::default());
-        let _ = output.loss_sum.clone().into_scalar::<f32>(); // the trainer reads it too, and waits for the device
+        let _ = output.loss_sum.clone().into_scalar::<f32>(); // waits for the device, as the trainer does
         let gradients = (output.loss_sum / predicted as f64).backward();
         let gradients = GradientsParams::from_grads(gradients, &model);
         let more = output.stats.expert_loads();

@@ -36,8 +36,8 @@ impl EventWriter {
         let file = (0..).map(open).find(|file| !exists(file)).expect("fewer than 2^32 files in a folder")?;
         let mut writer = Self { file };
         let mut event = Vec::new();
-        double(&mut event, 1, now);
-        bytes(&mut event, 3, b"brain.Event:2");
+        double(&mut event, 1, now); // wall_time
+        bytes(&mut event, 3, b"brain.Event:2"); // file_version
         writer.record(&event)?;
         Ok(writer)
     }
@@ -49,16 +49,16 @@ impl EventWriter {
     /// A file that cannot be written.
     pub fn scalar(&mut self, tag: &str, step: u64, value: f64) -> io::Result<()> {
         let mut summary_value = Vec::new();
-        bytes(&mut summary_value, 1, tag.as_bytes());
-        key(&mut summary_value, 2, 5);
+        bytes(&mut summary_value, 1, tag.as_bytes()); // tag
+        key(&mut summary_value, 2, 5); // simple_value, a float
         summary_value.extend((value as f32).to_le_bytes());
         let mut summary = Vec::new();
-        bytes(&mut summary, 1, &summary_value);
+        bytes(&mut summary, 1, &summary_value); // value
         let mut event = Vec::new();
-        double(&mut event, 1, now());
-        key(&mut event, 2, 0);
+        double(&mut event, 1, now()); // wall_time
+        key(&mut event, 2, 0); // step, a varint
         varint(&mut event, step);
-        bytes(&mut event, 5, &summary);
+        bytes(&mut event, 5, &summary); // summary
         self.record(&event)
     }
 

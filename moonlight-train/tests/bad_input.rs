@@ -103,7 +103,7 @@ impl Spoiled {
         let dir = self.dir.display().to_string();
         let generate = moonlight(&["generate", "--model", &dir, "--prompt-tokens", "1"]).output().unwrap();
         assert_fails(&generate, expected);
-        // Fine-tuning from it is refused for the same reason, before a run starts; the recipe's shape is removed for that.
+        // Fine-tuning from it is refused for the same reason, before a run starts. The recipe names it instead of a shape.
         let recipe = fs::read_to_string(self.home.path("recipe.toml")).unwrap();
         let (before, rest) = recipe.split_once("[model]").unwrap();
         let (_, after) = rest.split_once("[data]").unwrap();

@@ -72,7 +72,7 @@ fn the_template_of_the_recipe_is_saved_in_the_checkpoint() {
     sets.push(format!("data.chat_template={}", path.display()));
     let run = home.trained("other", &arguments(&sets, &["--set", "train.steps=1"]));
     assert_eq!(fs::read_to_string(checkpoint(&run, 1).join("chat_template.jinja")).unwrap(), template);
-    // A run that starts from there uses it.
+    // A run that starts from this checkpoint uses its template.
     let recipe = fs::read_to_string(home.path("recipe.toml")).unwrap();
     let (before, rest) = recipe.split_once("[model]").unwrap();
     let (_, after) = rest.split_once("[data]").unwrap();

@@ -1,7 +1,7 @@
 //! What `moonlight` prints: help, plans, recipes, errors with their hints. The expected output is in `tests/cmd`.
 //!
-//! After a change that is meant, `TRYCMD=overwrite INSTA_UPDATE=always cargo test -p moonlight-train --test cli_snapshots` writes it
-//! anew; read the diff.
+//! After an intended change, `TRYCMD=overwrite INSTA_UPDATE=always cargo test -p moonlight-train --test cli_snapshots` updates
+//! it; read the diff.
 
 use std::process::Command;
 

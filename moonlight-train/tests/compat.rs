@@ -2,7 +2,7 @@
 //! alone. `make_compat_fixtures.py` wrote them with the program of the commit that their README names.
 //!
 //! Each run was trained for six steps with a checkpoint after the third. Here its last checkpoint is removed and the run is
-//! resumed from the third; it must take the same steps to the same weights as it did then.
+//! resumed from the third; it must take the same steps to the same weights as the original run.
 
 mod common;
 
@@ -80,8 +80,8 @@ impl Fixtures {
         let run = self.run(name);
         let steps_before = metrics(&run);
         let last = checkpoint(&run, LAST);
-        let taken = self.dir.path().join(format!("{name}-as-it-was"));
-        fs::rename(&last, &taken).unwrap();
+        let original = self.dir.path().join(format!("{name}-original"));
+        fs::rename(&last, &original).unwrap();
         assert!(checkpoint(&run, HALF_WAY).is_dir());
 
         let recipe = format!("{name}/recipe.toml");
@@ -93,7 +93,7 @@ impl Fixtures {
         for (before, after) in steps_before.iter().zip(&steps_after) {
             assert_eq!((&before["split"], &before["step"]), (&after["split"], &after["step"]), "{name}");
             let step = before["step"].as_u64().unwrap();
-            assert!(step > HALF_WAY || before == after, "{name}: the lines up to the checkpoint stay as they are");
+            assert!(step > HALF_WAY || before == after, "{name}: the lines up to the checkpoint are unchanged");
             near(&before["loss"], &after["loss"], tolerance.loss, || format!("{name}: the loss of step {step}"));
             if before["split"] == "train" {
                 let norm = before["grad_norm"].as_f64().unwrap();
@@ -103,7 +103,7 @@ impl Fixtures {
             }
         }
         assert_eq!(resumed, LAST - HALF_WAY, "{name}");
-        same_weights(name, &taken, &last, tolerance.weight);
+        same_weights(name, &original, &last, tolerance.weight);
     }
 
     /// Asserts that the model of the fixture continues a prompt as it did originally.

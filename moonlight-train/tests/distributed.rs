@@ -158,7 +158,7 @@ fn a_checkpoint_of_four_ranks_resumes_with_any_world_size() {
             assert!(loss < 1e-5 && weights < 1e-3, "{form} {ranks}: {loss}, {weights}");
         }
     }
-    // Also without `[distributed]` from several ranks, and with several from a run without it.
+    // A run without `[distributed]` resumes from a checkpoint of several ranks, and several ranks from one of such a run.
     let alone = trained(&home, "alone", &schedule);
     let plain = with(&schedule, &["train.steps=8"]);
     trained(&home, "to-alone", &with(&plain, &["distributed.devices=4"]));

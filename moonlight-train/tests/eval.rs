@@ -65,7 +65,7 @@ fn a_recipe_with_tasks_is_evaluated_before_and_after() {
     let bits = |when: &str| evaluation()[when][0]["metrics"]["bits_per_byte"]["value"].as_f64().unwrap();
     let (before, after) = (bits("before"), bits("after"));
     assert!(after < before, "{after} is not below {before}");
-    // Results of before the first step stay when the run resumes.
+    // A resumed run keeps the results from before the first step.
     let output = home.train("evaluated", &["--set", &tasks, "--resume"]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(bits("before"), before);

@@ -66,7 +66,7 @@ fn fail(root: PathBuf, position: usize, fault: Fault) -> (Observation, Arc<Atomi
             return Ok(());
         }
         if let (Call::Write(path), 0) = (call, number % 2) {
-            // Every second failed write leaves a part of the file.
+            // With an even number, a failed write leaves a part of the file.
             let _ = fs::write(path, "a part");
         }
         Err(io::ErrorKind::StorageFull.into())

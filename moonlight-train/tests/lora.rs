@@ -124,7 +124,7 @@ fn adapters_are_trained_on_a_quantized_base() {
         let (train, valid) = (losses(&run, "train"), losses(&run, "valid"));
         assert!(valid[1] < train[0] && train[11] < train[0], "{bits}: {train:?} {valid:?}");
         assert!((valid[1] - whole[1]).abs() < near, "{bits}: {valid:?} {whole:?}");
-        // Resumed, the run quantizes the base to the same weights again.
+        // A resumed run quantizes the base to the same weights again.
         let schedule = ["--set", &set, "--set", "schedule.total_steps=12"];
         let parts = format!("{bits}-parts");
         tuned.home.trained(&parts, &[&schedule[..], &["--set", "train.steps=7"]].concat());
@@ -228,7 +228,7 @@ fn a_router_is_adapted_if_the_recipe_names_it() {
     };
     let apart = score(&run).into_iter().zip(score(&merged)).map(|(a, b)| (a - b).abs());
     assert!(apart.fold(0.0, f64::max) < 1e-4);
-    // Training continues from it.
+    // Another run can start from this adapter.
     let path = format!("lora.path={dir:?}");
     tuned.home.trained("onwards", &["--set", &path, "--set", "train.steps=2", "--set", "schedule.warmup_steps=1"]);
 }

@@ -179,7 +179,7 @@ fn as_model(gradients: &Path, weights: &Path, device: &Device) -> CausalLm {
     load(directory.path(), device, Some(DType::F32)).unwrap().model
 }
 
-/// Visits the model and then its gradients, which have the form of a model, and pairs them by path.
+/// Visits the model and then its gradients, which are loaded as a model too, and pairs them by path.
 #[derive(Default)]
 struct ByPath {
     stack: Vec<String>,
@@ -208,8 +208,8 @@ impl ModuleVisitor for ByPath {
     }
 }
 
-/// One step from torch's own gradients. It tests the orientation of weights, scale, decay, and that each expert is a matrix of
-/// its own.
+/// One step from torch's own gradients. It tests the orientation of weights, the scale, the decay, and that each expert is
+/// orthogonalized as a separate matrix.
 #[test]
 fn one_step_of_the_optimizers_matches_torch() {
     let reference = Reference::read();

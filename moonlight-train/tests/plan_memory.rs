@@ -1,5 +1,5 @@
 //! The peak memory that `moonlight plan` predicts, compared with what training allocates, over a grid of shapes and settings.
-//! An allocator of this test counts the allocations.
+//! The test's own allocator counts the bytes.
 //!
 //! `cargo test --release -p moonlight-train --test plan_memory -- --nocapture` prints the table.
 
@@ -29,13 +29,13 @@ fn count(bytes: usize) {
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size());
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller keeps the contract of `alloc`, and the layout is passed on unchanged.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promise.
+        // SAFETY: the pointer is from `alloc` with this layout, which got it from the system's allocator.
         unsafe { System.dealloc(pointer, layout) }
     }
 }

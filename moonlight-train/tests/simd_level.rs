@@ -18,7 +18,7 @@ fn an_unavailable_level_is_refused_before_anything_else_happens() {
     }
 }
 
-/// At another level matrix products round at other places; nothing else differs.
+/// Each level sums matrix products in another order; nothing else differs.
 #[test]
 fn a_run_is_the_same_at_each_level_up_to_rounding() {
     let home = Home::new();

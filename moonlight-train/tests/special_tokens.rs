@@ -27,8 +27,8 @@ const MIDDLE: u32 = 260;
 const TEMPLATE: &str = "{%- for m in messages -%}<|start|>{{ m['role'] }}<|middle|>{{ m['content'] }}<|done|>\n{%- endfor -%}\
      {%- if add_generation_prompt -%}<|start|>assistant<|middle|>{%- endif -%}";
 
-/// The folder of a Llama that predicts the token after the last one of the context: after a token of `chain` the next one of
-/// it. Earlier tokens have no influence.
+/// Writes a Llama that predicts the next token from the last one alone: after each token of `chain`, the one that follows it
+/// there.
 fn says(dir: &Path, chain: &[u32]) {
     fs::create_dir_all(dir).unwrap();
     let (mut embedding, mut head) = (vec![0.0; VOCAB * WIDTH], vec![0.0; VOCAB * WIDTH]);
@@ -131,10 +131,10 @@ fn a_text_starts_with_bos_if_the_tokenizer_says_so() {
         assert!(output.status.success(), "{}", text(&output.stderr));
         let rows = text(&output.stdout);
         let rows: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        assert_eq!(rows[1]["tokens"], json!([72, 105]), "tokens are as they are");
+        assert_eq!(rows[1]["tokens"], json!([72, 105]), "tokens are used unchanged");
         rows[0]["tokens"].clone()
     };
-    // `<s>Hi`, as users type it.
+    // The bytes of the text `<s>Hi`.
     let spelled = |begin: &[u32], end: &[u32]| json!([begin, &[60, 115, 62, 72, 105], end].concat());
 
     assert_eq!(prompt(&["--prompt", "Hi"]).0, json!([72, 105]));
@@ -148,7 +148,7 @@ fn a_text_starts_with_bos_if_the_tokenizer_says_so() {
     assert_fails(&run("generate", dir, &["--prompt-tokens", "72", "--bos"]), "`--prompt-tokens` excludes `--bos`");
     assert_eq!(prompt(&["--prompt", "<s>Hi"]).0, spelled(&[BOS], &[]));
     let (twice, warning) = prompt(&["--prompt", "<s>Hi", "--parse-special"]);
-    assert_eq!(twice, json!([BOS, BOS, 72, 105]), "as transformers gives it");
+    assert_eq!(twice, json!([BOS, BOS, 72, 105]), "as in transformers");
     assert!(warning.contains("a text begins with `<s>` twice"), "{warning}");
     assert_eq!(prompt(&["--prompt", "<s>Hi", "--parse-special", "--no-bos"]), (json!([BOS, 72, 105]), String::new()));
     assert_eq!(scored(&[]), spelled(&[BOS], &[]));
@@ -216,11 +216,11 @@ fn documents_start_with_bos_and_end_with_one_eos() {
     let config = json!({"bos_token": "<s>", "eos_token": "</s>"});
     write_tokenizer(dir, &template(false), true, &config);
     let (bos, eos, _) = ends(&[]);
-    assert_eq!((bos, eos), (2, 2), "once a document, however long");
+    assert_eq!((bos, eos), (2, 2), "one of each for each document, however long");
     fs::write(texts.join("a.txt"), "word").unwrap();
     write_tokenizer(dir, &Value::Null, true, &config);
     assert_eq!(ends(&[]).0, 0);
-    // The cache of the other setting is not used.
+    // The cache of another post-processor is not used.
     write_tokenizer(dir, &template(false), true, &config);
     assert_eq!(ends(&[]).0, 2);
     assert_eq!(ends(&["data.bos=never"]).0, 0);

@@ -61,7 +61,7 @@ fn an_interrupted_run_resumes_bit_for_bit() {
     // The schedule of the first part must be that of the whole run.
     let schedule = ["--set", "schedule.total_steps=12"];
     let parts = home.trained("parts", &[&schedule[..], &["--set", "train.steps=5"]].concat());
-    // A line that a run wrote before it was killed, after its last checkpoint.
+    // Lines that a killed run wrote after its last checkpoint, the last one in part.
     let path = parts.join("metrics.jsonl");
     let mut lines = fs::read_to_string(&path).unwrap();
     lines.push_str("{\"split\":\"train\",\"step\":6,\"loss\":99.0}\n{\"split\":\"tr");

@@ -164,6 +164,7 @@ impl RunIdentity {
         by_contents("the tokenizer", &self.tokenizer, &then.tokenizer);
         by_contents("the training data", &self.train_data, &then.train_data);
         by_contents("the validation data", &self.valid_data, &then.valid_data);
+        // If only one of them has a base, the keys of `[lora]` differ already.
         if let (Some(now), Some(then)) = (&self.base, &then.base) {
             by_contents("the base model", now, then);
         }

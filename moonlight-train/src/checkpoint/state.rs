@@ -64,6 +64,7 @@ impl TrainerState {
     /// Writes the state into a checkpoint.
     pub(super) fn write(&self, dir: &Path) -> Result<(), TrainError> {
         let path = dir.join(TRAINER_STATE);
+        // A run that resumed from a checkpoint of an earlier version still has that version.
         let state = Self { version: NEWEST_VERSION, ..self.clone() };
         let mut text = serde_json::to_string_pretty(&state).expect("JSON holds finite numbers and texts");
         text.push('\n');

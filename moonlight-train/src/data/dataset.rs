@@ -157,8 +157,8 @@ impl Dataset {
         Ok(Self { train, valid, files, template, end_of_turn, seed, train_hash, valid_hash, vocab_size, notes })
     }
 
-    /// The chat template of the data, unless the tokenizer's files contain the same one. Checkpoints contain it, so that the
-    /// model is used with the template it was trained with.
+    /// The chat template of the data, if it is not the one in the tokenizer's files. Checkpoints contain it, so that the model
+    /// is used with the template it was trained with.
     pub fn template(&self) -> Option<&TokenizerFile> {
         self.template.as_ref()
     }
@@ -381,6 +381,7 @@ fn parts(store: &TokenStore, files: &[SourceFile], config: &DataConfig) -> Resul
             LongRecords::Skip => skipped.add(fault),
             LongRecords::Truncate => {
                 let end = span.start + longest;
+                // The first token of a document is never predicted.
                 if reader.read(span.start..end)?.skip(1).all(|(_, weight)| weight == 0.0) {
                     unlearned.add(fault);
                 } else {

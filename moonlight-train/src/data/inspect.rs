@@ -81,6 +81,7 @@ fn split_stats(sequences: &Sequences) -> Result<SplitStats, DataError> {
     let mut histogram: Vec<(u64, u64)> = Vec::new();
     for &length in &lengths {
         let bound = length.max(1).next_power_of_two();
+        // Ranges without a document between two others are listed too.
         while histogram.last().is_none_or(|&(last, _)| last < bound) {
             let next = histogram.last().map_or(bound, |&(last, _)| 2 * last);
             histogram.push((next, 0));

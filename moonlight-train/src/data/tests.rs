@@ -429,10 +429,10 @@ fn conversations_are_packed_without_cutting_any() {
         .map(|n: usize| chat_text(&format!("_{}._{}.", "q".repeat(1 + n % 3), "a".repeat(1 + n % 7))))
         .collect();
     whole.sort();
-    assert!(first == whole && second == whole, "each conversation comes once and whole in each epoch");
-    assert_ne!(rows, other_rows, "in an order of its own");
+    assert!(first == whole && second == whole, "each epoch has every conversation once, uncut");
+    assert_ne!(rows, other_rows, "each epoch has its own order");
     assert!(dataset.notes().iter().any(|note| note.contains("% full")), "{:?}", dataset.notes());
-    // And a stream of them resumes from any position.
+    // A stream of packed sequences resumes from any position.
     let mut whole = dataset.train_stream(3);
     for _ in 0..50 {
         let position = whole.position();
@@ -449,14 +449,14 @@ fn prefetched_batches_are_those_of_the_stream() {
     config.shuffle = true;
     let dataset = open(&config).unwrap();
     let want = |batches| BatchRequest { sequences: 3 * batches, share: 0..3 * batches, batches };
-    let (mut plain, mut ahead) = (dataset.train_stream(3), Prefetcher::new(dataset.train_stream(3)));
-    // The announced request each time, except for two other ones; over several epochs.
+    let (mut plain, mut prefetcher) = (dataset.train_stream(3), Prefetcher::new(dataset.train_stream(3)));
+    // Over several epochs. Two of the requests differ from the announced ones.
     for (passes, announced) in
         [(1, Some(1)), (1, Some(2)), (1, Some(2)), (2, None), (2, Some(1)), (2, Some(30)), (30, None)]
     {
         let expected: Vec<_> = (0..passes).map(|_| plain.next_batch().unwrap()).collect();
-        assert_eq!(ahead.next(&want(passes), announced.map(want)).unwrap(), expected);
-        assert_eq!(ahead.position(), plain.position());
+        assert_eq!(prefetcher.next(&want(passes), announced.map(want)).unwrap(), expected);
+        assert_eq!(prefetcher.position(), plain.position());
     }
 }
 
@@ -911,7 +911,7 @@ fn a_broken_record_of_an_array_ends_the_file_only_if_it_is_not_json() {
     assert!(note.contains("a.json:2:3 (`messages` is not a list"), "{note}");
     let error = open(&format!("[{good},\n {{\"messages\": x}},\n{good}]")).unwrap_err();
     assert!(error.ends_with("a.json:3:15: the record is not JSON: expected value"), "{error}");
-    // Of the file's own errors the first is reported.
+    // The array has two errors: a missing comma, which is reported, and no closing bracket.
     let error = open(&format!("[{good} {good}")).unwrap_err();
     assert!(error.ends_with("a.json:2:2: expected `,` or `]` after an element of the array"), "{error}");
 }
@@ -947,7 +947,7 @@ fn documents_of_an_array_are_located_by_their_column() {
     );
 }
 
-/// Fields of any record, and not only of the first.
+/// Those of all records, and not only of the first.
 #[test]
 fn ignored_fields_of_texts_are_listed() {
     let lines = b"{\"content\": \"a\"}\n{\"content\": \"b\", \"text\": \"c\", \"n\": null, \"\": 1}\n";

@@ -90,7 +90,7 @@ impl TextFile {
                 } else if has("tokens") || has("input_ids") {
                     "set `data.format = \"tokens\"` for tokens"
                 } else {
-                    "rename the field with the document to `text`, or to learn the file as it is give it the extension .txt"
+                    "rename the field with the document to `text`, or give the file the extension .txt to learn it as plain text"
                 };
                 let shown =
                     |name: &String| if name.is_empty() { "a field without a name".into() } else { format!("`{name}`") };

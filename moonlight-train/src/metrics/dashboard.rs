@@ -30,7 +30,7 @@ pub(crate) struct Progress {
     pub(crate) steps: u64,
     /// Steps between two validations; 0 for a single one at the end.
     pub(crate) validate_every: u64,
-    /// Steps between two log lines, for the case that the dashboard fails.
+    /// Steps between two log lines, in case the dashboard fails.
     pub(crate) log_every: u64,
 }
 

@@ -291,6 +291,7 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
         visitor: V,
     ) -> Result<V::Value, Error> {
         let Item::Table(table) = &self.node.item else { return self.locate(Err(Error::expected("a table"))) };
+        // A key that an earlier struct has is absent for this one, which gets its default.
         let mut free = fields.to_vec();
         if let Some(parts) = self.parts {
             let mut taken = parts.borrow_mut();
@@ -415,6 +416,7 @@ impl<'de> de::VariantAccess<'de> for Choice<'de> {
         match self.settings {
             Some(reader) => reader.deserialize_struct("", fields, visitor),
             None => {
+                // The name alone: every setting has its default, and one without a default is reported as missing.
                 let none = std::iter::empty::<(&str, Reader<'de, 'static>)>();
                 visitor.visit_map(de::value::MapDeserializer::new(none)).map_err(|mut error: Error| {
                     if let Problem::Missing(key) = &mut error.problem {

@@ -281,14 +281,14 @@ fn every_recipe_of_the_repository_is_valid() {
         let folder = tempfile::tempdir().unwrap();
         let shape = moonlight_model::ModelConfig::preset("moonlight-16b-a3b").unwrap().to_json();
         std::fs::write(folder.path().join("config.json"), shape).unwrap();
-        let tunes = text.lines().any(|line| line.starts_with("path = "));
+        let fine_tunes = text.lines().any(|line| line.starts_with("path = "));
         let set = format!("model.path={}", folder.path().display());
-        let sets = if tunes { vec![set] } else { Vec::new() };
+        let sets = if fine_tunes { vec![set] } else { Vec::new() };
         let recipe = Recipe::load(&file, &sets).unwrap_or_else(|error| panic!("{error}"));
         let again = Recipe::parse(&recipe.to_toml(), &file, &[]).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(again, recipe);
         recipe.model.config(0).unwrap();
-        // Whatever is laid over it.
+        // With each option set, too.
         for option in OPTIONS {
             let sets = [&sets[..], &[option.to_owned()]].concat();
             let recipe = match Recipe::load(&file, &sets) {
@@ -345,7 +345,7 @@ fn every_option_of_muon_is_a_key_and_is_written_back() {
     let recipe = parse(SMALL, &["optimizer.adaptive=nor_muon", "optimizer.coefficients=polar_express"]).unwrap();
     assert_eq!(recipe.optimizer.muon.adaptive, moonlight_optim::Adaptive::NorMuon { beta_2: 0.95, epsilon: 1e-8 });
     assert_eq!(recipe.optimizer.muon.coefficients, moonlight_optim::Coefficients::PolarExpress);
-    // Nothing of `MuonConfig` is out of a recipe's reach: what is shared is AdamW's as well.
+    // A recipe contains every field of `MuonConfig`.
     let written = recipe.to_toml();
     let optimizer: toml::Table =
         toml::from_str::<toml::Table>(&written).unwrap()["optimizer"].as_table().unwrap().clone();
@@ -353,7 +353,7 @@ fn every_option_of_muon_is_a_key_and_is_written_back() {
     for (key, value) in muon.as_object().unwrap() {
         assert_eq!(optimizer.contains_key(key), !value.is_null(), "{key}:\n{written}");
     }
-    // Those that one table holds for both are each other's equal, and `epsilon` is AdamW's.
+    // Keys that both optimizers share have the same value in both, except for `epsilon`, which is AdamW's.
     let recipe = parse(SMALL, &["optimizer.weight_decay=0.3", "optimizer.rounding=nearest", "optimizer.epsilon=1e-5"]);
     let OptimizerRecipe { muon, adamw, .. } = recipe.unwrap().optimizer;
     assert_eq!((muon.weight_decay, adamw.weight_decay, adamw.epsilon, muon.epsilon), (0.3, 0.3, 1e-5, 1e-7));
@@ -425,11 +425,11 @@ fn recipes_of_earlier_versions_mean_the_same() {
         let folder = tempfile::tempdir().unwrap();
         let shape = moonlight_model::ModelConfig::preset("moonlight-16b-a3b").unwrap().to_json();
         std::fs::write(folder.path().join("config.json"), shape).unwrap();
-        let tunes = old["model"].get("path").is_some();
+        let fine_tunes = old["model"].get("path").is_some();
         let set = format!("model.path={}", folder.path().display());
-        let sets = if tunes { vec![set] } else { Vec::new() };
+        let sets = if fine_tunes { vec![set] } else { Vec::new() };
         let recipe = Recipe::load(&file, &sets).unwrap_or_else(|error| panic!("{error}"));
-        // Every value is written back exactly, under the key's name of today.
+        // Every value is written back exactly, under the key's current name.
         let new: toml::Table = toml::from_str(&recipe.to_toml()).unwrap();
         for (section, keys) in &old {
             for (key, value) in keys.as_table().unwrap() {

@@ -33,7 +33,7 @@ fn cosine_goes_from_the_peak_to_the_final_rate() {
     let config = ScheduleConfig { warmup_steps: 2, final_fraction: 0.1, ..config(ScheduleName::Cosine) };
     let schedule = Schedule::new(&config, 1.0, 12).unwrap();
     assert_eq!((schedule.rate(1), schedule.rate(11), schedule.rate(99)), (1.0, 0.1, 0.1));
-    // Half way down after half of the ten steps.
+    // Halfway down after half of the ten steps.
     assert!(close(schedule.rate(6), 0.55), "{}", schedule.rate(6));
     assert!((0..11).all(|step| step < 1 || schedule.rate(step) > schedule.rate(step + 1)));
 }

@@ -267,7 +267,7 @@ impl Backbone {
             sink.add(with_tied_gradient(sink.model(), gradients, tied))?;
             return Ok(stats);
         }
-        drop(last);
+        drop(last); // only its gradient is needed now
         for (index, input) in inputs.into_iter().enumerate().rev() {
             let input = Tensor::from_inner(input).require_grad();
             let LayerOutput { hidden, balance_loss, .. } = sink.model().run_layer(index, input.clone(), context);
@@ -276,6 +276,7 @@ impl Backbone {
             let gradients = GradientsParams::from_grads(gradients, sink.model());
             sink.add(gradients)?;
         }
+        // If the embedding is frozen, nothing is left to compute: a tied head is frozen with it.
         let embedded = sink.model().embed(tokens);
         if embedded.is_tracked() {
             let gradients = objective(embedded, gradient, None, 0.0).backward();
@@ -327,14 +328,14 @@ impl Head {
         for start in (0..tokens).step_by(self.chunk) {
             let range = start..tokens.min(start + self.chunk);
             let part = Tensor::from_inner(hidden.clone().slice_dim(0, range.clone())).require_grad(); // [chunk, hidden]
-            let losses = model.token_losses(part.clone(), self.targets.clone().slice_dim(0, range.clone()));
+            let losses = model.token_losses(part.clone(), self.targets.clone().slice_dim(0, range.clone())); // [chunk]
             let loss = (losses * self.mask.clone().slice_dim(0, range)).sum();
             loss_sum += f64::from(loss.clone().into_scalar::<f32>());
             let mut gradients = (loss * self.scale).backward();
             parts.push(part.grad_remove(&mut gradients).expect("the loss depends on the hidden states"));
             sums.accumulate(model, GradientsParams::from_grads(gradients, model));
         }
-        let gradient = if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, 0) };
+        let gradient = if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, 0) }; // [tokens, hidden]
         (loss_sum, gradient, sums.grads())
     }
 }

@@ -38,6 +38,7 @@ pub(super) fn fingerprint(dir: &Path) -> Result<String, TrainError> {
 fn add(path: &Path, hash: &mut Xxh3) -> io::Result<()> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
+    // With the length, the end of one file cannot pass for the start of the next.
     hash.update(&length.to_le_bytes());
     let (count, stride) = if length <= MAX_FULLY_HASHED_BYTES {
         (length.div_ceil(BLOCK_BYTES), BLOCK_BYTES)

@@ -48,6 +48,7 @@ impl ModuleMapper for Freeze {
         if frozen {
             return param.set_require_grad(false);
         }
+        // The router's correction bias never has a gradient, so it does not count.
         self.trained += usize::from(param.is_require_grad());
         param
     }

@@ -31,7 +31,7 @@ const WORLD_SIZE_VARIABLES: &[&str] = &["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
 /// Environment variables with the rank of this process. `srun` sets one of these, and the number of processes in
 /// `SLURM_NTASKS`. `SLURM_NTASKS` alone does not mean that `srun` started this process, because `salloc` sets it too.
 const RANK_VARIABLES: &[&str] = &["PMIX_RANK", "PMI_RANK"];
-/// How long the other ranks of this process may take to end after an error.
+/// How long the other ranks of this process may take to end after the first error.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 /// Delay before a rank reports an error that a lower rank may report as well.
 const REPORT_STAGGER: Duration = Duration::from_secs(5);
@@ -246,8 +246,8 @@ impl ProcessGroup {
         let result = run_guarded(&comm, || train_loop(&mut first, &mut reporters, interrupter));
         drop(reporters); // a dashboard restores the terminal before an error is printed
         let mut results = vec![(comm.rank(), result)];
-        // A rank may still be in a step, so the wait has no limit until one fails. Ranks that do not end in time after that are
-        // left behind: the process is about to exit.
+        // Other ranks may still be in a step, so the wait has no limit until a rank fails. Ranks that do not end in time after
+        // that are abandoned: the run returns the error.
         let mut deadline: Option<Instant> = None;
         while results.len() <= others {
             if results.iter().any(|(_, result)| result.is_err()) {

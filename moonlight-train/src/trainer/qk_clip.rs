@@ -10,6 +10,7 @@ pub(super) fn clip(mut model: CausalLm, largest: &[Vec<f64>], clip: QkClip) -> C
     let heads = model.config().num_attention_heads;
     for (layer, largest) in model.layers.iter_mut().zip(largest) {
         let factors = clip.factors(largest);
+        // A multiplication by 1 would only copy the weights.
         if factors.iter().all(|&factor| factor == 1.0) {
             continue;
         }

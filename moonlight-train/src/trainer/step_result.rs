@@ -103,6 +103,7 @@ impl StepResult {
             whole
         });
         let whole = whole.expect("the world size is at least 1");
+        // The norm is a sum over all ranks, so the error names none.
         match whole.gradient_norm() {
             norm if norm.is_finite() => Ok(whole),
             norm => Err(NonFinite { what: "gradient norm", value: norm, rank: None }.into()),

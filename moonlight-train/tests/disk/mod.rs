@@ -1,4 +1,4 @@
-//! A simulated power loss: what was not synced may be lost, and changes of names may reach the disk in another order.
+//! A simulated power loss: contents that were not synced may be lost, and changes of names may reach the disk in any order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -177,7 +177,7 @@ impl Disk {
                 self.add(&path(of), true);
             }
             Event::Write(of) => {
-                // The durable contents of an earlier file of this name are being overwritten.
+                // An existing file of this name is truncated, so its durable contents are gone.
                 match self.find(&path(of)) {
                     Some(id) => self.nodes[id].contents = None,
                     None => drop(self.add(&path(of), false)),
@@ -233,7 +233,7 @@ impl Disk {
             pending.iter().for_each(|pending| change(&mut node.durable, pending));
             node.names = node.durable.clone();
         }
-        // A renamed directory is found by one of its two names, and not by both.
+        // A directory whose rename reached the disk in part has one of its two names, and not both.
         let mut seen = BTreeSet::new();
         for node in &mut self.nodes {
             node.names.retain(|_, id| seen.insert(*id));
