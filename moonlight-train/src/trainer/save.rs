@@ -54,9 +54,10 @@ struct RankZeroWriter<'a> {
 
 impl StateWriter for RankZeroWriter<'_> {
     fn begin(&mut self, dir: &Path) -> Result<(), TrainError> {
-        self.announced = true;
         // Other ranks may have other working directories.
         let dir = std::path::absolute(dir).map_err(TrainError::read(dir))?;
+        // From here on the other ranks have the folder's name, or a failed broadcast that ends them.
+        self.announced = true;
         broadcast_text(self.optimizer.communicator(), Some(&dir.to_string_lossy()))?;
         Ok(())
     }
