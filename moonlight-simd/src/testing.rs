@@ -38,8 +38,8 @@ pub fn at_each_level(what: &str, mut work: impl FnMut(Level) + Send) {
     }
 }
 
-/// Prints the line `SKIPPED: what, for why`, once for each line, and appends it to the file of [`SKIPPED`]. It writes to stderr directly
-/// and not by `eprintln!`, which the test harness captures in tests that pass.
+/// Prints the line `SKIPPED: what, for why`, each line once, and appends it to the file named by [`SKIPPED`]. It writes to stderr
+/// directly, because the test harness captures `eprintln!` in tests that pass.
 pub fn skipped(what: &str, why: &str) {
     static PRINTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let line = format!("SKIPPED: {what}, for {why}\n");
