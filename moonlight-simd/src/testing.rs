@@ -8,8 +8,8 @@ use rayon::ThreadPoolBuilder;
 
 use crate::{LEVEL, Level};
 
-/// The environment variable with the path of a file to which [`skipped`] appends its lines, so that a run of many tests can show them
-/// together at the end.
+/// The environment variable with the path of a file to which [`skipped`] appends, so that a run of many tests can show all skipped
+/// tests at its end.
 pub const SKIPPED: &str = "MOONLIGHT_SKIPPED";
 
 /// Runs `work` in a pool of two threads whose kernels use `level`.

@@ -7,7 +7,7 @@
 //! | operation | shapes | why not Burn's operations |
 //! |---|---|---|
 //! | [`project`] | `[rows, in] x [in, out]` | slow in the backward pass and for a single row |
-//! | [`grouped_matmul`] | `[rows, in] x [groups, in, out]` | Burn has no grouped product, and the gradient of each slice of a stack is as large as the stack |
+//! | [`grouped_matmul`] | `[rows, in] x [groups, in, out]` | Burn has none, and the gradient of each slice of a stack has the size of the stack |
 //! | [`quantized_matmul`] | the same, with weights of 8 or 4 bits | the backward pass would keep the whole dequantized weight |
 //! | [`dispatch_rows`], [`combine_rows`] | tokens to rows of experts and back | the gradient of a gather is a scatter; here it is another gather |
 //! | [`latent_attention`], [`grouped_attention`] | causal, within documents | autodiff keeps several `[sequence, sequence]` tensors; these keep none |
@@ -368,7 +368,7 @@ pub fn quantized_matmul(
 ///
 /// # Panics
 ///
-/// If the number of tokens is not that of `layout`.
+/// If `layout` has another number of tokens.
 #[track_caller]
 pub fn dispatch_rows(tokens: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
     let check = Check("dispatch_rows");

@@ -115,9 +115,9 @@ pub(super) fn multiply(out: &mut MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>
     };
     let keep = if write == Write::Add { 1.0 } else { 0.0 };
     let shape = [lhs.rows, lhs.columns, rhs.columns];
-    // SAFETY: the constructors of all three views asserted that they are within their memory, that of `out` is borrowed for
+    // SAFETY: the constructors of all three views asserted that they are within their memory; the memory of `out` is borrowed for
     // writing, and the shapes match by the first assertion. `out` is read only if it is added to, and then it is
-    // initialized by the second assertion. The product writes all of `out`, also if the inner dimension is 0.
+    // initialized by the second assertion. The product writes all of `out`, even if the inner dimension is 0.
     unsafe { gemm::multiply(shape, out.values, out.row_stride, operand(lhs), operand(rhs), keep, scale) };
     out.written = true;
 }
