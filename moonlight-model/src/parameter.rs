@@ -118,7 +118,7 @@ impl ProjectionRole {
         }
     }
 
-    /// Whether QK-clip (MuonClip, arXiv 2507.20534) may rescale the projection, which outputs queries, or keys from a latent.
+    /// Whether QK-clip (MuonClip, arXiv 2507.20534) may rescale the projection: those that output queries, or keys from a latent.
     pub fn is_clipped(self) -> bool {
         use AttentionRole::{KeyValueUp, Query, QueryUp};
         matches!(self, Self::Attention(Query | QueryUp | KeyValueUp))

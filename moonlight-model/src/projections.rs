@@ -63,7 +63,7 @@ impl<const D: usize> WeightMut<'_, D> {
         let mut stack = [1; 3];
         stack[3 - D..].copy_from_slice(&dims); // [in, out] -> [1, in, out]
         *quantized = Some(QuantizedWeight::new(self.weight.val().reshape(stack), bits));
-        // A placeholder with the dtype of the weight, for dequantizing; frozen, so that no optimizer updates it.
+        // A placeholder with the dtype of the weight, which dequantizing restores; frozen, so that no optimizer updates it.
         replace_value(self.weight, |old| Tensor::zeros([1; D], (&old.device(), old.dtype())));
         *self.weight = self.weight.clone().set_require_grad(false);
     }
