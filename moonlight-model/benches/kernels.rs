@@ -1,8 +1,8 @@
-//! Benchmarks of every kernel, forward and backward, with its shapes in `bench-small` for 4 sequences of 512 tokens.
+//! Benchmarks of every kernel, forward and backward, with the shapes of `bench-small` for 4 sequences of 512 tokens.
 //!
 //! `cargo bench -p moonlight-model` runs all, `cargo bench -p moonlight-model -- grouped_matmul` one. For products, "elem/s" is
-//! floating-point operations a second (for attention, those of the causal half); for other kernels the rate is that of the bytes that
-//! must be read and written. "backward" is the backward pass only, for every input that has a gradient.
+//! floating-point operations a second (for attention, those of the causal half); for other kernels the rate counts the bytes that must
+//! be read and written. "backward" is the backward pass alone, for every input that has a gradient.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,8 +1,8 @@
 //! Benchmark: decoding token by token, compared with the bound by memory bandwidth. Prints a line of JSON.
 //! `scripts/bench/bench_decoding.py` runs it against transformers.
 //!
-//! A token reads every activated weight once, so it takes at least their bytes divided by the memory bandwidth. The
-//! bandwidth is measured between tokens: all threads sum an array that is larger than the caches. Both results are
+//! Decoding a token reads every activated weight once, so it takes at least their bytes divided by the memory bandwidth.
+//! The bandwidth is measured between tokens: all threads sum an array that is larger than the caches. Both results are
 //! medians, because the bandwidth of a shared machine changes from second to second.
 //!
 //! `cargo run --release -p moonlight-model --example bench_decoding -- [tokens] [batch] [dtype] [shape]`, where the
@@ -47,7 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let model = config.init(&device);
     let model = if dtype == DType::F32 { model } else { model.map(&mut Cast(dtype)) };
     let Timings { seconds, bandwidth } = decode(&model, &config, tokens, batch, &device);
-    // Of the embedding, a token reads one row.
+    // A token reads only one row of the embedding.
     let count = config.parameter_count();
     let bytes = (count.activated - config.vocab_size as u64 * config.hidden_size as u64) * dtype.size() as u64;
     let bound = bandwidth / bytes as f64;

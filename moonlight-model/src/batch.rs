@@ -1,4 +1,4 @@
-//! The input of a training step: token batches and the documents that they are packed from.
+//! The input of a training step: token batches, and the documents that were packed into them.
 
 use std::sync::Arc;
 

@@ -11,8 +11,8 @@ use crate::kernels::CacheSpan;
 /// Keys and values of earlier tokens, for a batch of sequences that may differ in length.
 ///
 /// Latent attention caches the latent and the shared key, 576 values for each token and layer of Moonlight; grouped-query
-/// attention caches keys and values. All memory for `capacity` tokens is allocated at once, and the capacity changes only by
-/// [`grow`](Self::grow).
+/// attention caches keys and values. The memory for `capacity` tokens is allocated at once; only [`grow`](Self::grow) changes the
+/// capacity.
 ///
 /// See [`CausalLm::decode`](crate::CausalLm::decode) for an example.
 #[derive(Debug)]
@@ -57,8 +57,8 @@ impl KvCache {
         self.capacity
     }
 
-    /// Raises the capacity to at least `capacity` tokens a sequence and keeps what is cached. This copies the cache; a caller
-    /// that grows it should do so in large steps.
+    /// Raises the capacity to at least `capacity` tokens a sequence and keeps what is cached. This copies the cache, so grow it in
+    /// large steps.
     pub fn grow(&mut self, capacity: usize) {
         if capacity > self.capacity {
             self.layers.iter_mut().for_each(|layer| layer.grow(capacity));
@@ -66,8 +66,7 @@ impl KvCache {
         }
     }
 
-    /// Drops all but the first `length` tokens of a sequence, to continue the text differently from there; 0 empties the
-    /// sequence.
+    /// Keeps the first `length` tokens of a sequence and drops the rest, to continue the text differently; 0 empties the sequence.
     ///
     /// # Panics
     ///
@@ -79,7 +78,7 @@ impl KvCache {
         *tokens = length;
     }
 
-    /// Reserves rows for `counts[i]` new tokens of sequence `i`, and returns where they are.
+    /// Reserves rows for `counts[i]` new tokens of sequence `i`, and returns their positions.
     ///
     /// # Panics
     ///

@@ -15,7 +15,7 @@ use crate::rayon_pool::run_in_pool;
 const CHUNK_TOKENS: usize = 512;
 
 impl CausalLm {
-    /// Appends new tokens to every sequence of the cache and returns the logits of each. There is no gradient.
+    /// Appends new tokens to every sequence of the cache, and returns the logits of each token. There is no gradient.
     ///
     /// ```
     /// use burn::tensor::{Device, Int, Tensor};
@@ -50,8 +50,8 @@ impl CausalLm {
         })
     }
 
-    /// Appends new tokens to some sequences of the cache, and returns the logits of the token that follows each of these. There
-    /// is no gradient.
+    /// Appends new tokens to some sequences of the cache, and returns for each of these the logits of its next token. There is no
+    /// gradient.
     ///
     /// `tokens` has a slice for every sequence of the cache, empty for sequences without new tokens. Prompts and single
     /// tokens may be mixed. Long prompts are processed in chunks, and the head runs for the last token of each sequence
@@ -74,7 +74,7 @@ impl CausalLm {
                 let spans = cache.append(&counts);
                 let chunk = TensorData::new(chunk, [1, counts.iter().sum()]);
                 let hidden = self.decode_layers(Tensor::from_data(chunk, &device), spans, cache);
-                // Only the last token of a sequence goes to the head: it is the widest matrix, and the others' logits are not used.
+                // Only the last token of a sequence goes to the head, the widest matrix: other logits are not used.
                 if !last.is_empty() {
                     let last = Tensor::<1, Int>::from_data(TensorData::from(last.as_slice()), &device);
                     ends.push(hidden.select(0, last));
@@ -88,7 +88,7 @@ impl CausalLm {
     fn decode_layers(&self, tokens: Tensor<2, Int>, spans: Arc<Vec<CacheSpan>>, cache: &mut KvCache) -> Tensor<2> {
         let positions: Vec<u32> = spans.iter().flat_map(|span| span.start as u32..span.end() as u32).collect();
         let rotation = self.rotary().at(&positions, &tokens.device());
-        // A single span needs no mask beyond the causal one.
+        // For a single span the causal mask suffices.
         let starts = (spans.len() > 1).then(|| span_starts(&spans));
         let new = DecodeContext { tokens: ForwardContext::decoding(rotation, positions.len(), starts), spans };
         let layers = self.layers.iter().zip(&mut cache.layers);
@@ -97,7 +97,7 @@ impl CausalLm {
 }
 
 /// Removes up to [`CHUNK_TOKENS`] tokens from the front of the sequences, in order. Returns the tokens, the number from each
-/// sequence, and the positions in the chunk of tokens that are the last of their sequence.
+/// sequence, and the positions in the chunk of those that are the last of their sequence.
 fn next_chunk(rest: &mut [&[u32]]) -> (Vec<i32>, Vec<usize>, Vec<i32>) {
     let (mut chunk, mut counts, mut last) = (Vec::new(), Vec::with_capacity(rest.len()), Vec::new());
     for rest in rest {

@@ -110,7 +110,7 @@ impl ForwardContext {
     }
 
     /// The first key that each token sees, `[batch * sequence]`, as an index in its sequence: the start of its document or, with
-    /// a sliding window of `w` tokens, the token `w - 1` before it, whichever is later. `None` if every token sees its whole
+    /// a sliding window of `w` tokens, the token `w - 1` before it, whichever is later. `None` if every token sees its
     /// sequence up to itself.
     pub(crate) fn first_keys(&self, window: Option<usize>) -> Option<Arc<Vec<u32>>> {
         // A window at least as long as the sequence hides nothing, and kernels are faster with `None`.

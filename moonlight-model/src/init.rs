@@ -1,7 +1,7 @@
 //! Initialization of parameters: normal with the configured standard deviation, biases zero, drawn when first read.
 //!
-//! Every parameter of the crate is made here and nowhere else. The call names the parameter's kind and role, so both are
-//! stated once, next to the module that has the parameter; [`ModelConfig::parameter_shapes`] reads them from here.
+//! Every parameter of the crate is made here. The call names the kind and role of the parameter, so both are stated once, in the
+//! module that has the parameter; [`ModelConfig::parameter_shapes`] reads them from here.
 //!
 //! [`ModelConfig::parameter_shapes`]: crate::ModelConfig::parameter_shapes
 

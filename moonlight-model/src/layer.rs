@@ -20,9 +20,9 @@ use crate::projection::{projections_of_fields, projections_of_variants};
 /// The config of a [`DecoderLayer`].
 #[derive(Config, Debug, PartialEq)]
 pub struct DecoderLayerConfig {
-    /// Its hidden size is the layer's.
+    /// The attention, whose hidden size is that of the layer.
     pub attention: AttentionConfig,
-    /// Dense or a mixture of experts; of the same hidden size.
+    /// Dense or a mixture of experts, with the same hidden size.
     pub feed_forward: FeedForwardConfig,
     /// Epsilon of the two norms.
     #[config(default = 1e-5)]
@@ -32,7 +32,7 @@ pub struct DecoderLayerConfig {
 /// The config of a [`FeedForward`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FeedForwardConfig {
-    /// One MLP that every token passes.
+    /// One MLP for every token.
     Dense(MlpConfig),
     /// A mixture of experts.
     Moe(MoeConfig),
@@ -125,7 +125,7 @@ projections_of_fields!(DecoderLayer { self_attn, mlp });
 #[derive(Debug, Clone)]
 #[expect(clippy::large_enum_variant, reason = "there are a few dozen, one a layer")]
 pub enum FeedForward {
-    /// One MLP that every token passes.
+    /// One MLP for every token.
     Dense(Mlp),
     /// A mixture of experts.
     Moe(Moe),

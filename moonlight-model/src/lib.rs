@@ -57,7 +57,7 @@ pub use layer::{DecoderLayer, DecoderLayerConfig, FeedForward, FeedForwardConfig
 pub use mlp::{Mlp, MlpConfig};
 pub use model::{CausalLm, HiddenOutput, LossOutput};
 pub use moe::{Experts, ExpertsConfig, Moe, MoeConfig, MoeOutput, Router, RouterConfig};
-/// The vector instructions that the CPU kernels use.
+/// The choice of vector instructions for the CPU kernels.
 #[cfg(feature = "cpu")]
 pub use moonlight_simd as simd;
 pub use norm::{RmsNorm, RmsNormConfig};

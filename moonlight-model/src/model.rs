@@ -242,7 +242,8 @@ impl CausalLm {
         let hidden = self.norm.forward_rows(hidden);
         match &self.lm_head {
             Some(head) => project(hidden, head.weight.val()),
-            None => hidden.matmul(self.embed_tokens.weight.val().transpose()), // tied: [vocab, hidden]^T
+            // Tied: [vocab, hidden]^T. `project` would copy the transposed view to make it contiguous.
+            None => hidden.matmul(self.embed_tokens.weight.val().transpose()),
         }
     }
 

@@ -2,7 +2,7 @@
 
 /// Implements Burn's `Module` for an enum by delegating every method to the variant's module.
 ///
-/// Burn's derive adds the variant's name to the path of every parameter below it. Checkpoints need
+/// Burn's derive adds the variant's name to the path of every parameter below it, but a checkpoint has
 /// `layers.0.mlp.gate_proj.weight` whichever kind of MLP the layer has.
 macro_rules! delegate_module {
     ($name:ident { $($variant:ident),+ }) => {

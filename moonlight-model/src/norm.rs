@@ -26,8 +26,8 @@ impl RmsNormConfig {
 
 /// `weight * x / sqrt(mean(x^2) + epsilon)` over the last dimension (arXiv 1910.07467).
 ///
-/// Differs from `burn::nn::RmsNorm`: statistics are computed in f32 in every dtype, and the normalized value is rounded to
-/// the dtype of `x` before it is multiplied by the gain, as the published models do.
+/// Unlike `burn::nn::RmsNorm`, statistics are computed in f32 in every dtype, and the normalized value is rounded to the dtype of
+/// `x` before it is multiplied by the gain, as in transformers.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};

@@ -7,11 +7,11 @@ pub struct ParameterShape {
     pub path: String,
     /// The shape in Burn's layout: a projection is `[in, out]`, a stack of experts `[experts, in, out]`.
     pub shape: Vec<usize>,
-    /// Decides its optimizer, and how a checkpoint stores it.
+    /// Decides which optimizer updates the parameter and how a checkpoint stores it.
     pub kind: ParameterKind,
-    /// The projection that it belongs to, as weight or bias; `None` for embedding, head, norms and correction bias.
+    /// The projection whose weight or bias the parameter is; `None` for embedding, head, norms and correction bias.
     pub role: Option<ProjectionRole>,
-    /// The decoder layer that it belongs to, from 0; `None` outside the layers.
+    /// The decoder layer of the parameter, from 0; `None` outside the layers.
     pub layer: Option<usize>,
 }
 
@@ -21,7 +21,7 @@ impl ParameterShape {
         self.shape.iter().map(|&dim| dim as u64).product()
     }
 
-    /// The path within the decoder layer, e.g. `mlp.experts.gate_proj`; outside the layers the whole path.
+    /// The path within the decoder layer, e.g. `mlp.experts.gate_proj`; outside the layers the complete path.
     pub fn path_in_layer(&self) -> &str {
         match self.layer {
             Some(_) => self.path.splitn(3, '.').nth(2).unwrap_or(&self.path),
@@ -52,7 +52,7 @@ pub enum ParameterKind {
 }
 
 impl ParameterKind {
-    /// Whether it is a weight that may have an adapter: a projection, a stack of experts, or a router.
+    /// Whether a parameter of this kind may have an adapter: a projection, a stack of experts, or a router.
     pub fn is_projection(self) -> bool {
         matches!(self, Self::Matrix | Self::Experts | Self::Router)
     }
@@ -69,7 +69,7 @@ pub enum ProjectionRole {
     SharedExperts(MlpRole),
     /// A projection of the routed experts.
     Experts(MlpRole),
-    /// The router's matrix, which is never quantized: an error in it sends tokens to other experts.
+    /// The router's matrix, which is never quantized: rounding errors in it would send tokens to other experts.
     Router,
 }
 
@@ -106,8 +106,8 @@ pub enum MlpRole {
 }
 
 impl ProjectionRole {
-    /// Whether the projection's input is the layer's normalized hidden state (a routed expert reads a copy of it), and not
-    /// the output of another projection.
+    /// Whether the projection's input is the layer's normalized hidden state (routed experts read a copy), and not the output of
+    /// another projection.
     pub fn reads_hidden(self) -> bool {
         match self {
             Self::Attention(role) => {
@@ -130,8 +130,8 @@ impl ProjectionRole {
 pub struct ParameterCount {
     /// All parameters, correction biases included.
     pub total: u64,
-    /// Those that the forward pass of one token uses: only `num_experts_per_tok` of the routed experts.
+    /// Parameters that the forward pass of one token uses, with only `num_experts_per_tok` of the routed experts.
     pub activated: u64,
-    /// Embedding and head, which the model sizes in the Muon report leave out.
+    /// Embedding and head, which the model sizes in the Muon report exclude.
     pub embeddings: u64,
 }

@@ -1,5 +1,5 @@
-//! The list of all parameters of a model, read from the module itself: the module is built lazily, without drawing a parameter,
-//! and visited.
+//! The list of all parameters of a model, read from the module itself: it is built lazily, without drawing a parameter, and
+//! visited.
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
@@ -15,7 +15,7 @@ const LAYERS: &str = "layers";
 impl ModelConfig {
     /// All parameters of the model, in the order of the module's fields. No weight is allocated.
     ///
-    /// This is the one list of parameters: loading, saving, memory plans, freezing and LoRA targets read it.
+    /// There is no other list of parameters: loading, saving, memory plans, freezing and LoRA targets read this one.
     ///
     /// ```
     /// let config = moonlight_model::ModelConfig::preset("moonlight-16b-a3b")?;
@@ -24,8 +24,8 @@ impl ModelConfig {
     /// # Ok::<(), moonlight_model::ConfigError>(())
     /// ```
     pub fn parameter_shapes(&self) -> Vec<ParameterShape> {
-        // The model is built without layers, and theirs are added where the visitor enters the field. Layers with equal configs
-        // share one list, so a deep model costs no more than writing its list.
+        // The model is built without layers, and their parameters are added where the visitor enters the field. Layers with equal
+        // configs are visited once, so a deep model takes little longer than a shallow one.
         let outer = Self { num_hidden_layers: 0, ..self.clone() };
         list_parameters(|init| outer.build(init), |shapes| self.push_layers(shapes))
     }

@@ -28,7 +28,7 @@ impl NamePattern {
     ///
     /// [`PatternError`] if the glob is malformed.
     pub fn new(pattern: &str) -> Result<Self, PatternError> {
-        // The crate `glob` knows paths, where `*` stops at a `/`: here it must stop at a dot.
+        // `glob` matches file paths, in which `*` stops at a `/`. Here it must stop at a dot.
         Pattern::new(&pattern.replace('.', "/")).map(Self).map_err(|error| PatternError(error.msg.to_owned()))
     }
 

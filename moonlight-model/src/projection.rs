@@ -11,10 +11,10 @@ use crate::quantization::QuantizedWeight;
 
 /// A linear layer: `x W + bias`, plus `s x A B` if it has an adapter.
 ///
-/// Made by the layers that have projections; `CausalLm::quantized` and `CausalLm::with_lora` change them.
+/// The layers make their projections; `CausalLm::quantized` and `CausalLm::with_lora` change them.
 #[derive(Module, Debug)]
 pub struct Projection {
-    /// `[in, out]`; a `[1, 1]` zero if the weight is quantized, so that the parameter keeps its path and dtype.
+    /// `[in, out]`; a `[1, 1]` zero if the weight is quantized, so that its path and dtype are kept.
     pub weight: Param<Tensor<2>>,
     /// `[out]`.
     pub bias: Option<Param<Tensor<1>>>,
@@ -107,7 +107,7 @@ pub(crate) struct LayerProjection<P> {
 
 /// Lists every projection of a module in the order of its fields. [`projections_of_fields`] implements it.
 pub(crate) trait Projections {
-    /// Appends the projections to `list`; `path` holds the names of the fields that lead to this module.
+    /// Appends the projections to `list`; `path` has the names of the fields from the decoder layer to this module.
     fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<LayerProjection<ProjectionRef<'a>>>);
 
     /// See [`Projections::projections`].

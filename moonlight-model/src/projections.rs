@@ -35,7 +35,7 @@ impl<P> ModelProjection<P> {
 }
 
 impl<const D: usize> WeightMut<'_, D> {
-    /// The shape of the weight, also if it is quantized.
+    /// The shape of the weight, even if it is quantized and `weight` is a placeholder.
     pub(crate) fn dims(&self) -> [usize; D] {
         match self.quantized.as_deref().and_then(Option::as_ref) {
             None => self.weight.lazy_shape().dims(),
@@ -63,6 +63,7 @@ impl<const D: usize> WeightMut<'_, D> {
         let mut stack = [1; 3];
         stack[3 - D..].copy_from_slice(&dims); // [in, out] -> [1, in, out]
         *quantized = Some(QuantizedWeight::new(self.weight.val().reshape(stack), bits));
+        // A placeholder with the dtype of the weight, which dequantizing restores; frozen, so that no optimizer updates it.
         replace_value(self.weight, |old| Tensor::zeros([1; D], (&old.device(), old.dtype())));
         *self.weight = self.weight.clone().set_require_grad(false);
     }
@@ -81,7 +82,7 @@ fn dequantize<const D: usize>(weight: &mut Param<Tensor<D>>, quantized: &mut Opt
     replace_value(weight, |old| quantized.dequantized().reshape(dims).cast(old.dtype()));
 }
 
-/// Replaces a parameter's value and keeps its id and whether it requires a gradient.
+/// Replaces the value of a parameter, and keeps its id and whether it requires a gradient.
 fn replace_value<const D: usize>(param: &mut Param<Tensor<D>>, new: impl FnOnce(Tensor<D>) -> Tensor<D>) {
     *param = param.clone().map(|old| {
         let trained = old.is_require_grad();
@@ -112,7 +113,7 @@ impl CausalLm {
         self
     }
 
-    /// Replaces quantized weights by their dequantized values, in the dtype that they had.
+    /// Replaces quantized weights by their dequantized values, in the dtype that they had before quantization.
     pub fn dequantized(mut self) -> Self {
         for entry in self.projections_mut() {
             match entry.projection {

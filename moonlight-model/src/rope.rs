@@ -24,12 +24,12 @@ pub struct Rotation {
 }
 
 impl RotaryEmbedding {
-    /// The frequencies `theta^(-2i / dim)` for `i` in `0..dim / 2`, scaled as `config` says. `dim` is the number of rotated
+    /// The frequencies `theta^(-2i / dim)` for `i` in `0..dim / 2`, scaled by `config.scaling`. `dim` is the number of rotated
     /// dimensions of a head.
     pub fn new(config: &RopeConfig, dim: usize) -> Self {
         let plain = (0..dim / 2).map(|i| config.theta.powf(-2.0 * i as f64 / dim as f64));
         let (frequencies, scale): (Vec<f64>, f64) = match &config.scaling {
-            // Dynamic scaling acts beyond `max_position_embeddings` only, and no sequence is that long here.
+            // Dynamic scaling acts only beyond `max_position_embeddings`, and no sequence is that long here.
             None | Some(RopeScaling::Dynamic { .. }) => (plain.collect(), 1.0),
             Some(RopeScaling::Linear { factor }) => (plain.map(|f| f / factor).collect(), 1.0),
             Some(RopeScaling::Llama3(llama)) => (plain.map(|f| llama3_frequency(llama, f)).collect(), 1.0),

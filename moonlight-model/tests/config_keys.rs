@@ -1,4 +1,4 @@
-//! `config.json` as published: each is read, keys that change nothing are ignored, and every other key is used or refused by name.
+//! Every published `config.json` is read: keys that change nothing are ignored, and every other key is used or refused by name.
 
 #![recursion_limit = "512"] // long `json!`
 
@@ -269,7 +269,7 @@ fn unsupported_keys_that_shape_the_computation_are_refused_by_name() {
         assert!(matches!(&error, ConfigError::Unsupported { key: named, .. } if named == key), "{key}: {error:?}");
         assert!(error.to_string().contains(&format!("`{key}` ")), "{error}");
     }
-    // Values of the same keys that turn it off.
+    // Values that turn the same keys off.
     for (base, over) in [
         (
             llama(),
@@ -346,7 +346,7 @@ fn a_sliding_window_belongs_to_the_same_layers_as_in_transformers() {
     assert_eq!(again.attention, config.attention);
 }
 
-/// The other classes have no window: one shorter than the context is refused, with a hint how to open the model.
+/// The other classes have no window: one shorter than the context is refused, with a hint on how to open the model.
 #[test]
 fn a_sliding_window_of_another_class_is_refused_if_it_has_an_effect() {
     let error = refusal(with(&llama(), json!({"sliding_window": 63})));

@@ -2,8 +2,8 @@
 //! broadcast tensors, offsets that decrease or end wrongly, indices out of range, sizes that overflow.
 //!
 //! A call must either panic with a message of the function itself, or return what the reference returns, forward and backward.
-//! The reference runs by the same call in f64, a dtype without kernels. The test profile has debug assertions, so parallel
-//! writes are recorded, and an overlap or a gap panics with another message.
+//! The reference is the same call in f64, a dtype without kernels. The test profile has debug assertions, so parallel writes are
+//! recorded, and an overlap or a gap panics with another message.
 
 #![cfg(feature = "cpu")]
 
@@ -265,7 +265,7 @@ fn call_cached_attention(arguments: &mut Arguments) -> Outcome {
     let [batch, count, key_heads, width, group] = arguments.case.sizes;
     let cache = arguments.tensor([batch, key_heads, 7 + count, width + 3], arguments.dtype);
     let query = arguments.tensor([batch * count, key_heads * group, width], arguments.dtype);
-    // All sequences, at one position or each at its own.
+    // All sequences, at one position or at different ones.
     let mut spans = Vec::new();
     for sequence in 0..batch {
         let start = if arguments.case.seed.is_multiple_of(2) { 5 } else { sequence % 5 + 2 };
@@ -416,7 +416,7 @@ fn large_arguments_are_refused_or_give_what_the_reference_gives() {
     }
 }
 
-/// Arguments that must be refused: without this, the tests above would pass if nothing were refused.
+/// The tests above compare with the reference, which has the same checks, and would pass if both refused nothing.
 #[test]
 fn arguments_that_break_a_rule_are_refused() {
     let refused = |name: &str, sizes: [usize; 5], corruption: (usize, usize), message: &str| {
@@ -499,8 +499,8 @@ fn cube_hostile_arguments_are_refused_or_give_what_the_reference_gives() {
                     prop_assert!(agrees(&found, &expected), "{name}: {found:?} and not {expected:?}");
                 }
                 (Ok(Some((_, values))), Err(message)) if message.contains("is not in a vocabulary") => {
-                    let corrupted = values.iter().all(|values| values.iter().any(|value| value.is_nan()));
-                    prop_assert!(corrupted, "{name}: {values:?} for {message}");
+                    let has_nan = values.iter().all(|values| values.iter().any(|value| value.is_nan()));
+                    prop_assert!(has_nan, "{name}: {values:?} for {message}");
                 }
                 (Err(message), Err(_)) => {
                     prop_assert!(message.starts_with(&format!("{name}: ")), "{name} panicked with {message:?}");

@@ -47,7 +47,7 @@ fn attention_is_causal_and_stays_within_documents() {
         let whole = attention.forward(x.clone(), &ForwardContext::new(&rotary(), [2, 7], &device));
         let head = attention.forward(x.clone().slice_dim(1, 0..4), &ForwardContext::new(&rotary(), [2, 4], &device));
         close(whole.slice_dim(1, 0..4), head);
-        // The last three tokens as a document of their own.
+        // The last three tokens as a separate document.
         let segments = Segments::new(&[0, 0, 0, 0, 1, 1, 1].repeat(2), 2, 7);
         let packed = attention.forward(x.clone(), &ForwardContext::packed(&rotary(), &segments, &device));
         let alone = attention.forward(x.slice_dim(1, 4..7), &ForwardContext::new(&rotary(), [2, 3], &device));

@@ -209,8 +209,8 @@ fn padding_does_not_count() {
 }
 
 #[test]
-fn equal_scores_have_a_balance_loss_of_its_weight() {
-    // With equal scores, f_i P_i sums to 1 whatever is chosen: the loss is its weight for each of the two layers of experts.
+fn with_equal_scores_the_balance_loss_is_its_weight() {
+    // With equal scores, f_i P_i sums to 1 whichever experts are chosen, so each of the two layers of experts adds the weight.
     let device = Device::default();
     let model = zero_routers(moonlight(json!({})).init(&device));
     let output = model.loss(&batch(None, 2, 8, &device), 0.5, Probe::default());
@@ -316,8 +316,8 @@ fn bf16_runs_near_f32() {
         let half = cast(model, DType::BF16);
         let logits = half.logits(tokens.clone(), None);
         assert_eq!(logits.dtype(), DType::BF16, "{name}");
-        // The median and not the mean: a token whose scores are nearly equal may be routed to another expert in bf16, and then
-        // differs much.
+        // The median and not the mean: a token whose scores are nearly equal may be routed to another expert in bf16, and its
+        // logits then differ a lot.
         let differences = (logits.cast(DType::F32) - full.clone()).abs().into_data();
         let mut differences = differences.try_into_vec::<f32>().unwrap();
         differences.sort_by(f32::total_cmp);

@@ -21,7 +21,7 @@ fn mean_difference(a: Tensor<3>, b: Tensor<3>) -> f32 {
     (a - b).abs().mean().into_scalar::<f32>()
 }
 
-/// The median and not the mean: a token whose scores are nearly equal may be routed to another expert, and then differs much.
+/// The median and not the mean: a token whose scores are nearly equal may be routed to another expert, and its logits then differ a lot.
 fn median_difference(a: Tensor<3>, b: Tensor<3>) -> f32 {
     let mut differences = (a - b).abs().into_data().iter::<f32>().collect::<Vec<_>>();
     differences.sort_by(f32::total_cmp);

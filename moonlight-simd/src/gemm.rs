@@ -1,7 +1,7 @@
 //! Matrix products in f32 at the current level.
 //!
-//! The crate `gemm` chooses its kernel by the processor only. At the highest level this module calls it; at lower levels it calls
-//! the kernel of that level itself.
+//! The crate `gemm` always uses the best kernel of the processor. At the highest level this module calls `gemm`; at a lower level it
+//! calls the kernel of that level directly.
 
 use gemm_common::gemm::gemm_basic_generic;
 use gemm_common::simd::MixedSimd;
@@ -29,7 +29,7 @@ pub(crate) fn has_fused_kernels() -> bool {
 /// `out = keep * out + factor * lhs * rhs`, on the calling thread.
 ///
 /// `lhs` is `[rows, depth]`, `rhs` `[depth, columns]`, and `out` `[rows, columns]` with rows `stride` values apart and contiguous columns.
-/// If `keep` is 0, `out` is not read and may be uninitialized.
+/// If `keep` is 0, `out` is not read, so it may be uninitialized.
 ///
 /// # Safety
 ///
@@ -46,6 +46,7 @@ pub unsafe fn multiply(
 ) {
     let level = level();
     if level == Level::best() {
+        // `gemm` takes the stride of columns before that of rows.
         // SAFETY: the requirements of this function are those of `gemm`.
         unsafe {
             gemm::gemm(
@@ -72,7 +73,7 @@ pub unsafe fn multiply(
         }
         return;
     }
-    /// Calls the kernel `$kernels` as `gemm` does after choosing it.
+    /// Calls the kernel `$kernels` with the arguments that `gemm` passes to the kernel it chooses.
     macro_rules! product {
         ($kernels:ident, $width:literal, $simd:ty) => {{
             use microkernel::$kernels::f32::{H_M, H_N, H_UKR, MR_DIV_N, NR, UKR};

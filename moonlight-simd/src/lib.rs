@@ -26,11 +26,11 @@ pub enum Level {
     Neon,
     /// x86-64: AVX2 and FMA.
     Avx2,
-    /// x86-64: AVX-512 F, as the first processors with AVX-512 had it. From this level on, kernels written by hand for AVX-512 run
-    /// (those for bf16 if the processor has its instructions); kernels that the compiler vectorizes run as for AVX2.
+    /// x86-64: AVX-512 F, as in the first processors with AVX-512. From this level on, kernels written by hand for AVX-512 run (those
+    /// for bf16 if the processor has the instructions); kernels that the compiler vectorizes run as for AVX2.
     Avx512F,
-    /// x86-64: AVX-512 as in Ice Lake, with instructions for bytes and words, and without the lower clock of the first processors.
-    /// Kernels that the compiler vectorizes run in 512 bits.
+    /// x86-64: AVX-512 from Ice Lake on, with instructions for bytes and words. These processors do not lower their clock as the first
+    /// ones did, so kernels that the compiler vectorizes run in 512 bits.
     Avx512,
 }
 
@@ -97,8 +97,9 @@ impl fmt::Display for Level {
     }
 }
 
-/// The level of the widest target of [`by_level!`] that this processor has. `multiversion` detects here the same features that it
-/// compiles for in the macro, which is what makes the macro's calls sound.
+/// The level of the widest target of [`by_level!`] that this processor has. `multiversion` detects the features here that it compiles
+/// for in the macro, so the macro's calls are sound. It adds the features of Ice Lake to every target with `avx512f`, which therefore
+/// is [`Level::Avx512`] and not [`Level::Avx512F`].
 #[multiversion::multiversion(targets("x86_64+avx512f", "x86_64+avx2", "aarch64+neon"))]
 fn compiled_level() -> Level {
     multiversion::target::match_target! {
@@ -154,12 +155,12 @@ pub fn from_environment() -> Result<Level, LevelError> {
 }
 
 thread_local! {
-    /// The level of this thread; `None` until the first call of [`level`]. By thread and not by process, so that tests can run
-    /// a pool at another level.
+    /// The level of this thread; `None` until the first call of [`level`]. Per thread and not per process, so that tests can run a
+    /// pool at another level.
     static LEVEL: Cell<Option<Level>> = const { Cell::new(None) };
 }
 
-/// The level that kernels on this thread must use. The processor has it.
+/// The level that kernels on this thread must use, which the processor has.
 #[inline]
 pub fn level() -> Level {
     match LEVEL.get() {
@@ -209,7 +210,8 @@ macro_rules! by_level {
             fn neon<$($type: $bound),*>($($argument: $of),*) $(-> $output)? $body
 
             match $crate::level() {
-                // SAFETY: `level` returns only levels of the processor, and `Level` detects the features that this is compiled for.
+                // SAFETY: `level` returns only levels of the processor, and `Level` detects the features that this function is
+                // compiled for.
                 #[cfg(target_arch = "x86_64")]
                 $crate::Level::Avx512 => unsafe { avx512::<$($type),*>($($argument),*) },
                 // SAFETY: as above; every higher level has AVX2.
@@ -275,7 +277,7 @@ mod tests {
     #[test]
     fn a_level_applies_to_the_threads_of_its_pool_only() {
         let outside = level();
-        testing::at_each_level("a pool of its own", |forced| {
+        testing::at_each_level("a separate pool", |forced| {
             use rayon::prelude::*;
             assert_eq!(level(), forced);
             assert!((0..100).into_par_iter().map(|_| level()).all(|found| found == forced));

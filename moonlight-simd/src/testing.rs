@@ -8,8 +8,8 @@ use rayon::ThreadPoolBuilder;
 
 use crate::{LEVEL, Level};
 
-/// The environment variable with the path of a file to which [`skipped`] appends its lines, so that a run of many tests can show them
-/// together at the end.
+/// The environment variable with the path of a file to which [`skipped`] appends, so that a run of many tests can show all skipped
+/// tests at its end.
 pub const SKIPPED: &str = "MOONLIGHT_SKIPPED";
 
 /// Runs `work` in a pool of two threads whose kernels use `level`.
@@ -38,8 +38,8 @@ pub fn at_each_level(what: &str, mut work: impl FnMut(Level) + Send) {
     }
 }
 
-/// Prints the line `SKIPPED: what, for why`, once for each line, and appends it to the file of [`SKIPPED`]. It writes to stderr directly
-/// and not by `eprintln!`, which the test harness captures in tests that pass.
+/// Prints the line `SKIPPED: what, for why`, each line once, and appends it to the file named by [`SKIPPED`]. It writes to stderr
+/// directly, because the test harness captures `eprintln!` in tests that pass.
 pub fn skipped(what: &str, why: &str) {
     static PRINTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let line = format!("SKIPPED: {what}, for {why}\n");

@@ -1,10 +1,10 @@
-//! The defaults of keys that a `config.json` lacks: those of the model class that its `model_type` names.
+//! Defaults for keys that a `config.json` lacks: those of the class in transformers that its `model_type` names.
 
 use serde_json::{Map, Value, json};
 
 use super::model_type::ModelType;
 
-/// Adds the keys that a `config.json` lacks if the class in transformers (5.24) has another default than
+/// Adds keys that a `config.json` lacks and whose default in transformers (5.24) is not that of
 /// [`ModelConfig::from_value`](super::ModelConfig::from_value). A null is kept. Keys about experts are added only if the file
 /// has `n_routed_experts`; in a wrapper, keys are added to its `text_config`.
 ///
@@ -29,7 +29,7 @@ fn fill(config: &mut Map<String, Value>) {
     }
 }
 
-/// The defaults of the class that differ from this crate's: for every model, and for models with experts.
+/// The defaults of the class that differ from this crate's: those of every model, and those of models with experts.
 fn defaults(class: ModelType) -> [&'static [(&'static str, f64)]; 2] {
     match class {
         ModelType::DeepseekV3 | ModelType::KimiK2 => [

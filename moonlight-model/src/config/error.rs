@@ -156,7 +156,7 @@ mod tests {
         insta::assert_snapshot!(lines.collect::<Vec<_>>().join("\n"));
     }
 
-    /// The values of a real file, whose problems are written where they are found.
+    /// Errors of the variants `Invalid` and `Unsupported`, whose problems are phrased where they are found.
     #[test]
     fn messages_of_refused_files() {
         use serde_json::json;

@@ -14,11 +14,11 @@ impl ModelConfig {
     /// Reads a `config.json` and checks it.
     ///
     /// Both spellings are read: `rope_theta` and `rope_scaling`, or `rope_parameters`; `torch_dtype` or `dtype`; one
-    /// `eos_token_id` or a list. Of a `kimi_vl` or `kimi_k25` file the `text_config` is read; the keys outside it are about
-    /// images, except a few that transformers accepts on both levels. Keys that do not change the computation are kept in
+    /// `eos_token_id` or a list. In a `kimi_vl` or `kimi_k25` file, `text_config` is read; the keys outside it are about images,
+    /// except a few that transformers accepts on both levels. Keys that do not change the computation are kept in
     /// [`extra`](ModelConfig::extra) and written by [`to_json`](ModelConfig::to_json).
     ///
-    /// A key that the file lacks has the default of the model class in transformers ([`fill_class_defaults`]).
+    /// A key that the file lacks gets the default of the model class in transformers ([`fill_class_defaults`]).
     ///
     /// All other keys are refused: a key that changes the computation in a way that is not supported, unless its value turns it
     /// off ([`ConfigError::Unsupported`]), and an unknown key ([`ConfigError::Unknown`]).
@@ -46,8 +46,8 @@ impl ModelConfig {
             return Err(ConfigError::Json("not a JSON object".into()));
         };
         if let Some(text) = map.remove("text_config") {
-            // Kimi-VL and Kimi-K2.5 nest the language model's config next to the vision tower's. The quantization of the weights
-            // may be stated outside it. As in transformers, a text model without `model_type` is a DeepSeek-V3.
+            // Kimi-VL and Kimi-K2.5 nest the language model's config next to that of the vision tower. Some of its keys may be
+            // outside. As in transformers, a text model without `model_type` is a DeepSeek-V3.
             let Value::Object(mut text) = text else {
                 return Err(ConfigError::Json("`text_config` is not an object".into()));
             };
@@ -96,7 +96,7 @@ const WRAPPER_KEYS: &[&str] = &[
     "torch_dtype",
 ];
 
-/// Refuses unknown wrappers, and keys outside `text_config` that contradict those inside: either could be meant.
+/// Refuses unknown wrappers, and keys outside `text_config` that contradict those inside, because either could be meant.
 fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Result<(), ConfigError> {
     let name = outside.get("model_type").and_then(Value::as_str).unwrap_or_default();
     if !WRAPPER_TYPES.contains(&name) {
@@ -110,7 +110,7 @@ fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Res
         });
     }
     let shapes = shape_keys();
-    let shapes = |key: &str| {
+    let is_shape = |key: &str| {
         key != "model_type"
             && !WRAPPER_KEYS.contains(&key)
             && (shapes.contains(&key) || key == "original_max_position_embeddings")
@@ -120,7 +120,7 @@ fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Res
         inner => inner != Some(value),
     };
     let other = outside.iter().find(|(key, value)| {
-        !value.is_null() && (shapes(key) || is_unsupported(key, value)) && differs(value, text.get(key.as_str()))
+        !value.is_null() && (is_shape(key) || is_unsupported(key, value)) && differs(value, text.get(key.as_str()))
     });
     match other {
         None => Ok(()),
@@ -135,7 +135,7 @@ fn check_wrapper(outside: &Map<String, Value>, text: &Map<String, Value>) -> Res
 /// The values of `model_type` that have a `text_config`.
 const WRAPPER_TYPES: [&str; 2] = ["kimi_k25", "kimi_vl"];
 
-/// The keys of `config.json` that belong to the model as a whole. The keys of its parts are listed with the parts.
+/// The keys of `config.json` for the model as a whole. Each part lists its own keys.
 const KEYS: &[&str] = &[
     "bos_token_id",
     "eos_token_id",
@@ -183,7 +183,7 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
     let llama = model_type == ModelType::Llama;
     let mlp_bias = keys.boolean("mlp_bias")?;
     if let Some(other) = mlp_bias.filter(|bias| !(*bias && llama)) {
-        // Outside Llama the key is put back: `other_keys` ignores false and refuses true.
+        // In other classes the key is put back: `other_keys` ignores false and refuses true.
         keys.map.insert("mlp_bias".into(), json!(other));
     }
     let mlp_bias = llama && mlp_bias == Some(true);
@@ -194,7 +194,7 @@ fn read(mut keys: Keys) -> Result<ModelConfig, ConfigError> {
         }
         None => keys.string("torch_dtype")?,
     };
-    // Keys that `write` derives from others are not kept in `extra`, where they could contradict a changed config.
+    // Keys that `write` derives are not kept in `extra`: they could contradict a config that was changed after reading.
     for (key, derived) in
         [("architectures", json!([model_type.architecture()])), ("num_key_value_heads", json!(num_attention_heads))]
     {
@@ -242,6 +242,7 @@ fn write(config: &ModelConfig, map: &mut Map<String, Value>) {
     if config.mlp_bias {
         put("mlp_bias", json!(true));
     }
+    // Another name in the file was kept in `extra`.
     if !config.extra.contains_key("architectures") {
         put("architectures", json!([config.model_type.architecture()]));
     }

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::error::ConfigError;
 
-/// The keys of a file. Reading a key removes it, so what is left at the end was not read.
+/// The keys of a file. Reading a key removes it, so the keys left at the end are those that were not read.
 pub(crate) struct Keys {
     pub(crate) map: Map<String, Value>,
 }

@@ -1,16 +1,16 @@
-//! Upper bounds of the values in a config, and checks whose errors name the field. A file is untrusted: without bounds a few bytes
-//! could ask for terabytes, or overflow a product.
+//! Upper bounds for the values in a config, and checks whose errors name the field. Files are untrusted: without bounds, a few bytes
+//! could request terabytes or overflow a product.
 
 use super::error::ConfigError;
 
-/// More layers than any decoder has. It bounds the length of lists with an entry for each layer.
+/// More layers than any decoder has. Bounds the lists that have an entry for each layer.
 pub(crate) const MAX_LAYERS: usize = 10_000;
 /// More heads, or dimensions of a head, or shared experts, than any decoder has.
 pub(crate) const MAX_HEADS: usize = 1 << 14;
-/// Wider than any matrix. Chosen so that parameter counts fit in 64 bits: `MAX_WIDTH^2 * MAX_EXPERTS` for experts, and heads times
-/// head width times `MAX_WIDTH` for attention.
+/// Wider than any published matrix. Chosen so that the parameter count of a projection fits in 64 bits: `MAX_WIDTH^2 * MAX_EXPERTS`
+/// for experts, and heads times head width times `MAX_WIDTH` for attention.
 pub(crate) const MAX_WIDTH: usize = 1 << 21;
-/// The largest number of routed experts: the router has a bitmap of this size on the stack.
+/// The largest number of routed experts. The router has a bitmap of this size on the stack.
 pub(crate) const MAX_EXPERTS: usize = 1 << 10;
 /// Token ids have 32 bits.
 pub(crate) const MAX_VOCABULARY: usize = u32::MAX as usize;

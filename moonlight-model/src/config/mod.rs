@@ -86,14 +86,14 @@ pub struct ModelConfig {
     /// The dtype of the published weights (`torch_dtype` or `dtype`), as written in the file.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub dtype: Option<String>,
-    /// All other keys of the file, so that saving loses nothing. Reading refuses keys that may change the computation.
+    /// All other keys of the file, so that saving loses nothing. Reading refuses those that may change the computation.
     #[cfg_attr(feature = "schema", schemars(skip))]
     pub extra: serde_json::Map<String, serde_json::Value>,
 }
 
 impl ModelConfig {
-    /// A config with these sizes. All else has a default (no experts, 4096 tokens, a head that is not tied to the embedding) and
-    /// can be changed by the `with_*` methods or the fields. Nothing is checked before [`validate`](ModelConfig::validate).
+    /// A config with these sizes. Everything else has a default (no experts, 4096 tokens, a head that is not tied to the embedding)
+    /// and can be set by the `with_*` methods or the fields. Nothing is checked before [`validate`](ModelConfig::validate).
     ///
     /// ```
     /// use moonlight_model::ModelConfig;
@@ -184,7 +184,7 @@ impl ModelConfig {
         key_heads * row
     }
 
-    /// The factor on the attention scores: `qk_head_dim^-1/2`, in the DeepSeek family times YaRN's
+    /// The factor on the attention scores: `qk_head_dim^-1/2`, which the DeepSeek family multiplies by YaRN's
     /// `mscale(factor, mscale_all_dim)^2`.
     pub fn softmax_scale(&self) -> f64 {
         self.attention.softmax_scale(&self.rope)

@@ -1,6 +1,6 @@
 //! The keys of `config.json` that are not fields of [`ModelConfig`]. A key is ignored if it is known to change nothing, accepted if its
-//! value turns it off, and otherwise refused by name: an unknown key may change the computation, and a model that computes something
-//! else is worse than an error.
+//! value turns it off, and otherwise refused by name: an unknown key may change the computation, and an error is better than a model
+//! that silently computes something else.
 
 use serde_json::Value;
 
@@ -185,7 +185,7 @@ enum Neutral {
     On,
     /// Null or one.
     One,
-    /// Null or one of these names of what is supported.
+    /// Null or one of these supported names.
     Named(&'static [&'static str]),
     /// A list of only 1 or true, with an entry for each layer.
     AllOnes,
@@ -376,14 +376,14 @@ pub(super) fn check(config: &ModelConfig) -> Result<(), ConfigError> {
 
 /// Checks a key whose meaning depends on other keys; `None` for any other key.
 fn check_class_key(config: &ModelConfig, shapes: &[&str], key: &str, value: &Value) -> Option<Result<(), ConfigError>> {
-    let refuse = |supported: bool, problem: &str, hint: Option<&'static str>| {
+    let accept_if = |supported: bool, problem: &str, hint: Option<&'static str>| {
         let problem = format!("is {}: {problem}", quote(value));
         if supported { Ok(()) } else { Err(ConfigError::Unsupported { key: key.to_owned(), problem, hint }) }
     };
     let is = |number: usize| value.as_u64() == Some(number as u64);
     Some(match (key, &config.attention) {
-        // transformers writes one of these as `head_dim`, depending on its version. The widths that are used have their own keys.
-        ("head_dim", AttentionShape::Mla(mla)) => refuse(
+        // Depending on its version, transformers writes one of these as `head_dim`. The widths themselves have separate keys.
+        ("head_dim", AttentionShape::Mla(mla)) => accept_if(
             [mla.qk_rope_head_dim, mla.qk_nope_head_dim, mla.qk_nope_head_dim + mla.qk_rope_head_dim]
                 .into_iter()
                 .chain(config.hidden_size.checked_div(config.num_attention_heads))
@@ -391,46 +391,46 @@ fn check_class_key(config: &ModelConfig, shapes: &[&str], key: &str, value: &Val
             "the widths of heads in this class are `qk_rope_head_dim`, `qk_nope_head_dim` and `v_head_dim`",
             Some(REMOVE_HINT),
         ),
-        ("qk_head_dim", AttentionShape::Mla(mla)) => refuse(
+        ("qk_head_dim", AttentionShape::Mla(mla)) => accept_if(
             is(mla.qk_nope_head_dim + mla.qk_rope_head_dim),
             "it must be the sum of `qk_nope_head_dim` and `qk_rope_head_dim`",
             Some(REMOVE_HINT),
         ),
         ("num_key_value_heads", AttentionShape::Mla(_)) => {
-            refuse(is(config.num_attention_heads), "in latent attention it must equal `num_attention_heads`", None)
+            accept_if(is(config.num_attention_heads), "in latent attention it must equal `num_attention_heads`", None)
         }
         // Qwen2 always has biases on query, key and value.
         ("attention_bias", AttentionShape::Gqa(_)) if config.model_type == ModelType::Qwen2 => Ok(()),
         // `num_experts` and `num_local_experts` are other names of `n_routed_experts` in transformers.
-        ("num_experts" | "num_local_experts", _) if config.moe.is_some() => refuse(
+        ("num_experts" | "num_local_experts", _) if config.moe.is_some() => accept_if(
             config.moe.as_ref().is_some_and(|moe| is(moe.n_routed_experts)),
             "it must equal `n_routed_experts`",
             None,
         ),
-        ("query_pre_attn_scalar", _) => refuse(
+        ("query_pre_attn_scalar", _) => accept_if(
             is(config.qk_head_dim()),
             "a scale of the scores by another value than the width of a head is not supported",
             None,
         ),
-        ("rope_interleaved" | "rope_traditional", _) => refuse(
+        ("rope_interleaved" | "rope_traditional", _) => accept_if(
             value.as_bool() == Some(config.rope.interleave),
             "the rotary embedding of this class pairs dimensions the other way",
             Some("set `rope_interleave` instead, which is the key that is read"),
         ),
-        // Read with the attention, which leaves them to be written back.
+        // Read with the attention, which leaves them in `extra` to be written back.
         ("layer_types" | "sliding_window", AttentionShape::Gqa(_)) if config.model_type == ModelType::Qwen2 => Ok(()),
         ("use_sliding_window" | "max_window_layers", _) => Ok(()),
         ("sliding_window" | "layer_types", _) => check_sliding_window(config),
         ("original_max_position_embeddings", _) => Ok(()),
         ("architectures", _) => check_architectures(value),
         _ if shapes.contains(&key) => {
-            // A key of another class. In a dense model of a class that may have experts, keys about experts have no effect.
+            // The key belongs to another class. In a dense model of a class that may have experts, keys about experts have no effect.
             let dense = config.moe.is_none() && config.model_type.may_have_experts();
             if dense && super::MoeShape::KEYS.contains(&key) {
                 return Some(Ok(()));
             }
             let class = config.model_type.as_str();
-            refuse(
+            accept_if(
                 Neutral::Off.matches(value),
                 &format!("it is not supported in models of the type `{class}`"),
                 Some("correct `model_type`, or remove the key if it does not belong to this model"),
@@ -475,7 +475,7 @@ fn check_sliding_window(config: &ModelConfig) -> Result<(), ConfigError> {
     }
 }
 
-/// A class with another head, such as a classifier, computes something else.
+/// Refuses classes with another head, such as classifiers: they compute something else.
 fn check_architectures(value: &Value) -> Result<(), ConfigError> {
     let named = |class: &Value| class.as_str().is_some_and(|class| class.ends_with("ForCausalLM"));
     let is_language_model = value.as_array().is_some_and(|classes| classes.is_empty() || classes.iter().any(named));
@@ -515,7 +515,7 @@ impl ModelConfig {
         keys
     }
 
-    /// Training settings of the file that training here does not have, as sentences for a log.
+    /// Sentences for a log about training settings of the file that this project's training does not have.
     pub fn training_notes(&self) -> Vec<String> {
         const DROPOUTS: [&str; 9] = [
             "attention_dropout",

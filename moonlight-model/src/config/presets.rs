@@ -88,7 +88,7 @@ fn muon_report_400m() -> Value {
     })
 }
 
-/// The model that this project's benchmarks use: 4 of 32 experts, small enough for the CPU of a laptop.
+/// The model of this project's benchmarks: 4 of 32 experts for each token, small enough for the CPU of a laptop.
 fn bench_small() -> Value {
     json!({
         "model_type": "deepseek_v3", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408,

@@ -33,7 +33,7 @@ pub struct RopeConfig {
     pub scaling: Option<RopeScaling>,
 }
 
-/// How the frequencies of the rotary embedding are scaled for contexts longer than those of pre-training (`rope_scaling` and its
+/// How the frequencies of the rotary embedding are scaled for contexts longer than in pre-training (`rope_scaling` and its
 /// `rope_type`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -43,13 +43,13 @@ pub enum RopeScaling {
         /// The divisor of all frequencies.
         factor: f64,
     },
-    /// Dynamic NTK scaling: `theta` grows with sequences longer than `max_position_embeddings`. It has no effect here, because no
-    /// sequence is longer.
+    /// Dynamic NTK scaling: `theta` grows for sequences longer than `max_position_embeddings`. It has no effect here, because no
+    /// sequence is that long.
     Dynamic {
         /// The growth of `theta`; kept for writing the file.
         factor: f64,
     },
-    /// Llama 3.1: low frequencies are divided by a factor, high frequencies kept, those between interpolated.
+    /// Llama 3.1: low frequencies are divided by a factor, high ones kept, and those between interpolated.
     Llama3(Llama3Config),
     /// YaRN (arXiv 2309.00071).
     Yarn(YarnConfig),
@@ -61,9 +61,9 @@ pub enum RopeScaling {
 pub struct Llama3Config {
     /// The divisor of low frequencies.
     pub factor: f64,
-    /// The original context divided by the shortest wavelength that is divided by all of `factor`.
+    /// The original context divided by the wavelength above which `factor` applies in full.
     pub low_freq_factor: f64,
-    /// The original context divided by the longest wavelength that is kept.
+    /// The original context divided by the wavelength below which a frequency is kept.
     pub high_freq_factor: f64,
     /// Context length before the extension.
     pub original_max_position_embeddings: usize,
@@ -79,7 +79,7 @@ pub struct YarnConfig {
     /// A frequency with at least this many rotations over the original context is kept.
     #[config(default = 32.0)]
     pub beta_fast: f64,
-    /// A frequency with at most this many rotations over the original context is divided by all of `factor`.
+    /// A frequency with at most this many rotations over the original context is divided by `factor` in full.
     #[config(default = 1.0)]
     pub beta_slow: f64,
     /// Numerator of the factor on cos and sin.
@@ -174,7 +174,7 @@ impl RopeConfig {
             let harmless = match key.as_str() {
                 "partial_rotary_factor" | "attn_factor" | "extrapolation_factor" => value.as_f64() == Some(1.0),
                 "factor" => kind == "default" && value.as_f64() == Some(1.0),
-                // States how the model was trained; Yarn-Llama-2 has it.
+                // How the model was trained, as in Yarn-Llama-2.
                 "finetuned" => value.is_boolean(),
                 _ => false,
             };

@@ -1,4 +1,4 @@
-//! [`ClaimBitmap`]: one bit for each element of a buffer that was claimed, by any thread.
+//! [`ClaimBitmap`]: one bit for each element of a buffer, set by the thread that claims the element.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};

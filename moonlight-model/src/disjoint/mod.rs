@@ -210,8 +210,8 @@ impl<T> DisjointVec<T> {
         #[cfg(debug_assertions)]
         drop(std::mem::take(&mut this.claims.bitmap)); // `ManuallyDrop` would leak it
         let memory = this.memory();
-        // SAFETY: the memory is that of `new`, which `self` no longer frees. As many elements were claimed as there are, none of
-        // them twice (rule 2), so all were; and claimed elements were initialized, as the caller ensures.
+        // SAFETY: `new` allocated the memory, and `self` no longer frees it. As many elements were claimed as there are, none of them
+        // twice (rule 2), so all were. The caller ensures that claimed elements were initialized.
         unsafe { Box::from_raw(memory).assume_init() }.into_vec()
     }
 
@@ -230,7 +230,7 @@ impl<T> Deref for DisjointVec<T> {
 
 impl<T> Drop for DisjointVec<T> {
     fn drop(&mut self) {
-        // SAFETY: the memory is that of `new`, and nothing else frees it. Its values are leaked, which is safe: it is not known which
+        // SAFETY: `new` allocated the memory, and nothing else frees it. Its values are leaked, which is safe: it is not known which
         // of them are initialized.
         drop(unsafe { Box::from_raw(self.memory()) });
     }

@@ -129,7 +129,7 @@ fn threads_write_disjoint_blocks() {
             let memory = &memory;
             scope.spawn(move || {
                 for top in (0..rows).step_by(10) {
-                    // SAFETY: each task has columns of its own, and claims each of its rows once.
+                    // SAFETY: no two tasks share columns, and each claims each of its rows once.
                     let mut block = unsafe { memory.block(width, top..top + 10, 13 * task..13 * task + 13) };
                     for row in 0..10 {
                         block.row(row).write_copy_of_slice(&[task; 13]);

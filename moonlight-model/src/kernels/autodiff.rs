@@ -359,7 +359,7 @@ impl<B: Kernels> Backward<B, 1> for CrossEntropy {
     }
 }
 
-/// Adds each gradient to that of its parent, if the parent is in the graph.
+/// Adds each value to the gradient of its parent, if the parent is in the graph.
 fn register<B: Backend, const N: usize>(
     grads: &mut Gradients,
     parents: [Option<NodeId>; N],

@@ -109,7 +109,7 @@ impl GroupLayout {
         Self { offsets, token_of_row, row_of_slot, k }
     }
 
-    /// A layout of `groups` groups with `rows_per_group` rows each, in order, and `k` = 1. A grouped product with it is a batched
+    /// A layout of `groups` groups with `rows_per_group` rows each, in order, and `k` = 1: the grouped product is then a batched
     /// product.
     ///
     /// # Panics

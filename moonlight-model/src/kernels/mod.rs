@@ -7,7 +7,7 @@
 //! | operation | shapes | why not Burn's operations |
 //! |---|---|---|
 //! | [`project`] | `[rows, in] x [in, out]` | slow in the backward pass and for a single row |
-//! | [`grouped_matmul`] | `[rows, in] x [groups, in, out]` | Burn has no grouped product, and the gradient of each slice of a stack is as large as the stack |
+//! | [`grouped_matmul`] | `[rows, in] x [groups, in, out]` | Burn has none, and the gradient of each slice of a stack has the size of the stack |
 //! | [`quantized_matmul`] | the same, with weights of 8 or 4 bits | the backward pass would keep the whole dequantized weight |
 //! | [`dispatch_rows`], [`combine_rows`] | tokens to rows of experts and back | the gradient of a gather is a scatter; here it is another gather |
 //! | [`latent_attention`], [`grouped_attention`] | causal, within documents | autodiff keeps several `[sequence, sequence]` tensors; these keep none |
@@ -287,7 +287,7 @@ ops! {
 ///
 /// # Panics
 ///
-/// If shapes or dtypes do not fit each other.
+/// If shapes or dtypes do not match.
 #[track_caller]
 pub fn project(rows: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     let check = Check("project");
@@ -307,7 +307,7 @@ pub fn project(rows: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
 ///
 /// # Panics
 ///
-/// If shapes or dtypes do not fit each other.
+/// If shapes or dtypes do not match.
 #[track_caller]
 pub fn grouped_matmul(rows: Tensor<2>, weight: Tensor<3>, layout: &Arc<GroupLayout>) -> Tensor<2> {
     let check = Check("grouped_matmul");
@@ -335,7 +335,7 @@ pub fn grouped_matmul(rows: Tensor<2>, weight: Tensor<3>, layout: &Arc<GroupLayo
 ///
 /// # Panics
 ///
-/// If shapes or dtypes do not fit each other. On a GPU `values` may have any integer type.
+/// If shapes or dtypes do not match. On a GPU `values` may have any integer type.
 #[track_caller]
 pub fn quantized_matmul(
     rows: Tensor<2>,
@@ -368,7 +368,7 @@ pub fn quantized_matmul(
 ///
 /// # Panics
 ///
-/// If the number of tokens is not that of `layout`.
+/// If `layout` has another number of tokens.
 #[track_caller]
 pub fn dispatch_rows(tokens: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
     let check = Check("dispatch_rows");
@@ -388,7 +388,7 @@ pub fn dispatch_rows(tokens: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> 
 ///
 /// # Panics
 ///
-/// If shapes or dtypes do not fit each other.
+/// If shapes or dtypes do not match.
 #[track_caller]
 pub fn combine_rows(rows: Tensor<2>, weights: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
     let check = Check("combine_rows");
@@ -453,7 +453,7 @@ pub fn rms_norm(x: Tensor<2>, gain: Tensor<1>, epsilon: f64) -> Tensor<2> {
 ///
 /// # Panics
 ///
-/// If shapes or dtypes do not fit each other, or `width - start` is not an even number above 0.
+/// If shapes or dtypes do not match, or `width - start` is not an even number above 0.
 #[track_caller]
 pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, spec: RotationSpec) -> Tensor<4> {
     let check = Check("rotate");
@@ -484,7 +484,7 @@ pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, spec: RotationSpec) 
 ///
 /// # Panics
 ///
-/// If shapes or dtypes do not fit each other, or `spec.starts` breaks a rule of [`AttentionSpec`].
+/// If shapes or dtypes do not match, or `spec.starts` breaks a rule of [`AttentionSpec`].
 #[track_caller]
 pub fn latent_attention(
     query: Tensor<4>,
@@ -521,7 +521,7 @@ pub fn latent_attention(
 ///
 /// # Panics
 ///
-/// If shapes or dtypes do not fit each other, or `spec.starts` breaks a rule of [`AttentionSpec`].
+/// If shapes or dtypes do not match, or `spec.starts` breaks a rule of [`AttentionSpec`].
 #[track_caller]
 pub fn grouped_attention(query: Tensor<4>, key_value: Tensor<4>, spec: AttentionSpec) -> Tensor<4> {
     let check = Check("grouped_attention");
@@ -551,7 +551,7 @@ pub fn grouped_attention(query: Tensor<4>, key_value: Tensor<4>, spec: Attention
 ///
 /// # Panics
 ///
-/// If shapes or dtypes do not fit each other, or `spec` breaks a rule of [`CachedAttentionSpec`]: keys and values within a row;
+/// If shapes or dtypes do not match, or `spec` breaks a rule of [`CachedAttentionSpec`]: keys and values within a row;
 /// spans within the cache, in order, and for all tokens.
 #[track_caller]
 pub fn cached_attention(query: Tensor<3>, cache: Tensor<4>, spec: CachedAttentionSpec) -> Tensor<3> {
@@ -577,7 +577,7 @@ pub fn cached_attention(query: Tensor<3>, cache: Tensor<4>, spec: CachedAttentio
 ///
 /// # Panics
 ///
-/// If shapes do not fit each other; on the CPU, if a target is outside the vocabulary.
+/// If shapes do not match; on the CPU, if a target is outside the vocabulary.
 #[track_caller]
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let check = Check("cross_entropy");

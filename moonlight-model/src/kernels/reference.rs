@@ -317,7 +317,7 @@ pub(super) fn attention_grad<B: Backend>(
     let grad_value = B::float_matmul(B::float_transpose(probabilities), grad);
     let grad_query = B::float_matmul(grad_scores.clone(), heads.key);
     let grad_key = B::float_matmul(B::float_transpose(grad_scores), heads.query);
-    // The gradient of a key head is the sum over the heads of its group, that of the shared key the sum over all heads.
+    // The gradient of a key head sums over the heads of its group; the gradient of the shared key sums over all heads.
     let grad_key_value = B::float_cat(vec![slice::<B>(grad_key.clone(), 3, 0, own), grad_value], 3);
     let group = count / key_heads;
     let grad_key_value = B::float_reshape(grad_key_value, Shape::new([batch, key_heads, group, sequence, pair]));

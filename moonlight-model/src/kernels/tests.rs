@@ -362,13 +362,13 @@ mod flex_against_reference {
             (1, vec![span(0, 0, 1)]),
             (1, vec![span(0, 600, 1)]),
             (1, vec![span(0, 300, 40)]),
-            // All sequences at one position, which the reference computes at once; and each at its own, one without new tokens.
+            // All sequences at one position, which the reference computes at once; then at different ones, one without new tokens.
             (3, vec![span(0, 9, 2), span(1, 9, 2), span(2, 9, 2)]),
             (4, vec![span(0, 9, 1), span(1, 0, 5), span(3, 290, 30)]),
         ];
         for (batch, spans) in cases {
             let tokens = spans.iter().map(|span| span.count).sum();
-            // Latent attention, whose value is a part of the only key head's key, and grouped-query attention.
+            // Latent attention, with one key head whose value is a part of its key; and grouped-query attention.
             for (heads, key_heads, keys, values) in [(4, 1, 0..19, 0..15), (6, 2, 0..7, 7..14)] {
                 let query = numbers([tokens, heads, keys.len()], 1);
                 let cache = numbers([batch, key_heads, 640, keys.end.max(values.end)], 2);
@@ -490,8 +490,7 @@ mod flex_against_reference {
         for spec in [RotationSpec { start: 3, interleave: true }, RotationSpec { start: 1, interleave: false }] {
             let pairs = (9 - spec.start) / 2;
             let (x, cos, sin) = (numbers([2, 5, 3, 9], 5), numbers([10, pairs], 6), numbers([10, pairs], 7));
-            let whole = spec.start + 2 * pairs == 9;
-            assert!(whole, "the test's width must fit its start");
+            assert_eq!(spec.start + 2 * pairs, 9, "the rotated part must be pairs");
             close(
                 Flex::rotate_forward(x.clone(), cos.clone(), sin.clone(), &spec),
                 reference::rotate_forward::<Flex>(x, cos, sin, &spec),
@@ -656,7 +655,7 @@ mod flex_against_reference {
         }
     }
 
-    /// The names and values of results, which need more digits than f32 has, so that another order of sums changes bits.
+    /// The names and values of results. Their sums are not exact in f32, so that another order of sums changes bits.
     type Outputs = Vec<(&'static str, Vec<f32>)>;
 
     fn output(outputs: &mut Outputs, name: &'static str, tensors: impl IntoIterator<Item = FlexTensor>) {

@@ -133,7 +133,7 @@ pub enum LoraError {
         /// The path in the adapter.
         path: String,
     },
-    /// The shapes of `A` and `B` do not fit each other or the weight.
+    /// The shapes of `A` and `B` do not match each other or the weight.
     #[error("the adapter of `{path}` has A {a:?} and B {b:?}, which do not fit a weight of {weight:?}")]
     Shape {
         /// The projection's path.
@@ -263,7 +263,7 @@ impl CausalLm {
     ///
     /// # Errors
     ///
-    /// [`LoraError`] if a path is not a projection of the model, or shapes do not fit.
+    /// [`LoraError`] if a path is not a projection of the model, or shapes do not match.
     pub fn with_adapters(self, adapters: Vec<Adapter>) -> Result<Self, LoraError> {
         let mut model = self.merge().frozen();
         let device = model.embed_tokens.weight.val().device();

@@ -26,7 +26,7 @@ pub(crate) use balance::bias_step;
 pub use experts::{Experts, ExpertsConfig};
 pub use router::{Router, RouterConfig, RouterOutput};
 
-/// The config of a [`Moe`]; names are those of `config.json`.
+/// The config of a [`Moe`], with the names of `config.json`.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};

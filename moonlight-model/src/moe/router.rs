@@ -16,7 +16,7 @@ use crate::projection::{LayerProjection, ProjectionMut, ProjectionRef, Projectio
 /// Tokens of one rayon task.
 const TOKENS_PER_TASK: usize = 64;
 
-/// The config of a [`Router`]; names are those of `config.json`. The defaults are those of DeepSeek-V3 without groups.
+/// The config of a [`Router`], with the names of `config.json` and the defaults of DeepSeek-V3 without groups.
 #[derive(Config, Debug, PartialEq)]
 pub struct RouterConfig {
     /// Width of the input.
@@ -130,7 +130,7 @@ pub(crate) struct RoutingRule {
 /// The experts of each token and their weights.
 #[derive(Debug)]
 pub struct RouterOutput {
-    /// Indices of the chosen experts, `tokens * k` entries, those of a token in descending order of score.
+    /// Indices of the chosen experts, `tokens * k` entries, best first within a token.
     pub choices: Vec<u32>,
     /// Experts per token.
     pub k: usize,

@@ -25,7 +25,7 @@ pub struct MoeShape {
     pub n_shared_experts: usize,
     /// Number of layers at the start that are dense.
     pub first_k_dense_replace: usize,
-    /// After the dense layers, those whose index is a multiple of this have experts; 1 for all.
+    /// After these, layers whose index is a multiple of this have experts; 1 for all.
     pub moe_layer_freq: usize,
     /// Number of groups that the experts are divided into.
     pub n_group: usize,

@@ -17,7 +17,7 @@ use crate::projection::{Projection, projections_of_fields};
 
 pub use shape::{GqaShape, SlidingWindow, WindowLayers};
 
-/// The config of a [`GroupedQueryAttention`]; names are those of `config.json`.
+/// The config of a [`GroupedQueryAttention`], with the names of `config.json`.
 #[derive(Config, Debug, PartialEq)]
 pub struct GroupedQueryAttentionConfig {
     /// Width of input and output.

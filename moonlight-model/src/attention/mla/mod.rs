@@ -20,7 +20,7 @@ use crate::projection::{Projection, projections_of_fields};
 
 pub use shape::MlaShape;
 
-/// The config of a [`MultiHeadLatentAttention`]; names are those of `config.json`.
+/// The config of a [`MultiHeadLatentAttention`], with the names of `config.json`.
 #[derive(Config, Debug, PartialEq)]
 pub struct MultiHeadLatentAttentionConfig {
     /// Width of input and output.

@@ -116,7 +116,7 @@ struct HeadShape {
 impl HeadShape {
     /// # Panics
     ///
-    /// If the shapes or dtypes of an attention do not fit each other.
+    /// If shapes or dtypes do not match.
     fn new(query: &CubeTensor, key_value: &CubeTensor, shared_key: Option<&CubeTensor>, spec: &AttentionSpec) -> Self {
         let [batch, sequence, heads, width] = query.meta.shape().dims();
         let (key_heads, pair) = (key_value.meta.shape()[2], key_value.meta.shape()[3]);
@@ -311,7 +311,7 @@ fn forward_kernel<F: Float>(
             }
         }
         sync_cube(); // all scores of the block are written
-        // Each unit computes maximum and sum over its whole rows, which saves an exchange between the units that share a row.
+        // Each unit computes maximum and sum over all columns of its rows, which saves an exchange between units that share a row.
         let mut shrink = Array::<f32>::new(PATCH_ROWS);
         #[unroll]
         for i in 0..PATCH_ROWS {

@@ -96,8 +96,8 @@ fn grouped_product(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, t
     let tiles = row_tiles(layout);
     let count = CubeCount::Static(columns.div_ceil(TILE) as u32, (tiles.len() / 3) as u32, 1);
     let (client, tiles) = (rows.client.clone(), upload(&rows, &tiles));
-    // SAFETY: the kernel indexes rows within the bounds of a tile, which are those of a group of the layout; groups by their
-    // index; depth and columns up to the shapes of rows and result. All tensors have these shapes and one dtype, as asserted
+    // SAFETY: rows stay within the bounds of a tile, and so of a group of the layout; weights are indexed by group; depth and
+    // columns stay below the shapes of rows and result. All tensors have these shapes and one dtype, as asserted
     // above. `with_contiguous_rows` made their last dimensions contiguous, and for the others the kernel uses their strides.
     unsafe {
         grouped_product_kernel::launch_unchecked(

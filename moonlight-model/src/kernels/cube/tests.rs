@@ -1,6 +1,6 @@
 //! Compares the kernels with the reference, which runs on the CPU in f32.
 //!
-//! The tests need a device, so they are ignored by default; run them by `-- --ignored cube`. Without a device they fail.
+//! The tests need a device, so they are ignored by default; run them with `-- --ignored cube`. Without a device they fail.
 
 use burn::backend::cubecl::Device;
 use burn::backend::ops::FloatTensorOps;
@@ -67,7 +67,7 @@ fn close(name: &str, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>) {
     // A gradient that is zero up to rounding has no magnitude to compare with, hence the minimum of 0.1.
     let largest = expected.iter().fold(0.1_f32, |most, value| most.max(value.abs()));
     let worst = fast.iter().zip(&expected).map(|(fast, value)| (fast - value).abs());
-    // `max` ignores NaN, so that a NaN would pass.
+    // `f32::max` ignores NaN, which would let a NaN pass.
     let worst = worst.fold(0.0, |most: f32, off| if off.is_nan() { f32::INFINITY } else { most.max(off) }) / largest;
     println!("{name} {shape:?}: {worst:.1e} of the largest");
     assert!(worst < TOLERANCE, "{name} {shape:?}: {worst:.1e} of the largest value");
@@ -381,8 +381,8 @@ fn seconds(device: &Device, run: impl Fn()) -> (f64, f64) {
     (first, (0..3).map(|_| once()).fold(f64::INFINITY, f64::min))
 }
 
-/// Prints the time of each kernel and of the reference on the same device. The first four use blocks in shared memory, which are not
-/// expected to be faster on a software device.
+/// Prints the time of each kernel and of the reference on the same device. Asserts nothing about the first four: they use blocks in
+/// shared memory, which are not expected to be faster on a software device.
 #[test]
 #[ignore = "needs a CubeCL device, and minutes on one in software"]
 fn kernels_of_one_pass_are_faster_than_the_reference() {

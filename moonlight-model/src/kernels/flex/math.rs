@@ -15,9 +15,9 @@ pub(super) fn exp(x: f32) -> f32 {
     const LN_2_HIGH: f32 = 0.693_359_375;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     let clamped = x.clamp(-88.0, 88.5);
-    // e^x = 2^whole * e^r with |r| <= ln 2 / 2
-    let whole = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
-    let r = clamped - whole * LN_2_HIGH - whole * LN_2_LOW;
+    // e^x = 2^exponent * e^r with |r| <= ln 2 / 2
+    let exponent = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = clamped - exponent * LN_2_HIGH - exponent * LN_2_LOW;
     // The polynomial of Cephes' expf.
     let mut p = 1.987_569_15e-4;
     p = p * r + 1.398_199_950_7e-3;
@@ -26,9 +26,9 @@ pub(super) fn exp(x: f32) -> f32 {
     p = p * r + 1.666_666_545_9e-1;
     p = p * r + 5.000_000_120_1e-1;
     let p = p * r * r + r + 1.0;
-    // 2^whole as a product of two powers: whole may be 128, and the largest exponent of an f32 is 127.
-    let half = (whole * 0.5) as i32;
-    let rest = whole as i32 - half;
+    // 2^exponent as a product of two powers: it may be 2^128, and the largest power of an f32 is 2^127.
+    let half = (exponent * 0.5) as i32;
+    let rest = exponent as i32 - half;
     let scale = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
     let result = p * scale(half) * scale(rest);
     let result = if x > 88.72 { f32::INFINITY } else { result }; // ln(f32::MAX) is 88.723

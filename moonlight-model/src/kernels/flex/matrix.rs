@@ -104,7 +104,7 @@ pub(super) enum Write {
 ///
 /// # Panics
 ///
-/// If the shapes do not fit, or with [`Write::Add`] if `out` is not initialized.
+/// If the shapes do not match, or with [`Write::Add`] if `out` is not initialized.
 pub(super) fn multiply(out: &mut MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>, scale: f32, write: Write) {
     assert!(lhs.columns == rhs.rows && out.rows == lhs.rows && out.columns == rhs.columns, "shapes must fit");
     assert!(write == Write::Set || out.written, "the output is not initialized");
@@ -115,9 +115,9 @@ pub(super) fn multiply(out: &mut MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>
     };
     let keep = if write == Write::Add { 1.0 } else { 0.0 };
     let shape = [lhs.rows, lhs.columns, rhs.columns];
-    // SAFETY: the constructors of all three views asserted that they are within their memory, that of `out` is borrowed for
-    // writing, and the shapes fit each other by the first assertion. `out` is read only if it is added to, and then it is
-    // initialized by the second assertion. The product writes all of `out`, also if the inner dimension is 0.
+    // SAFETY: the constructors of all three views asserted that they are within their memory; the memory of `out` is borrowed for
+    // writing, and the shapes match by the first assertion. `out` is read only if it is added to, and then it is
+    // initialized by the second assertion. The product writes all of `out`, even if the inner dimension is 0.
     unsafe { gemm::multiply(shape, out.values, out.row_stride, operand(lhs), operand(rhs), keep, scale) };
     out.written = true;
 }
