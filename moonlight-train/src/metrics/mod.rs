@@ -141,6 +141,7 @@ pub(crate) const METRICS: &[Metric] = &[
     ),
     Metric::new("dead_experts", "Dead experts", |m| m.dead_experts),
     Metric::new("max_attention_logit", "Largest attention logit", |m| m.max_attention_logit),
+    Metric::new("share_above_100", "Attention logits above 100", |m| m.share_above_100),
     Metric::new("update_rms_muon", "Update RMS, Muon", |m| m.update_rms_muon),
     Metric::new("update_rms_adamw", "Update RMS, AdamW", |m| m.update_rms_adamw),
 ];
@@ -180,6 +181,38 @@ mod tests {
         let loads = [None, Some(vec![4, 4, 4, 4]), Some(vec![0, 8, 8, 0])];
         assert_eq!(Metrics::expert_balance(&loads), Some((2.0, 2.0)));
         assert_eq!(Metrics::expert_balance(&[None]), None);
+    }
+
+    #[test]
+    fn every_field_has_a_row_and_a_line_of_the_manual() {
+        let one = Some(1.0);
+        // Without `..`: a new field does not compile until it is here.
+        let all = Metrics {
+            split: Split::Train,
+            step: 1,
+            tokens: 1,
+            loss: one,
+            perplexity: one,
+            lr: one,
+            grad_norm: one,
+            tokens_per_second: one,
+            memory_mib: one,
+            expert_imbalance: one,
+            dead_experts: one,
+            max_attention_logit: one,
+            share_above_100: one,
+            update_rms_muon: one,
+            update_rms_adamw: one,
+        };
+        let record = serde_json::to_value(&all).unwrap();
+        let fields: Vec<_> = record.as_object().unwrap().keys().map(String::as_str).collect();
+        let rows: Vec<_> = METRICS.iter().map(|metric| metric.key).collect();
+        assert_eq!(fields[..3], ["split", "step", "tokens"]);
+        assert_eq!(fields[3..], rows, "the rows of METRICS are the fields of Metrics, in their order");
+        let page = include_str!("../../../docs/src/reference/metrics.md");
+        for field in &fields[1..] {
+            assert!(page.contains(&format!("| `{field}` |")), "metrics.md has no row for `{field}`");
+        }
     }
 
     #[test]

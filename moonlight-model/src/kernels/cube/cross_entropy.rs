@@ -104,7 +104,8 @@ fn forward_kernel<F: Float, I: Int>(
         // The cast may wrap a negative or 64-bit target into the vocabulary, so the target is also compared in its own type.
         let inside = target < vocab && targets[row] >= I::from_int(0) && targets[row] < I::cast_from(vocab);
         let logit = f32::cast_from(logits[row * vocab + select(inside, target, 0usize)]);
-        out[row] = select(inside, sum.ln() + largest - logit, nan);
+        // The difference first, as in the CPU kernel: with a confident model the small logarithm would be lost in `sum.ln() + largest`.
+        out[row] = select(inside, sum.ln() + (largest - logit), nan);
     }
 }
 
