@@ -98,7 +98,7 @@ pub fn orthogonalized(matrix: &Matrix, iteration: &NewtonSchulz) -> Matrix {
     if tall { x.transposed() } else { x }
 }
 
-/// AOL, the rescaling of almost orthogonal layers: row `i` over `sqrt(sum_j |X X^T|_ij)`.
+/// AOL, the rescaling of almost orthogonal layers: row `i` is divided by `sqrt(sum_j |X X^T|_ij)`.
 fn almost_orthogonal(mut x: Matrix) -> Matrix {
     let norm = x.norm();
     if norm > 0.0 {

@@ -319,10 +319,10 @@ mod tests {
         ) {
             let matrix = noise(rows, rank, seed).times(&noise(rank, columns, seed ^ 1));
             for form in [NewtonSchulzForm::Auto, NewtonSchulzForm::Direct] {
-            let iteration = NewtonSchulz { form, ..NewtonSchulz::new(&Coefficients::Report, 5) };
-            let error = against_reference(std::slice::from_ref(&matrix), &iteration);
-            // Rounding errors grow by 3.4445 a step in the directions where the matrix has no component.
-            prop_assert!(error < 5e-4, "relative error {error}");
+                let iteration = NewtonSchulz { form, ..NewtonSchulz::new(&Coefficients::Report, 5) };
+                let error = against_reference(std::slice::from_ref(&matrix), &iteration);
+                // Rounding errors grow by 3.4445 a step in the directions in which the matrix has no component.
+                prop_assert!(error < 5e-4, "relative error {error}");
             }
         }
     }
@@ -440,9 +440,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
 
-        /// bf16 has 8 significant bits, and five of the report's steps multiply the error of a singular value by up to 485. So the
-        /// error is large for some matrices (0.46 was seen for one of 3 x 5 that is nearly singular). A wrong result would have
-        /// an error of about 1.
+        /// bf16 has 8 significant bits, and five of the report's steps multiply the error of a singular value by up to 485. The
+        /// error is therefore large for some matrices: 0.46 was seen for one of 3 x 5 that is nearly singular. A wrong result
+        /// would have an error of about 1.
         #[test]
         fn bf16_of_any_shape_and_scale_stays_near_the_reference(
             (batch, rows, columns) in (1_usize..5, 1_usize..70, 1_usize..70),

@@ -1,9 +1,9 @@
 //! Optimizer state in files, by parameter path.
 //!
-//! Burn's record of a `ModuleOptimizer` is keyed by `ParamId`. These are drawn at random whenever a module is built. So a
-//! record that is loaded with weights from somewhere else (a Hugging Face checkpoint, say) matches no parameter, and Burn
-//! starts with empty state without an error. The record also has the path of each parameter: loading here matches by path,
-//! gives each state the `ParamId` that its parameter has now, and refuses what does not fit.
+//! Burn's record of a `ModuleOptimizer` is keyed by `ParamId`s, which are drawn at random whenever a module is built. If the
+//! weights come from another file, such as a Hugging Face checkpoint, the record matches no parameter, and Burn starts with
+//! empty state without an error. The record also has the path of each parameter: loading here matches by path, gives each state
+//! the `ParamId` that its parameter has now, and refuses what does not fit.
 
 mod module_optimizer;
 pub(crate) mod sharded_state;

@@ -31,7 +31,7 @@ impl Assignment {
             end: parameter.elements(),
         };
         let pieces: Vec<Piece> = parameters.iter().enumerate().map(piece).collect();
-        // Burn reads its own record only: the state is rewritten as one, with the `ParamId`s that the module has now.
+        // Burn reads only its own record, so the state is rewritten as one, with the `ParamId`s that the module has now.
         let collected = collect(files, &parameters, &muon, &pieces)?;
         let id = |parameter: usize| parameters[parameter].id.val();
         let tensors = collected.fields.into_iter().map(|((piece, field), values)| {
@@ -54,7 +54,7 @@ impl Assignment {
         }
         let unreadable = |error: RecordError| StateError::Unreadable(error.to_string());
         let optimizer = self.to_module_optimizer().from_bytes(writer.into_bytes()?).map_err(unreadable)?;
-        // Burn leaves out what it cannot place, without an error.
+        // Burn drops a tensor that it cannot place, without an error.
         let restored = optimizer.to_record().len();
         if restored != count {
             return Err(StateError::Unreadable(format!("{restored} of {count} tensors fit their optimizers")));
