@@ -52,6 +52,7 @@ pub fn balance(costs: &[f64], world_size: usize) -> Balance {
     for matrix in order {
         let mut least = 0;
         for rank in 1..world_size {
+            // Strictly less: ties go to the lower rank.
             if balance.loads[rank] < balance.loads[least] {
                 least = rank;
             }
@@ -79,7 +80,7 @@ mod tests {
         assert_eq!(balance(&[], 3).imbalance(), 1.0);
     }
 
-    /// The matrices that Muon has in Moonlight-16B, `[rows, columns]`, each expert's by itself.
+    /// The matrices that Muon has in Moonlight-16B, `[rows, columns]`, those of each expert separately.
     fn moonlight() -> Vec<[usize; 2]> {
         let mut shapes = Vec::new();
         for layer in 0..27 {

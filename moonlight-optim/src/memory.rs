@@ -1,7 +1,7 @@
 //! The batches of a step of [`MuonAdamW`](crate::MuonAdamW), for estimates of its peak memory.
 
 /// The most elements that are stepped together. A larger batch gains little speed, and the workspace of Newton-Schulz is a few
-/// times the size of the batch. A larger parameter is a batch by itself.
+/// times the size of the batch. A larger parameter forms its own batch.
 const BATCH_ELEMENTS: usize = 1 << 24;
 
 /// The batches in which [`MuonAdamW`](crate::MuonAdamW) steps matrices. The parameters of a batch are `equal` (in shape, dtype

@@ -86,7 +86,7 @@ impl HeadLayout {
     ///
     /// # Panics
     ///
-    /// If the matrix has another number of outputs, or there is not one factor for each head.
+    /// If the matrix does not have this number of outputs, or there is not one factor for each head.
     pub fn clip_query(&self, weight: Tensor<2>, factors: &[f64]) -> Tensor<2> {
         self.scale(weight, factors, self.nope, f64::sqrt, self.rope, |gamma| gamma)
     }

@@ -1,6 +1,6 @@
 //! Newton-Schulz in plain loops over `f64`: the reference that tests compare the kernels with.
 //!
-//! It is written to be read, not to be fast. It is public so that users can check a backend of their own with it.
+//! It is written to be read, not to be fast. It is public so that users can check another backend with it.
 
 use crate::{NewtonSchulz, Preconditioning};
 

@@ -19,7 +19,7 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 /// Data crosses between groups once per group: gradients are summed within a group first, and parameters arrive once and
 /// are passed on. A sum is therefore a sum of group sums, which rounds differently from the sum in rank order.
 ///
-/// `outer` is called by two threads at a time: that of the collectives, and one for heartbeats.
+/// Two threads call `outer`, possibly at the same time: the communication thread, and one that sends heartbeats.
 #[derive(Debug)]
 pub struct HierarchicalCollective {
     inner: Arc<dyn Collective>,

@@ -84,7 +84,7 @@ impl Mpi {
     ///
     /// # Errors
     ///
-    /// [`CollectiveError::Transport`], for several devices and an MPI library that several threads cannot call at a time.
+    /// [`CollectiveError::Transport`], for several devices if the MPI library does not allow calls from several threads at a time.
     pub fn collectives(&self, devices: usize, timeout: Duration) -> Result<Vec<Arc<dyn Collective>>, CollectiveError> {
         let rank = self.rank();
         if devices > 1 && self.threading < Threading::Multiple {

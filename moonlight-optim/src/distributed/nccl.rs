@@ -31,7 +31,7 @@ pub struct NcclCollective {
 }
 
 impl NcclCollective {
-    /// A rank of a group whose ranks `host` connects. `devices` are those of all ranks, in rank order.
+    /// A rank of a group whose ranks `host` connects. `devices` has the device of each rank, in rank order.
     pub fn new(host: Arc<dyn Collective>, devices: Vec<Device>) -> Self {
         Self { host, devices, sent: SentCounter::default() }
     }

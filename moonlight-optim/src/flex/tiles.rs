@@ -276,7 +276,7 @@ fn panel(copied: &mut Vec<f32>, matrix: &[f32], column: usize, size: usize) -> (
 }
 
 /// A tile of sums over `depth` of `left[row * across + inner * along] * right[inner * stride + column]`. The two strides let it
-/// read the left operand as it is or transposed.
+/// read the left operand as stored or transposed.
 ///
 /// # Safety
 ///

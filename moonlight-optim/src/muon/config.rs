@@ -89,7 +89,7 @@ pub struct MomentumWarmup {
 ///
 /// | field | default | alternatives | when to use which | source |
 /// |---|---|---|---|---|
-/// | `momentum` | 0.95 | 0 to 1 | rarely changed | the report |
+/// | `momentum` | 0.95 | 0 to 1 | the default | the report |
 /// | `momentum_warmup` | none | `{ start, steps }` | to follow modded-nanogpt's short runs | modded-nanogpt |
 /// | `momentum_precision` (`momentum_dtype`) | `f32` | `bf16` | `bf16` halves Muon's state where memory is short | |
 /// | `nesterov` | `true` | `false`: orthogonalize `M` itself | `false` only to reproduce a run without it | Keller Jordan |
@@ -272,8 +272,8 @@ impl MuonConfig {
         Muon { config: self.clone(), newton_schulz }
     }
 
-    /// Initialize Muon for every parameter of a module, as Burn's own configs do. Muon panics for a vector, so a module that
-    /// has other parameters than matrices needs [`ParameterRules`](crate::ParameterRules).
+    /// Initialize Muon for every parameter of a module, as Burn's own configs do. Muon panics for a vector, so a module
+    /// with parameters that are not matrices needs [`ParameterRules`](crate::ParameterRules).
     pub fn init(&self) -> ModuleOptimizer {
         ModuleOptimizer::from(self.mixed())
     }

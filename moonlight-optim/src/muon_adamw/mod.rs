@@ -167,8 +167,8 @@ impl Assignment {
     /// As [`Assignment::build`], with the state in `files`, bit for bit. States are matched by parameter path, since Burn's
     /// `ParamId`s differ in every process.
     ///
-    /// `files` are all files that the ranks of a [`MuonAdamW`] saved, for any world size and either form, or the one file of
-    /// Burn's `ModuleOptimizer::save`. Each rank reads its own part of them. A parameter without an entry starts without
+    /// `files` is either the files of all ranks of a [`MuonAdamW`], saved with any world size and form, or the one file that
+    /// Burn's `ModuleOptimizer::save` wrote. Each rank reads its own part of them. A parameter without an entry starts without
     /// state: it had no gradient before the save.
     ///
     /// # Errors

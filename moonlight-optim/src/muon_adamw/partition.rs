@@ -44,7 +44,7 @@ pub(crate) enum OptimizerKind {
     AdamW {
         optimizer: usize,
     },
-    /// Any other optimizer of Burn's.
+    /// Any other Burn optimizer.
     Other,
 }
 
@@ -206,6 +206,7 @@ fn owners(parameters: &[OptimizedParameter], optimizers: &Optimizers, ranks: usi
         }
     }
     let mut rank_of = balance(&costs, ranks).rank_of.into_iter();
+    // In the order in which the costs were listed.
     let owners = parameters.iter().map(|parameter| match parameter.kind {
         OptimizerKind::Muon { stack: [matrices, ..], .. } => Some(rank_of.by_ref().take(matrices).collect()),
         OptimizerKind::AdamW { .. } | OptimizerKind::Other => None,

@@ -105,7 +105,7 @@ impl MuonAdamW {
             self.start_complete_buckets();
         }
         let rank = self.communicator.rank();
-        // A sum holds this rank's segments one after the other.
+        // In the order in which they were started. A sum holds this rank's segments one after the other.
         for (bucket, reduction) in self.buckets.iter().zip(&mut self.reductions) {
             if !matches!(reduction, Reduction::Running(_)) {
                 continue;
@@ -192,6 +192,7 @@ impl MuonAdamW {
         let single_rank = self.communicator.size() == 1;
         let mut running = Vec::with_capacity(own.len());
         for (bucket, own) in self.buckets.iter().zip(own) {
+            // The flat form on one rank: nothing to send, but the values are put into the module as below.
             if single_rank {
                 running.push((bucket, None, own));
                 continue;

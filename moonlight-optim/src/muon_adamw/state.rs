@@ -104,6 +104,7 @@ impl MuonAdamW {
             let state = match &parameter.kind {
                 OptimizerKind::Muon { optimizer, .. } => {
                     let Some(momentum) = collected.take(piece, "momentum").map(flat) else { continue };
+                    // The shape is that of the whole parameter's second moment; this piece has only some of the matrices.
                     let matrices = (piece.end - piece.start) / parameter.unit();
                     let shape = configs[*optimizer].second_moment_shape(&parameter.shape);
                     let second = collected.take(piece, "second_moment").map(flat);

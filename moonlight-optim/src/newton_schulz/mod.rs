@@ -145,7 +145,7 @@ fn segment(x: Tensor<3>, steps: &[[f64; 3]]) -> Tensor<3> {
     }
     let mut q: Option<Tensor<3>> = None;
     for (index, &[a, b, c]) in steps.iter().enumerate() {
-        let z = z_of(&r, b, c);
+        let z = z_of(&r, b, c); // [batch, short, short]
         q = Some(match q {
             None => {
                 let identity = Tensor::<2>::eye(rows.min(columns), &x.device()).cast(x.dtype()).unsqueeze::<3>();

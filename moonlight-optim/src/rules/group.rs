@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{AdamWConfig, Blocks, Decay, MuonConfig};
 
-/// The optimizer of a parameter group: Muon, AdamW, or any other optimizer of Burn's.
+/// The optimizer of a parameter group: Muon, AdamW, or any other Burn optimizer.
 ///
 /// ```
 /// use moonlight_optim::{AdamWConfig, GroupOptimizer};

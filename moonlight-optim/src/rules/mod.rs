@@ -138,7 +138,7 @@ impl ParameterRules {
     /// * a trainable parameter that no rule matches
     /// * a parameter assigned to Muon that is not a matrix or a stack of matrices
     /// * blocks that do not fill their matrix
-    /// * a rule without conditions that assigns matrices to another group than Muon's
+    /// * a rule without conditions that assigns matrices to a group other than Muon's
     /// * a group that does not exist, or exists twice
     /// * a scale without its hidden size, a malformed pattern, a module without trainable parameters
     pub fn assign<M: Module>(&self, module: &M) -> Result<Assignment, RuleError> {
@@ -207,6 +207,8 @@ impl ParameterRules {
                 self.check_rule(rule, matched, assigned)?;
             }
         }
+        // Only now, after all rules: a Muon rule that comes too late explains why this one got its matrices, and is the error to
+        // report.
         for (rule, assigned) in self.rules.iter().zip(&assigned) {
             self.check_matrices(rule, assigned)?;
         }

@@ -31,7 +31,7 @@ pub enum StateError {
         /// The path in the state.
         path: String,
     },
-    /// A tensor of the state has another shape than its parameter and settings need.
+    /// A tensor of the state does not have the shape that its parameter and the settings need.
     #[error("the optimizer state of `{path}` has shape {found:?}, expected {expected:?}")]
     Shape {
         /// The parameter's path.
@@ -41,7 +41,7 @@ pub enum StateError {
         /// The shape that the parameter and the settings of its group need.
         expected: Vec<usize>,
     },
-    /// The state is that of another optimizer, such as AdamW's for a parameter that Muon has now.
+    /// The state belongs to another optimizer, such as AdamW's for a parameter that Muon has now.
     #[error("the optimizer state of `{path}` is of another optimizer than that of its group `{group}`")]
     OtherOptimizer {
         /// The parameter's path.

@@ -13,8 +13,8 @@ use crate::Assignment;
 use crate::muon_adamw::{OptimizedParameter, optimized_parameters};
 
 impl Assignment {
-    /// As [`Assignment::to_module_optimizer`], with the state in `files`, bit for bit, matched by parameter path. `files` are
-    /// the one that `ModuleOptimizer::save` wrote, in this process or another, or those of all ranks of a
+    /// As [`Assignment::to_module_optimizer`], with the state in `files`, bit for bit, matched by parameter path. `files` is
+    /// either the one file that `ModuleOptimizer::save` wrote, in this process or another, or the files of all ranks of a
     /// [`MuonAdamW`](crate::MuonAdamW).
     ///
     /// A parameter without an entry starts without state: it had no gradient before the save.

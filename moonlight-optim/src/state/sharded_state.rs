@@ -178,6 +178,7 @@ impl Collected {
         let length = stored.shape.num_elements();
         let whole: usize = shape.iter().product();
         let range = |piece: Piece| match parameter.kind {
+            // Its fields may have any shape. Only Burn's optimizer loads them, and it needs them whole.
             OptimizerKind::Other => (0, whole),
             _ => (
                 field_offset(parameter, &shape, &field, piece.start),
@@ -323,6 +324,7 @@ fn read_burn(reader: Reader) -> Result<FileContents, StateError> {
     };
     let scalars = scalars
         .iter()
+        // Not state: it follows from the parameter's shape.
         .filter(|(name, _)| !name.ends_with(RANK))
         .map(|(name, value)| Ok((key(name)?, *value)))
         .collect::<Result<_, StateError>>()?;
