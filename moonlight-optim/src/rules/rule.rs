@@ -66,7 +66,7 @@ impl Rule {
         };
         self.highest_rank = match ranks.end_bound() {
             Bound::Included(rank) => *rank,
-            // `..0` contains no number. Neither does `1..=0`, so that `assign` reports a rule that matches nothing.
+            // `..0` is empty, and so is `1..=0`: `assign` then reports a rule that matches nothing.
             Bound::Excluded(0) => {
                 self.lowest_rank = 1;
                 0
