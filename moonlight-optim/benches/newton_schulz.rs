@@ -1,7 +1,7 @@
 //! Five Newton-Schulz steps on the stacks of matrices of `bench-small`: `cargo bench -p moonlight-optim`.
 //!
-//! "elem/s" is FLOP/s, counting the Gram matrix, its square and the product with `X` of each step in full, although two of the
-//! three are symmetric.
+//! "elem/s" is FLOP/s. Each step counts the Gram matrix, its square and the product with `X` in full, although two of the three
+//! are symmetric.
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! The report's Lemma 1, measured: `cargo run --release --example lemma_1`.
 //!
-//! An orthogonal `[A, B]` update has an RMS of `1 / sqrt(max(A, B))` at full rank, and `sqrt(r / (A B))` at rank `r`. Prints the
-//! ratio of the RMS of orthogonalized updates to that, for gradients of full rank and of an eighth of it.
+//! An orthogonal `[A, B]` update has an RMS of `1 / sqrt(max(A, B))` at full rank, and of `sqrt(r / (A B))` at rank `r`. For
+//! gradients of full rank and of an eighth of it, prints how far the RMS of the orthogonalized update is from that, as a ratio.
 
 use burn::tensor::{Device, Distribution, Tensor};
 use moonlight_optim::{Coefficients, NewtonSchulz};

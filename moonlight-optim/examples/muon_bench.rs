@@ -20,7 +20,7 @@ fn workload(name: &str) -> Option<Vec<(usize, [usize; 2])>> {
     }
 }
 
-/// A field of `/proc/self/status` in MiB; `None` on other systems than Linux.
+/// A field of `/proc/self/status` in MiB; `None` on systems other than Linux.
 fn memory(field: &str) -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with(field))?;

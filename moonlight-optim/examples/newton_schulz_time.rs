@@ -1,6 +1,6 @@
 //! How long a Muon step takes: `cargo run --release --example newton_schulz_time [BATCH ROWS COLUMNS]`.
 //!
-//! Prints the time of five Newton-Schulz steps, of a whole optimizer step, and the rate of the products.
+//! Prints the time and the FLOP/s of five Newton-Schulz steps, and the time of a whole optimizer step.
 
 use std::time::Instant;
 

@@ -1,7 +1,6 @@
 //! Muon in your own Burn program: `cargo run -p moonlight-optim --example own_burn_program`.
 //!
-//! A small classifier of token pairs, which was trained with Burn's AdamW before. Each change has the line that it replaces in a
-//! comment.
+//! A small classifier of token pairs that used Burn's AdamW before. A comment at each changed line has the line that it replaces.
 
 use burn::module::Module;
 use burn::nn::loss::CrossEntropyLossConfig;

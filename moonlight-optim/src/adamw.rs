@@ -1,4 +1,4 @@
-//! AdamW for what Muon does not take: Burn's, with the report's settings, in f32.
+//! AdamW for the parameters that Muon does not take: Burn's, in f32, with the report's defaults.
 
 use burn::config::{Config, config_to_json};
 use burn::optim::{AdamW, ModuleOptimizer};
@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{MixedPrecision, Rounding};
 
-/// Configuration to create an AdamW optimizer, for what Muon does not take: Burn's AdamW, run in f32 ([`MixedPrecision`]).
+/// Configuration to create an AdamW optimizer, for the parameters that Muon does not take: Burn's AdamW, run in f32
+/// ([`MixedPrecision`]).
 ///
 /// The defaults are those of "Muon is Scalable for LLM Training" (arXiv 2502.16982), which differ from Burn's.
 ///
@@ -14,7 +15,7 @@ use crate::{MixedPrecision, Rounding};
 /// |---|---|---|
 /// | `betas` | `[0.9, 0.95]` | the report |
 /// | `epsilon` | 1e-8 | the report |
-/// | `weight_decay` | 0.1, decoupled, on every parameter of the group | the report, which found decay of norm gains crucial |
+/// | `weight_decay` | 0.1, decoupled, on every parameter of the group | the report, which found decay of the norms' gains crucial |
 /// | `rounding` | `nearest` | see [`Rounding`] |
 ///
 /// ```
@@ -42,7 +43,7 @@ impl Default for AdamWConfig {
     }
 }
 
-/// [`Config::save`] and [`Config::load`]. Unlike with a derived config, a file may leave out any field.
+/// [`Config::save`] and [`Config::load`]. Implemented by hand: Burn's derive requires every field in a file.
 impl Config for AdamWConfig {}
 
 impl std::fmt::Display for AdamWConfig {
@@ -74,7 +75,7 @@ impl AdamWConfig {
         with_rounding(rounding: Rounding);
     }
 
-    /// The optimizer of single parameters, whose moments are in f32 for any parameter (f64 for f64).
+    /// The optimizer for single parameters. Its moments are in f32 whatever the parameter's dtype is (f64 for f64).
     pub fn build(&self) -> MixedPrecision<AdamW> {
         let optimizer = burn::optim::AdamWConfig::new()
             .with_beta_1(self.betas[0] as f32)

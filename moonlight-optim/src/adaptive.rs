@@ -79,7 +79,8 @@ impl Adaptive {
     /// The input of Newton-Schulz: the momentum or its signs.
     pub(crate) fn input(&self, momentum: Tensor<3>) -> Tensor<3> {
         match self {
-            // The sign of NaN or infinity is finite. The second term is 0, or NaN for these, so that they still show in the update.
+            // The sign of NaN or infinity is finite. `0 * momentum` is NaN for these and 0 otherwise: with it they still show in
+            // the update.
             Adaptive::AdaMuon { sign: true, .. } => momentum.clone().sign().add(momentum.mul_scalar(0.0)),
             _ => momentum,
         }

@@ -1,4 +1,4 @@
-//! Splitting a matrix into blocks that are orthogonalized by themselves: heads, fused projections.
+//! Splitting a matrix into blocks that are orthogonalized separately: heads, the parts of fused projections.
 
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
@@ -51,7 +51,7 @@ impl Blocks {
             left = left.checked_sub(size)?;
             sizes.push(size);
         }
-        // The pattern must be complete: a part of a fused projection is a mistake.
+        // The pattern must be complete: half of a fused projection is a mistake.
         (sizes.len() % pattern.len() == 0).then_some(sizes)
     }
 
@@ -74,7 +74,7 @@ impl Blocks {
         blocks
     }
 
-    /// Joins what [`Blocks::split`] has split.
+    /// The inverse of [`Blocks::split`].
     pub(crate) fn join(&self, mut blocks: Vec<Tensor<3>>) -> Tensor<3> {
         match (blocks.len(), blocks.pop()) {
             (1, Some(only)) => only,

@@ -40,8 +40,8 @@ pub const POLAR_EXPRESS_SAFETY: f64 = 1.01;
 /// arXiv 2506.10935): Remez polynomials on intervals that adapt to the step before.
 ///
 /// Source: the set "cans" of NVIDIA's Emerging-Optimizers (`muon_utils.py`), made with the paper's `polynomials.py`. It has no
-/// safety factor and is steepest at 1. A matrix of rank one has a singular value of 1 after normalization: its result has an
-/// error of about 4e-3 in f32, here and in PyTorch.
+/// safety factor and is steepest at 1, the singular value of a normalized matrix of rank one. Such a matrix has an error of
+/// about 4e-3 in f32, here and in PyTorch.
 pub const CANS: [[f64; 3]; 5] = [
     [8.4703, -25.1081, 18.6293],
     [4.1828, -3.1087, 0.5806],
@@ -136,7 +136,7 @@ impl Coefficients {
         Some([a, b, c])
     }
 
-    /// The number of steps in their source: 4 for AOL, 10 for DeepSeek-V4, as many as there are triples for custom ones, else 5.
+    /// The number of steps in the source: 4 for AOL, 10 for DeepSeek-V4, one for each triple of custom ones, 5 otherwise.
     pub fn default_steps(&self) -> usize {
         match self {
             Coefficients::Report | Coefficients::Quintic | Coefficients::PolarExpress | Coefficients::Cans => 5,

@@ -29,7 +29,7 @@ pub struct GroupMetrics {
 ///
 /// Groups are in the order of their declaration. A group without parameters, or with a learning rate of 0, is left out.
 ///
-/// A clone of the module that is kept over a step costs a copy of its parameters, since the step cannot reuse their memory: do
+/// A clone of the module that is kept over a step costs a copy of its parameters, since the step cannot reuse their memory. Do
 /// this only on steps that are logged.
 ///
 /// ```
@@ -79,7 +79,7 @@ pub fn group_metrics<M: Module>(
             let decayed = change.clone().sub(old.clone().mul_scalar(rate));
             let update = if decay.cautious {
                 // Cautious decay was applied where the update has the sign of the weight. There `change * weight` is at least
-                // `rate * weight^2`, elsewhere it is negative: the threshold is between the two.
+                // `rate * weight^2`, elsewhere it is negative. Half of that bound separates the two in spite of rounding.
                 let along = change.clone().mul(old.clone());
                 let without_decay = along.lower(old.clone().square().mul_scalar(0.5 * rate));
                 decayed.mask_where(without_decay, change)
@@ -88,7 +88,7 @@ pub fn group_metrics<M: Module>(
             };
             let squares = Tensor::cat(vec![update.square().sum(), new.square().sum()], 0);
             count += row.elements();
-            // Summed on the device: one read for a group instead of one for each parameter.
+            // Summed on the device, so that the host reads once for a group instead of once for each parameter.
             sums = Some(match sums {
                 Some(sums) => {
                     let device = sums.device();
@@ -154,8 +154,8 @@ impl Spectrum {
         Some(Self { singular_values })
     }
 
-    /// The report's SVD entropy, 0 to 1: `H = -1 / log(n) sum_i p_i log p_i` with `p_i = sigma_i^2 / sum_j sigma_j^2`. 1 if all
-    /// singular values are equal, 0 for a matrix of rank one and for a matrix of zeros.
+    /// The report's SVD entropy: `H = -1 / log(n) sum_i p_i log p_i` with `p_i = sigma_i^2 / sum_j sigma_j^2`. It is 1 if all
+    /// singular values are equal, and 0 for a matrix of rank one or of zeros.
     pub fn entropy(&self) -> f64 {
         let squares = self.squares();
         let sum: f64 = squares.iter().sum();

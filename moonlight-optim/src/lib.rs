@@ -7,7 +7,7 @@
 //! | choose which parameters Muon gets | [`ParameterRules`], [`Rule`], [`Assignment`] |
 //! | choose the options of Muon | the table of [`MuonConfig`] |
 //! | step, clip, save and load | [`MuonAdamW`] |
-//! | use burn-train or another optimizer of Burn's | [`Assignment::to_module_optimizer`], [`GroupOptimizer`] |
+//! | use burn-train or another Burn optimizer | [`Assignment::to_module_optimizer`], [`GroupOptimizer`] |
 //! | train on several ranks | [`distributed`] |
 //! | step single matrices | [`Muon`], an `impl burn::optim::Optimizer` |
 //! | orthogonalize a matrix | [`NewtonSchulz`] |
@@ -55,9 +55,8 @@
 //! A zero gradient gives a zero update. NaN or infinity in a gradient makes its own matrix NaN, and no other matrix of the
 //! stack, so that it shows in the next loss.
 //!
-//! Gradients of any finite size are orthogonalized without overflow, from 1e-38 to 1e38. With the default epsilon of 1e-7, as in
-//! the report's code, gradients whose norm is much smaller than that are treated as nearly zero; with an epsilon of 0 their size
-//! does not matter.
+//! Finite gradients are orthogonalized without overflow, from 1e-38 to 1e38. With the default epsilon of 1e-7, which is that of
+//! the report's code, gradients whose norm is much smaller count as nearly zero; with an epsilon of 0 their norm does not matter.
 
 mod adamw;
 mod adaptive;

@@ -1,21 +1,21 @@
 //! The batches of a step of [`MuonAdamW`](crate::MuonAdamW), for estimates of its peak memory.
 
-/// The most elements that are stepped together. More gains little speed, and the workspace of Newton-Schulz is a few times a
-/// batch. A larger parameter is a batch by itself.
+/// The most elements that are stepped together. A larger batch gains little speed, and the workspace of Newton-Schulz is a few
+/// times the size of the batch. A larger parameter forms its own batch.
 const BATCH_ELEMENTS: usize = 1 << 24;
 
-/// The batches in which [`MuonAdamW`](crate::MuonAdamW) steps matrices. A batch has parameters that are `equal` (in shape, dtype
-/// and settings), in their order: as many as have 2^24 elements together, and at least one. `elements` is the number of
-/// elements of a parameter.
+/// The batches in which [`MuonAdamW`](crate::MuonAdamW) steps matrices. The parameters of a batch are `equal` (in shape, dtype
+/// and settings) and keep their order. Together they have at most 2^24 elements, except that a batch has at least one
+/// parameter. `elements` returns the number of elements of a parameter.
 ///
-/// During a step the gradients and the momentum of the whole module are in memory, and for one batch at a time the new
+/// During a step, memory holds the gradients and the momentum of the whole module, and for one batch at a time the new
 /// parameters and the workspace of Newton-Schulz.
 pub fn step_batches<T>(
     parameters: Vec<T>,
     elements: impl Fn(&T) -> usize,
     equal: impl Fn(&T, &T) -> bool,
 ) -> Vec<Vec<T>> {
-    let mut open: Vec<(usize, Vec<T>)> = Vec::new(); // parameters that still fit, members
+    let mut open: Vec<(usize, Vec<T>)> = Vec::new(); // how many more parameters fit, members
     for one in parameters {
         match open.iter_mut().find(|(room, members)| *room > 0 && equal(&members[0], &one)) {
             Some((room, members)) => {

@@ -27,11 +27,11 @@ pub enum Rounding {
     MasterWeights,
 }
 
-/// Any Burn optimizer, run in f32 on parameters that are stored in bf16 or f16. Gradient and parameter are widened, the
-/// parameter is rounded once at the end, and the state stays in f32. It changes nothing for f32 and f64 parameters.
+/// Runs any Burn optimizer in f32 on parameters that are stored in bf16 or f16. Gradient and parameter are widened, the
+/// parameter is rounded once at the end, and the state stays in f32. f32 and f64 parameters are stepped as without it.
 ///
-/// The state has to be f32 also because Burn loads the state of its own optimizers in the device's default float type, which
-/// is f32 unless it was changed.
+/// An f32 state also survives a save: Burn loads the state of its own optimizers in the device's default float type, which is
+/// f32 unless it was changed.
 #[derive(Clone, Debug)]
 pub struct MixedPrecision<O> {
     /// The optimizer that runs in f32.
@@ -101,8 +101,8 @@ impl<O: Optimizer> Optimizer for MixedPrecision<O> {
 }
 
 impl Rounding {
-    /// The value that an update starts from, in full precision: the master weight of each element where that rounds to the
-    /// parameter, otherwise the parameter, since something else has changed it.
+    /// The values that an update starts from, in full precision. An element starts from its master weight if that rounds to the
+    /// parameter; if it does not, other code has changed the parameter since the last step, and its value counts.
     pub(crate) fn start<const D: usize>(self, tensor: Tensor<D>, master: Option<Tensor<D>>) -> Tensor<D> {
         let stored = tensor.dtype();
         let wide = full_precision(stored);
@@ -128,8 +128,8 @@ impl Rounding {
     }
 }
 
-/// `x` (f32) in `dtype` (bf16 or f16), rounded to either neighbor with the probability that makes the mean exact. In tensor
-/// operations, since Burn has no stochastic cast.
+/// `x` (f32) in `dtype` (bf16 or f16), rounded to either neighbor with the probability that makes the mean exact. Made of
+/// tensor operations, since Burn has no stochastic cast.
 pub(crate) fn round_stochastically<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
     let wide = x.dtype();
     let nearest = x.clone().cast(dtype).cast(wide);
@@ -141,7 +141,7 @@ pub(crate) fn round_stochastically<const D: usize>(x: Tensor<D>, dtype: DType) -
     let half_spacing = nearest.clone().abs().mul_scalar(1.01 / f64::from(1 << bits)).mul(error.clone().sign());
     let other = nearest.clone().add(half_spacing).cast(dtype).cast(wide);
     let distance = other.clone().sub(nearest.clone());
-    // An exact value gives 0 / 0 here, and a non-finite one NaN too. No draw is below NaN, so both stay as they are.
+    // NaN for an exact value (0 / 0) and for a non-finite one. No draw is below NaN, so neither is moved.
     let chance = error.div(distance);
     let draw = Tensor::<D>::random(x.shape(), Distribution::Uniform(0.0, 1.0), &x.device()).cast(wide);
     let moves = draw.lower(chance);

@@ -27,13 +27,14 @@ impl AutodiffSettings {
     }
 }
 
-/// Makes `new`, a tensor without a graph, the new value of a parameter: it requires a gradient if `old` did, and has the same
-/// gradient checkpointing. For changes of weights outside of an optimizer, as with [`QkClip`](crate::QkClip).
+/// Turns `new`, a tensor without a graph, into the new value of a parameter: it requires a gradient if `old` did, and keeps the
+/// gradient checkpointing of `old`. For changing weights outside of an optimizer, as with [`QkClip`](crate::QkClip).
 pub fn replace_value<const D: usize>(old: &Tensor<D>, new: Tensor<D>) -> Tensor<D> {
     AutodiffSettings::of(old).apply(new)
 }
 
-/// Puts new values into a module: for each `ParamId` the parameter's shape, and values in any shape with as many elements.
+/// Puts new values into a module. For each `ParamId` it has the parameter's shape, and values in any shape with as many
+/// elements.
 pub(crate) struct Replacer<const S: usize>(pub(crate) HashMap<ParamId, (Shape, Tensor<S>)>);
 
 impl<const S: usize> ModuleMapper for Replacer<S> {

@@ -1,7 +1,7 @@
 //! Enums that serde reads from a name or a table.
 //!
 //! For a variant with fields, serde's derive reads `{ report = { factor = 0.3 } }` and refuses `"report"`. Here the name alone
-//! is accepted too, and means the variant with the defaults of its fields.
+//! is accepted, too: it is the variant with the defaults of its fields.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -92,8 +92,8 @@ impl<'de, E: Error> VariantAccess<'de> for Named<'_, E> {
     }
 }
 
-/// Implements reading from a name or a table for an enum with `#[serde(remote = "Self")]`, and writing as a table for variants
-/// with fields. `remote` makes serde's derived code inherent functions, so that the traits can be implemented here.
+/// Implements `Deserialize` from a name or a table, and `Serialize`, for an enum with `#[serde(remote = "Self")]`. `remote` turns
+/// serde's derived code into inherent functions, so that the traits can be implemented here.
 macro_rules! name_or_table {
     ($type:ident, $expected:literal) => {
         impl $crate::name_or_table::Tagged for $type {

@@ -45,7 +45,7 @@ impl Default for QkClip {
 impl QkClip {
     /// The factor `gamma = min(1, threshold / s)` of each head, from its largest logit over all sequences of the step.
     ///
-    /// A logit that is zero, negative or non-finite gives 1: there is nothing to limit, or no factor that could.
+    /// A logit that is zero, negative or non-finite gives 1: there is nothing to limit, or no factor would help.
     pub fn factors(&self, largest_logits: &[f64]) -> Vec<f64> {
         let factor = |logit: f64| {
             if logit.is_finite() && logit > self.threshold { self.threshold / logit } else { 1.0 }
@@ -86,7 +86,7 @@ impl HeadLayout {
     ///
     /// # Panics
     ///
-    /// If the matrix has another number of outputs, or there is not one factor for each head.
+    /// If the matrix does not have this number of outputs, or there is not one factor for each head.
     pub fn clip_query(&self, weight: Tensor<2>, factors: &[f64]) -> Tensor<2> {
         self.scale(weight, factors, self.nope, f64::sqrt, self.rope, |gamma| gamma)
     }
@@ -132,7 +132,7 @@ impl HeadLayout {
         let device: Device = weight.device();
         let dtype = weight.dtype();
         let scales = Tensor::<2>::from_data(TensorData::new(scales, shape), &device);
-        // Computed in full precision and rounded once, for weights in half precision.
+        // Half-precision weights are scaled in full precision and rounded once.
         let wide = crate::newton_schulz::full_precision(dtype);
         weight.cast(wide).mul(scales.cast(wide)).cast(dtype)
     }

@@ -1,6 +1,6 @@
 //! Newton-Schulz in plain loops over `f64`: the reference that tests compare the kernels with.
 //!
-//! It is written to be read, not to be fast. It is public so that users can check a backend of their own with it.
+//! It is written to be read, not to be fast. It is public so that users can check another backend with it.
 
 use crate::{NewtonSchulz, Preconditioning};
 
@@ -98,7 +98,7 @@ pub fn orthogonalized(matrix: &Matrix, iteration: &NewtonSchulz) -> Matrix {
     if tall { x.transposed() } else { x }
 }
 
-/// AOL, the rescaling of almost orthogonal layers: row `i` over `sqrt(sum_j |X X^T|_ij)`.
+/// AOL, the rescaling of almost orthogonal layers: row `i` is divided by `sqrt(sum_j |X X^T|_ij)`.
 fn almost_orthogonal(mut x: Matrix) -> Matrix {
     let norm = x.norm();
     if norm > 0.0 {

@@ -1,5 +1,5 @@
-//! `with_*` methods as Burn's `#[derive(Config)]` makes them. The derive itself is not used: it requires every field in a file
-//! and ignores unknown ones.
+//! `with_*` methods like those of Burn's `#[derive(Config)]`. The derive itself is not used, since it requires every field in a
+//! file and ignores unknown ones.
 
 /// A documented `with_*` method for each field named.
 macro_rules! setters {

@@ -1,4 +1,4 @@
-//! Against Burn's own Muon: equal where both have the same rule, and different where this crate documents a difference.
+//! Comparison with Burn's own Muon: equal where the rules are the same, different where this crate documents a difference.
 
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::decay::WeightDecayConfig;
@@ -43,13 +43,13 @@ fn the_reports_scale_equals_burns_match_rms_adamw() {
     }
 }
 
-/// Burn 0.22.1 reads `[in, out]` as `[out, in]`. If this test fails, Burn has fixed that: correct the README's comparison.
+/// Burn 0.22.1 reads `[in, out]` as `[out, in]`. If this test fails, Burn has fixed that, and the README must be corrected.
 #[test]
 fn burns_original_scale_reads_a_layer_the_wrong_way_round() {
     let ours = MuonConfig::new().with_scale(UpdateScale::KellerJordan);
     for (inputs, outputs) in [(8, 20), (20, 8)] {
-        let turned = compare(inputs, outputs, AdjustLrFn::Original, &ours.clone().with_layout(WeightLayout::OutIn));
-        assert!(turned < 1e-5, "[{inputs}, {outputs}]: {turned}");
+        let swapped = compare(inputs, outputs, AdjustLrFn::Original, &ours.clone().with_layout(WeightLayout::OutIn));
+        assert!(swapped < 1e-5, "[{inputs}, {outputs}]: {swapped}");
         let right = compare(inputs, outputs, AdjustLrFn::Original, &ours);
         assert!(right > 1e-2, "[{inputs}, {outputs}]: {right}");
     }

@@ -1,6 +1,6 @@
-//! The parity table: published definitions of Muon against this one, through Burn's `Linear`.
+//! The parity table: this Muon against published definitions, through Burn's `Linear`.
 //!
-//! `scripts/fixtures/make_muon_parity.py` makes the fixture. The script has each definition with its source, the fixture the
+//! `scripts/fixtures/make_muon_parity.py` makes the fixture and has each definition with its source. The fixture records the
 //! versions that it was made with. `cargo test -p moonlight-optim --test parity -- --nocapture` prints the table.
 
 use burn::module::Param;
@@ -10,13 +10,12 @@ use burn::tensor::{Device, Tensor, TensorData};
 use moonlight_optim::MuonConfig;
 use serde::Deserialize;
 
-/// The most that the norm of the difference may be, relative to the norm of the weights' change, after all steps.
+/// The largest difference allowed after all steps: its norm relative to the norm of the weights' change.
 const BUDGET: f64 = 1e-5;
 
 /// CANS is so steep at both ends that PyTorch's own f32 has an error of 4e-6 to 6e-6 against f64 here. Where the fixture has
-/// weights in f64, the error may be this many times that of PyTorch's f32: two such errors differ with the order of the same
-/// sums.
-const TIMES_AS_FAR: f64 = 5.0;
+/// weights in f64, the error may be this many times that of PyTorch's f32: rounding errors depend on the order of the sums.
+const TORCH_ERROR_FACTOR: f64 = 5.0;
 
 #[derive(Deserialize)]
 struct Fixture {
@@ -100,7 +99,7 @@ fn every_scale_table_and_variant_agrees_with_its_source() {
                 None => (distance(&after, &case.weight_after) / change, BUDGET),
                 Some(exact) => {
                     let theirs = distance(&case.weight_after, exact) / change;
-                    (distance(&after, exact) / change, TIMES_AS_FAR * theirs)
+                    (distance(&after, exact) / change, TORCH_ERROR_FACTOR * theirs)
                 }
             };
             budgets.push(budget);
@@ -113,8 +112,8 @@ fn every_scale_table_and_variant_agrees_with_its_source() {
         let budget = match exact {
             None => format!("{BUDGET:.0e}"),
             Some(_) => {
-                let theirs = budgets.iter().map(|budget| format!("{:.1e}", budget / TIMES_AS_FAR));
-                format!("from f64: {TIMES_AS_FAR} times PyTorch's {}", theirs.collect::<Vec<_>>().join(", "))
+                let theirs = budgets.iter().map(|budget| format!("{:.1e}", budget / TORCH_ERROR_FACTOR));
+                format!("from f64: {TORCH_ERROR_FACTOR} times PyTorch's {}", theirs.collect::<Vec<_>>().join(", "))
             }
         };
         println!("| {source} | {what} | {} | {budget} |", row.join(" | "));

@@ -1,6 +1,6 @@
-//! Steps through Burn's layers against the report's rule in PyTorch, and against `torch.optim.Muon`.
+//! Steps through Burn's layers, compared with the report's rule in PyTorch and with `torch.optim.Muon`.
 //!
-//! `scripts/fixtures/make_muon_reference.py` makes the fixture, which has the versions that it was made with.
+//! `scripts/fixtures/make_muon_reference.py` makes the fixture, which records the versions that it was made with.
 
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};

@@ -21,7 +21,7 @@ pub enum CollectiveOp {
 }
 
 impl CollectiveOp {
-    /// All of them, in the order of the variants: a variant's discriminant is its place in [`SentCounter`].
+    /// All variants. Their number is the length of [`SentCounter`], which is indexed by a variant's discriminant.
     const ALL: [CollectiveOp; 6] = [
         CollectiveOp::ReduceScatter,
         CollectiveOp::AllToAll,
@@ -96,12 +96,13 @@ impl Sub for BytesSent {
     }
 }
 
-/// Counts bytes on the communication thread while any other thread may read them.
+/// Counts bytes. The communication thread adds to it while other threads may read it.
 #[derive(Debug, Default)]
 pub(super) struct SentCounter([AtomicU64; CollectiveOp::ALL.len()]);
 
 impl SentCounter {
     pub(super) fn add(&self, operation: CollectiveOp, bytes: usize) {
+        // Relaxed: the counters order no other memory.
         self.0[operation as usize].fetch_add(bytes as u64, Ordering::Relaxed);
     }
 

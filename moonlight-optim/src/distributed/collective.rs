@@ -11,10 +11,9 @@ use super::{BytesSent, CollectiveError};
 /// Every rank calls the same collectives in the same order with tensors of matching sizes; ranks count from 0. Tensors are
 /// float and one-dimensional, on the rank's own device, and so are the results.
 ///
-/// Sums are taken in f32 and in rank order, on any transport: the same gradients give the same sum, bit for bit, as one
-/// rank gets that accumulates as many micro-batches in that order. Exceptions are
-/// [`HierarchicalCollective`](super::HierarchicalCollective), which sums within a process first, and
-/// [`NcclCollective`](super::NcclCollective), where NCCL chooses the order.
+/// Sums are taken in f32 and in rank order, on any transport. They have the same bits as on one rank that accumulates the same
+/// micro-batches in that order. Exceptions are [`HierarchicalCollective`](super::HierarchicalCollective), which sums within a
+/// process first, and [`NcclCollective`](super::NcclCollective), where NCCL chooses the order.
 pub trait Collective: Debug + Send + Sync {
     /// This rank, from 0.
     fn rank(&self) -> usize;
@@ -29,7 +28,7 @@ pub trait Collective: Debug + Send + Sync {
     /// [`CollectiveError`], as for every collective here.
     fn all_to_all(&self, outgoing: Vec<Tensor<1>>, incoming: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError>;
 
-    /// The sum over all ranks of their `parts[r]`, with `r` this rank, in f32.
+    /// The sum over all ranks, in f32, of the part that is meant for this rank: their `parts[self.rank()]`.
     ///
     /// # Errors
     ///
@@ -43,7 +42,7 @@ pub trait Collective: Debug + Send + Sync {
     /// [`CollectiveError`].
     fn all_gather(&self, part: Tensor<1>, lengths: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError>;
 
-    /// The `tensor` of rank `root`. Of the tensors that the other ranks pass only size and type are used.
+    /// The `tensor` of rank `root`. Of the other ranks' tensors only size and dtype are used.
     ///
     /// # Errors
     ///
@@ -82,8 +81,8 @@ pub trait Collective: Debug + Send + Sync {
     /// (`false`). Calls nest.
     fn set_busy(&self, busy: bool);
 
-    /// Tells the other ranks that this one is alive, where a busy rank could not show it otherwise. The communication thread
-    /// calls it from time to time while no collective runs.
+    /// Shows the other ranks that this one is alive, on transports where they could not see it otherwise. The communication thread
+    /// calls it at intervals while no collective runs.
     fn heartbeat(&self) {}
 
     /// Ends the group: collectives of the other ranks return [`CollectiveError::RankFailed`]; ranks that are processes are
@@ -112,7 +111,7 @@ pub(super) fn split(tensor: &Tensor<1>, cuts: &[usize]) -> Vec<Tensor<1>> {
 }
 
 /// `length` elements of a tensor from `start` on. A length of 0 needs its own case: `narrow` refuses it, and a rank may own
-/// nothing of a bucket.
+/// nothing in a bucket.
 pub(super) fn slice(tensor: &Tensor<1>, start: usize, length: usize) -> Tensor<1> {
     match length {
         0 => Tensor::empty([0], (&tensor.device(), tensor.dtype())),

@@ -1,4 +1,4 @@
-//! A rank's handle on its process group. Collectives run on a thread of their own, so that they overlap with computation.
+//! A rank's handle on its process group. Collectives run on a separate thread, so that they overlap with computation.
 
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,11 +12,11 @@ const IDLE_INTERVAL: Duration = Duration::from_millis(500);
 
 type Job = Box<dyn FnOnce(&dyn Collective) + Send>;
 
-/// A rank's handle on its process group, as NCCL's and MPI's communicators: its rank, the world size, and the collectives.
+/// A rank's handle on its process group, like a communicator of NCCL or MPI: its rank, the world size, and the collectives.
 ///
-/// Collectives run in the order in which they were started, on one thread of this rank: all ranks must issue the same
-/// collectives in the same order, and one thread keeps the order of the calls. With a world size of 1 they run on the
-/// calling thread, since there is nothing to wait for. Clones are handles on the same rank.
+/// All ranks must issue the same collectives in the same order. One thread of this rank runs them in the order in which they
+/// were started. With a world size of 1 they run on the calling thread, since there is nothing to wait for. Clones are handles
+/// on the same rank.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -75,18 +75,18 @@ impl Drop for BusyGuard {
 }
 
 impl Communicator {
-    /// The handle of one rank, which starts its communication thread. The thread ends when the last clone is dropped.
+    /// The handle of one rank. Starts its communication thread, which ends when the last clone is dropped.
     pub fn new(collective: Arc<dyn Collective>) -> Self {
         if collective.size() == 1 {
             return Self { collective, queue: None };
         }
         let (sender, receiver) = mpsc::channel::<Job>();
-        let own = collective.clone();
+        let shared = collective.clone();
         thread::spawn(move || {
             loop {
                 match receiver.recv_timeout(IDLE_INTERVAL) {
-                    Ok(job) => job(&*own),
-                    Err(RecvTimeoutError::Timeout) => own.heartbeat(),
+                    Ok(job) => job(&*shared),
+                    Err(RecvTimeoutError::Timeout) => shared.heartbeat(),
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
             }
@@ -116,10 +116,10 @@ impl Communicator {
     ) -> PendingCollective<T> {
         let Some(queue) = &self.queue else { return PendingCollective(State::Ready(operation(&*self.collective))) };
         let (sender, receiver) = mpsc::channel();
-        // Sending fails if the caller dropped its `PendingCollective`; the collective itself must run all the same, since
-        // the other ranks take part in it.
+        // The send fails if the caller has dropped its `PendingCollective`. The collective must run all the same, since the
+        // other ranks take part in it.
         let job: Job = Box::new(move |collective| drop(sender.send(operation(collective))));
-        // If the thread has ended, the job is dropped with its sender, and `wait` returns an error.
+        // If the thread has ended, this drops the job with its sender, and `wait` returns an error.
         let _ = queue.lock().unwrap_or_else(PoisonError::into_inner).send(job);
         PendingCollective(State::Running(self.rank(), receiver))
     }
@@ -145,7 +145,7 @@ impl Communicator {
         self.run(move |collective| collective.all_gather_f64(&own))
     }
 
-    /// Suspends this rank's timeout while the guard lives. For work that the other ranks wait for, such as a save.
+    /// Suspends this rank's timeout until the guard is dropped. For work that the other ranks wait for, such as a save.
     pub fn busy(&self) -> BusyGuard {
         self.collective.set_busy(true);
         BusyGuard(self.collective.clone())

@@ -19,7 +19,7 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 /// Data crosses between groups once per group: gradients are summed within a group first, and parameters arrive once and
 /// are passed on. A sum is therefore a sum of group sums, which rounds differently from the sum in rank order.
 ///
-/// `outer` is called by two threads at a time: that of the collectives, and one for heartbeats.
+/// Two threads call `outer`, possibly at the same time: the communication thread, and one that sends heartbeats.
 #[derive(Debug)]
 pub struct HierarchicalCollective {
     inner: Arc<dyn Collective>,
@@ -29,8 +29,8 @@ pub struct HierarchicalCollective {
 impl HierarchicalCollective {
     /// The collectives of one rank, and the thread that sends its heartbeats to the other groups.
     pub fn new(inner: Arc<dyn Collective>, outer: Arc<dyn Collective>) -> Self {
-        // The communication thread sends no heartbeat while it waits within this group, so another one does. It holds no
-        // strong reference, and ends with the collective.
+        // A thread besides the communication thread, which sends no heartbeat while it waits within this group. It holds only a
+        // weak reference, so that it ends with the collective.
         let weak = Arc::downgrade(&outer);
         thread::spawn(move || {
             while let Some(outer) = weak.upgrade() {
@@ -42,8 +42,8 @@ impl HierarchicalCollective {
         Self { inner, outer }
     }
 
-    /// A collective within this rank's group. Its timeout in `outer` is suspended meanwhile: to wait for a slow rank of the
-    /// own group must not look like silence to the other groups.
+    /// Runs a collective within this rank's group. Meanwhile the timeout in `outer` is suspended: waiting for a slow rank of this
+    /// group must not look like silence to the other groups.
     fn within_group<T>(
         &self,
         operation: impl FnOnce(&dyn Collective) -> Result<T, CollectiveError>,
@@ -54,7 +54,7 @@ impl HierarchicalCollective {
         result
     }
 
-    /// A collective between groups. This rank's timeout in its own group is suspended meanwhile.
+    /// Runs a collective between groups. Meanwhile this rank's timeout in its own group is suspended.
     fn across_groups<T>(
         &self,
         operation: impl FnOnce(&dyn Collective) -> Result<T, CollectiveError>,
@@ -90,11 +90,11 @@ impl Collective for HierarchicalCollective {
         self.inner.size() * self.outer.size()
     }
 
-    /// Each message goes first to the rank of the own group that has the receiver's inner rank, and from there to the receiver.
+    /// Each message goes first to the rank of this group that has the receiver's inner rank, and from there to the receiver.
     fn all_to_all(&self, outgoing: Vec<Tensor<1>>, incoming: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError> {
         let (group_size, groups) = (self.inner.size(), self.outer.size());
         let lengths: Vec<f64> = outgoing.iter().map(|tensor| tensor.dims()[0] as f64).collect();
-        // What passes through this rank is known to its senders only, so the group exchanges all lengths first.
+        // Only the senders know the lengths of what passes through this rank, so the group exchanges them first.
         let lengths = self.within_group(|inner| inner.all_gather_f64(&lengths))?;
         let by_group = |from: usize| -> Vec<usize> {
             (0..groups).map(|group| lengths[from][self.global_rank(group, self.inner.rank())] as usize).collect()
@@ -122,15 +122,15 @@ impl Collective for HierarchicalCollective {
 
     fn reduce_scatter(&self, parts: Vec<Tensor<1>>) -> Result<Tensor<1>, CollectiveError> {
         let groups = self.outer.size();
-        // The parts of the ranks with this inner rank, one in each group: their group sums pass through this rank.
-        let mine: Vec<usize> =
+        // The group sums for the ranks that have this inner rank, one in each group, pass through this rank.
+        let lengths: Vec<usize> =
             (0..groups).map(|group| parts[self.global_rank(group, self.inner.rank())].dims()[0]).collect();
         let bundles = (0..self.inner.size()).map(|inner_rank| {
             Tensor::cat((0..groups).map(|group| parts[self.global_rank(group, inner_rank)].clone()).collect(), 0)
         });
         let bundles = bundles.collect();
         let sums = self.within_group(|inner| inner.reduce_scatter(bundles))?;
-        self.across_groups(|outer| outer.reduce_scatter(split_lengths(&sums, &mine)))
+        self.across_groups(|outer| outer.reduce_scatter(split_lengths(&sums, &lengths)))
     }
 
     fn all_gather(&self, part: Tensor<1>, lengths: &[usize]) -> Result<Vec<Tensor<1>>, CollectiveError> {
@@ -138,9 +138,9 @@ impl Collective for HierarchicalCollective {
         let of_inner_rank = |inner_rank: usize| -> Vec<usize> {
             (0..groups).map(|group| lengths[self.global_rank(group, inner_rank)]).collect()
         };
-        let mine = of_inner_rank(self.inner.rank());
-        // Each part crosses between groups once, and the ranks of a group exchange what they received.
-        let column = self.across_groups(|outer| outer.all_gather(part, &mine))?; // by group
+        let column_lengths = of_inner_rank(self.inner.rank());
+        // Each part crosses between groups once; then the ranks of a group exchange what they have received.
+        let column = self.across_groups(|outer| outer.all_gather(part, &column_lengths))?; // by group
         let totals: Vec<usize> = (0..group_size).map(|inner_rank| of_inner_rank(inner_rank).iter().sum()).collect();
         let columns = self.within_group(|inner| inner.all_gather(Tensor::cat(column, 0), &totals))?; // by inner rank
         let columns: Vec<Vec<Tensor<1>>> = columns
@@ -181,6 +181,7 @@ impl Collective for HierarchicalCollective {
         self.outer.set_busy(busy);
     }
 
+    /// Within the group only; the thread of [`HierarchicalCollective::new`] serves the other groups.
     fn heartbeat(&self) {
         self.inner.heartbeat();
     }

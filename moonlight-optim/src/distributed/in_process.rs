@@ -30,8 +30,8 @@ struct Group {
 
 #[derive(Debug)]
 struct State {
-    /// Payloads not yet received, by collective and receiver, one for each sender. Keyed by collective, since a fast rank may
-    /// send for the next one before a slow rank has received this one.
+    /// Payloads not yet received, by collective and receiver: one entry per sender. Keyed by collective, since a fast rank may
+    /// send for the next collective before a slow rank has received this one.
     mailboxes: HashMap<(u64, usize), Vec<Option<Payload>>>,
     /// How many collectives each rank has entered.
     entered: Vec<u64>,
@@ -44,8 +44,8 @@ struct State {
 }
 
 impl InProcess {
-    /// The ranks of a group of `size`, in rank order, each to be moved to a thread of its own. A collective fails if a rank
-    /// that is not busy does not enter it within `timeout`.
+    /// The ranks of a group of `size`, in rank order, one for each thread. A collective fails if a rank that is not busy does
+    /// not enter it within `timeout`.
     pub fn group(size: usize, timeout: Duration) -> Vec<Self> {
         let state = State {
             mailboxes: HashMap::new(),
@@ -103,8 +103,8 @@ impl Transport for InProcess {
                 let empty = || Arc::new(Bytes::from_bytes_vec(Vec::new()));
                 return Ok(received.into_iter().map(|payload| payload.unwrap_or_else(empty)).collect());
             }
-            // The timeout counts from when this rank entered, or the other was last active, whichever is later: a rank that
-            // has just ended a long save gets the full timeout.
+            // The timeout counts from when this rank entered or the other was last active, whichever is later, so that a rank
+            // that has just finished a long save gets the full timeout.
             let late = |&peer: &usize| {
                 state.entered[peer] <= number
                     && state.busy[peer] == 0
@@ -115,7 +115,7 @@ impl Transport for InProcess {
                 let (rank, seconds) = (self.rank, timeout.as_secs());
                 return Err(CollectiveError::Timeout { rank, missing, operation: operation.name(), seconds });
             }
-            // The condition variable wakes this thread when another rank enters; the pause bounds how late a timeout is seen.
+            // The condition variable wakes this thread when another rank enters. The pause bounds how late it sees a timeout.
             let pause = (*timeout / 10).clamp(Duration::from_millis(5), Duration::from_millis(500));
             state = changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
         }

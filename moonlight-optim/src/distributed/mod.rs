@@ -18,7 +18,7 @@
 //! | processes, on one machine or many | MPI (feature `mpi`) | `Mpi` |
 //! | CUDA devices of one process | NCCL | [`NcclCollective`] |
 //! | devices of several processes | one of each kind | [`HierarchicalCollective`] |
-//! | one | none | [`SingleRank`] |
+//! | a single one | none | [`SingleRank`] |
 //!
 //! [`OptimizerOptions::with_communicator`]: crate::OptimizerOptions::with_communicator
 //!

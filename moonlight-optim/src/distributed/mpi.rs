@@ -1,8 +1,8 @@
 //! Ranks that are processes, over MPI.
 //!
-//! Collectives are made of `MPI_Isend` and `MPI_Irecv`, as MPI libraries make their own non-blocking ones, and not of
-//! `MPI_Allreduce` and the like. That costs no bytes and has three advantages: sums are taken in rank order with any library;
-//! an error can name the rank that is missing; and waiting is polling, which can time out.
+//! Collectives are made of `MPI_Isend` and `MPI_Irecv`, not of `MPI_Allreduce` and the like. That sends no more bytes and has
+//! three advantages: sums are taken in rank order with any MPI library; an error can name the rank that is missing; and waiting
+//! is polling, which can time out.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -21,8 +21,8 @@ use mpi::traits::{AsRaw, Communicator};
 use super::transport::{Payload, Transport};
 use super::{Collective, CollectiveError, CollectiveOp, HostCollective};
 
-/// The most bytes of one MPI message. MPI counts elements in an `int`; far below that limit, each message that arrives also
-/// shows that its sender is alive.
+/// The most bytes of one MPI message. MPI counts elements in an `int`; this is far below that limit, so that messages arrive
+/// often enough to show that their sender is alive.
 const MAX_MESSAGE_BYTES: usize = 8 << 20;
 /// The tag of heartbeats; tags of collectives are below it.
 const HEARTBEAT_TAG: i32 = 1 << 14;
@@ -51,7 +51,7 @@ impl Mpi {
     ///
     /// # Errors
     ///
-    /// [`CollectiveError::Transport`], if MPI was initialized before, or its library may be called by the first thread only.
+    /// [`CollectiveError::Transport`], if MPI is already initialized, or its library allows calls from the first thread only.
     pub fn open() -> Result<Self, CollectiveError> {
         let error = |message: &str| CollectiveError::Transport { rank: 0, message: message.to_string() };
         let opened = mpi::initialize_with_threading(Threading::Multiple);
@@ -84,7 +84,7 @@ impl Mpi {
     ///
     /// # Errors
     ///
-    /// [`CollectiveError::Transport`], for several devices and an MPI library that several threads cannot call at a time.
+    /// [`CollectiveError::Transport`], for several devices if the MPI library does not allow calls from several threads at a time.
     pub fn collectives(&self, devices: usize, timeout: Duration) -> Result<Vec<Arc<dyn Collective>>, CollectiveError> {
         let rank = self.rank();
         if devices > 1 && self.threading < Threading::Multiple {
@@ -95,8 +95,8 @@ impl Mpi {
         let transport = || {
             let communicator = self.world.duplicate();
             let raw = communicator.as_raw();
-            // `MPI_Comm_free` is collective: in a destructor it would hang where another rank has failed. `MPI_Finalize`
-            // frees them all.
+            // `MPI_Comm_free` is collective: a destructor that calls it would hang if another rank has failed. `MPI_Finalize`
+            // frees all communicators.
             std::mem::forget(communicator);
             // SAFETY: the communicator is valid. Errors come back as codes from now on, instead of aborting the job.
             unsafe { ffi::MPI_Comm_set_errhandler(raw, ffi::RSMPI_ERRORS_RETURN) };
@@ -200,7 +200,7 @@ impl MpiTransport {
         Ok(done != 0)
     }
 
-    /// Receives the heartbeats that have arrived, and notes when in `last_seen`, by rank.
+    /// Receives the heartbeats that have arrived, and sets their senders' entries of `last_seen` to now.
     fn receive_heartbeats(&self, last_seen: &mut [Instant]) -> Result<(), CollectiveError> {
         loop {
             let mut arrived = 0;
@@ -248,7 +248,7 @@ impl MpiTransport {
                 idle_since = None;
                 continue;
             }
-            // Backpropagation runs at the same time and needs the core: yield at first, then poll less often.
+            // The backward pass runs at the same time and needs the core: yield at first, then poll less often.
             if idle_since.get_or_insert_with(Instant::now).elapsed() < Duration::from_millis(2) {
                 thread::yield_now();
             } else {
@@ -276,7 +276,7 @@ impl MpiTransport {
     }
 }
 
-/// The chunks of a message, as `(start, length)`. At least one: an empty message is sent too, so that every collective
+/// The chunks of a message, as `(start, length)`. There is at least one: empty messages are sent too, so that every collective
 /// waits for every rank.
 fn chunks(length: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..length.max(1)).step_by(MAX_MESSAGE_BYTES).map(move |start| (start, MAX_MESSAGE_BYTES.min(length - start)))
@@ -297,14 +297,14 @@ impl Transport for MpiTransport {
         outgoing: Vec<Payload>,
         incoming: &[usize],
     ) -> Result<Vec<Payload>, CollectiveError> {
-        // All ranks call the same collectives in the same order, so the count is the same everywhere. As a tag it keeps a
-        // late message of a collective that timed out from being received by the next one.
+        // All ranks call the same collectives in the same order, so their counts agree. The count as tag keeps a late message of
+        // a collective that timed out from being received by the next one.
         let tag = (self.entered.fetch_add(1, Ordering::Relaxed) % HEARTBEAT_TAG as u64) as i32;
         let mut received: Vec<Vec<u8>> = incoming.iter().map(|&length| vec![0; length]).collect();
         let mut start = || {
             let mut open = Vec::new();
-            // Receives are posted before sends, so that what arrives has a buffer. Each rank starts with another peer, so that
-            // they do not all send to the same one at first.
+            // Receives are posted before sends, so that arriving messages have a buffer. Each rank starts with a different
+            // peer, so that they do not all send to the same one at first.
             for distance in 1..self.size {
                 let from = (self.rank + self.size - distance) % self.size;
                 let buffer = received[from].as_mut_ptr();
@@ -324,7 +324,7 @@ impl Transport for MpiTransport {
             self.wait(open, operation)
         };
         if let Err(error) = start() {
-            // Requests are still open, and MPI may write to these buffers at any time: they are leaked.
+            // Requests are still open, and MPI may read or write these buffers at any time, so they are leaked.
             std::mem::forget((received, outgoing));
             return Err(error);
         }

@@ -14,7 +14,7 @@ use super::{BytesSent, Collective, CollectiveError, CollectiveOp};
 /// In Burn 0.22.1 only CUDA devices can. Every other backend panics in `all_reduce` or returns an error of its server
 /// (`no_device_transport`), so a probe is not possible.
 pub fn supports_nccl(device: &Device) -> bool {
-    // This crate does not depend on the CUDA backend, so its device type cannot be named here: the text has to do.
+    // This crate does not depend on the CUDA backend and cannot name its device type, so the debug text decides.
     format!("{device:?}").contains("Cuda")
 }
 
@@ -22,7 +22,7 @@ pub fn supports_nccl(device: &Device) -> bool {
 ///
 /// Burn offers an all-reduce only. A reduce-scatter takes this rank's part of the sum; an all-gather is the sum of tensors
 /// that are zero where other ranks have their parts. `host` does the other collectives, and a barrier before each of NCCL's:
-/// a device that waits in NCCL cannot be interrupted, so a missing rank must be noticed before.
+/// a device that waits in NCCL cannot be interrupted, so a missing rank has to be found first, by the barrier's timeout.
 #[derive(Debug)]
 pub struct NcclCollective {
     host: Arc<dyn Collective>,
@@ -31,7 +31,7 @@ pub struct NcclCollective {
 }
 
 impl NcclCollective {
-    /// A rank of a group whose ranks are connected by `host`. `devices` are those of all ranks, in rank order.
+    /// A rank of a group whose ranks `host` connects. `devices` has the device of each rank, in rank order.
     pub fn new(host: Arc<dyn Collective>, devices: Vec<Device>) -> Self {
         Self { host, devices, sent: SentCounter::default() }
     }

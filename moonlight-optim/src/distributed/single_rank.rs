@@ -4,7 +4,7 @@ use burn::tensor::{DType, Tensor};
 
 use super::{BytesSent, Collective, CollectiveError};
 
-/// A group of one rank: every collective returns its input, a reduce-scatter in f32 as any other.
+/// A group of one rank: every collective returns its input. A reduce-scatter returns it in f32, as in a larger group.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SingleRank;
 

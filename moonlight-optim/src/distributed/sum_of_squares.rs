@@ -7,8 +7,8 @@ const CHUNK: usize = 1 << 20;
 
 /// The sum of the squares of all elements, in f64 where the device has it, else in f32.
 ///
-/// In f64 the order of summation changes about the 12th digit. So the sums of the parts that different ranks hold add up to
-/// the sum of the whole within f32 precision, and every world size clips by the same f32 factor.
+/// In f64 the order of summation changes about the 12th digit. However the tensor is divided among ranks, the sums of the parts
+/// therefore add up to that of the whole within f32 precision, and every world size clips by the same f32 factor.
 pub fn sum_of_squares<const D: usize>(tensor: Tensor<D>) -> f64 {
     let elements = tensor.shape().num_elements();
     let wide = if tensor.device().supports_dtype(DType::F64) { DType::F64 } else { DType::F32 };

@@ -1,4 +1,4 @@
-//! Several ranks against one.
+//! Several ranks, compared with one.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::{
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The collectives of `size` ranks of each kind: in one group, and for an even size in groups of two.
+/// Collectives of `size` ranks of each kind: in one group and, for an even size, in groups of two.
 fn backends(size: usize) -> Vec<Vec<Arc<dyn Collective>>> {
     let mut backends = vec![InProcess::collectives(size, TIMEOUT)];
     if size == 1 {
@@ -381,7 +381,7 @@ fn owners_keep_the_master_weights_of_half_precision_parameters() {
             let collectives = InProcess::collectives(size, TIMEOUT);
             train(&start, &rules, collectives, config(form), (0, 4, 1.max(size)), (Vec::new(), None))
         };
-        // Gradients are summed in f32 here and in bf16 by Burn's accumulator, so only a step of one micro-batch is compared.
+        // Sums of gradients are in f32 here and in bf16 in Burn's accumulator, so only steps of one micro-batch are compared.
         assert!(distance(&run(1)[0], &train_single(&start, &rules, (0, 4, 1))) < 1e-2, "{form:?}");
         assert!(distance(&run(1)[0], &values(&start)) > 1e-2);
         let many = run(3);

@@ -9,10 +9,10 @@ use super::bytes_sent::SentCounter;
 use super::collective::slice;
 use super::{BytesSent, Collective, CollectiveError, CollectiveOp};
 
-/// The bytes of a message, shared where several ranks of a process get the same one.
+/// The bytes of a message. Shared, since several ranks of a process may get the same ones.
 pub type Payload = Arc<Bytes>;
 
-/// Carries messages between ranks. [`HostCollective`] makes collectives of it.
+/// Carries messages between ranks. [`HostCollective`] builds collectives on it.
 pub trait Transport: Debug + Send + Sync {
     /// This rank, from 0.
     fn rank(&self) -> usize;
@@ -59,12 +59,12 @@ pub struct HostCollective<T> {
 }
 
 impl<T: Transport> HostCollective<T> {
-    /// The collectives of the rank at this end of the transport.
+    /// The collectives of the transport's rank.
     pub fn new(transport: T) -> Self {
         Self { transport, sent: SentCounter::default() }
     }
 
-    /// Counts the bytes and sends them; `outgoing[rank]` is empty.
+    /// Counts the bytes and sends them. This rank's entry of `outgoing` is empty.
     fn exchange(
         &self,
         operation: CollectiveOp,
@@ -91,7 +91,7 @@ impl<T: Transport> HostCollective<T> {
         let mut own = Some(own);
         let tensors = received.into_iter().enumerate().map(|(peer, payload)| {
             own.take_if(|_| peer == rank).unwrap_or_else(|| {
-                // A tensor owns its bytes: those of a payload that other ranks of this process hold too must be copied.
+                // A tensor owns its bytes. Those of a payload that other ranks of this process share must be copied.
                 let bytes = Arc::try_unwrap(payload).unwrap_or_else(|shared| Bytes::clone(&shared));
                 Tensor::from_data(TensorData::from_bytes(bytes, [lengths[peer]], dtype), (&device, dtype))
             })
@@ -138,7 +138,7 @@ impl<T: Transport> Collective for HostCollective<T> {
         let own = std::mem::replace(&mut parts[rank], empty);
         let outgoing = parts.into_iter().map(|tensor| Arc::new(to_bytes(tensor))).collect();
         let parts = self.exchange_tensors(CollectiveOp::ReduceScatter, outgoing, &vec![length; self.size()], own)?;
-        // Widened before they are added, and in rank order: what one rank gets that accumulates the same micro-batches.
+        // Widened first and added in rank order, which gives the bits of one rank that accumulates the same micro-batches.
         let sum = parts.into_iter().map(|part| part.cast(DType::F32)).reduce(|sum, part| sum.add(part));
         Ok(sum.expect("a group has at least one rank"))
     }

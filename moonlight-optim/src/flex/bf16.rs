@@ -14,7 +14,7 @@ use rayon::prelude::*;
 /// Rows and columns of a tile of the result: 8 by 3 registers of 16 sums. With the operands, 28 of 32 registers are in use.
 const ROWS: usize = 8;
 const COLUMNS: usize = 48;
-/// Pairs of inner indices that are packed at a time: few enough that the lines written stay in cache.
+/// Pairs of inner indices that are packed at a time: few enough that the cache lines written stay in cache.
 const PAIRS: usize = 32;
 /// Rows of the result that a thread takes at a time.
 const BLOCK_ROWS: usize = 12 * ROWS;
@@ -26,9 +26,9 @@ pub(super) fn is_available() -> bool {
         && is_x86_feature_detected!("avx512bf16")
 }
 
-/// An operand rounded to bf16, in panels of `width` rows (left operand) or columns (right operand). A panel has, for each pair
-/// of inner indices, that pair of every row or column: `[pairs, width]` values of two bf16 each, as the instruction reads
-/// them. The last panel is filled up with zeros.
+/// An operand rounded to bf16, in panels of `width` rows (left operand) or columns (right operand). A panel is `[pairs, width]`
+/// values. Each value holds two bf16 that are neighbors along the inner index, since `_mm512_dpbf16_ps` multiplies and adds two
+/// at a time. The last panel is filled up with zeros.
 #[derive(Default)]
 pub(super) struct PackedOperand {
     width: usize,
@@ -112,7 +112,7 @@ impl PackedOperand {
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn pack_rows(panel: &mut [u32], width: usize, rows: &[f32], columns: usize) {
     let mut values = [0; PAIRS];
-    // A few pairs of each row at a time, so that the lines of the strided side stay in cache.
+    // A few pairs of each row at a time, so that the cache lines of the strided side stay in cache.
     for (block, places) in panel.chunks_mut(PAIRS * width).enumerate() {
         let first = block * 2 * PAIRS;
         for (index, row) in rows.chunks(columns).enumerate() {
@@ -149,7 +149,7 @@ unsafe fn pack_columns(panel: &mut [u32], width: usize, matrix: &[f32], columns:
 }
 
 /// `out = keep * out + factor * left * right`, in f32, `out` with as many columns as `right`. With `lower`, only the lower half
-/// of a square result is computed, and some tiles above it. With a `keep` of 0, `out` is not read.
+/// of a square result is computed, in whole tiles, which extend above the diagonal. With a `keep` of 0, `out` is not read.
 ///
 /// The same input gives the same bits for any number of threads.
 ///
@@ -192,10 +192,11 @@ pub(super) fn multiply(
                 let mut sums = [0.0; ROWS * COLUMNS];
                 // SAFETY: the processor has AVX512-BF16 by the first assertion.
                 unsafe { tile(&mut sums, left.panel(row / ROWS), right.panel(panel)) };
-                // The last panel has columns of padding, which are computed and not stored.
+                // Columns of padding in the last panel are computed, but not stored.
                 let width = COLUMNS.min(columns - column);
                 for (out, sums) in out.chunks_mut(columns).zip(sums.chunks(COLUMNS)) {
                     for (out, sum) in out[column..column + width].iter_mut().zip(sums) {
+                        // Not `0 * out`: a workspace may hold NaN from the matrix before.
                         *out = if keep == 0.0 { factor * sum } else { keep * *out + factor * sum };
                     }
                 }
@@ -281,14 +282,14 @@ mod tests {
         }
         for (rows, columns, depth) in [(1, 1, 1), (3, 5, 7), (8, 48, 64), (9, 49, 65), (130, 100, 33), (200, 17, 260)] {
             let (left, right) = (noise(rows * depth, 1), noise(depth * columns, 2));
-            let turned = |matrix: &[f32], rows: usize, columns: usize| -> Vec<f32> {
+            let transposed = |matrix: &[f32], rows: usize, columns: usize| -> Vec<f32> {
                 (0..columns).flat_map(|column| (0..rows).map(move |row| matrix[row * columns + column])).collect()
             };
-            for (turn, parallel) in [(false, false), (true, false), (false, true), (true, true)] {
+            for (transpose, parallel) in [(false, false), (true, false), (false, true), (true, true)] {
                 let (mut lhs, mut rhs) = (PackedOperand::default(), PackedOperand::default());
-                if turn {
-                    lhs.set_left(&turned(&left, rows, depth), depth, rows, Inner::Rows, parallel);
-                    rhs.set_right(&turned(&right, depth, columns), columns, depth, Inner::Columns, parallel);
+                if transpose {
+                    lhs.set_left(&transposed(&left, rows, depth), depth, rows, Inner::Rows, parallel);
+                    rhs.set_right(&transposed(&right, depth, columns), columns, depth, Inner::Columns, parallel);
                 } else {
                     lhs.set_left(&left, rows, depth, Inner::Columns, parallel);
                     rhs.set_right(&right, depth, columns, Inner::Rows, parallel);

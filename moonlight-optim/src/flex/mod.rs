@@ -1,11 +1,11 @@
 //! Newton-Schulz and the Muon step on the CPU backend `flex`: in f32, and in bf16 where the processor has AVX512-BF16.
 //!
-//! Burn's operations pass over the whole stack once for each operation. These kernels go matrix by matrix, in a workspace
-//! that stays in cache, compute only the lower half of symmetric products, and compute `a X + (b R + c R^2) X` as one product.
+//! Each of Burn's operations passes over the whole stack. These kernels take one matrix at a time, in a workspace that stays in
+//! cache, compute only the lower half of symmetric products, and compute `a X + (b R + c R^2) X` as one product.
 //!
 //! The same input gives the same bits for any number of threads and any other matrices in the stack.
 //! [`NewtonSchulz::apply_plain`](crate::NewtonSchulz::apply_plain) is the same computation in Burn's operations; the tests of
-//! `newton_schulz` hold both to the reference.
+//! `newton_schulz` compare both with the reference.
 
 #[cfg(target_arch = "x86_64")]
 mod bf16;
@@ -23,8 +23,8 @@ use rayon::prelude::*;
 use crate::{NewtonSchulz, Preconditioning};
 use product::{Kernel, Side, Symmetric, product};
 
-/// [`NewtonSchulz::apply`] of a stack `[batch, rows, columns]`; `None` if it is not f32, is not on this backend, or if there is
-/// no kernel for the dtype of the products.
+/// [`NewtonSchulz::apply`] of a stack `[batch, rows, columns]`. `None` if the stack is not f32 or not on this backend, or if
+/// there is no kernel for the dtype of the products.
 pub(crate) fn newton_schulz(iteration: &NewtonSchulz, x: &Tensor<3>) -> Option<Tensor<3>> {
     let shape = x.dims();
     if x.dtype() != DType::F32 || !has_kernel(iteration, shape) {
@@ -69,7 +69,7 @@ fn orthogonalize(iteration: &NewtonSchulz, input: &[f32], [_, rows, columns]: [u
 /// Runs `task` for each matrix of `[rows, columns]`, with a workspace, and with `true` if it may use all threads itself.
 ///
 /// Many matrices keep all threads busy, one each. A few large ones are taken one after the other, each by all threads. Small
-/// ones are never divided: that costs more than it gains.
+/// ones are never divided, since that costs more than it gains.
 fn for_each_matrix<M: Send>(
     iteration: &NewtonSchulz,
     rows: usize,
@@ -105,7 +105,7 @@ pub(crate) struct StepScalars {
     /// `mu` of this step.
     pub(crate) momentum: f64,
     pub(crate) nesterov: bool,
-    /// The factor that decay leaves of a weight: 1 - its fraction.
+    /// What decay leaves of a weight: 1 minus the fraction that it removes.
     pub(crate) kept: f64,
     /// The scale of the orthogonalized update.
     pub(crate) factor: f64,
@@ -140,7 +140,8 @@ pub(crate) fn step_many(
     let Some((first, _, _)) = members.first() else { return Vec::new() };
     let [batch, rows, columns] = first.dims();
     let size = rows * columns;
-    // Copies a tensor that is not contiguous or is a view of a larger one: storage is read and written as a whole below.
+    // `to_contiguous` copies a tensor that is not contiguous or is a view of a larger one: below, all of its storage is read
+    // and written.
     let flex = |tensor: Tensor<3>| match tensor.try_into_primitive::<Flex>() {
         Ok(tensor) => tensor.to_contiguous(),
         Err(_) => unreachable!("the tensors are on this backend"),
@@ -168,7 +169,7 @@ pub(crate) fn step_many(
     stepped.map(|(new, _, momentum, _)| Stepped { tensor: tensor(new), momentum: tensor(momentum) }).collect()
 }
 
-/// A matrix in its step.
+/// The operands of one matrix's step.
 struct Matrix<'a> {
     tensor: &'a mut [f32],
     momentum: &'a mut [f32],
@@ -182,9 +183,10 @@ impl Matrix<'_> {
         let Self { tensor, momentum, gradient, is_first } = self;
         let (mu, kept) = (step.momentum as f32, step.kept as f32);
         let (factor, learning_rate) = (step.factor as f32, step.learning_rate as f32);
-        // One part for a single thread.
+        // A single thread takes the whole matrix as one part.
         let part = if parallel { PART_ELEMENTS } else { gradient.len() };
         let update_momentum = |((input, momentum), gradient): ((&mut [f32], &mut [f32]), &[f32])| {
+            // The first momentum is the gradient itself, as in Burn's operations. `0 * mu + gradient` would turn -0 into 0.
             if is_first {
                 momentum.copy_from_slice(gradient);
             } else {
@@ -204,7 +206,7 @@ impl Matrix<'_> {
         let input = work.matrix().par_chunks_mut(part).zip(momentum.par_chunks_mut(part));
         input.zip(gradient.par_chunks(part)).for_each(update_momentum);
         work.run(parallel);
-        // Rounded as Burn's operations do: `update * factor` first, then the learning rate; no fused multiply-add.
+        // Rounded as Burn's operations round: `update * factor` before the learning rate, and no fused multiply-add.
         let apply = |(tensor, update): (&mut [f32], &[f32])| {
             for (tensor, update) in tensor.iter_mut().zip(update) {
                 *tensor = *tensor * kept - update * factor * learning_rate;
@@ -217,7 +219,7 @@ impl Matrix<'_> {
 /// Elements that a thread takes at a time in elementwise passes over a matrix.
 const PART_ELEMENTS: usize = 1 << 16;
 
-/// The memory of one matrix under iteration.
+/// The buffers of the iteration for one matrix. A thread reuses them for all of its matrices.
 struct Workspace<'a> {
     iteration: &'a NewtonSchulz,
     plan: Vec<Range<usize>>,
@@ -235,7 +237,7 @@ struct Workspace<'a> {
     gram: Symmetric,
     /// `P`: `a I + b R + c R^2`.
     polynomial: Symmetric,
-    /// Only in the Gram form: `Q`, the product of the polynomials since the last restart, and space for two products.
+    /// Empty except in the Gram form: `Q`, the product of the polynomials since the last restart, and space for two products.
     accumulated: [Symmetric; 3],
     /// The result of a step, swapped with `x`.
     next: Vec<f32>,
@@ -314,7 +316,7 @@ impl<'a> Workspace<'a> {
         }
         let Self { plan, x, gram, polynomial, accumulated, next, .. } = self;
         for (index, steps) in plan.iter().enumerate() {
-            // AOL has computed the Gram matrix of the first step and rescaled it.
+            // AOL needed the Gram matrix of the first step and has rescaled it together with `X`.
             if index > 0 || !aol {
                 gram.set_gram(x, rows, columns, side, parallel);
             }
@@ -324,8 +326,8 @@ impl<'a> Workspace<'a> {
         }
     }
 
-    /// `X <- a X + (b R + c R^2) X` with bf16 products. `a` stays out of the polynomial and is applied to the f32 `X`, so that it
-    /// is not rounded to bf16.
+    /// `X <- a X + (b R + c R^2) X` with bf16 products. The polynomial is rounded to bf16, so `a` is not part of it but is
+    /// applied to the f32 `X`.
     #[cfg(target_arch = "x86_64")]
     fn bf16_step(&mut self, [a, b, c]: [f32; 3], parallel: bool) {
         use bf16::{Inner, multiply};
@@ -335,6 +337,8 @@ impl<'a> Workspace<'a> {
         left.set_left(x, rows, columns, inner, parallel);
         right.set_right(x, rows, columns, inner, parallel);
         gram.set_lower(|out| multiply(out, left, right, 0.0, 1.0, true, parallel));
+        // The Gram matrix and the polynomial are symmetric, so that rows and columns are the same. `Inner::Rows` packs with
+        // contiguous writes.
         left.set_left(gram.values(), size, size, Inner::Rows, parallel);
         right.set_right(gram.values(), size, size, Inner::Rows, parallel);
         polynomial.set_lower(|out| {
@@ -368,9 +372,9 @@ impl<'a> Workspace<'a> {
     }
 }
 
-/// The polynomial of the Gram matrix that these steps amount to. For a single step it is `P`. Of several, each computes
-/// `Q <- Q P` and `R <- P R P`. All of them are polynomials of one symmetric matrix, so they commute and their products are
-/// symmetric: half of each product is enough.
+/// The polynomial in the Gram matrix that these steps together multiply `X` by. For a single step it is `P`; of several, each
+/// computes `Q <- Q P` and `R <- P R P`. All of these are polynomials in one symmetric matrix, so they commute and their
+/// products are symmetric: half of each product is enough.
 fn accumulate<'a>(
     gram: &mut Symmetric,
     polynomial: &'a mut Symmetric,
@@ -397,20 +401,21 @@ fn accumulate<'a>(
     q
 }
 
-/// `x <- x / (||x|| + epsilon)`. Elements are divided by the largest of them first, so that no square overflows or vanishes.
+/// `x <- x / (||x|| + epsilon)`. Elements are divided by the largest magnitude first, so that no square overflows or vanishes.
 /// Zeros stay zeros; NaN or infinity makes all elements NaN.
 fn normalize(x: &mut [f32], epsilon: f64) {
-    // Independent partial results, so that the compiler can use vector registers; their number is fixed, so that every level of
-    // vector instructions sums in the same order.
+    // Independent partial results let the compiler use vector registers. Their number is fixed, so that every level of vector
+    // instructions sums in the same order.
     const LANES: usize = 16;
     let mut lanes = [0.0_f32; LANES];
     for values in x.chunks(LANES) {
         lanes.iter_mut().zip(values).for_each(|(largest, value)| *largest = largest.max(value.abs()));
     }
+    // `f32::max` ignores NaN, which reaches every element through the norm below. So does infinity, as infinity / infinity.
     let largest = lanes.into_iter().fold(f32::MIN_POSITIVE, f32::max);
     let mut sums = [0.0_f32; LANES];
     let mut squares = 0.0_f64;
-    // f32 sums of 64 terms at most, added up in f64, so that large matrices lose no digits.
+    // f32 sums have 64 terms at most and are added up in f64, so that large matrices lose no digits.
     for values in x.chunks_mut(64 * LANES) {
         sums.fill(0.0);
         for values in values.chunks_mut(LANES) {

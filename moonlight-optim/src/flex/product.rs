@@ -6,8 +6,8 @@ use rayon::prelude::*;
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
 
-/// Rows of a block. `gemm` packs the other operand for each block, which needs enough rows to pay off; a symmetric product
-/// leaves out what is right of a block's diagonal, which is more the fewer rows it has.
+/// Rows of a block, a compromise. `gemm` packs the right operand again for each block, which pays off only over many rows; a
+/// symmetric product skips what is right of a block's diagonal, which is more with few rows.
 const BLOCK_ROWS: usize = 96;
 
 /// The side of `X` that the polynomial is multiplied from: left for a wide matrix, right for a tall one.
@@ -20,9 +20,9 @@ pub(super) enum Side {
 /// The kernel of the matrix products.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Kernel {
-    /// `gemm`, on the matrix as it is.
+    /// `gemm`, on the row-major matrix.
     Blocks,
-    /// [`tiles`], on the matrix made tall and padded.
+    /// [`tiles`], on the matrix transposed to be tall and padded to whole tiles.
     #[cfg(target_arch = "x86_64")]
     Tiles,
 }
@@ -133,7 +133,7 @@ impl Symmetric {
         let size = self.size;
         for_each_block(&mut self.values, size, parallel, |start, out| {
             let count = out.len() / size;
-            // Columns up to the last row of the block: the lower half, and the block's own triangle above the diagonal.
+            // Columns up to the block's last row: the lower half, and the block's own triangle above the diagonal.
             multiply(out, size, lhs.rows(start, count), rhs.first_columns(start + count), 0.0, 1.0);
         });
         self.mirror();
@@ -176,14 +176,14 @@ impl Symmetric {
     }
 
     /// AOL: multiplies row and column `i` by `1 / sqrt(sum_j |value(i, j)|)`, and returns these factors. The result is the Gram
-    /// matrix of the rescaled `X`, which need not be computed again.
+    /// matrix of the rescaled `X`, so that the first step does not compute it again.
     pub(super) fn rescale(&mut self) -> Vec<f32> {
         let factors: Vec<f32> = self
             .values
             .chunks(self.size)
             .map(|row| {
                 let sum: f64 = row.iter().map(|value| f64::from(value.abs())).sum();
-                // Without the smallest f32, a row of zeros would become 0 / 0.
+                // Without the smallest f32, a row of zeros would be multiplied by infinity and become NaN.
                 (1.0 / (sum + f64::from(f32::MIN_POSITIVE)).sqrt()) as f32
             })
             .collect();
@@ -193,7 +193,7 @@ impl Symmetric {
         factors
     }
 
-    /// Copies the lower half to the upper one, in tiles, so that the lines of the strided side stay in cache.
+    /// Copies the lower half to the upper one, in tiles, so that the cache lines of the strided side stay in cache.
     fn mirror(&mut self) {
         const TILE: usize = 32;
         let size = self.size;

@@ -1,9 +1,9 @@
 //! Matrix products in tiles of 8 rows by 32 columns, on processors with AVX512.
 //!
 //! A general product (`gemm`) copies both operands into panels first. It also takes so many rows at a time that a symmetric
-//! result of [64, 64] has no half to leave out. Here matrices are made tall and padded with zeros to whole tiles. So the left
-//! operand is read in place, the right operand of a small matrix too, and little more than the lower half of a symmetric
-//! result is computed.
+//! result of [64, 64] has no half to skip. Here matrices are transposed to be tall and padded with zeros to whole tiles. The left
+//! operand is then read in place, as is the right operand of a small matrix, and little more than the lower half of a
+//! symmetric result is computed.
 
 use std::arch::x86_64::{
     __m512, _mm512_castpd_ps, _mm512_castps_pd, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_blend_ps,
@@ -20,7 +20,7 @@ const ROWS: usize = 8;
 /// f32 values in a register.
 const LANES: usize = 16;
 
-/// From this row length on, panels of the right operand are copied: see [`panel`].
+/// Panels of the right operand are copied if its rows are at least this long; see [`panel`].
 const COPIED_PANELS_FROM: usize = 128;
 
 /// Rows of a result that a thread takes at a time, if there are several threads.
@@ -192,7 +192,7 @@ unsafe fn symmetric_tiles(
             let (right, stride) = panel(&mut copied, right, column, size);
             for row in (column.max(first)..end).step_by(ROWS) {
                 let (left, offset) = (left.as_ptr().add(row), (row - first) * size + column);
-                // The second register would have nothing below the diagonal, or begin past the last column.
+                // One register if the second would have nothing below the diagonal, or would begin past the last column.
                 if row < column + LANES || column + LANES == size {
                     let sums = tile::<1>(left, 1, size, right, stride, depth);
                     store(out, offset, size, sums, start, factor);
@@ -221,10 +221,10 @@ unsafe fn mirror(out: &mut [f32], size: usize) {
                 for (index, register) in block.iter_mut().enumerate() {
                     *register = _mm512_loadu_ps(out.as_ptr().add((row + index) * size + column));
                 }
-                for (index, (own, turned)) in block.into_iter().zip(transposed(block)).enumerate() {
+                for (index, (own, mirrored)) in block.into_iter().zip(transposed(block)).enumerate() {
                     // In a block on the diagonal, only what is right of the diagonal is replaced.
-                    let below = if row == column { u16::MAX << index } else { u16::MAX };
-                    let register = _mm512_mask_blend_ps(below, own, turned);
+                    let above = if row == column { u16::MAX << index } else { u16::MAX };
+                    let register = _mm512_mask_blend_ps(above, own, mirrored);
                     _mm512_storeu_ps(out.as_mut_ptr().add((column + index) * size + row), register);
                 }
             }
@@ -260,8 +260,9 @@ unsafe fn product_tiles(out: &mut [f32], x: &[f32], polynomial: &[f32], size: us
     }
 }
 
-/// Two registers' columns of the right operand, and the distance of their rows. They are read in place in a small matrix, and
-/// copied out of one with long rows: its rows are so far apart that only few of the columns' lines fit in the L1 cache.
+/// A panel of the right operand, as wide as two registers, and the distance between its rows. In a small matrix it is read in
+/// place. In one with long rows it is copied first: there, rows are so far apart that few of the panel's lines fit in the L1
+/// cache.
 fn panel(copied: &mut Vec<f32>, matrix: &[f32], column: usize, size: usize) -> (*const f32, usize) {
     if size < COPIED_PANELS_FROM {
         return (matrix[column..].as_ptr(), size);
@@ -275,7 +276,7 @@ fn panel(copied: &mut Vec<f32>, matrix: &[f32], column: usize, size: usize) -> (
 }
 
 /// A tile of sums over `depth` of `left[row * across + inner * along] * right[inner * stride + column]`. The two strides let it
-/// read the left operand as it is or transposed.
+/// read the left operand as stored or transposed.
 ///
 /// # Safety
 ///

@@ -1,4 +1,4 @@
-//! Muon's config.
+//! The options of Muon.
 
 use burn::config::{Config, config_to_json};
 use burn::optim::ModuleOptimizer;
@@ -59,7 +59,7 @@ impl MatrixView {
         }
     }
 
-    /// The shape as a stack `[batch, A, B]`. Any other shape than [`MatrixView::accepts`] accepts becomes one row.
+    /// The shape as a stack `[batch, A, B]`, for a shape that passes [`MatrixView::accepts`].
     pub fn stack(self, shape: &[usize]) -> [usize; 3] {
         match (self, shape) {
             (MatrixView::Kernel, [outputs, rest @ ..]) => [1, *outputs, rest.iter().product()],
@@ -92,28 +92,28 @@ pub struct MomentumWarmup {
 /// | `momentum` | 0.95 | 0 to 1 | the default | the report |
 /// | `momentum_warmup` | none | `{ start, steps }` | to follow modded-nanogpt's short runs | modded-nanogpt |
 /// | `momentum_precision` (`momentum_dtype`) | `f32` | `bf16` | `bf16` halves Muon's state where memory is short | |
-/// | `nesterov` | `true` | `false`: orthogonalize `M` itself | `false` only to reproduce such a run | Keller Jordan |
+/// | `nesterov` | `true` | `false`: orthogonalize `M` itself | `false` only to reproduce a run without it | Keller Jordan |
 /// | `weight_decay` | 0.1 | 0 and above | the report found decay necessary in long runs | the report, 2.2 |
-/// | `decay` | constant, times the learning rate | [`Decay`]: scheduled, independent, cautious | to reproduce a run that has it | arXiv 2309.14322, 2510.12402 |
+/// | `decay` | constant, times the learning rate | [`Decay`]: scheduled, independent, cautious | to reproduce a run that uses it | arXiv 2309.14322, 2510.12402 |
 /// | `scale` | `report`: `0.2 sqrt(max(A, B))` | [`UpdateScale`]: `update_norm`, `hidden_size`, `keller_jordan`, `spectral`, `unit` | `report` with a learning rate found for AdamW; `keller_jordan` with one of about 0.02; `spectral` to transfer learning rates over widths | the report, eq. 4 to 6; arXiv 2310.17813 |
 /// | `layout` | `in_out`: Burn's `Linear` | `out_in`: PyTorch's | `out_in` for weights that a module stores as `[out, in]`; the report's scale does not depend on it | |
 /// | `view` | `stack`: `[A, B]` or `[batch, A, B]` | `kernel` | `kernel` for the weights of convolutions | Keller Jordan |
-/// | `blocks` | `whole` | [`Blocks`]: rows or columns | heads, or a fused projection, as matrices of their own; best set on a [`Rule`](crate::Rule) | torchtitan's Moonlight |
+/// | `blocks` | `whole` | [`Blocks`]: rows or columns | to orthogonalize heads, or the parts of a fused projection, separately; best set on a [`Rule`](crate::Rule) | torchtitan's Moonlight |
 /// | `adaptive` | `off` | [`Adaptive`]: `nor_muon`, `ada_muon` | second moments of the update; NorMuon costs almost no memory, AdaMuon doubles the state | arXiv 2510.05491, 2507.11005 |
-/// | `rounding` | `nearest` | [`Rounding`]: `stochastic`, `master` | for bf16 and f16 parameters: `master` if 4 bytes an element are there, else `stochastic` | |
+/// | `rounding` | `nearest` | [`Rounding`]: `stochastic`, `master` | for bf16 and f16 parameters: `master` if there is memory for 4 more bytes per element, else `stochastic` | |
 /// | `coefficients` | `report` | [`Coefficients`]: `quintic`, `polar_express`, `cans`, `aol`, `deepseek_v4`, `custom` | `polar_express` to converge to 1; `aol` to save a step; the others to reproduce a run | see each |
-/// | `steps` (`newton_schulz_steps`) | as many as the coefficients come with, 5 for `report` | any | more steps are more exact, and no better for `report` | the report, 2.1 |
-/// | `epsilon` (`newton_schulz_epsilon`) | 1e-7 | 0 and above | 0 makes the update independent of the gradient's size | the report's code |
+/// | `steps` (`newton_schulz_steps`) | the coefficients' own number, 5 for `report` | any | more steps are more exact; with `report` they gave no better model | the report, 2.1 |
+/// | `epsilon` (`newton_schulz_epsilon`) | 1e-7 | 0 and above | 0 makes the update independent of the gradient's norm | the report's code |
 /// | `precision` (`newton_schulz_dtype`) | `f32` | `bf16`, `f16` | `bf16` where the device has units for it | the report trains in bf16 |
 /// | `form` | `auto`: the cheaper one for each shape | [`NewtonSchulzForm`]: `direct`, `gram` | `direct` for the smallest rounding error | Dao-AILab/gram-newton-schulz |
 ///
-/// Serde reads and writes the config under the names of the first column, or that in parentheses, which is the written one.
-/// Every field may be left out; an unknown name is an error. [`Config::save`] and [`Config::load`] use JSON.
+/// Serde uses the field names of the first column. Where a second name is in parentheses, serde writes that one and reads
+/// both. Every field may be left out; an unknown name is an error. [`Config::save`] and [`Config::load`] use JSON.
 ///
 /// ```
 /// use moonlight_optim::{MuonConfig, UpdateScale};
 ///
-/// // For one parameter group; `.init()` gives an optimizer for a module of matrices alone.
+/// // For one parameter group. `.init()` gives an optimizer for a module that has only matrices.
 /// let muon = MuonConfig::new().with_weight_decay(0.0).with_scale(UpdateScale::KellerJordan).build();
 ///
 /// let read: MuonConfig = serde_json::from_str(r#"{ "scale": "keller_jordan", "weight_decay": 0.0 }"#)?;
@@ -150,7 +150,7 @@ pub struct MuonConfig {
     /// Second moments of the update: NorMuon, AdaMuon. Default: `off`.
     pub adaptive: Adaptive,
     /// How the updates of bf16 and f16 parameters are rounded. [`MuonConfig::init`] and parameter groups follow it;
-    /// [`MuonConfig::build`] alone rounds to nearest. Default: `nearest`.
+    /// [`MuonConfig::build`] always rounds to nearest. Default: `nearest`.
     pub rounding: Rounding,
     /// The polynomials of Newton-Schulz. Default: `report`.
     pub coefficients: Coefficients,
@@ -191,7 +191,7 @@ impl Default for MuonConfig {
     }
 }
 
-/// [`Config::save`] and [`Config::load`]. Unlike with a derived config, a file may leave out any field.
+/// [`Config::save`] and [`Config::load`]. Implemented by hand: Burn's derive requires every field in a file.
 impl Config for MuonConfig {}
 
 impl std::fmt::Display for MuonConfig {
@@ -207,12 +207,12 @@ impl MuonConfig {
     }
 
     /// Keller Jordan's config (`SingleDeviceMuonWithAuxAdam` of KellerJordan/Muon): scale `sqrt(max(1, out / in))`, no decay.
-    /// The learning rate that goes with it is 0.02.
+    /// Its learning rate is 0.02.
     pub fn keller_jordan() -> Self {
         Self::default().with_scale(UpdateScale::KellerJordan).with_weight_decay(0.0)
     }
 
-    /// The config of Kimi K2 (arXiv 2507.20534): the report's, to be used with [`QkClip`](crate::QkClip).
+    /// The config of Kimi K2 (arXiv 2507.20534): the report's. Kimi K2 combines it with [`QkClip`](crate::QkClip).
     pub fn kimi_k2() -> Self {
         Self::default()
     }
@@ -257,7 +257,7 @@ impl MuonConfig {
         }
     }
 
-    /// The optimizer of single parameters, as [`ParameterRules`](crate::ParameterRules) and [`Muon::step_batch`] use it.
+    /// The optimizer for single parameters, which [`ParameterRules`](crate::ParameterRules) and [`Muon::step_batch`] use.
     pub fn build(&self) -> Muon {
         let newton_schulz = NewtonSchulz {
             epsilon: self.epsilon,
@@ -272,8 +272,8 @@ impl MuonConfig {
         Muon { config: self.clone(), newton_schulz }
     }
 
-    /// Initialize Muon for every parameter of a module, as Burn's own configs do. Only for a module that consists of matrices;
-    /// any other module needs [`ParameterRules`](crate::ParameterRules), since Muon panics for a vector.
+    /// Initialize Muon for every parameter of a module, as Burn's own configs do. Muon panics for a vector, so a module
+    /// with parameters that are not matrices needs [`ParameterRules`](crate::ParameterRules).
     pub fn init(&self) -> ModuleOptimizer {
         ModuleOptimizer::from(self.mixed())
     }
@@ -282,21 +282,22 @@ impl MuonConfig {
     /// keep one.
     pub(crate) fn second_moment_shape(&self, shape: &[usize]) -> Option<[usize; 3]> {
         let [batch, rows, columns] = self.view.stack(shape);
-        // NorMuon averages over a layer's inputs: blocks along that side have an average each.
-        let blocks = |cut: bool| if cut { self.blocks.sizes(rows, columns).map_or(1, |sizes| sizes.len()) } else { 1 };
+        // NorMuon averages over a layer's inputs: if that side is split, each block has its own average.
+        let averages =
+            |split: bool| if split { self.blocks.sizes(rows, columns).map_or(1, |sizes| sizes.len()) } else { 1 };
         match (self.adaptive, self.layout_of_view()) {
             (Adaptive::Off, _) => None,
             (Adaptive::AdaMuon { .. }, _) => Some([batch, rows, columns]),
             (Adaptive::NorMuon { .. }, WeightLayout::InOut) => {
-                Some([batch, blocks(matches!(self.blocks, Blocks::Rows(_))), columns])
+                Some([batch, averages(matches!(self.blocks, Blocks::Rows(_))), columns])
             }
             (Adaptive::NorMuon { .. }, WeightLayout::OutIn) => {
-                Some([batch, rows, blocks(matches!(self.blocks, Blocks::Columns(_)))])
+                Some([batch, rows, averages(matches!(self.blocks, Blocks::Columns(_)))])
             }
         }
     }
 
-    /// Which side of a matrix is the layer's input, as the view reads it.
+    /// Which side of a matrix is the layer's input. A kernel is read as `[out, in * ...]` whatever the layout is.
     pub(super) fn layout_of_view(&self) -> WeightLayout {
         match self.view {
             MatrixView::Stack => self.layout,

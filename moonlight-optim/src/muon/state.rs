@@ -27,7 +27,7 @@ impl<const D: usize> RecordState for MuonState<D> {
     }
 
     fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
-        // In the dtype of the file, not the device's default, so that a state comes back bit for bit.
+        // In the file's dtype, not the device's default: a state must load bit for bit.
         let data = src.take_tensor(prefix, "momentum")?;
         let dtype = data.dtype();
         let momentum = Tensor::from_data(data, (device, dtype));

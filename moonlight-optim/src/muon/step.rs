@@ -7,11 +7,11 @@ use super::{MomentumPrecision, MuonConfig, MuonState};
 use crate::newton_schulz::full_precision;
 use crate::{Blocks, NewtonSchulz, Preconditioning, UpdateScale, WeightLayout};
 
-/// The Muon optimizer. Should be created with [`MuonConfig`].
+/// The Muon optimizer, created by [`MuonConfig::build`].
 ///
 /// ```text
 /// M <- mu M + grad
-/// O  = NewtonSchulz(mu M + grad)                 (Nesterov; or of M)
+/// O  = NewtonSchulz(mu M + grad)                 (without Nesterov: of M)
 /// W <- W - lr * (0.2 sqrt(max(A, B)) O + weight_decay W)
 /// ```
 ///
@@ -21,12 +21,12 @@ use crate::{Blocks, NewtonSchulz, Preconditioning, UpdateScale, WeightLayout};
 ///
 /// Parameter and gradient: a matrix `[A, B]` or a stack of matrices `[batch, A, B]`; with [`MatrixView::Kernel`] a
 /// convolution kernel `[out, in, ...]`. Every matrix of a stack, and every block of a matrix ([`Blocks`]), is orthogonalized
-/// and scaled by itself, from its own two dimensions.
+/// separately and scaled by its own dimensions.
 ///
 /// # Precision
 ///
-/// Momentum and update are computed in f32 (f64 for f64 parameters) and the parameter is rounded once. So bf16 parameters
-/// have an f32 momentum.
+/// Momentum and update are computed in f32 (f64 for f64 parameters), and the parameter is rounded once. bf16 parameters
+/// have an f32 momentum too, unless [`MuonConfig::momentum_precision`] is bf16.
 ///
 /// A zero gradient with zero momentum gives a zero update. A gradient that contains NaN or infinity makes the whole matrix
 /// NaN, and no other matrix of its stack. As with AdamW the momentum stays NaN from then on: check gradients before a step.
@@ -34,8 +34,8 @@ use crate::{Blocks, NewtonSchulz, Preconditioning, UpdateScale, WeightLayout};
 /// # Several ranks
 ///
 /// [`Muon::step`](Optimizer::step) is a function of parameter, gradient and state, and so is [`Muon::step_batch`] for equal
-/// matrices at once: each rank can call it for the matrices that it owns. [`balance`](crate::distributed::balance) decides
-/// which those are, and [`MuonAdamW`](crate::MuonAdamW) does all of it.
+/// matrices at once: each rank can call it for the matrices that it owns. [`balance`](crate::distributed::balance) assigns
+/// matrices to ranks. [`MuonAdamW`](crate::MuonAdamW) does all of this.
 ///
 /// [`MatrixView`]: crate::MatrixView
 /// [`MatrixView::Kernel`]: crate::MatrixView::Kernel
@@ -67,7 +67,7 @@ pub struct Muon {
 type Member<const D: usize> = (Tensor<D>, Tensor<D>, Option<MuonState<D>>);
 
 impl Muon {
-    /// The config that it was built from.
+    /// The config that this optimizer was built from.
     pub fn config(&self) -> &MuonConfig {
         &self.config
     }
@@ -77,8 +77,8 @@ impl Muon {
         &self.newton_schulz
     }
 
-    /// The update for a momentum that Nesterov was already applied to: orthogonalized and scaled, without decay and before the
-    /// learning rate. Also returns the new second moment, for an [`Adaptive`](crate::Adaptive) variant.
+    /// The orthogonalized and scaled update, before learning rate and decay. `momentum` is the input of Newton-Schulz: Nesterov
+    /// is already applied. Also returns the new second moment, for an [`Adaptive`](crate::Adaptive) variant.
     ///
     /// # Shapes
     ///
@@ -99,12 +99,13 @@ impl Muon {
             panic!("{blocks} do not fill a matrix of [{rows}, {columns}]");
         };
         let parts = blocks.split(&momentum, &sizes);
-        // Along the side that is split, a second moment has either the sizes of the blocks or one number for each block.
+        // Along the split side, a second moment has either one entry per element, and is split like the matrix, or one per
+        // block: NorMuon's average over inputs, if the input side is split.
         let mut seconds: Vec<Option<Tensor<3>>> = match &second_moment {
             Some(second) => {
-                let one_each = blocks.extent(second) == sizes.len();
+                let one_per_block = blocks.extent(second) == sizes.len();
                 let ones = vec![1; sizes.len()];
-                blocks.split(second, if one_each { &ones } else { &sizes }).into_iter().map(Some).collect()
+                blocks.split(second, if one_per_block { &ones } else { &sizes }).into_iter().map(Some).collect()
             }
             None => vec![None; sizes.len()],
         };
@@ -119,9 +120,9 @@ impl Muon {
             let second = members.iter().map(|&block| seconds[block].take()).collect::<Option<Vec<_>>>();
             let (update, second) = self.block_direction(stacked, second.map(|seconds| Tensor::cat(seconds, 0)));
             for (place, &block) in members.iter().enumerate() {
-                let own = |x: &Tensor<3>| x.clone().narrow(0, place * batch, batch);
-                updates[block] = Some(own(&update));
-                seconds[block] = second.as_ref().map(own);
+                let of_member = |x: &Tensor<3>| x.clone().narrow(0, place * batch, batch);
+                updates[block] = Some(of_member(&update));
+                seconds[block] = second.as_ref().map(of_member);
             }
         }
         let update = blocks.join(updates.into_iter().flatten().collect());
@@ -134,8 +135,8 @@ impl Muon {
         let layout = self.config.layout_of_view();
         let adaptive = self.config.adaptive;
         let input = adaptive.input(momentum);
-        // AOL scales the rows of a square matrix. Its authors store a layer's outputs as rows, Burn as columns: transposed, so
-        // that outputs are scaled in either layout.
+        // AOL scales the shorter side, and the rows of a square matrix. Rows are outputs in its authors' `[out, in]`, but inputs
+        // in Burn's `[in, out]`, which is therefore transposed: outputs are scaled in either layout.
         let aol = self.newton_schulz.preconditioning == Preconditioning::Aol;
         let update = if aol && rows == columns && layout == WeightLayout::InOut {
             self.newton_schulz.apply(input.swap_dims(1, 2)).swap_dims(1, 2)
@@ -147,7 +148,7 @@ impl Muon {
             (Some(factor), _) => update.mul_scalar(factor),
             (None, UpdateScale::UpdateNorm { factor }) => {
                 let mean_square = update.clone().square().mean_dims(&[1, 2]); // [batch, 1, 1]
-                // Without the smallest f32, an update of zeros would be 0 / 0.
+                // Adding the smallest normal f32 keeps an update of zeros from becoming 0 / 0.
                 let rms = mean_square.sqrt().add_scalar(f64::from(f32::MIN_POSITIVE));
                 update.mul(rms.recip().mul_scalar(factor))
             }
@@ -156,9 +157,9 @@ impl Muon {
         (update, second)
     }
 
-    /// A step of several parameters of one shape at once: from `(parameter, gradient, state)` of each to `(parameter, state)`
-    /// of each. The result is that of [`Optimizer::step`] one by one, bit for bit; parameters that have taken equally many
-    /// steps share one batched Newton-Schulz.
+    /// Steps several parameters of one shape at once. Takes `(parameter, gradient, state)` of each and returns
+    /// `(parameter, state)` of each, in the same order and with the same bits as [`Optimizer::step`] gives one by one.
+    /// Parameters that have taken the same number of steps share one batched Newton-Schulz.
     ///
     /// # Panics
     ///
@@ -196,8 +197,8 @@ impl Muon {
     pub(crate) fn step_stacks(&self, lr: LearningRate, parameters: Vec<Member<3>>) -> Vec<(Tensor<3>, MuonState<3>)> {
         let batch = parameters.first().map_or(0, |(tensor, _, _)| tensor.dims()[0]);
         let mut results: Vec<Option<(Tensor<3>, MuonState<3>)>> = vec![None; parameters.len()];
-        // Members of one call must be at the same step, since momentum and decay may depend on it. `None` is a member without
-        // state, whose first momentum is the gradient itself.
+        // Only members at the same step share a call, since momentum warm-up and decay schedules depend on the step. A member
+        // without state (`None`) starts with its gradient as momentum, so it is not grouped with one at step 0 that has state.
         let step_of = |state: &Option<MuonState<3>>| state.as_ref().map(|state| state.step);
         let mut waiting: Vec<(usize, Member<3>)> = parameters.into_iter().enumerate().collect();
         while let Some((_, (_, _, state))) = waiting.first() {
@@ -224,7 +225,8 @@ impl Muon {
                     seconds.extend(state.second_moment);
                 }
             }
-            // Stacks of equal shape are one larger stack, [members * batch, A, B].
+            // Stacks of equal shape are concatenated to one larger stack, [members * batch, A, B]. A state that was saved with
+            // other settings may lack second moments: unless every member has one, all start anew.
             let state = step.map(|step| MuonState {
                 momentum: Tensor::cat(momenta, 0),
                 second_moment: (seconds.len() == indices.len()).then(|| Tensor::cat(seconds, 0)),
@@ -232,17 +234,17 @@ impl Muon {
             });
             let (tensor, state) = self.step_stack(lr, Tensor::cat(tensors, 0), Tensor::cat(grads, 0), state);
             for (place, index) in indices.into_iter().enumerate() {
-                let own = |x: &Tensor<3>| x.clone().narrow(0, place * batch, batch);
-                let second_moment = state.second_moment.as_ref().map(own);
-                let state = MuonState { momentum: own(&state.momentum), second_moment, step: state.step };
-                results[index] = Some((own(&tensor), state));
+                let of_member = |x: &Tensor<3>| x.clone().narrow(0, place * batch, batch);
+                let second_moment = state.second_moment.as_ref().map(of_member);
+                let state = MuonState { momentum: of_member(&state.momentum), second_moment, step: state.step };
+                results[index] = Some((of_member(&tensor), state));
             }
         }
         results.into_iter().flatten().collect()
     }
 
-    /// A step of members that have taken equally many steps, by the CPU kernel that fuses momentum, Newton-Schulz, decay and
-    /// update. Gives the members back if the kernel does not have these settings: it knows plain Muon only.
+    /// Steps members at the same step with the CPU kernel, which fuses momentum, Newton-Schulz, decay and update. Returns the
+    /// members as `Err` if the kernel does not support the settings or the tensors: it implements plain Muon only.
     #[cfg(feature = "cpu")]
     fn step_in_kernel(
         &self,
@@ -294,7 +296,7 @@ impl Muon {
         view.stack(shape)
     }
 
-    /// A step of one stack `[batch, A, B]`, by the CPU kernel where it can.
+    /// A step of one stack `[batch, A, B]`, by the CPU kernel if that supports it.
     fn step_one(&self, lr: LearningRate, member: Member<3>) -> (Tensor<3>, MuonState<3>) {
         #[cfg(feature = "cpu")]
         let member = {
@@ -309,7 +311,7 @@ impl Muon {
         self.step_stack(lr, tensor, grad, state)
     }
 
-    /// A step of a stack `[batch, A, B]` in Burn's operations, except Newton-Schulz, which may have a kernel.
+    /// A step of a stack `[batch, A, B]` in Burn's operations. Newton-Schulz alone may still run in a kernel.
     fn step_stack(
         &self,
         lr: LearningRate,
@@ -335,7 +337,7 @@ impl Muon {
         let (update, second_moment) = self.direction(input, second_moment);
 
         let tensor = self.decay_and_update(lr, step, tensor.cast(dtype), update).cast(stored);
-        // Rounded after the update was computed from the exact sum.
+        // Only the stored momentum is rounded: the update above used the f32 sum.
         let momentum = match self.config.momentum_precision {
             MomentumPrecision::F32 => momentum,
             MomentumPrecision::Bf16 => momentum.cast(DType::BF16),
@@ -359,7 +361,7 @@ impl Muon {
         let tensor = match (fraction != 0.0, decay.cautious) {
             (false, _) => tensor,
             (true, false) => tensor.mul_scalar(1.0 - fraction),
-            // The update is subtracted: where it has the sign of the weight, both shrink the weight.
+            // The update is subtracted, so where it has the weight's sign it shrinks the weight, as decay does.
             (true, true) => {
                 let agrees = tensor.clone().mul(update.clone()).greater_equal_elem(0.0);
                 let decayed = tensor.clone().mul_scalar(1.0 - fraction);

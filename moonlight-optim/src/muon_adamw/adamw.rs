@@ -9,7 +9,7 @@ use crate::{MixedPrecision, MixedPrecisionState};
 type State<const D: usize> = MixedPrecisionState<AdamWState<D>, D>;
 
 impl MuonAdamW {
-    /// The new values. `key` is the index of the parameter and the first element of the segment.
+    /// Returns the new values. `key` is the index of the parameter and the first element of the segment.
     pub(super) fn step_adamw<const D: usize>(
         &mut self,
         key: (usize, usize),
@@ -35,8 +35,8 @@ impl MuonAdamW {
     }
 }
 
-/// The same state for a parameter of another shape with as many elements. AdamW is elementwise, so states are kept flat: a
-/// segment has no other shape.
+/// The same state for another shape with as many elements. Between steps states are flat, the only shape that a segment has;
+/// AdamW is elementwise and does not depend on it.
 fn reshaped<const D: usize, const E: usize>(state: State<D>, shape: Shape) -> State<E> {
     let inner = state.inner.map(|AdamWState { momentum }| {
         let AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2 } = momentum;

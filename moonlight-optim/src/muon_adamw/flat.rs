@@ -13,7 +13,7 @@ use crate::newton_schulz::full_precision;
 
 /// A segment of a parameter between momentum and update.
 struct MuonSegment {
-    /// The index that its new values are returned with.
+    /// The caller's index, which is returned with the new values.
     index: usize,
     bucket: usize,
     segment: Segment,
@@ -43,7 +43,7 @@ struct Matrix {
 }
 
 impl MuonAdamW {
-    /// Steps the segments that this rank owns. The new values are returned with the index that came with each.
+    /// Steps the segments that this rank owns. Each comes with an index, which is returned with its new values.
     pub(super) fn step_flat(
         &mut self,
         lr: f64,
@@ -57,7 +57,7 @@ impl MuonAdamW {
         Ok(segments.into_iter().map(|segment| self.finish(lr, segment)).collect())
     }
 
-    /// Line 2: momentum of this rank's part.
+    /// Line 2: the momentum of this rank's part.
     fn momentum(&mut self, index: usize, owned: OwnedSegment) -> Option<MuonSegment> {
         let OptimizerKind::Muon { optimizer, .. } = self.parameters[owned.segment.parameter].kind else { return None };
         let device = owned.value.device();
@@ -79,7 +79,7 @@ impl MuonAdamW {
             true => momentum.clone().mul_scalar(mu).add(gradient),
             false => momentum.clone(),
         };
-        // The state is rounded after the input was computed from the f32 sum, so that it is rounded once a step.
+        // Only the stored momentum is rounded: the input above used the f32 sum.
         let momentum = match config.momentum_precision {
             MomentumPrecision::F32 => momentum,
             MomentumPrecision::Bf16 => momentum.cast(DType::BF16),
@@ -105,18 +105,18 @@ impl MuonAdamW {
             for matrix in first / unit..last.div_ceil(unit) {
                 let start = matrix * unit;
                 let holders = holders(&self.buckets[part.bucket], parameter, start, start + unit);
-                let own = |&(holder, from, to): &(usize, usize, usize)| {
+                let own_part = |&(holder, from, to): &(usize, usize, usize)| {
                     (holder == rank).then(|| part.input.clone().narrow(0, start + from - first, to - from))
                 };
-                let parts = holders.iter().map(own).collect();
+                let parts = holders.iter().map(own_part).collect();
                 matrices.push(Matrix { segment: index, parameter, optimizer, rows, columns, holders, parts });
             }
         }
         matrices
     }
 
-    /// Line 3: the gather. Two ranks exchange their parts of the matrices that both own parts of, in the order of the matrices,
-    /// which both know. So a rank receives only what it needs, where an all-gather would send it everything.
+    /// Line 3: the gather. Two ranks exchange their parts of the matrices that they share, in the order of the matrices, which is
+    /// the same on both. An all-gather would send every part to every rank.
     fn gather_parts(&self, segments: &[MuonSegment], matrices: &mut [Matrix]) -> Result<(), CollectiveError> {
         let (rank, size) = (self.communicator.rank(), self.communicator.size());
         if size == 1 {
@@ -127,7 +127,8 @@ impl MuonAdamW {
         let mut outgoing: Vec<Vec<Tensor<1>>> = vec![Vec::new(); size];
         let mut incoming = vec![0; size];
         for matrix in &*matrices {
-            let own = matrix.parts.iter().flatten().next(); // none has been received yet
+            // Nothing has been received yet, so the only part is this rank's.
+            let own = matrix.parts.iter().flatten().next();
             for &(holder, from, to) in matrix.holders.iter().filter(|(holder, ..)| *holder != rank) {
                 outgoing[holder].extend(own.cloned());
                 incoming[holder] += to - from;
@@ -151,14 +152,14 @@ impl MuonAdamW {
         Ok(())
     }
 
-    /// Lines 4 and 5: Newton-Schulz on the whole matrix; this rank keeps its part. Every owner of a part computes the whole, as
-    /// the algorithm has it.
+    /// Lines 4 and 5: Newton-Schulz on the whole matrix; this rank keeps its part of the update. As in the algorithm, every owner
+    /// of a part orthogonalizes the whole matrix.
     fn orthogonalize(&self, segments: &mut [MuonSegment], matrices: Vec<Matrix>) {
         let rank = self.communicator.rank();
         let equal = |one: &Matrix, other: &Matrix| {
             (one.optimizer, one.rows, one.columns) == (other.optimizer, other.rows, other.columns)
         };
-        // Batches take matrices out of their order; the numbers put the updates back into it.
+        // Batches reorder the matrices. Their numbers restore the order, in which a segment's updates are concatenated.
         let numbered: Vec<(usize, Matrix)> = matrices.into_iter().enumerate().collect();
         let count = numbered.len();
         let mut updates: Vec<Option<(usize, Tensor<1>)>> = (0..count).map(|_| None).collect();
@@ -167,11 +168,11 @@ impl MuonAdamW {
             let Some((_, Matrix { optimizer, rows, columns, parameter, .. })) = batch.first() else { continue };
             let (optimizer, rows, columns) = (*optimizer, *rows, *columns);
             debug_assert!(self.parameters[*parameter].unit() == rows * columns);
-            let wholes = batch.iter().map(|(_, matrix)| {
+            let matrices = batch.iter().map(|(_, matrix)| {
                 let parts: Vec<Tensor<1>> = matrix.parts.iter().flatten().cloned().collect();
                 Tensor::cat(parts, 0).cast(DType::F32).reshape([1, rows, columns])
             });
-            let (update, _) = self.muon[optimizer].optimizer.direction(Tensor::cat(wholes.collect(), 0), None);
+            let (update, _) = self.muon[optimizer].optimizer.direction(Tensor::cat(matrices.collect(), 0), None);
             for (index, (number, matrix)) in batch.into_iter().enumerate() {
                 let Some(&(_, from, to)) = matrix.holders.iter().find(|(holder, ..)| *holder == rank) else { continue };
                 let whole = update.clone().narrow(0, index, 1).reshape([rows * columns]);

@@ -14,7 +14,7 @@ use crate::memory::step_batches;
 use crate::module_values::{AutodiffSettings, Replacer};
 
 impl MuonAdamW {
-    /// Keeps the gradients as they are, in their own dtype and layout: no cast and no copy.
+    /// Keeps the gradients in their own dtype and layout, without a cast or a copy.
     pub(super) fn add_gradients_local<M: Module>(&mut self, module: &M, mut gradients: GradientsParams) {
         if self.gradients.is_empty() {
             self.gradients = gradients;
@@ -56,14 +56,14 @@ impl MuonAdamW {
                 })
                 .unzip();
             let updated = self.step_matrices(lr, batch);
-            // Put back before the next batch is taken: only one batch exists outside of the module at a time.
+            // Put back before the next batch is taken, so that only one batch at a time exists twice.
             let values = owners.into_iter().zip(updated).map(|((id, shape), values)| (id, (shape, values)));
             module = module.map(&mut Replacer(values.collect()));
         }
         if !adamw.is_empty() {
             module = module.map(&mut StepAdamW { optimizer: self, gradients: &mut gradients, adamw, lr, scale });
         }
-        // Every gradient was taken by the optimizer of its parameter; one that is left has none.
+        // The optimizers have taken the gradients of their parameters. What is left belongs to no optimizer.
         if !gradients.is_empty() {
             module.visit(&mut RefuseUnassigned { path: Vec::new(), gradients: &gradients });
         }
@@ -103,7 +103,7 @@ impl ModuleVisitor for SumSquares<'_> {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.optimizer.gradients.get::<D>(param.id)
-            // Excludes the second name of a shared tensor.
+            // The second name of a shared tensor is not in `by_path`; its gradient counts once.
             && self.optimizer.by_path.contains_key(&self.path.join("."))
         {
             self.sum += sum_of_squares(gradient);
@@ -157,8 +157,8 @@ impl ModuleVisitor for ListParameters<'_> {
     }
 }
 
-/// Takes the parameters of a batch out of the module, with their gradients, and puts empty tensors in their place. Then the step
-/// has the only handle on them and can update them in place; otherwise it would copy each one first.
+/// Takes the parameters of a batch out of the module, with their gradients, and leaves empty tensors in their place. The step
+/// then has the only handle on them and updates them in place; with a second handle it would have to copy each one.
 struct TakeBatch<'a> {
     batch: &'a [MuonParameter],
     gradients: &'a mut GradientsParams,

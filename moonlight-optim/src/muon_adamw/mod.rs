@@ -26,7 +26,7 @@ use partition::{Bucket, partition};
 pub(crate) use partition::{OptimizedParameter, OptimizerKind, optimized_parameters};
 use sharded::Reduction;
 
-/// The optimizer state of a segment of a parameter: flat tensors with an element for each of the segment's.
+/// The optimizer state of a segment of a parameter: flat tensors with as many elements as the segment.
 #[derive(Clone)]
 #[allow(clippy::large_enum_variant, reason = "tensor handles are large, and there are only a few for each parameter")]
 enum SegmentState {
@@ -47,10 +47,10 @@ struct Group<O> {
     learning_rate_factor: f64,
 }
 
-/// Muon and AdamW for a whole module, with the parameter groups of an [`Assignment`]. Should be created with
-/// [`Assignment::build`], or with [`Assignment::load`] to resume.
+/// Muon and AdamW for a whole module, with the parameter groups of an [`Assignment`]. Created by [`Assignment::build`], or by
+/// [`Assignment::load`] to resume.
 ///
-/// Matrices of equal shape are stepped together in one batched Newton-Schulz, bit for bit as one by one.
+/// Matrices of equal shape are stepped together in one batched Newton-Schulz, which gives the same bits as one by one.
 ///
 /// ```
 /// # use burn::nn::{Linear, LinearConfig};
@@ -76,27 +76,27 @@ struct Group<O> {
 /// # Ranks
 ///
 /// One rank is the ordinary case: it holds all state, nothing is communicated, and a parameter without a gradient is left
-/// unchanged. So a step can also be taken in parts, one layer's gradients at a time.
+/// unchanged. A step can therefore also be taken in parts, with one layer's gradients at a time.
 ///
 /// With several ranks ([`OptimizerOptions::with_communicator`]) each holds the whole module and sees different data; the
 /// gradient of a step is the sum over the ranks. Each rank keeps the state of a part of the parameters and updates these;
 /// then all ranks gather the result ("Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.3 and Algorithm 1; see
-/// [`DistributedForm`]). Where a rank has no gradient for a parameter, zeros count.
+/// [`DistributedForm`]). A missing gradient of a rank counts as zeros.
 ///
-/// [`DistributedForm::Flat`] divides and rounds on one rank as on several: it treats missing gradients as zeros on one rank,
-/// too.
+/// With [`DistributedForm::Flat`], one rank rounds, and fills in zeros, as several do, so that the world size does not change
+/// the result.
 ///
 /// # A step in parts
 ///
-/// [`step`](Self::step) is the whole step. Its parts serve to clip by the global norm, or to reduce gradients while the
+/// [`step`](Self::step) is the whole step. Take it in parts to clip by the global norm, or to reduce gradients while the
 /// backward pass is still running: [`add_gradients`](Self::add_gradients) takes gradients as they are computed,
 /// [`local_sum_of_squares`](Self::local_sum_of_squares) is this rank's share of the squared norm, and
 /// [`apply`](Self::apply) updates the module.
 ///
 /// # State
 ///
-/// [`save`](Self::save) writes a rank's part of the state to a file. The files of all ranks together are the state, and any
-/// number of ranks can load them, in either form.
+/// [`save`](Self::save) writes a rank's part of the state to a file. The files of all ranks together are the state. Any number
+/// of ranks can load them, in either form.
 pub struct MuonAdamW {
     communicator: Communicator,
     config: DistributedConfig,
@@ -107,7 +107,7 @@ pub struct MuonAdamW {
     muon: Vec<Group<Muon>>,
     adamw: Vec<Group<MixedPrecision<AdamW>>>,
     buckets: Vec<Bucket>,
-    /// By parameter and first element of the segment.
+    /// By index of the parameter and first element of the segment.
     states: BTreeMap<(usize, usize), SegmentState>,
     /// One rank: the gradients added since the last step.
     gradients: GradientsParams,
@@ -140,7 +140,8 @@ impl Assignment {
         if let Some(other) = parameters.iter().find(|parameter| matches!(parameter.kind, OptimizerKind::Other)) {
             return Err(OptimizerError::UnknownOptimizer { group: other.group.clone() });
         }
-        // NorMuon averages over whole rows or columns, and both variants rescale by the norm of the whole update.
+        // NorMuon averages over whole rows or columns, and both variants rescale by the norm of the whole update: a rank that
+        // keeps a part of a matrix could do neither.
         let adaptive = optimizers.muon.iter().any(|(muon, _)| muon.adaptive != Adaptive::Off);
         if adaptive && config.form == DistributedForm::Flat {
             return Err(OptimizerError::AdaptiveNeedsWholeMatrices);
@@ -166,8 +167,8 @@ impl Assignment {
     /// As [`Assignment::build`], with the state in `files`, bit for bit. States are matched by parameter path, since Burn's
     /// `ParamId`s differ in every process.
     ///
-    /// `files` are all files that the ranks of a [`MuonAdamW`] saved, for any world size and either form, or the one file of
-    /// Burn's `ModuleOptimizer::save`. Each rank reads its own part of them. A parameter without an entry starts without
+    /// `files` is either the files of all ranks of a [`MuonAdamW`], saved with any world size and form, or the one file that
+    /// Burn's `ModuleOptimizer::save` wrote. Each rank reads its own part of them. A parameter without an entry starts without
     /// state: it had no gradient before the save.
     ///
     /// # Errors
@@ -198,14 +199,14 @@ impl MuonAdamW {
     }
 
     /// Whether a parameter without a gradient is left unchanged, so that a step can be taken with the gradients of some
-    /// parameters at a time. That is so on one rank with whole matrices.
+    /// parameters at a time. True on one rank with whole matrices.
     pub fn supports_partial_steps(&self) -> bool {
         self.communicator.size() == 1 && self.config.form == DistributedForm::WholeMatrix
     }
 
     /// A step with learning rate `lr`, from these gradients; with several ranks, from the sum over the ranks.
     ///
-    /// On one rank no more than a batch of parameters exists twice at a time, if the caller keeps no copy of the module: see
+    /// On one rank only one batch of parameters exists twice at a time, unless the caller keeps a copy of the module: see
     /// [`step_batches`](crate::memory::step_batches).
     ///
     /// # Errors
@@ -220,9 +221,8 @@ impl MuonAdamW {
         self.apply(lr, 1.0, module)
     }
 
-    /// Takes the gradients of some parameters of this step, each of them complete for this rank (summed over its
-    /// micro-batches). With several ranks, the reduction of a bucket starts in the background as soon as all of its gradients
-    /// are there.
+    /// Adds gradients of this step, each already summed over this rank's micro-batches. With several ranks, the reduction of a
+    /// bucket starts in the background as soon as its gradients and those of all buckets before it are complete.
     pub fn add_gradients<M: Module>(&mut self, module: &M, gradients: GradientsParams) {
         if self.supports_partial_steps() {
             self.add_gradients_local(module, gradients);

@@ -42,7 +42,7 @@ impl Default for DistributedConfig {
     }
 }
 
-/// [`Config::save`] and [`Config::load`]. Unlike with a derived config, a file may leave out any field.
+/// [`Config::save`] and [`Config::load`]. Implemented by hand: Burn's derive requires every field in a file.
 impl Config for DistributedConfig {}
 
 impl DistributedConfig {
@@ -78,7 +78,7 @@ impl OptimizerOptions {
         Self::default()
     }
 
-    /// Makes the optimizer that of one rank of a process group. Each rank holds a part of the state.
+    /// Builds the optimizer of one rank of a process group, which holds a part of the state.
     pub fn with_communicator(mut self, communicator: Communicator) -> Self {
         self.communicator = communicator;
         self
@@ -113,7 +113,7 @@ pub enum OptimizerError {
 }
 
 impl OptimizerError {
-    /// What to do about it, if known.
+    /// What to do about it, where that is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             OptimizerError::UnknownOptimizer { .. } => Some(

@@ -44,7 +44,7 @@ pub(crate) enum OptimizerKind {
     AdamW {
         optimizer: usize,
     },
-    /// Any other optimizer of Burn's.
+    /// Any other Burn optimizer.
     Other,
 }
 
@@ -132,9 +132,9 @@ impl Bucket {
     }
 }
 
-/// Divides the parameters into buckets of at least `bucket_elements` elements, and each bucket among `ranks`. Buckets go from
-/// the last parameter to the first, as a backward pass computes gradients, so that the first buckets are reduced while it is
-/// still running.
+/// Divides the parameters into buckets of at least `bucket_elements` elements, and each bucket among `ranks`. Buckets run from
+/// the last parameter to the first, the order in which a backward pass computes gradients, so that the first buckets are
+/// reduced while it is still running.
 pub(super) fn partition(
     parameters: &[OptimizedParameter],
     optimizers: &Optimizers,
@@ -164,7 +164,7 @@ pub(super) fn partition(
                 add(&mut parts[owner], Segment { parameter, start: matrix * unit, end: (matrix + 1) * unit });
             }
         }
-        // Parameters without owners are concatenated and cut evenly: all of them in the flat form, else AdamW's, which is
+        // Parameters without owners are concatenated and cut evenly: in the flat form all, otherwise those of AdamW, which is
         // elementwise and may be cut anywhere.
         let flat: Vec<usize> = members.iter().copied().filter(|&index| owners[index].is_none()).collect();
         let elements = flat.iter().map(|&index| parameters[index].elements()).sum();
@@ -186,7 +186,7 @@ pub(super) fn partition(
     groups.into_iter().map(bucket).collect()
 }
 
-/// Adds a segment, or extends the last one if the two are adjacent: an expert stack is stepped in as few pieces as possible.
+/// Adds a segment, or extends the last one if the two are adjacent, so that a stack of experts is stepped in few pieces.
 fn add(segments: &mut Vec<Segment>, segment: Segment) {
     match segments.last_mut().filter(|last| last.parameter == segment.parameter && last.end == segment.start) {
         Some(last) => last.end = segment.end,
@@ -200,12 +200,13 @@ fn owners(parameters: &[OptimizedParameter], optimizers: &Optimizers, ranks: usi
     for parameter in parameters {
         if let OptimizerKind::Muon { optimizer, stack: [matrices, rows, columns] } = parameter.kind {
             let iteration = optimizers.muon[optimizer].0.build();
-            // Without symmetric kernels the cost does not depend on the backend, so that all ranks compute the same owners.
+            // Counted without the symmetric kernels, so that ranks on different backends agree on the owners.
             let cost = iteration.newton_schulz().flops(rows, columns, false);
             costs.extend(std::iter::repeat_n(cost, matrices));
         }
     }
     let mut rank_of = balance(&costs, ranks).rank_of.into_iter();
+    // In the order in which the costs were listed.
     let owners = parameters.iter().map(|parameter| match parameter.kind {
         OptimizerKind::Muon { stack: [matrices, ..], .. } => Some(rank_of.by_ref().take(matrices).collect()),
         OptimizerKind::AdamW { .. } | OptimizerKind::Other => None,
@@ -213,8 +214,8 @@ fn owners(parameters: &[OptimizedParameter], optimizers: &Optimizers, ranks: usi
     owners.collect()
 }
 
-/// The ranks that own a part of the elements `start..end` of a parameter, with the part of each: `(rank, start, end)`, counted
-/// from `start`.
+/// The ranks that own a part of the elements `start..end` of a parameter, in rank order: `(rank, first, last)`, where the part
+/// of the rank is `first..last`, counted from `start`.
 pub(super) fn holders(bucket: &Bucket, parameter: usize, start: usize, end: usize) -> Vec<(usize, usize, usize)> {
     let mut holders = Vec::new();
     for (rank, segments) in bucket.parts.iter().enumerate() {

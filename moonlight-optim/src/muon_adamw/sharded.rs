@@ -1,4 +1,5 @@
-//! The step of several ranks: gradients are reduced bucket by bucket, each rank updates what it owns, all gather the result.
+//! The step of several ranks: gradients are reduced bucket by bucket, each rank updates what it owns, and all ranks gather the
+//! result.
 
 use std::collections::HashMap;
 
@@ -11,7 +12,7 @@ use super::{GatherPrecision, MuonAdamW, scaled};
 use crate::distributed::{CollectiveError, PendingCollective, sum_of_squares};
 use crate::module_values::Replacer;
 
-/// A segment of a parameter that this rank owns, in its step.
+/// A segment that this rank owns, with its values and its summed gradient.
 pub(super) struct OwnedSegment {
     pub(super) bucket: usize,
     pub(super) segment: Segment,
@@ -22,14 +23,14 @@ pub(super) struct OwnedSegment {
 /// The reduction of a bucket's gradients.
 #[derive(Debug)]
 pub(super) enum Reduction {
-    /// Not started: gradients are missing.
+    /// Not started: some of the bucket's gradients are missing.
     Open,
     Running(Box<PendingCollective<Tensor<1>>>),
     /// The sums of the segments that this rank owns, in their order.
     Done(Vec<Tensor<1>>),
 }
 
-/// A parameter as the module has it now.
+/// A parameter of the module that is being stepped.
 struct ModuleParameter {
     id: ParamId,
     dtype: DType,
@@ -49,9 +50,9 @@ impl MuonAdamW {
         self.start_complete_buckets();
     }
 
-    /// Starts the reduction of buckets whose gradients are all there. It stops at the first incomplete bucket, even if a later
-    /// one is complete: all ranks must start the same collectives in the same order, and gradients may arrive in another order
-    /// on another rank.
+    /// Starts the reduction of buckets that have all their gradients. It stops at the first incomplete bucket, even if a later
+    /// one is complete: all ranks must start the same collectives in the same order, and gradients may be added in another
+    /// order on another rank.
     fn start_complete_buckets(&mut self) {
         for (bucket, reduction) in self.buckets.iter().zip(&mut self.reductions) {
             if !matches!(reduction, Reduction::Open) {
@@ -64,14 +65,14 @@ impl MuonAdamW {
                 bucket.parameters.iter().filter_map(|&index| self.waiting.remove_entry(&index)).collect();
             let segment =
                 |segment: &Segment| gradients[&segment.parameter].clone().narrow(0, segment.start, segment.len());
-            // In f32 as after a reduction, so that the flat form gives the same on one rank.
+            // In f32, as a reduction would return it, so that the flat form gives the same bits on one rank.
             if self.communicator.size() == 1 {
                 let own = bucket.parts[0].iter().map(|part| segment(part).cast(DType::F32));
                 *reduction = Reduction::Done(own.collect());
                 continue;
             }
             let device = gradients.values().next().map(Tensor::device).unwrap_or_default();
-            // One message has one dtype: where gradients differ in it, all are sent as f32.
+            // A message has one dtype: f32 if those of the gradients differ.
             let mut types = gradients.values().map(Tensor::dtype);
             let first = types.next().unwrap_or(DType::F32);
             let dtype = if types.all(|dtype| dtype == first) { first } else { DType::F32 };
@@ -88,8 +89,8 @@ impl MuonAdamW {
         }
     }
 
-    /// Waits for the sums of all gradients. This rank counts zeros for parameters that have no gradient here: another rank may
-    /// have one.
+    /// Waits for the sums of all gradients. A parameter without a gradient on this rank counts as zeros: another rank may have
+    /// one, so its bucket must be reduced all the same.
     fn finish_reductions<M: Module>(&mut self, module: &M) -> Result<(), CollectiveError> {
         if self.reductions.iter().any(|reduction| matches!(reduction, Reduction::Open)) {
             for (index, found) in self.read_module(module).into_iter().enumerate() {
@@ -104,7 +105,7 @@ impl MuonAdamW {
             self.start_complete_buckets();
         }
         let rank = self.communicator.rank();
-        // A received part has the segments of this rank one after the other.
+        // In the order in which they were started. A sum holds this rank's segments one after the other.
         for (bucket, reduction) in self.buckets.iter().zip(&mut self.reductions) {
             if !matches!(reduction, Reduction::Running(_)) {
                 continue;
@@ -156,7 +157,7 @@ impl MuonAdamW {
         self.gather(module, own, &ids)
     }
 
-    /// The new values of each segment that this rank owns, in their order.
+    /// Steps the segments that this rank owns. Returns their new values in the same order.
     fn update(&mut self, lr: f64, owned: Vec<OwnedSegment>) -> Result<Vec<Tensor<1>>, CollectiveError> {
         let mut results: Vec<Option<Tensor<1>>> = owned.iter().map(|_| None).collect();
         let mut matrices = Vec::new();
@@ -191,6 +192,7 @@ impl MuonAdamW {
         let single_rank = self.communicator.size() == 1;
         let mut running = Vec::with_capacity(own.len());
         for (bucket, own) in self.buckets.iter().zip(own) {
+            // The flat form on one rank: nothing to send, but the values are put into the module as below.
             if single_rank {
                 running.push((bucket, None, own));
                 continue;
@@ -222,7 +224,7 @@ impl MuonAdamW {
                     all
                 }
             };
-            // In the order of elements, so that the segments of a parameter join to the whole.
+            // In the order of elements: the segments of a parameter are concatenated to its values.
             segments.sort_by_key(|(segment, _)| (segment.parameter, segment.start));
             let mut new = HashMap::new();
             let mut segments = segments.into_iter().peekable();
@@ -242,7 +244,7 @@ impl MuonAdamW {
         Ok(module)
     }
 
-    /// The dtype in which a bucket's parameters are sent: their own, or f32 if they differ in it.
+    /// The dtype in which a bucket's parameters are sent: their own, or f32 if their dtypes differ.
     fn bucket_dtype(&self, bucket: &Bucket, ids: &[Option<(ParamId, DType, Device)>]) -> DType {
         let mut types = bucket.parameters.iter().filter_map(|&index| ids[index].as_ref().map(|found| found.1));
         let first = types.next().unwrap_or(DType::F32);
@@ -262,8 +264,8 @@ impl MuonAdamW {
         visitor.found
     }
 
-    /// The bytes that a rank sends in a step, predicted from the shapes, in the mean over the ranks: gradients, momentum,
-    /// parameters.
+    /// The bytes that a rank sends in a step, as a mean over the ranks: `[gradients, momentum, parameters]`. Predicted from the
+    /// shapes.
     ///
     /// With `P` parameters of `b` bytes and `N` ranks, gradients and parameters take `b P (N - 1) / N` each. Momentum takes 0
     /// for whole matrices; for the flat form it takes the bytes of each part of a matrix times the number of other ranks that

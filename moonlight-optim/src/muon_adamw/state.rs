@@ -13,7 +13,7 @@ use crate::state::sharded_state::{PartToSave, Piece, collect, write_parts};
 use crate::{MixedPrecisionState, StateError};
 
 impl MuonAdamW {
-    /// The bytes of this rank's optimizer state, and of those the bytes of Muon's momentum.
+    /// The bytes of this rank's optimizer state, and how many of them are Muon's momentum.
     pub fn state_bytes(&self) -> (u64, u64) {
         let bytes = |tensor: &Tensor<1>| (tensor.dims()[0] * tensor.dtype().size()) as u64;
         let (mut all, mut momenta) = (0, 0);
@@ -39,7 +39,7 @@ impl MuonAdamW {
 
     /// Writes this rank's part of the state to a file. The files of all ranks together are the state.
     ///
-    /// Tensors are copied from the device one at a time, each when it is written.
+    /// Tensors are copied from the device one at a time, when they are written: the host needs memory for the largest only.
     ///
     /// # Errors
     ///
@@ -104,6 +104,7 @@ impl MuonAdamW {
             let state = match &parameter.kind {
                 OptimizerKind::Muon { optimizer, .. } => {
                     let Some(momentum) = collected.take(piece, "momentum").map(flat) else { continue };
+                    // The shape is that of the whole parameter's second moment; this piece has only some of the matrices.
                     let matrices = (piece.end - piece.start) / parameter.unit();
                     let shape = configs[*optimizer].second_moment_shape(&parameter.shape);
                     let second = collected.take(piece, "second_moment").map(flat);

@@ -1,4 +1,4 @@
-//! One rank against Burn's optimizer.
+//! One rank, compared with Burn's optimizer.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ fn build(assignment: &Assignment) -> MuonAdamW {
     assignment.build(OptimizerOptions::new()).unwrap()
 }
 
-/// Each kind of optimizer, loaded from the file that the other saved.
+/// The two kinds of optimizer, each loaded from the file that the other saved.
 fn swapped(assignment: &Assignment, plain: &ModuleOptimizer, batched: &MuonAdamW) -> (ModuleOptimizer, MuonAdamW) {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str| -> PathBuf { dir.path().join(name) };

@@ -9,7 +9,7 @@ use crate::memory::step_batches;
 use crate::newton_schulz::full_precision;
 use crate::{MuonState, Rounding};
 
-/// Matrices of one parameter that are to be stepped.
+/// Matrices of one parameter, to be stepped.
 #[derive(Clone, Debug)]
 pub(super) struct Matrices {
     /// Index of the parameter, and first element of the segment.
@@ -18,7 +18,7 @@ pub(super) struct Matrices {
     pub(super) optimizer: usize,
     /// `[matrices, rows, columns]`.
     pub(super) stack: [usize; 3],
-    /// The dtype of the parameter.
+    /// The dtype in which the parameter is stored.
     pub(super) stored: DType,
     pub(super) device: Device,
 }
@@ -36,8 +36,8 @@ impl Matrices {
 }
 
 impl MuonAdamW {
-    /// Steps equal matrices together. Of each: values and gradient as a stack `[matrices, rows, columns]`. Returns the new
-    /// values in the same order.
+    /// Steps equal matrices together. Each comes with its values and its gradient as stacks `[matrices, rows, columns]`. Returns
+    /// the new values in the same order.
     pub(super) fn step_matrices(&mut self, lr: f64, batch: Vec<(Matrices, Tensor<3>, Tensor<3>)>) -> Vec<Tensor<3>> {
         let Some((first, ..)) = batch.first() else { return Vec::new() };
         let group = &self.muon[first.optimizer];
@@ -45,6 +45,7 @@ impl MuonAdamW {
         let mut owners = Vec::with_capacity(batch.len());
         let mut members = Vec::with_capacity(batch.len());
         for (Matrices { key, stack, stored, device, .. }, value, gradient) in batch {
+            // Taken out of the map: the CPU kernel updates a momentum in place only if there is no other handle on it.
             let (state, master) = match self.states.remove(&key) {
                 Some(SegmentState::Muon { momentum, second_moment, step, master }) => {
                     let momentum = momentum.to_device(&device).reshape(stack);
@@ -77,7 +78,7 @@ impl MuonAdamW {
         updated
     }
 
-    /// Steps the matrices that this rank of several owns. The new values are returned with the index that came with each.
+    /// Steps the matrices that this rank of several owns. Each comes with an index, which is returned with its new values.
     pub(super) fn step_whole(&mut self, lr: f64, owned: Vec<(usize, OwnedSegment)>) -> Vec<(usize, Tensor<1>)> {
         let members = owned.into_iter().filter_map(|(index, owned)| {
             let parameter = &self.parameters[owned.segment.parameter];

@@ -1,11 +1,10 @@
 //! The direct and the Gram form of Newton-Schulz, and the cost of each.
 //!
-//! Let `n` be the shorter side of a matrix and `m` the longer one. A step of the direct form takes a Gram matrix, its square,
-//! and the product of a polynomial of it with `X`. The Gram form ("Gram Newton-Schulz",
+//! Let `n` be the shorter side of a matrix and `m` the longer one. A step of the direct form computes the Gram matrix, its
+//! square, and the product of `X` with a polynomial in the Gram matrix. The Gram form ("Gram Newton-Schulz",
 //! <https://github.com/Dao-AILab/gram-newton-schulz>) iterates on the `n` by `n` Gram matrix alone and multiplies `X` once, at
-//! the end. That is cheaper for matrices that are not square, the more so the larger `m / n` is. The price is precision: the
-//! Gram matrix has the squares of the singular values, and its rounding errors grow with every step. So it is recomputed from
-//! `X` (a restart) before they matter.
+//! the end. The larger `m / n` is, the more it saves. The price is precision: the Gram matrix squares the singular values, and
+//! its rounding errors grow with every step. A restart recomputes it from `X` before they matter.
 
 use std::ops::Range;
 
@@ -32,10 +31,16 @@ pub enum NewtonSchulzForm {
 
 /// How far rounding errors in the Gram matrix may grow, relative to its norm, before the Gram form restarts.
 ///
-/// Chosen by measurement, for five steps in f32 against f64 on 300 matrices of [12, 18]. The largest error of the direct form
-/// is 1e-6 with the report's coefficients, 7e-7 with the quintic, 5e-6 with Polar Express. Restarts by this limit, before
-/// every second step or sooner, make it 2.5e-6, 3e-6 and 1e-5. A single restart in five steps would make it 1.6e-5, 9e-5 and
-/// 1.3e-4; without restarts it is up to 2e-3, and ten steps overflow.
+/// Chosen by measurement: five steps in f32 against f64 on 300 matrices of [12, 18]. The largest errors were, with the
+/// coefficients of the report, the quintic and Polar Express:
+///
+/// | | report | quintic | Polar Express |
+/// |---|---|---|---|
+/// | direct form | 1e-6 | 7e-7 | 5e-6 |
+/// | this limit: a restart at least before every second step | 2.5e-6 | 3e-6 | 1e-5 |
+/// | one restart in five steps | 1.6e-5 | 9e-5 | 1.3e-4 |
+///
+/// Without restarts the error is up to 2e-3, and ten steps overflow.
 const LARGEST_GROWTH: f64 = 1.2e-6;
 
 /// The unit roundoff of a dtype.
@@ -48,14 +53,14 @@ fn roundoff(dtype: DType) -> f64 {
     }
 }
 
-/// The steps of the Gram form between restarts, as many as the rounding error allows. A step takes a small eigenvalue `r` of
-/// the Gram matrix to about `a^2 r`, and its error grows by the same factor.
+/// Groups the steps between restarts of the Gram form: each group is as long as the rounding error allows. A step takes a small
+/// eigenvalue `r` of the Gram matrix to about `a^2 r`, and its error grows by the same factor.
 fn segments(schedule: &[[f64; 3]], dtype: DType) -> Vec<Range<usize>> {
     let mut segments = Vec::new();
     let mut start = 0;
     let mut growth = roundoff(dtype);
     for (index, [a, _, _]) in schedule.iter().enumerate() {
-        // The next step would use the Gram matrix that this one computes, with an error of `growth`.
+        // The Gram matrix that this step would leave for the next one has an error of `growth`.
         growth *= a * a;
         if growth > LARGEST_GROWTH || index + 1 == schedule.len() {
             segments.push(start..index + 1);
@@ -66,7 +71,7 @@ fn segments(schedule: &[[f64; 3]], dtype: DType) -> Vec<Range<usize>> {
     segments
 }
 
-/// A segment for each step: the direct form.
+/// One segment per step, which is the direct form.
 fn direct(steps: usize) -> Vec<Range<usize>> {
     (0..steps).map(|step| step..step + 1).collect()
 }
@@ -99,15 +104,15 @@ pub(crate) fn plan(
     }
 }
 
-/// The Gram form has more and smaller products, which run at a lower rate: its FLOPs must be below this share of the direct
-/// form's before it is also faster.
+/// `Auto` takes the Gram form if its FLOPs are below this share of the direct form's. Its products are smaller and run at a
+/// lower rate, so that equal FLOPs take longer.
 const MARGIN: f64 = 0.95;
 
 /// The FLOPs of a plan for one matrix.
 ///
-/// A segment of `k` steps takes a Gram matrix, `k` squares, `k - 1` products to accumulate the polynomial, `2 (k - 1)` to
-/// update the Gram matrix, and one product with `X`. All except the last are symmetric, and a kernel that computes half of a
-/// symmetric result (`symmetric`) needs half of the operations.
+/// A segment of `k` steps computes a Gram matrix, `k` squares, `k - 1` products to accumulate the polynomial, `2 (k - 1)` to
+/// update the Gram matrix, and one product with `X`. All except the last have a symmetric result. A kernel that computes only
+/// half of such a result (`symmetric`) needs half of the operations.
 pub(crate) fn plan_flops(plan: &[Range<usize>], rows: usize, columns: usize, symmetric: bool) -> f64 {
     let (n, m) = (rows.min(columns) as f64, rows.max(columns) as f64);
     let factor = if symmetric { 1.0 } else { 2.0 };

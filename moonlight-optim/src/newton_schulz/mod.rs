@@ -11,8 +11,7 @@ pub use form::NewtonSchulzForm;
 use crate::{Coefficients, Preconditioning};
 use form::{plan, plan_flops};
 
-/// The Newton-Schulz iteration: it brings the singular values of a matrix near 1 and keeps the singular vectors, `U S V^T` to
-/// about `U V^T`.
+/// The Newton-Schulz iteration: it takes `U S V^T` to about `U V^T`. The singular vectors stay, the singular values come near 1.
 ///
 /// Each step applies an odd polynomial to the singular values: `X <- a X + b (X X^T) X + c (X X^T)^2 X` ("Muon is Scalable for
 /// LLM Training", arXiv 2502.16982, section 2.1).
@@ -54,7 +53,7 @@ impl NewtonSchulz {
         }
     }
 
-    /// Orthogonalizes each matrix of a stack by itself.
+    /// Orthogonalizes each matrix of a stack, independently of the others.
     ///
     /// The singular vectors are kept (see [`Preconditioning::Aol`] for an exception), the singular values come near 1. A matrix
     /// of zeros gives zeros. A matrix that contains NaN or infinity gives NaN in all of its elements, and no other matrix of
@@ -75,7 +74,7 @@ impl NewtonSchulz {
         self.apply_plain(x)
     }
 
-    /// As [`NewtonSchulz::apply`], in Burn's tensor operations on every backend.
+    /// [`NewtonSchulz::apply`] in Burn's tensor operations, on every backend.
     pub fn apply_plain(&self, x: Tensor<3>) -> Tensor<3> {
         let [_, rows, columns] = x.dims();
         let wide = full_precision(x.dtype());
@@ -91,13 +90,13 @@ impl NewtonSchulz {
         x.cast(wide)
     }
 
-    /// The FLOPs of the iteration for one matrix of this shape, in the dtype of [`NewtonSchulz::dtype`] or f32. With `symmetric`
-    /// they are those of the kernels, which compute half of a symmetric product; without, those of the same products in full,
-    /// as [`NewtonSchulz::apply_plain`] and PyTorch compute them.
+    /// The FLOPs of the iteration for one matrix of this shape, in the dtype of [`NewtonSchulz::dtype`] or f32. With
+    /// `symmetric`, symmetric products count half, as the CPU kernels compute them; without, they count in full, as
+    /// [`NewtonSchulz::apply_plain`] and PyTorch compute them.
     pub fn flops(&self, rows: usize, columns: usize, symmetric: bool) -> f64 {
         let preconditioning = match self.preconditioning {
             Preconditioning::Frobenius => 0.0,
-            // AOL needs a Gram matrix of its own.
+            // AOL needs one more Gram matrix, that of the unscaled `X`.
             Preconditioning::Aol => {
                 let short = rows.min(columns) as f64;
                 short * short * rows.max(columns) as f64 * if symmetric { 1.0 } else { 2.0 }
@@ -123,16 +122,16 @@ pub fn newton_schulz(x: Tensor<3>, coefficients: &Coefficients, steps: usize) ->
 }
 
 /// The Gram matrix on the shorter side: `X X^T` of a wide matrix, `X^T X` of a tall one. The report transposes a tall matrix
-/// first; `p(X X^T) X = X p(X^T X)`, so that is not necessary.
+/// first; that is not necessary, since `p(X X^T) X = X p(X^T X)`.
 fn gram(x: &Tensor<3>) -> Tensor<3> {
     let [_, rows, columns] = x.dims();
     let transposed = x.clone().swap_dims(1, 2);
     if rows <= columns { x.clone().matmul(transposed) } else { transposed.matmul(x.clone()) }
 }
 
-/// Steps that share one Gram matrix `R`. With `Z = b R + c R^2` a step is `X <- a X + Z X`. Several steps are
-/// `Q <- a Q + Q Z` and `R <- (a I + Z)^2 R` each, from `Q = I`, and `X <- Q X` at the end. (All of these are polynomials of
-/// `R`, so they commute.)
+/// Steps that share one Gram matrix `R`. With `Z = b R + c R^2`, a single step is `X <- a X + Z X`. Several steps start from
+/// `Q = I`, each computes `Q <- a Q + Q Z` and `R <- (a I + Z)^2 R`, and `X <- Q X` at the end. All of these are polynomials
+/// in the first `R`, so they commute.
 fn segment(x: Tensor<3>, steps: &[[f64; 3]]) -> Tensor<3> {
     let [_, rows, columns] = x.dims();
     let times = |polynomial: Tensor<3>, x: Tensor<3>| {
@@ -146,7 +145,7 @@ fn segment(x: Tensor<3>, steps: &[[f64; 3]]) -> Tensor<3> {
     }
     let mut q: Option<Tensor<3>> = None;
     for (index, &[a, b, c]) in steps.iter().enumerate() {
-        let z = z_of(&r, b, c);
+        let z = z_of(&r, b, c); // [batch, short, short]
         q = Some(match q {
             None => {
                 let identity = Tensor::<2>::eye(rows.min(columns), &x.device()).cast(x.dtype()).unsqueeze::<3>();
@@ -154,7 +153,7 @@ fn segment(x: Tensor<3>, steps: &[[f64; 3]]) -> Tensor<3> {
             }
             Some(q) => q.clone().mul_scalar(a).add(q.matmul(z.clone())),
         });
-        // The last step's `R` is not used.
+        // No step follows that would use the last `R`.
         if index + 1 < steps.len() {
             let rz = r.clone().mul_scalar(a).add(r.matmul(z.clone()));
             r = rz.clone().mul_scalar(a).add(z.matmul(rz));
@@ -178,18 +177,18 @@ fn normalize(x: Tensor<3>, epsilon: f64) -> Tensor<3> {
     let largest = x.clone().max_abs_dims(&[1, 2]).clamp_min(tiny); // [batch, 1, 1]
     let x = x.div(largest.clone());
     let norm = x.clone().square().sum_dims(&[1, 2]).sqrt(); // relative to the largest element
-    // The norm relative to the largest element is at least 1, where adding `tiny` changes nothing; that of a zero matrix is 0,
-    // and `tiny` makes 0 / 0 a 0. A clamp would do that too, but would also hide NaN.
+    // Relative to the largest element, the norm is at least 1, and adding `tiny` changes nothing. Only that of a zero matrix
+    // is 0: `tiny` keeps it from 0 / 0. A clamp would do the same, but would also hide NaN.
     let divisor = norm.add(largest.recip().mul_scalar(epsilon)).add_scalar(tiny);
     x.div(divisor)
 }
 
-/// AOL, the rescaling of almost orthogonal layers, on the shorter side: row `i` over `sqrt(sum_j |X X^T|_ij)`. `x` is
-/// normalized, so that the Gram matrix does not overflow; the result does not depend on the norm.
+/// AOL, the rescaling of almost orthogonal layers, on the shorter side: row `i` is divided by `sqrt(sum_j |X X^T|_ij)`. `x` is
+/// normalized before, so that the Gram matrix does not overflow; the result does not depend on the norm.
 fn aol(x: Tensor<3>) -> Tensor<3> {
     let [_, rows, columns] = x.dims();
     let sums = gram(&x).abs().sum_dim(2); // [batch, short, 1]
-    // Without the smallest f32, a row of zeros would become 0 / 0.
+    // Without the smallest f32, a row of zeros would be multiplied by infinity and become NaN.
     let factors = sums.add_scalar(f64::from(f32::MIN_POSITIVE)).sqrt().recip();
     x.mul(if rows <= columns { factors } else { factors.swap_dims(1, 2) })
 }
@@ -320,10 +319,10 @@ mod tests {
         ) {
             let matrix = noise(rows, rank, seed).times(&noise(rank, columns, seed ^ 1));
             for form in [NewtonSchulzForm::Auto, NewtonSchulzForm::Direct] {
-            let iteration = NewtonSchulz { form, ..NewtonSchulz::new(&Coefficients::Report, 5) };
-            let error = against_reference(std::slice::from_ref(&matrix), &iteration);
-            // Rounding errors grow by 3.4445 a step in the directions where the matrix has no component.
-            prop_assert!(error < 5e-4, "relative error {error}");
+                let iteration = NewtonSchulz { form, ..NewtonSchulz::new(&Coefficients::Report, 5) };
+                let error = against_reference(std::slice::from_ref(&matrix), &iteration);
+                // Rounding errors grow by 3.4445 a step in the directions in which the matrix has no component.
+                prop_assert!(error < 5e-4, "relative error {error}");
             }
         }
     }
@@ -423,8 +422,8 @@ mod tests {
     fn a_transposed_view_is_read_by_its_strides() {
         let input = stack(&[noise(5, 8, 1), noise(5, 8, 2)]);
         let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
-        let turned = values(iteration.apply(input.clone().swap_dims(1, 2)).swap_dims(1, 2));
-        assert!(distance(&turned, &values(iteration.apply(input))).0 < 1e-5);
+        let transposed = values(iteration.apply(input.clone().swap_dims(1, 2)).swap_dims(1, 2));
+        assert!(distance(&transposed, &values(iteration.apply(input))).0 < 1e-5);
     }
 
     #[test]
@@ -441,9 +440,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
 
-        /// bf16 has 8 significant bits, and five of the report's steps multiply the error of a singular value by up to 485. So the
-        /// error is large for some matrices (0.46 was seen for one of 3 x 5 that is nearly singular). A wrong result would have
-        /// an error of about 1.
+        /// bf16 has 8 significant bits, and five of the report's steps multiply the error of a singular value by up to 485. The
+        /// error is therefore large for some matrices: 0.46 was seen for one of 3 x 5 that is nearly singular. A wrong result
+        /// would have an error of about 1.
         #[test]
         fn bf16_of_any_shape_and_scale_stays_near_the_reference(
             (batch, rows, columns) in (1_usize..5, 1_usize..70, 1_usize..70),

@@ -9,7 +9,7 @@ use super::group::{GroupSettings, Unassigned};
 use super::{GroupOptimizer, Parameter, Rule};
 use crate::Blocks;
 
-/// The group name of tensors without gradients in the table.
+/// The group under which the table lists tensors without gradients.
 pub(crate) const BUFFER: &str = "buffer";
 
 /// A parameter and its group.
@@ -66,7 +66,7 @@ impl AssignedParameter {
 /// It prints as a table. It serializes as `parameters`, each with path, shape, group and reason, and `groups`, each with the
 /// settings of its optimizer and totals.
 ///
-/// [`build`](Self::build) makes the optimizer of it, [`load`](Self::load) one with saved state, and
+/// [`build`](Self::build) returns its optimizer, [`load`](Self::load) the same with saved state, and
 /// [`to_module_optimizer`](Self::to_module_optimizer) Burn's own.
 #[derive(Clone, Debug)]
 pub struct Assignment {
@@ -94,8 +94,8 @@ impl Assignment {
         self.rows.iter().filter(move |row| row.is_optimized() && row.group == group)
     }
 
-    /// The parameters of a group that its optimizer steps, by the blocks that they are split into: those of their rule, or of
-    /// the group.
+    /// [`Self::parameters_of`] by the blocks that they are split into: those of their rule, or else of the group. Burn's
+    /// `ModuleOptimizer` needs a group for each.
     pub(crate) fn by_blocks(&self, group: &str) -> Vec<(Blocks, Vec<&str>)> {
         let own = self.groups().find(|(name, _)| *name == group).and_then(|(_, optimizer)| optimizer.muon());
         let own = own.map_or(Blocks::Whole, |config| config.blocks.clone());
@@ -111,14 +111,14 @@ impl Assignment {
     }
 
     /// Burn's own optimizer for the module, without state: a `ModuleOptimizer` with a group for each group here, matched by
-    /// path. Use it with burn-train's `Learner` and other code that takes a `ModuleOptimizer`, and for groups of other
-    /// optimizers than Muon and AdamW.
+    /// path. Use it with burn-train's `Learner` and other code that takes a `ModuleOptimizer`, and for groups with optimizers
+    /// other than Muon and AdamW.
     ///
-    /// [`Assignment::build`] gives the same parameters bit for bit and is faster if many matrices have equal shapes. (Only
-    /// stochastic rounding differs, since it draws in another order.)
+    /// [`Assignment::build`] gives the same parameters bit for bit and is faster if many matrices have equal shapes. Only
+    /// stochastic rounding differs, since random numbers are drawn in another order.
     ///
-    /// The optimizer works for any module with the same paths. Its step panics for a gradient of a parameter that did not exist
-    /// when the rules were assigned.
+    /// The optimizer works for any module with the same paths. Its step panics for the gradient of a parameter that the rules
+    /// were not assigned to.
     pub fn to_module_optimizer(&self) -> ModuleOptimizer {
         let mut optimizer = ModuleOptimizer::from(Unassigned);
         for (name, group) in self.groups() {

@@ -50,7 +50,7 @@ pub enum RuleError {
         /// Path and shape of each.
         parameters: Vec<(String, Vec<usize>)>,
     },
-    /// A rule assigns to Muon what is not a matrix or a stack of matrices.
+    /// A rule assigns parameters to Muon that are neither matrices nor stacks of matrices.
     #[error("the rule for {rule} assigns to Muon what is not a matrix or a stack of matrices: {}", list(parameters))]
     NotAMatrix {
         /// The rule, in words.
@@ -58,7 +58,7 @@ pub enum RuleError {
         /// Path and shape of each.
         parameters: Vec<(String, Vec<usize>)>,
     },
-    /// A rule splits matrices into blocks that do not fill them, or for another optimizer than Muon.
+    /// A rule splits matrices into blocks that do not fill them, or splits those of an optimizer other than Muon.
     #[error("the rule for {rule} splits `{path}` {shape:?} into {blocks}, which {problem}")]
     Blocks {
         /// The rule, in words.
@@ -72,7 +72,7 @@ pub enum RuleError {
         /// The rest of the sentence.
         problem: &'static str,
     },
-    /// A rule without conditions assigns matrices to another group than Muon's.
+    /// A rule without conditions assigns matrices to a group other than Muon's.
     #[error("the rule for every parameter assigns matrices to `{group}` instead of Muon: {}", list(parameters))]
     MatrixWithoutMuon {
         /// The group that they are assigned to.

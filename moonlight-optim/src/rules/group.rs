@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{AdamWConfig, Blocks, Decay, MuonConfig};
 
-/// The optimizer of a parameter group: Muon, AdamW, or any other optimizer of Burn's.
+/// The optimizer of a parameter group: Muon, AdamW, or any other Burn optimizer.
 ///
 /// ```
 /// use moonlight_optim::{AdamWConfig, GroupOptimizer};
@@ -40,8 +40,8 @@ pub enum GroupSettings {
 }
 
 impl GroupOptimizer {
-    /// Any optimizer of Burn's. `weight_decay` is the decoupled decay that it applies, or 0. It serves only
-    /// [`update_rms`](crate::update_rms), which separates the update from the decay.
+    /// Any Burn optimizer. `weight_decay` is the decoupled decay that it applies, or 0. Only
+    /// [`update_rms`](crate::update_rms) uses it, to separate the update from the decay.
     pub fn new(optimizer: impl Optimizer, weight_decay: f64) -> Self {
         let settings = GroupSettings::Other { weight_decay };
         Self { optimizer: Arc::new(optimizer), settings, learning_rate_factor: 1.0 }
@@ -80,7 +80,7 @@ impl GroupOptimizer {
         }
     }
 
-    /// How decay is applied: Muon's setting, or the default for other optimizers.
+    /// How decay is applied: Muon's setting; for other optimizers the default, which is plain decoupled decay.
     pub(crate) fn decay(&self) -> Decay {
         self.muon().map(|config| config.decay).unwrap_or_default()
     }
@@ -120,7 +120,7 @@ impl From<AdamWConfig> for GroupOptimizer {
     }
 }
 
-/// A group's optimizer as `ModuleOptimizer::with_group` takes it. It applies the group's factor on the learning rate, for which
+/// A group's optimizer as `ModuleOptimizer::with_group` takes it. It also applies the group's learning rate factor, for which
 /// Burn has no setting.
 pub(crate) struct GroupMember {
     optimizer: Arc<dyn DynOptimizer>,

@@ -56,8 +56,8 @@ impl ParameterRules {
         Self::default()
     }
 
-    /// The rules of the report, for models with the parameter names of Hugging Face: Muon (group `muon`) for matrices and stacks
-    /// of matrices, except `embed_tokens` and `lm_head`; AdamW (group `adamw`) for these two, for norms and for biases.
+    /// The report's rules, for models with Hugging Face's parameter names: Muon (group `muon`) for matrices and stacks of
+    /// matrices, except `embed_tokens` and `lm_head`; AdamW (group `adamw`) for these two, for norms and for biases.
     pub fn moonlight(muon: MuonConfig, adamw: AdamWConfig) -> Self {
         Self::new()
             .group("muon", muon)
@@ -68,8 +68,9 @@ impl ParameterRules {
             .with_matrices_and_vectors()
     }
 
-    /// The same rules for any module. AdamW takes the weights of Burn's `Embedding` modules, what matches a glob of `except` (name
-    /// the output head there), and what is not a matrix; Muon takes all other matrices and stacks of matrices.
+    /// The same rules for any module. AdamW takes the weights of Burn's `Embedding` modules, parameters that match a glob of
+    /// `except` (name the output head there), and everything that is not a matrix. Muon takes all other matrices and stacks of
+    /// matrices.
     pub fn muon_except<P: Into<String>>(
         except: impl IntoIterator<Item = P>,
         muon: MuonConfig,
@@ -87,8 +88,8 @@ impl ParameterRules {
         rules.with_matrices_and_vectors()
     }
 
-    /// Keller Jordan's rules and settings: those of [`ParameterRules::muon_except`], with AdamW at 0.015 times the learning rate,
-    /// which is 3e-4 for Muon's 0.02 (`MuonWithAuxAdam` of KellerJordan/Muon).
+    /// The rules of [`ParameterRules::muon_except`] with Keller Jordan's settings. AdamW's learning rate is 0.015 times that of
+    /// the step: 3e-4 for Muon's 0.02 (`MuonWithAuxAdam` of KellerJordan/Muon).
     pub fn keller_jordan<P: Into<String>>(except: impl IntoIterator<Item = P>) -> Self {
         let rules = Self::muon_except(except, MuonConfig::keller_jordan(), AdamWConfig::keller_jordan());
         let slower = |(name, group): (String, GroupOptimizer)| {
@@ -98,7 +99,7 @@ impl ParameterRules {
         Self { groups: rules.groups.into_iter().map(slower).collect(), ..rules }
     }
 
-    /// Kimi K2's rules and settings, which are the report's. It also applies [`QkClip`](crate::QkClip) after each step.
+    /// Kimi K2's rules and settings, which are the report's. Kimi K2 also applies [`QkClip`](crate::QkClip) after each step.
     pub fn kimi_k2() -> Self {
         Self::moonlight(MuonConfig::kimi_k2(), AdamWConfig::new())
     }
@@ -114,7 +115,7 @@ impl ParameterRules {
             .rule(Rule::to("adamw").rank(..=1).because("not a matrix").optional())
     }
 
-    /// Adds a group, which gets its parameters from the rules that name it.
+    /// Adds a group. Rules that name it assign its parameters.
     pub fn group(mut self, name: impl Into<String>, optimizer: impl Into<GroupOptimizer>) -> Self {
         self.groups.push((name.into(), optimizer.into()));
         self
@@ -132,11 +133,12 @@ impl ParameterRules {
     ///
     /// [`RuleError`]:
     ///
-    /// * a rule that matches nothing, or nothing that earlier rules left (unless it is optional or matches frozen parameters)
+    /// * a rule that matches nothing, or only parameters that earlier rules took (unless it is optional or matches frozen
+    ///   parameters)
     /// * a trainable parameter that no rule matches
     /// * a parameter assigned to Muon that is not a matrix or a stack of matrices
     /// * blocks that do not fill their matrix
-    /// * a rule without conditions that assigns matrices to another group than Muon's
+    /// * a rule without conditions that assigns matrices to a group other than Muon's
     /// * a group that does not exist, or exists twice
     /// * a scale without its hidden size, a malformed pattern, a module without trainable parameters
     pub fn assign<M: Module>(&self, module: &M) -> Result<Assignment, RuleError> {
@@ -171,7 +173,7 @@ impl ParameterRules {
                 rows.push(AssignedParameter::buffer(parameter));
                 continue;
             }
-            // A second name of a tensor, such as a tied head: it must be stepped once.
+            // A second name of a tensor, such as a tied head: the tensor must be stepped once, by the rule of its first name.
             if let Some(&first) = first_paths.get(&parameter.id) {
                 let owner: &AssignedParameter = &rows[first];
                 rows.push(owner.shared_as(parameter));
@@ -205,6 +207,8 @@ impl ParameterRules {
                 self.check_rule(rule, matched, assigned)?;
             }
         }
+        // Only now, after all rules: a Muon rule that comes too late explains why this one got its matrices, and is the error to
+        // report.
         for (rule, assigned) in self.rules.iter().zip(&assigned) {
             self.check_matrices(rule, assigned)?;
         }
@@ -267,8 +271,8 @@ impl ParameterRules {
         Ok(())
     }
 
-    /// Refuses a rule without conditions that assigns matrices to another group than Muon's: it would hide a pattern that has
-    /// missed them.
+    /// Refuses a rule without conditions that assigns matrices to a group other than Muon's: it would hide that the pattern of
+    /// an earlier rule has missed them.
     fn check_matrices(&self, rule: &Rule, assigned: &[(String, Vec<usize>)]) -> Result<(), RuleError> {
         let muon =
             |name: &str| self.groups.iter().any(|(group, optimizer)| group == name && optimizer.muon().is_some());

@@ -12,7 +12,7 @@ pub struct Parameter {
     pub shape: Vec<usize>,
     /// The type of the module that holds it, such as `Linear`.
     pub module: String,
-    /// Whether it gets gradients. One that does not is a buffer, and rules do not apply to it.
+    /// Whether it gets gradients. Otherwise it is a buffer, to which rules do not apply.
     pub trainable: bool,
     /// Burn's id of the parameter. The same id at two paths means one shared tensor.
     pub id: ParamId,
@@ -26,7 +26,7 @@ impl Parameter {
         if collector.parameters.iter().any(|parameter| parameter.trainable) {
             return collector.parameters;
         }
-        // A module on a device without autodiff requires no gradients; `train` gives the ones that it would require.
+        // A module on a device without autodiff requires no gradients. `train` marks the parameters that would require them.
         let mut collector = Collector::default();
         module.clone().train().visit(&mut collector);
         collector.parameters

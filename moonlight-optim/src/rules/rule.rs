@@ -66,7 +66,7 @@ impl Rule {
         };
         self.highest_rank = match ranks.end_bound() {
             Bound::Included(rank) => *rank,
-            // `..0` matches nothing, which `assign` returns as an error.
+            // `..0` is empty, and so is `1..=0`: `assign` then reports a rule that matches nothing.
             Bound::Excluded(0) => {
                 self.lowest_rank = 1;
                 0
@@ -77,20 +77,19 @@ impl Rule {
         self
     }
 
-    /// The reason for the parameters of this rule in the printed table. Without it, the table has the conditions.
+    /// The reason that the printed table gives for the parameters of this rule. Without it, the table gives the conditions.
     pub fn because(mut self, reason: impl Into<String>) -> Self {
         self.reason = Some(reason.into());
         self
     }
 
-    /// Lets the rule match nothing. Without this, a rule that matches nothing is an error, since that is usually a misspelled
-    /// name.
+    /// Allows the rule to match nothing. Without this it is an error, since the cause is usually a misspelled name.
     pub fn optional(mut self) -> Self {
         self.optional = true;
         self
     }
 
-    /// Makes Muon split the matrices of this rule into blocks, in place of the blocks of its group.
+    /// Splits the matrices of this rule into these blocks, instead of those of the Muon group.
     ///
     /// ```
     /// use moonlight_optim::{Blocks, Rule};
@@ -102,8 +101,8 @@ impl Rule {
         self
     }
 
-    /// Lets a rule without conditions assign matrices to another group than Muon's. Without this that is an error if there is a
-    /// Muon group: a matrix that a pattern missed would be trained by AdamW unnoticed.
+    /// Allows a rule without conditions to assign matrices to a group other than Muon's. Without this it is an error if there is
+    /// a Muon group, since AdamW would silently train a matrix that a pattern missed.
     pub fn matrices_too(mut self) -> Self {
         self.matrices_too = true;
         self

@@ -8,7 +8,7 @@ use super::{AssignedParameter, Assignment, BUFFER};
 impl fmt::Display for Assignment {
     /// A row for each parameter (path, shape, group, reason), then a line for each group with its totals.
     ///
-    /// `{:#}` merges the equal parameters of all layers into one row: `layers.{0-26}.input_layernorm.weight`.
+    /// `{:#}` merges the corresponding parameters of all layers into one row: `layers.{0-26}.input_layernorm.weight`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let header = ["parameter", "shape", "optimizer", "why"].map(str::to_string);
         let mut rows = vec![header];

@@ -168,7 +168,7 @@ fn matrices_do_not_reach_another_optimizer_unnoticed() {
     );
     assert!(error.hint().unwrap().contains(".matrices_too()"));
     assert!(base().rule(Rule::to("adamw").matrices_too()).assign(&model(true)).is_ok());
-    // Nor does a parameter whose number of dimensions no rule has, such as a convolution kernel.
+    // Nor does a parameter with a number of dimensions that no rule accepts, such as a convolution kernel.
     #[derive(Module, Debug)]
     struct Kernel {
         weight: Param<Tensor<4>>,

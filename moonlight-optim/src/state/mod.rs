@@ -1,9 +1,9 @@
 //! Optimizer state in files, by parameter path.
 //!
-//! Burn's record of a `ModuleOptimizer` is keyed by `ParamId`. These are drawn at random whenever a module is built. So a
-//! record that is loaded with weights from somewhere else (a Hugging Face checkpoint, say) matches no parameter, and Burn
-//! starts with empty state without an error. The record also has the path of each parameter: loading here matches by path,
-//! gives each state the `ParamId` that its parameter has now, and refuses what does not fit.
+//! Burn's record of a `ModuleOptimizer` is keyed by `ParamId`s, which are drawn at random whenever a module is built. If the
+//! weights come from another file, such as a Hugging Face checkpoint, the record matches no parameter, and Burn starts with
+//! empty state without an error. The record also has the path of each parameter: loading here matches by path, gives each state
+//! the `ParamId` that its parameter has now, and refuses what does not fit.
 
 mod module_optimizer;
 pub(crate) mod sharded_state;
@@ -31,7 +31,7 @@ pub enum StateError {
         /// The path in the state.
         path: String,
     },
-    /// A tensor of the state has another shape than its parameter and settings need.
+    /// A tensor of the state does not have the shape that its parameter and the settings need.
     #[error("the optimizer state of `{path}` has shape {found:?}, expected {expected:?}")]
     Shape {
         /// The parameter's path.
@@ -41,7 +41,7 @@ pub enum StateError {
         /// The shape that the parameter and the settings of its group need.
         expected: Vec<usize>,
     },
-    /// The state is that of another optimizer, such as AdamW's for a parameter that Muon has now.
+    /// The state belongs to another optimizer, such as AdamW's for a parameter that Muon has now.
     #[error("the optimizer state of `{path}` is of another optimizer than that of its group `{group}`")]
     OtherOptimizer {
         /// The parameter's path.

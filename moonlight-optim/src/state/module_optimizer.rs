@@ -13,8 +13,8 @@ use crate::Assignment;
 use crate::muon_adamw::{OptimizedParameter, optimized_parameters};
 
 impl Assignment {
-    /// As [`Assignment::to_module_optimizer`], with the state in `files`, bit for bit, matched by parameter path. `files` are
-    /// the one that `ModuleOptimizer::save` wrote, in this process or another, or those of all ranks of a
+    /// As [`Assignment::to_module_optimizer`], with the state in `files`, bit for bit, matched by parameter path. `files` is
+    /// either the one file that `ModuleOptimizer::save` wrote, in this process or another, or the files of all ranks of a
     /// [`MuonAdamW`](crate::MuonAdamW).
     ///
     /// A parameter without an entry starts without state: it had no gradient before the save.
@@ -31,7 +31,7 @@ impl Assignment {
             end: parameter.elements(),
         };
         let pieces: Vec<Piece> = parameters.iter().enumerate().map(piece).collect();
-        // Burn reads its own record only: the state is rewritten as one, with the `ParamId`s that the module has now.
+        // Burn reads only its own record, so the state is rewritten as one, with the `ParamId`s that the module has now.
         let collected = collect(files, &parameters, &muon, &pieces)?;
         let id = |parameter: usize| parameters[parameter].id.val();
         let tensors = collected.fields.into_iter().map(|((piece, field), values)| {
@@ -54,7 +54,7 @@ impl Assignment {
         }
         let unreadable = |error: RecordError| StateError::Unreadable(error.to_string());
         let optimizer = self.to_module_optimizer().from_bytes(writer.into_bytes()?).map_err(unreadable)?;
-        // Burn leaves out what it cannot place, without an error.
+        // Burn drops a tensor that it cannot place, without an error.
         let restored = optimizer.to_record().len();
         if restored != count {
             return Err(StateError::Unreadable(format!("{restored} of {count} tensors fit their optimizers")));

@@ -19,7 +19,7 @@ use super::StateError;
 use crate::MuonConfig;
 use crate::muon_adamw::{OptimizedParameter, OptimizerKind};
 
-/// The key under which Burn's record has the number of dimensions of a parameter.
+/// The name under which Burn's record stores a parameter's number of dimensions.
 pub(super) const RANK: &str = "__rank";
 
 /// The metadata that marks a file of parts.
@@ -31,7 +31,7 @@ pub(crate) struct PartToSave {
     pub(crate) field: &'static str,
     /// The shape of the whole field.
     pub(crate) shape: Vec<usize>,
-    /// The element of the field that the part begins with.
+    /// The index in the field of the part's first element.
     pub(crate) offset: usize,
     pub(crate) values: Tensor<1>,
 }
@@ -47,7 +47,7 @@ pub(crate) fn write_parts(
         let key = format!("{path}:{field}");
         let (name, dtype, [elements]) = (format!("{key}:{offset}"), values.dtype(), values.dims());
         metadata.insert(key, shape.iter().map(usize::to_string).collect::<Vec<_>>().join(","));
-        // Copied from the device when it is written, so that only one tensor at a time is on the host.
+        // Deferred: a tensor is copied from the device when it is written, so that only one at a time is on the host.
         let provider = move || Ok(values.clone().into_data().into_parts().0);
         Stored::deferred(name, dtype, Shape::from([elements]), None, elements * dtype.size(), provider)
     });
@@ -75,7 +75,7 @@ pub(crate) struct Piece {
 #[derive(Debug, Default)]
 pub(crate) struct Collected {
     pub(crate) fields: BTreeMap<(Piece, String), Values>,
-    /// OptimizerKind parameter.
+    /// By index of the parameter, then by name.
     pub(crate) scalars: BTreeMap<usize, BTreeMap<String, Scalar>>,
     /// The parameters that have an entry, with or without a tensor.
     pub(crate) present: BTreeSet<usize>,
@@ -122,8 +122,8 @@ struct FileContents {
     paths: BTreeSet<String>,
 }
 
-/// The state of `pieces` from files. It is an error if the files have state for an unknown parameter, in another shape, or
-/// lack a part of a piece. It is none if a parameter has no state in any file.
+/// Reads the state of `pieces` from files. State of an unknown parameter or in another shape is an error, and so is a piece that
+/// the files have only in part. A parameter without state in any file is not: it starts without.
 pub(crate) fn collect<P: AsRef<Path>>(
     files: &[P],
     parameters: &[OptimizedParameter],
@@ -146,7 +146,7 @@ pub(crate) fn collect<P: AsRef<Path>>(
         for ((path, name), value) in scalars {
             collected.scalars.entry(index_of(path)?).or_default().insert(name, value);
         }
-        // The order in Burn's record is random. Sorted, so that an error names the same parameter every time.
+        // The order in Burn's record is random. Sorting makes an error name the same parameter every time.
         parts.sort_by(|one, other| (&one.path, &one.field, one.offset).cmp(&(&other.path, &other.field, other.offset)));
         for part in parts {
             let parameter = index_of(part.path.clone())?;
@@ -178,6 +178,7 @@ impl Collected {
         let length = stored.shape.num_elements();
         let whole: usize = shape.iter().product();
         let range = |piece: Piece| match parameter.kind {
+            // Its fields may have any shape. Only Burn's optimizer loads them, and it needs them whole.
             OptimizerKind::Other => (0, whole),
             _ => (
                 field_offset(parameter, &shape, &field, piece.start),
@@ -242,10 +243,11 @@ fn expected_shape(parameter: &OptimizedParameter, muon: &[&MuonConfig], field: &
     }
 }
 
-/// The element of a field that belongs to an element of the parameter (the first of its matrix, for a second moment).
+/// The index in a field that belongs to an element of the parameter: for a second moment, the first entry of the matrix that
+/// has the element.
 fn field_offset(parameter: &OptimizedParameter, shape: &[usize], field: &str, element: usize) -> usize {
     match field {
-        // `[matrices, ...]`: a matrix has another number of second moments than of elements.
+        // `[matrices, ...]`, with a number of second moments per matrix that may differ from its number of elements.
         "second_moment" => element / parameter.unit() * shape[1..].iter().product::<usize>(),
         _ => element,
     }
@@ -273,7 +275,7 @@ fn check(collected: &Collected, parameters: &[OptimizedParameter], pieces: &[Pie
             OptimizerKind::AdamW { .. } => &["momentum.moment_1", "momentum.moment_2"],
             OptimizerKind::Other => &[],
         };
-        // Some fields, but not all that the optimizer needs: the state is of another optimizer.
+        // A state with some fields, but not all that this optimizer needs, belongs to another optimizer.
         let some = ["momentum", "momentum.moment_1", "momentum.moment_2", "master"].into_iter().any(has);
         if some && !needed.iter().all(|field| has(field)) {
             return Err(StateError::OtherOptimizer { path: parameter.path.clone(), group: parameter.group.clone() });
@@ -282,20 +284,21 @@ fn check(collected: &Collected, parameters: &[OptimizedParameter], pieces: &[Pie
     Ok(())
 }
 
-/// Whether no value is NaN or an infinity. Those have all bits of their exponent set; a test of the bits needs no conversion.
+/// Whether no value is NaN or an infinity, which have all bits of their exponent set. Testing the bits needs no conversion.
 fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
-    let none16 = |mask: u16| bytes.chunks_exact(2).all(|value| u16::from_le_bytes([value[0], value[1]]) & mask != mask);
+    let all_finite =
+        |mask: u16| bytes.chunks_exact(2).all(|value| u16::from_le_bytes([value[0], value[1]]) & mask != mask);
     match dtype {
         DType::F32 => bytes
             .chunks_exact(4)
             .all(|value| u32::from_le_bytes([value[0], value[1], value[2], value[3]]) & 0x7f80_0000 != 0x7f80_0000),
-        DType::BF16 => none16(0x7f80),
-        DType::F16 => none16(0x7c00),
+        DType::BF16 => all_finite(0x7f80),
+        DType::F16 => all_finite(0x7c00),
         _ => true,
     }
 }
 
-/// Reads a file of either format. The bytes of tensors stay in it until they are needed.
+/// Reads a file of either format, except the bytes of tensors, which are read when they are needed.
 fn read(file: &Path) -> Result<FileContents, StateError> {
     let reader = Reader::from_file(file)?;
     if reader.metadata().contains_key(PARTS) { read_parts(reader) } else { read_burn(reader) }
@@ -321,6 +324,7 @@ fn read_burn(reader: Reader) -> Result<FileContents, StateError> {
     };
     let scalars = scalars
         .iter()
+        // Not state: it follows from the parameter's shape.
         .filter(|(name, _)| !name.ends_with(RANK))
         .map(|(name, value)| Ok((key(name)?, *value)))
         .collect::<Result<_, StateError>>()?;
@@ -346,7 +350,7 @@ fn read_parts(reader: Reader) -> Result<FileContents, StateError> {
             Some((path.to_string(), field.to_string(), shape, offset.parse::<usize>().ok()?))
         });
         let (path, field, shape, offset) = name.ok_or_else(|| nameless(&stored.name))?;
-        // The shape is read from the file and may overflow; 0 makes any part too long.
+        // The shape comes from the file, and its product may overflow. 0 then makes any part too long.
         let whole = shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side)).unwrap_or(0);
         if offset.checked_add(stored.shape.num_elements()).is_none_or(|end| end > whole) {
             return Err(StateError::Unreadable(format!("`{}` is longer than its field", stored.name)));

@@ -133,7 +133,7 @@ fn bf16_weights_resume_bit_for_bit_with_their_f32_state() {
     }
 }
 
-/// The behavior of Burn that this module exists for. If this test fails, the module may no longer be needed.
+/// This behavior of Burn is why the module exists. If this test fails, the module may no longer be needed.
 #[test]
 fn burns_own_load_drops_the_state_under_new_ids() {
     let mut model = pair(4);
@@ -183,7 +183,7 @@ fn a_state_that_does_not_fit_is_refused() {
 
 /// Saved with some settings and loaded with others: missing second moments start anew, unused ones are dropped.
 #[test]
-fn a_state_loads_into_other_types_variants_and_groups() {
+fn a_state_loads_into_other_dtypes_variants_and_groups() {
     let save = |muon: &MuonConfig, model: &Pair| {
         let rules = ParameterRules::muon_except(Vec::<String>::new(), muon.clone(), AdamWConfig::new());
         let mut optimizer = rules.assign(model).unwrap().to_module_optimizer();

@@ -1,7 +1,7 @@
-//! Optimizer states of earlier versions, in the formats of the time: each loads, and the steps that follow are bit for bit those
-//! of the version that wrote it.
+//! Optimizer states of earlier versions, in the formats of their time. Each loads, and the following steps have the same bits as
+//! those of the version that wrote it.
 //!
-//! `fixtures/optimizer-state/README.md` says how the files were made.
+//! `fixtures/optimizer-state/README.md` describes how the files were made.
 
 mod net;
 

@@ -13,7 +13,7 @@ use moonlight_optim::{
 pub(crate) const MICRO_BATCHES: usize = 6;
 /// Learning rate of every step.
 pub(crate) const RATE: f64 = 0.03;
-/// Steps before the state was written, and after it was loaded.
+/// The number of steps before the state was written, and again after it is loaded.
 pub(crate) const STEPS: usize = 3;
 
 #[derive(Module, Debug)]
@@ -68,7 +68,7 @@ pub(crate) fn half_precision(adaptive: Adaptive) -> ParameterRules {
     rules(muon, AdamWConfig::new().with_rounding(Rounding::MasterWeights))
 }
 
-/// The sum of the gradients of some of a step's micro-batches, in the parameters' type.
+/// The sum of the gradients of some of a step's micro-batches, in the parameters' dtype.
 pub(crate) fn gradients(net: &Net, step: usize, micro_batches: std::ops::Range<usize>) -> GradientsParams {
     struct Register {
         gradients: GradientsParams,
