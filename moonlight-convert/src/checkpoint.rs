@@ -25,15 +25,15 @@ use crate::report::validation::Problem;
 
 /// The file name of the model's config.
 pub(crate) const CONFIG: &str = "config.json";
-/// Limit of its size in bytes; the published ones have a few kB.
+/// Size limit of `config.json` in bytes; published ones have a few kB.
 const LONGEST_CONFIG: u64 = 1_000_000;
 
 /// An opened checkpoint directory: its config, and the headers of its files. Weights are read by
 /// [`load`](Checkpoint::load) and the like.
 ///
-/// The files stay open (as many as the process's limit allows), so that a checkpoint can be read to the end although
-/// the directory is replaced or removed meanwhile, as a training run does with its oldest. A file that is truncated
-/// meanwhile is an error when it is read.
+/// The files stay open (as many as the process's limit allows), so that a checkpoint can be read to the end even if the
+/// directory is replaced or removed meanwhile, as a training run does with its oldest checkpoint. Reading a file that
+/// has been truncated since is an error.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
@@ -44,7 +44,7 @@ pub struct Checkpoint {
     pub(crate) file_problems: Vec<Problem>,
     /// Whether the weights are `model.bpk`, whose tensors have the module's paths as names.
     burnpack: bool,
-    /// The keys of tensors that the index maps to files that cannot be read; `None` if that may be any tensor.
+    /// The keys of tensors in files that cannot be read, according to the index; `None` if that may be any tensor.
     pub(crate) unreadable_keys: Option<HashSet<String>>,
     tied_head: TiedHead,
     /// Tensors that only the index lists and that the model does not need. transformers opens such checkpoints.
@@ -133,7 +133,7 @@ impl Checkpoint {
     /// [`CheckpointError`], if the directory does not exist, `config.json` cannot be read, there are no weights, or the
     /// index is invalid or names a file outside the directory.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
-        // A save that was killed between two renames has left the directory under a hidden name.
+        // A save that was killed between two renames leaves the directory under a hidden name.
         let dir = &atomic_dir::complete_path(&hub::resolve(dir)?);
         if !dir.is_dir() {
             return Err(CheckpointError::not_a_directory(dir));
@@ -157,7 +157,7 @@ impl Checkpoint {
         if confined.file(SINGLE)?.is_some() {
             checkpoint.open_files(&confined, vec![SINGLE.to_owned()]);
             if !checkpoint.file_problems.is_empty() {
-                // Without an index nothing tells which tensors the file would contain.
+                // Without an index, the damaged file may contain any tensor.
                 checkpoint.unreadable_keys = None;
             }
         } else if let Some(index) = Index::read(&confined, &checkpoint.dir)? {
@@ -189,7 +189,7 @@ impl Checkpoint {
         let absent = |key: &str| self.unreadable_keys.as_ref().is_some_and(|unread| !unread.contains(key));
         let packed = names::int4_names(names::HEAD).values;
         Ok(match (find(names::EMBEDDING), find(names::HEAD)) {
-            // A quantized head cannot be equal to an embedding that is not.
+            // A quantized head cannot equal the embedding, which is not quantized.
             _ if find(&packed).is_some() => TiedHead::Separate,
             (Some(embedding), Some(head)) => {
                 if self.equal_values(embedding, head)? {
@@ -258,8 +258,8 @@ impl Checkpoint {
     pub fn data(&self, tensor: &StoredTensor) -> Result<Vec<u8>, CheckpointError> {
         let mut bytes = Vec::new();
         let length = tensor.range.len();
+        // The length comes from the file: with `vec!`, one that is too large would abort the program.
         let reserved = bytes.try_reserve_exact(length).map_err(|_| io::ErrorKind::OutOfMemory.into());
-        // `try_reserve_exact`: the length comes from the file, and a failed allocation would abort the program.
         reserved.map_err(CheckpointError::read(self.shard(tensor.shard).path()))?;
         bytes.resize(length, 0);
         self.read_part(&FileRange { shard: tensor.shard, range: tensor.range.clone() }, &mut bytes)?;
@@ -301,12 +301,12 @@ impl Checkpoint {
         let present: HashSet<(&str, usize)> =
             self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.shard)).collect();
         let mut unread = HashSet::new();
-        let mut misplaced = Vec::new();
-        let mut placed: HashSet<String> = HashSet::new();
+        let mut not_in_file = Vec::new();
+        let mut indexed: HashSet<String> = HashSet::new();
         for (shard, (file, tensors)) in wanted.iter().enumerate() {
             let readable = self.files[shard].tensors.is_some();
             for tensor in tensors {
-                placed.insert(tensor.clone());
+                indexed.insert(tensor.clone());
                 if readable && present.contains(&(tensor.as_str(), shard)) {
                     continue;
                 }
@@ -317,22 +317,23 @@ impl Checkpoint {
                     self.listed_only.push(tensor.clone());
                 } else {
                     unread.insert(names::key(tensor).to_owned());
-                    misplaced.push(Problem::NotInFile { tensor: tensor.clone(), file: file.clone() });
+                    not_in_file.push(Problem::NotInFile { tensor: tensor.clone(), file: file.clone() });
                 }
             }
         }
-        // The number of tensors is only known now.
+        // Only the index has the number of tensors in a missing file.
         for problem in &mut self.file_problems {
             if let Problem::MissingFile { file, tensors } = problem {
                 *tensors = wanted.get(file).map_or(0, Vec::len);
             }
         }
-        // If two files contain a tensor, the index decides, as in transformers.
+        // If two files contain a tensor, the index decides, as in transformers. The names of each file are sorted,
+        // because those of the index are.
         self.tensors.retain(|tensor| {
-            !placed.contains(&tensor.name)
+            !indexed.contains(&tensor.name)
                 || wanted.get(&tensor.file).is_some_and(|names| names.binary_search(&tensor.name).is_ok())
         });
-        self.file_problems.extend(misplaced);
+        self.file_problems.extend(not_in_file);
         self.unreadable_keys = Some(unread);
     }
 

@@ -22,10 +22,10 @@ use crate::mapping::load_plan::{LoadPlan, PlannedParameter, Scope};
 use crate::mapping::names::SkipReason;
 use crate::module_path::ModulePath;
 
-/// Bytes that a thread reads at a time, roughly.
+/// Approximate number of bytes that a thread reads at a time.
 const CHUNK: usize = 1 << 20;
-/// The fewest rows of a chunk that is transposed. A row of the file becomes a column of the target, so that fewer rows
-/// would touch more cache lines than they fill.
+/// The fewest rows of a chunk that is transposed. They become columns of the target: fewer of them would fill only parts
+/// of the cache lines that they touch.
 const MIN_ROWS: usize = 64;
 
 /// A model with the weights of a checkpoint, and a report.
@@ -104,7 +104,7 @@ impl Checkpoint {
         dtype: Option<DType>,
         bits: QuantBits,
     ) -> Result<CausalLm, CheckpointError> {
-        // Before the first layer is read: a missing file must not be found after minutes.
+        // Before the first layer is read, so that a missing file is not found only minutes later.
         self.checked_plan(Scope::All)?;
         self.warn();
         let mut model = self.config().init(device);
@@ -166,7 +166,7 @@ impl Checkpoint {
         self.fill(module, path, &plan, device, dtype)
     }
 
-    /// Logs where the weights in use are not those that `config.json` leads a user to expect.
+    /// Warns if the weights in use are not those that `config.json` suggests.
     fn warn(&self) {
         if let Some(head) = self.tied_head().describe() {
             tracing::warn!("{head}");
@@ -183,7 +183,7 @@ impl Checkpoint {
     ) -> Result<(M, LoadReport), CheckpointError> {
         let dtype = dtype.map(weight_dtype).transpose()?;
         let common = dtype.unwrap_or_else(|| stored_dtype(plan));
-        // f32 is needed for correction biases, whatever the dtype of the weights.
+        // Correction biases are f32, whatever the dtype of the weights.
         for needed in [common, WeightDtype::F32] {
             if !device.supports_dtype(DType::from(needed)) {
                 return Err(CheckpointError::DeviceDtype { dtype: needed });
@@ -226,7 +226,7 @@ impl Checkpoint {
             let at = source * (length / sources.len()); // a parameter with several sources is [experts, in, out]
             let source = &sources[*source];
             let part = source.stored_rows(rows);
-            // Read straight into the target: the bytes are already in the requested layout and dtype.
+            // Bytes that already have the requested layout and dtype are read straight into the target.
             let outcome = if source.verbatim(Layout::Burn, dtype_of::<T>(), rows).is_some() {
                 let (_, columns) = source.dims(Layout::Burn);
                 // SAFETY: `in_order` takes each chunk once, and the chunks of `row_chunks` partition the rows of a
@@ -289,7 +289,7 @@ pub(crate) fn stored_dtype(plan: &LoadPlan) -> WeightDtype {
         .unwrap_or(WeightDtype::F32)
 }
 
-/// Replaces the parameters of a fresh model. They are lazy, so that no random weight is ever drawn.
+/// Replaces the parameters of a fresh model. They are lazy, so that no random weights are drawn.
 struct WeightLoader<'a> {
     checkpoint: &'a Checkpoint,
     plan: &'a LoadPlan,
@@ -298,7 +298,7 @@ struct WeightLoader<'a> {
     dtype: Option<WeightDtype>,
     common: WeightDtype,
     path: ModulePath,
-    /// How many have been replaced. The plan lists them in the module's order.
+    /// How many parameters have been replaced. The plan lists them in the module's order.
     loaded: usize,
     failure: Option<CheckpointError>,
 }

@@ -1,5 +1,5 @@
-//! Saving in the Hugging Face layout or in Burn's: written tensor by tensor into a hidden directory, which is renamed
-//! at the end.
+//! Saving in the Hugging Face layout or in Burn's: tensor by tensor into a hidden directory, which is renamed at the
+//! end.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -54,7 +54,7 @@ pub struct SaveOptions {
     /// is not part of a checkpoint is never replaced.
     pub overwrite: bool,
     /// Convert a checkpoint that lacks files or tensors instead of refusing it; the result lacks the same parameters.
-    /// This way a checkpoint can be converted in parts where the disk cannot hold it twice.
+    /// This allows a checkpoint to be converted in parts on a disk that cannot hold it twice.
     pub partial: bool,
 }
 
@@ -147,9 +147,9 @@ fn write_files(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
             shape: tensor.shape,
         }));
     }
-    // The embedding comes first, and its dtype is the one that the model computes in.
-    let main = dtype_of(0);
-    fill(model.config(), main, &tensors, dir, shown, options, |output| {
+    // The embedding comes first, and the model computes in its dtype.
+    let config_dtype = dtype_of(0);
+    fill(model.config(), config_dtype, &tensors, dir, shown, options, |output| {
         let mut saving = WeightSaver {
             parameters: &parameters,
             tensors: &tensors,
@@ -193,19 +193,19 @@ impl Checkpoint {
         let dtype = options.dtype.map(weight_dtype).transpose()?;
         let plan = self.checked_plan(if options.partial { Scope::Present } else { Scope::All })?;
         let (tensors, tasks) = tasks(&plan, dtype, options.format);
-        let main = dtype.unwrap_or_else(|| stored_dtype(&plan));
+        let config_dtype = dtype.unwrap_or_else(|| stored_dtype(&plan));
         let mut options = options.clone();
         options.sidecars_from.get_or_insert_with(|| self.dir().to_path_buf());
         check_target(dir, options.overwrite)?;
         replace_directory(dir, |new| {
-            fill(self.config(), main, &tensors, new, dir, &options, |output| {
+            fill(self.config(), config_dtype, &tensors, new, dir, &options, |output| {
                 copy_tensors(self, &tasks, output, progress)
             })
         })
     }
 }
 
-/// The tensors to write, and where each of their values comes from.
+/// The tensors to write, and the copies that fill them.
 fn tasks(plan: &LoadPlan, dtype: Option<WeightDtype>, format: Format) -> (Vec<OutTensor>, Vec<CopyTask<'_>>) {
     let (mut tensors, mut tasks) = (Vec::new(), Vec::new());
     for planned in &plan.parameters {
@@ -238,8 +238,8 @@ fn tasks(plan: &LoadPlan, dtype: Option<WeightDtype>, format: Format) -> (Vec<Ou
     (tensors, tasks)
 }
 
-/// Fills a directory: sidecars and configs here, the weights by `write`. `dir` is a temporary directory; messages name
-/// it `shown`, the path that the user knows.
+/// Fills the temporary directory `dir`: writes sidecars and configs itself, and the weights by `write`. Messages name it
+/// `shown`, the path that the user passed.
 fn fill(
     config: &ModelConfig,
     dtype: WeightDtype,
@@ -280,7 +280,7 @@ fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
         return Err(CheckpointError::Exists { dir: dir.to_path_buf() });
     }
     let foreign = |name: &&String| !sidecars::belongs_to_checkpoint(name) || dir.join(name).is_dir();
-    // Without a `config.json` the directory is not a checkpoint, although its files could belong to one.
+    // Without a `config.json` the directory is not a checkpoint, even if all its files could belong to one.
     let foreign = names.iter().find(foreign).or_else(|| names.first().filter(|_| !dir.join(CONFIG).exists()));
     match foreign {
         Some(entry) => Err(CheckpointError::Foreign { dir: dir.to_path_buf(), entry: entry.clone() }),
@@ -313,6 +313,7 @@ impl ModuleVisitor for DtypeCollector {
         match weight_dtype(param.val().dtype()) {
             Ok(dtype) => self.dtypes.push(dtype),
             Err(failure) => {
+                // A placeholder: the position in `dtypes` is that in `parameters`.
                 self.dtypes.push(WeightDtype::F32);
                 self.failure.get_or_insert(failure);
             }
@@ -365,24 +366,24 @@ impl WeightSaver<'_> {
         first: usize,
         values: &[S],
     ) -> Result<(), CheckpointError> {
-        // Called only after a failed conversion: the second pass over the values, which finds out why, costs nothing
-        // otherwise.
+        // A closure, because it takes a second pass over the values, which only a failed conversion needs.
         let tensors = self.tensors;
-        let blame = |tensor: usize| move || blame::<S, T>(&tensors[tensor].name, values);
+        let value_error = |tensor: usize| move || value_error::<S, T>(&tensors[tensor].name, values);
         match parameter.shape.as_slice() {
             &[.., input, output] if names::transposed(parameter.kind) && self.format == Format::HuggingFace => {
                 for (expert, matrix) in values.chunks_exact(input * output).enumerate() {
                     let tensor = first + expert;
-                    write_transposed::<S, T>(self.output, tensor, matrix, input, output, blame(tensor))?;
+                    write_transposed::<S, T>(self.output, tensor, matrix, input, output, value_error(tensor))?;
                 }
                 Ok(())
             }
-            _ => write_converted::<S, T>(self.output, first, values, blame(first)),
+            _ => write_converted::<S, T>(self.output, first, values, value_error(first)),
         }
     }
 }
 
-fn blame<S: Weight, T: Weight>(tensor: &str, source: &[S]) -> CheckpointError {
+/// The error for values that are non-finite after a conversion from `S` to `T`.
+fn value_error<S: Weight, T: Weight>(tensor: &str, source: &[S]) -> CheckpointError {
     let tensor = tensor.to_owned();
     match WeightDtype::try_from(T::dtype()) {
         Ok(dtype) if source.iter().all(|value| value.finite()) => {
@@ -399,11 +400,13 @@ fn write_transposed<S: Weight, T: Weight>(
     matrix: &[S],
     rows: usize,
     columns: usize,
-    blame: impl FnOnce() -> CheckpointError,
+    value_error: impl FnOnce() -> CheckpointError,
 ) -> Result<(), CheckpointError> {
     let source = PlainRows::<S>::new(bytemuck::cast_slice(matrix), columns);
     let chunks = row_chunks(std::iter::once((columns, rows * size_of::<T>())));
-    in_chunks(output, tensor, &chunks, rows, blame, |first, chunk: &mut [T]| transpose(&source, rows, first, chunk))
+    in_chunks(output, tensor, &chunks, rows, value_error, |first, chunk: &mut [T]| {
+        transpose(&source, rows, first, chunk)
+    })
 }
 
 /// Writes values in their order, a chunk at a time.
@@ -411,32 +414,32 @@ fn write_converted<S: Weight, T: Weight>(
     output: &Output,
     tensor: usize,
     values: &[S],
-    blame: impl FnOnce() -> CheckpointError,
+    value_error: impl FnOnce() -> CheckpointError,
 ) -> Result<(), CheckpointError> {
     let chunks = row_chunks(std::iter::once((values.len(), size_of::<T>())));
-    in_chunks(output, tensor, &chunks, 1, blame, |first, chunk: &mut [T]| {
+    in_chunks(output, tensor, &chunks, 1, value_error, |first, chunk: &mut [T]| {
         let values = &values[first..first + chunk.len()];
-        Outcome::of(conversion::convert_bytes::<S, T>(bytemuck::cast_slice(values), chunk))
+        Outcome::from_finite(conversion::convert_bytes::<S, T>(bytemuck::cast_slice(values), chunk))
     })
 }
 
-/// Makes chunks of rows of `width` values on all threads, and writes them.
+/// Fills chunks of rows of `width` values with `convert` on all threads, and writes them.
 fn in_chunks<T: Weight>(
     output: &Output,
     tensor: usize,
     chunks: &[RowChunk],
     width: usize,
-    blame: impl FnOnce() -> CheckpointError,
-    make: impl Fn(usize, &mut [T]) -> Outcome + Sync,
+    value_error: impl FnOnce() -> CheckpointError,
+    convert: impl Fn(usize, &mut [T]) -> Outcome + Sync,
 ) -> Result<(), CheckpointError> {
     let non_finite = AtomicBool::new(false);
     in_order(chunks, |_, chunk, buffer| {
         let target = parallel_copy::values::<T>(buffer, chunk.rows.len() * width);
-        if make(chunk.rows.start, target) == Outcome::NonFinite {
+        if convert(chunk.rows.start, target) == Outcome::NonFinite {
             non_finite.store(true, Ordering::Relaxed);
             return Ok(());
         }
         output.write(tensor, (chunk.rows.start * width * size_of::<T>()) as u64, bytemuck::cast_slice(target))
     })?;
-    if non_finite.into_inner() { Err(blame()) } else { Ok(()) }
+    if non_finite.into_inner() { Err(value_error()) } else { Ok(()) }
 }

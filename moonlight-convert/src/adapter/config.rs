@@ -326,7 +326,7 @@ impl AdapterConfig {
                 self.targets.parameters = targets::texts(&value(key, raw)?).map_err(with)?.into_iter().collect();
             }
             "modules_to_save" => self.targets.saved = targets::saved(&value(key, raw)?).map_err(with)?,
-            "init_lora_weights" => self.initial = initial(&value(key, raw)?)?,
+            "init_lora_weights" => self.initial = base_init(&value(key, raw)?)?,
             "trainable_token_indices" => self.tokens = tokens(&value(key, raw)?).map_err(with)?,
             "bias" => {
                 self.biases = match value::<Option<String>>(key, raw)?.as_deref() {
@@ -359,8 +359,8 @@ impl AdapterConfig {
         let numbers = |patterns: &Option<Patterns>| -> Vec<f64> {
             patterns.iter().flat_map(|patterns| patterns.numbers().collect::<Vec<_>>()).collect()
         };
-        let no_rank = |rank: &f64| rank.fract() != 0.0 || !(1.0..=HIGHEST_RANK as f64).contains(rank);
-        let rank = Some(self.r as f64).into_iter().chain(numbers(rank_pattern)).find(no_rank);
+        let is_invalid = |rank: &f64| rank.fract() != 0.0 || !(1.0..=HIGHEST_RANK as f64).contains(rank);
+        let rank = Some(self.r as f64).into_iter().chain(numbers(rank_pattern)).find(is_invalid);
         let alpha = Some(self.lora_alpha).into_iter().chain(numbers(alpha_pattern)).find(|alpha| !alpha.is_finite());
         let wrong = [
             (
@@ -379,11 +379,11 @@ impl AdapterConfig {
         }
     }
 
-    /// The rank and the settings of a module. It has several names, because it may be targeted as a parameter, too. The
-    /// error is the rest of a sentence that begins with the file's name.
+    /// The rank and the settings of a module, by any of its names: as a module, and as a parameter. The error is the rest
+    /// of a sentence that begins with the file's name.
     pub(super) fn settings_of(&self, names: &[String]) -> Result<(usize, LowRankSettings), String> {
         let find = |patterns: &Option<Patterns>| patterns.as_ref().and_then(|patterns| patterns.find(names));
-        // `check` has made sure that it is an integer.
+        // `check` has refused ranks that are not integers.
         let rank = find(&self.rank_pattern).map_or(self.r, |rank| rank as usize);
         let alpha = find(&self.alpha_pattern).unwrap_or(self.lora_alpha);
         let settings = LowRankSettings { alpha, rslora: self.use_rslora, dropout: self.lora_dropout };
@@ -392,8 +392,9 @@ impl AdapterConfig {
     }
 }
 
-/// What `init_lora_weights` means when an adapter is loaded (`LoraLayer.update_layer` of peft 0.21).
-fn initial(value: &Value) -> Result<BaseInit, ConfigProblem> {
+/// What `init_lora_weights` subtracts from the base's weights when an adapter is loaded (`LoraLayer.update_layer` of
+/// peft 0.21).
+fn base_init(value: &Value) -> Result<BaseInit, ConfigProblem> {
     let text = match value {
         Value::Null | Value::Bool(_) => return Ok(BaseInit::Unchanged),
         Value::String(text) => text.as_str(),
@@ -499,7 +500,7 @@ impl NewConfig {
     }
 }
 
-/// Writes an integral number as an integer, because some readers accept no other.
+/// A number for the config. Some readers accept only integers, so that 8.0 is written as 8.
 fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
 }

@@ -4,12 +4,14 @@
 //!   writes, and the older layout with one tensor per expert, which vLLM reads.
 //! * [`base_of`] finds the base model of an adapter.
 //!
-//! Two things differ between this project's modules and peft's. First, here the gate and the up projection of an expert
-//! have an adapter each, while transformers 5 has one parameter for both: the saved adapter has the sum of the two
-//! ranks, with zeros in the blocks where one's `B` would meet the other's `A`. Second, in a model with experts peft
-//! with transformers 5 takes *modules* named `gate_proj`, `up_proj` or `down_proj` for the experts'
-//! (`_convert_peft_config_moe`, peft 0.21). So adapters of dense and shared MLPs are listed as *parameters*
-//! (`mlp.gate_proj.weight`). peft refuses dropout for adapters of parameters, so that it is written as 0.
+//! Two things differ between this project's modules and peft's:
+//!
+//! * Here the gate and the up projection of an expert have an adapter each, while transformers 5 has one parameter for
+//!   both. The saved adapter has the sum of the two ranks, and zeros in the blocks of `B` that would multiply the `A` of
+//!   the other projection.
+//! * In a model with experts, peft with transformers 5 applies *modules* named `gate_proj`, `up_proj` or `down_proj` to
+//!   the experts alone (`_convert_peft_config_moe`, peft 0.21). So adapters of dense and shared MLPs are listed as
+//!   *parameters* (`mlp.gate_proj.weight`). peft refuses dropout for adapters of parameters, so that it is written as 0.
 
 mod config;
 mod error;
@@ -38,8 +40,8 @@ const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 /// `format/shard.rs` reads it.
 const NOTES: &str = "moonlight_adapters";
 
-/// The note on one adapter in a file of this project. It lets a resumed training continue with the same bits: peft's
-/// layout alone does not tell the ranks of gate and up apart.
+/// The note on one adapter in a file of this project. With it a resumed run repeats the run bit for bit: peft's layout
+/// alone does not show which ranks are those of the gate and which those of the up projection.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Note {
     path: String,
@@ -50,7 +52,7 @@ struct Note {
 }
 
 impl Note {
-    fn of(adapter: &Adapter) -> Self {
+    fn for_adapter(adapter: &Adapter) -> Self {
         let LowRankSettings { alpha, rslora, dropout } = adapter.settings;
         let rank = adapter.a.shape().last().copied().unwrap_or_default();
         Self { path: adapter.path.clone(), rank, alpha, rslora, dropout }

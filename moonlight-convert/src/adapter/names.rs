@@ -61,8 +61,8 @@ pub(super) fn parse(tensor: &str) -> (String, TensorRole) {
         (".token_adapter.trainable_tokens_delta", TensorRole::TrainedTokens),
         (".trainable_tokens_delta", TensorRole::TrainedTokens),
     ];
-    match suffixes.iter().find_map(|(suffix, part)| Some((bare.strip_suffix(suffix)?, *part))) {
-        Some((module, part)) => (module_path(key(module)), part),
+    match suffixes.iter().find_map(|(suffix, role)| Some((bare.strip_suffix(suffix)?, *role))) {
+        Some((module, role)) => (module_path(key(module)), role),
         None => {
             let name = [".base_layer", ".token_adapter", ".modules_to_save.default", ".original_module"]
                 .iter()
@@ -88,10 +88,10 @@ pub(super) fn peft_module(module: &str) -> String {
     }
 }
 
-/// The names of the two tensors of a module below the decoder.
-pub(super) fn tensors(module: &str) -> [String; 2] {
+/// The names of `A` and `B` of a module below the decoder.
+pub(super) fn tensor_names(module: &str) -> [String; 2] {
     let module = peft_module(module);
-    ["A", "B"].map(|part| format!("{PREFIX}{MODEL}{module}.lora_{part}.weight"))
+    ["A", "B"].map(|matrix| format!("{PREFIX}{MODEL}{module}.lora_{matrix}.weight"))
 }
 
 /// The name of a module in transformers.

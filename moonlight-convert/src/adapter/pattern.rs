@@ -1,6 +1,6 @@
 //! `rank_pattern` and `alpha_pattern`: maps from keys to numbers. Keys are Python regular expressions over module
-//! names; in practice they are names, `.*` and digits. The time to match any key is bounded by its length times the
-//! name's, and keys that are plain names are looked up in a map.
+//! names; in practice they consist of names, `.*` and digits. Matching a key takes time in proportion to its length
+//! times the name's, and keys that are plain names are looked up in a map.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer};
 const MOST_KEYS: usize = 100_000;
 /// The most bytes of all keys that are not plain names, together.
 const MOST_TEXT: usize = 200_000;
-/// The most bytes of those of them that match names of any length.
+/// The most bytes of all keys with `*`, `+` or `?`, together. They take the most time to match.
 const MOST_WILD: usize = 5_000;
 
 /// Numbers by key, in the file's order: the first key that matches counts.
@@ -159,6 +159,7 @@ impl Key {
     /// Whether the whole name matches, or its end after one of its dots, as in peft's `(.*\.)?(KEY)$`.
     fn matches(&self, name: &str) -> bool {
         if self.has_fixed_length() {
+            // The match can begin at only one position, so that comparing from the end suffices.
             let mut name = name.chars().rev();
             return self
                 .pieces
@@ -190,7 +191,7 @@ impl Key {
         now[self.pieces.len()]
     }
 
-    /// Skips optional pieces.
+    /// Adds the positions that are reached by skipping optional pieces.
     fn skip(&self, places: &mut [bool]) {
         for (at, piece) in self.pieces.iter().enumerate() {
             places[at + 1] |= places[at] && piece.least == 0;

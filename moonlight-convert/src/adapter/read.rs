@@ -1,5 +1,5 @@
-//! Reading an adapter. Its header is validated as that of a weight file, and every shape is checked against the model
-//! and the config before memory is allocated.
+//! Reading an adapter. Its header is validated like that of any weight file, and every shape is checked against the
+//! model and the config before memory is allocated.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
@@ -30,7 +30,7 @@ use crate::mapping::names::hugging_face_tensors;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
-/// Size limit of this project's note: 200 bytes for each of more projections than any model has.
+/// Size limit of this project's note, in bytes: 200 for each of 100,000 projections, more than any model has.
 const MAX_NOTE_BYTES: usize = 20_000_000;
 /// The number of values that an adapter may always have; more only if the model has more.
 const MIN_ALLOWED_VALUES: u64 = 1 << 26;
@@ -84,7 +84,7 @@ pub fn load_adapter(model: CausalLm, dir: &Path) -> Result<CausalLm, AdapterErro
 
 /// [`load_adapter`] for a model whose files contain `head` ([`Checkpoint::tied_head`](crate::Checkpoint::tied_head)).
 /// With [`TiedHead::Separate`], `config.json` ties a head that differs from the embedding. peft goes by `config.json`,
-/// so that tokens that were trained apply to both matrices.
+/// so that trained tokens apply to both matrices.
 ///
 /// # Errors
 ///
@@ -131,9 +131,9 @@ struct AdapterReader {
     notes: HashMap<String, Note>,
     adapters: Vec<Adapter>,
     changes: WeightChanges,
-    /// The most values that the adapter may have.
+    /// The most values that the adapter may have in all.
     most: u64,
-    /// How many of them may still be allocated.
+    /// How many values may still be allocated.
     allowed: u64,
 }
 
@@ -172,14 +172,14 @@ fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<AdapterCo
         let hint = stack.then(|| format!("{MERGE_IN_PEFT}, or train adapters of the experts (`target_parameters`)"));
         return Err(AdapterError::Weights { path, problem, hint });
     }
-    let found = sorted(tensors).map_err(error)?;
+    let found = by_role(tensors).map_err(error)?;
     let shapes = model.parameter_shapes().into_iter();
     let shapes =
         shapes.map(|shape| (shape.path.strip_suffix(".weight").unwrap_or(&shape.path).to_owned(), shape)).collect();
     let mut targets = config.targets.parameters.iter();
     let targets_gate_up = targets.any(|target| target.rsplit('.').next() == Some(names::GATE_UP));
     let most = model.parameter_count().total.max(MIN_ALLOWED_VALUES);
-    let reading = AdapterReader {
+    let reader = AdapterReader {
         path: path.clone(),
         dir: dir.to_path_buf(),
         shard,
@@ -194,7 +194,7 @@ fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<AdapterCo
         most,
         allowed: most,
     };
-    reading.read(found)
+    reader.read(found)
 }
 
 /// peft's default targets (`TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`).
@@ -204,12 +204,12 @@ fn default_targets(model: &ModelConfig) -> Option<Names> {
 }
 
 /// Sorts the tensors by their role. The error is the rest of a sentence that begins with the file's name.
-fn sorted(tensors: Vec<TensorEntry>) -> Result<AdapterTensors, String> {
+fn by_role(tensors: Vec<TensorEntry>) -> Result<AdapterTensors, String> {
     let mut found = AdapterTensors::default();
     for tensor in tensors {
         let name = &tensor.name;
-        let (module, part) = names::parse(name);
-        let (rows, columns) = match (part, tensor.shape.as_slice()) {
+        let (module, role) = names::parse(name);
+        let (rows, columns) = match (role, tensor.shape.as_slice()) {
             (TensorRole::Magnitude | TensorRole::FullWeight, &[columns]) => (1, columns),
             // peft before 0.9 stored a magnitude as a column.
             (TensorRole::Magnitude, &[columns, 1]) => (1, columns),
@@ -224,7 +224,7 @@ fn sorted(tensors: Vec<TensorEntry>) -> Result<AdapterTensors, String> {
         };
         let stored = StoredMatrix { rows, columns, dtype, range: tensor.range };
         let AdapterTensors { pairs, embeddings, magnitudes, tokens, full_weights } = &mut found;
-        let twice = match part {
+        let twice = match role {
             TensorRole::A => pairs.entry(module).or_default().a.replace(stored).is_some(),
             TensorRole::B => pairs.entry(module).or_default().b.replace(stored).is_some(),
             TensorRole::EmbeddingA => embeddings.entry(module).or_default().a.replace(stored).is_some(),
@@ -265,7 +265,7 @@ fn read_notes(note: &str) -> Result<HashMap<String, Note>, String> {
 impl AdapterReader {
     fn read(mut self, found: AdapterTensors) -> Result<AdapterContents, AdapterError> {
         let AdapterTensors { pairs, embeddings, mut magnitudes, tokens, full_weights } = found;
-        let mut held: HashSet<String> = pairs.keys().cloned().collect();
+        let mut present: HashSet<String> = pairs.keys().cloned().collect();
         // Replaced weights come first, because later changes may build on them.
         let by_key: HashMap<String, ParameterShape> = if full_weights.is_empty() {
             HashMap::new()
@@ -275,7 +275,7 @@ impl AdapterReader {
             named.map(|(tensor, shape)| (mapping::key(&tensor.name).to_owned(), shape.clone())).collect()
         };
         for (key, (name, stored)) in &full_weights {
-            // The copy of a tied head is a copy of the embedding.
+            // The file's copy of a tied head is a copy of the embedding.
             if self.tied && key == mapping::HEAD && !self.config.targets.saves(names::HEAD) {
                 match full_weights.get(mapping::EMBEDDING) {
                     Some((other, embedding)) => self.check_equal(name, stored, other, embedding)?,
@@ -310,9 +310,9 @@ impl AdapterReader {
         for (module, pair) in embeddings {
             let (a, b) = self.complete_pair(&module, pair)?;
             self.embedding(&module, &a, &b)?;
-            held.insert(module);
+            present.insert(module);
         }
-        // `projection` has removed those that it used.
+        // `projection` has removed the magnitudes that it used.
         if let Some(module) = magnitudes.keys().next() {
             return Err(self.error_with_hint(
                 format!("contains a DoRA magnitude of `{module}`, which has no adapter of a plain projection"),
@@ -320,7 +320,7 @@ impl AdapterReader {
             ));
         }
         self.tokens(&tokens)?;
-        self.check_complete(&held, &full_weights)?;
+        self.check_complete(&present, &full_weights)?;
         Ok(AdapterContents { adapters: self.adapters, changes: self.changes })
     }
 
@@ -407,16 +407,16 @@ impl AdapterReader {
         let targets = &self.config.targets;
         let bias = parameter.kind == ParameterKind::Bias || parameter.kind == ParameterKind::CorrectionBias;
         // peft saves embedding and head along with their adapters, and if tokens were added.
-        let check_targeted = targets.saves(&full)
+        let is_listed = targets.saves(&full)
             || matches!(parameter.kind, ParameterKind::Embedding | ParameterKind::Head)
             || (bias && self.trains_bias(&full));
-        if !check_targeted {
+        if !is_listed {
             return Err(self.error_with_hint(
                 format!("contains `{name}`, which `adapter_config.json` does not list"),
                 "remove the tensor from the file, or list what was trained: modules in `modules_to_save`, biases by `bias`",
             ));
         }
-        // peft gives a module in `modules_to_save` a weight of its own, which unties it. A copy that peft saves along
+        // In peft, a module in `modules_to_save` has its own weight and is no longer tied. A copy that peft saves along
         // with an adapter (`save_embedding_layers`) is loaded into the one tied weight.
         if self.tied && parameter.kind == ParameterKind::Embedding && targets.saves(&full) {
             return Err(self.tied(name));
@@ -469,8 +469,8 @@ impl AdapterReader {
         self.changes.entry(path.to_owned()).or_default().push(change);
     }
 
-    /// Subtracts from the base's weight what peft subtracts.
-    fn without_initial(&mut self, path: &str, rank: usize, scale: f64) {
+    /// Subtracts from the base's weight what peft subtracts for PiSSA and OLoRA.
+    fn subtract_initial(&mut self, path: &str, rank: usize, scale: f64) {
         match self.config.initial {
             BaseInit::Unchanged => {}
             BaseInit::Pissa => self.change(path, WeightChange::SubtractPrincipal(rank)),
@@ -508,14 +508,13 @@ impl AdapterReader {
         settings: LowRankSettings,
     ) -> Result<(TensorData, TensorData, f64), AdapterError> {
         let (input, rank, output) = (a.columns, a.rows, b.rows);
-        let mut ours = self.zeros(module, 1, [input, rank, output])?;
+        let (mut our_a, mut our_b) = self.zeros(module, 1, [input, rank, output])?;
         let (a, b) = (self.values(module, a)?, self.values(module, b)?);
         for k in 0..rank {
-            // `A` `[rank, in]` becomes `[in, rank]`, `B` `[out, rank]` becomes `[rank, out]`.
-            (0..input).for_each(|i| ours.0[i * rank + k] = a[k * input + i]);
-            (0..output).for_each(|o| ours.1[k * output + o] = b[o * rank + k]);
+            (0..input).for_each(|i| our_a[i * rank + k] = a[k * input + i]); // [rank, in] to [in, rank]
+            (0..output).for_each(|o| our_b[k * output + o] = b[o * rank + k]); // [out, rank] to [rank, out]
         }
-        let (a, b) = (TensorData::new(ours.0, [input, rank]), TensorData::new(ours.1, [rank, output]));
+        let (a, b) = (TensorData::new(our_a, [input, rank]), TensorData::new(our_b, [rank, output]));
         Ok((a, b, settings.scale(rank)))
     }
 
@@ -533,10 +532,10 @@ impl AdapterReader {
             TrainedTokens::ByModule(list) => list.clone(),
         };
         let short = |module: &str| module.rsplit('.').next().unwrap_or_default().to_owned();
-        let check_targeted: BTreeMap<String, Vec<usize>> =
+        let listed: BTreeMap<String, Vec<usize>> =
             by_module.into_iter().map(|(module, tokens)| (short(&module), tokens)).collect();
         for (module, stored) in found {
-            let Some(tokens) = check_targeted.get(module) else {
+            let Some(tokens) = listed.get(module) else {
                 return Err(self.error_with_hint(
                     format!("contains trained tokens of `{module}`, which `adapter_config.json` does not list"),
                     "list the tokens in `trainable_token_indices`",
@@ -566,7 +565,7 @@ impl AdapterReader {
             }
             self.reserve(module, (stored.rows as u64).saturating_mul(stored.columns as u64))?;
             let values = TensorData::new(self.values(module, stored)?, [stored.rows, stored.columns]);
-            if !head && self.tied_in_config && !check_targeted.contains_key(names::HEAD) {
+            if !head && self.tied_in_config && !listed.contains_key(names::HEAD) {
                 let shape = self.shapes.get(names::HEAD).cloned();
                 let Some(shape) = shape else { return Err(self.unknown(names::HEAD)) };
                 self.change(&shape.path, WeightChange::Columns(tokens.clone(), values.clone()));
@@ -577,7 +576,7 @@ impl AdapterReader {
                 if head { WeightChange::Columns(tokens, values) } else { WeightChange::Rows(tokens, values) },
             );
         }
-        match check_targeted.keys().find(|module| !found.contains_key(*module)) {
+        match listed.keys().find(|module| !found.contains_key(*module)) {
             Some(module) => Err(self.missing(&format!("the trained tokens of `{module}`"), 0)),
             None => Ok(()),
         }
@@ -591,44 +590,45 @@ impl AdapterReader {
         )
     }
 
-    /// The parameter of a stack of experts that the config targets and the file lacks. With one tensor per expert, a
-    /// single expert is enough.
-    fn missing_of_stack(&self, stack: &str, held: &HashSet<String>) -> Option<String> {
+    /// The parameter of a stack of experts that the config targets and the file lacks. With one tensor per expert, one
+    /// expert is enough.
+    fn missing_of_stack(&self, stack: &str, present: &HashSet<String>) -> Option<String> {
         let names = [names::GATE_UP, "down_proj"].map(|parameter| format!("{stack}.{parameter}"));
-        let asked = names.each_ref().map(|name| self.config.targets.has_parameter(&names::transformers_name(name)));
-        let single = |projections: &[&str]| {
-            held.iter()
+        let targeted = names.each_ref().map(|name| self.config.targets.has_parameter(&names::transformers_name(name)));
+        let has_expert = |projections: &[&str]| {
+            present
+                .iter()
                 .filter_map(|module| names::parse_expert(module))
                 .any(|(of, _, projection)| of == stack && projections.contains(&projection))
         };
-        let separate_experts = [single(&["gate_proj", "up_proj"]), single(&["down_proj"])];
-        // Of two in one file, the inner one has the name `base_layer`; a single one is whichever is targeted.
-        let stacked = [format!("{stack}.base_layer"), stack.to_owned()].map(|module| held.contains(&module));
-        let there = match (asked, stacked) {
+        let separate_experts = [has_expert(&["gate_proj", "up_proj"]), has_expert(&["down_proj"])];
+        // Of two adapters, the inner one is called `base_layer`. A single one is whichever is targeted.
+        let stacked = [format!("{stack}.base_layer"), stack.to_owned()].map(|module| present.contains(&module));
+        let found = match (targeted, stacked) {
             (_, [true, true]) => [true; 2],
             ([true, true], [inner, outer]) => [inner, outer],
             (_, [inner, outer]) => [inner || outer; 2],
         };
-        let missing = (0..2).find(|&at| asked[at] && !there[at] && !separate_experts[at])?;
+        let missing = (0..2).find(|&at| targeted[at] && !found[at] && !separate_experts[at])?;
         names.into_iter().nth(missing)
     }
 
-    /// Refuses a file that lacks something the config lists. peft would leave it untrained.
+    /// Refuses a file that lacks an adapter or weight that the config lists. peft would leave it untrained.
     fn check_complete(
         &self,
-        held: &HashSet<String>,
+        present: &HashSet<String>,
         full_weights: &BTreeMap<String, (String, StoredMatrix)>,
     ) -> Result<(), AdapterError> {
         let targets = &self.config.targets;
         let moe = self.shapes.values().any(|shape| shape.kind == ParameterKind::Experts);
-        // In a model with experts, peft takes these names for the experts alone with transformers 5, and for dense
-        // layers and shared experts, too, with transformers 4.
-        let unclear = |module: &str| moe && module.contains(".mlp") && !module.ends_with(".router");
+        // In a model with experts, peft applies the names of MLP projections to the experts alone with transformers 5,
+        // but also to dense layers and shared experts with transformers 4. So none of the latter is missing.
+        let is_ambiguous = |module: &str| moe && module.contains(".mlp") && !module.ends_with(".router");
         let has = |module: &String, shape: &ParameterShape| match shape.kind {
             ParameterKind::Matrix | ParameterKind::Router => {
                 let full = names::transformers_name(module);
                 let all_linear = matches!(targets.modules, Some(Names::AllLinear));
-                let by_module = targets.has_module(&full) && !unclear(module);
+                let by_module = targets.has_module(&full) && !is_ambiguous(module);
                 (by_module && !(all_linear && shape.kind == ParameterKind::Router))
                     || targets.has_parameter(&format!("{full}.weight"))
             }
@@ -638,12 +638,13 @@ impl AdapterReader {
             }
             _ => false,
         };
-        let mut missing = self.shapes.iter().filter(|(module, shape)| has(module, shape) && !held.contains(*module));
+        let mut missing = self.shapes.iter().filter(|(module, shape)| has(module, shape) && !present.contains(*module));
         if let Some((module, _)) = missing.next() {
             return Err(self.missing(&format!("the adapter of `{module}`"), missing.count()));
         }
         for stack in self.shapes.keys().filter_map(|module| module.strip_suffix(".gate_proj")) {
-            if let Some(missing) = stack.ends_with(".experts").then(|| self.missing_of_stack(stack, held)).flatten() {
+            if let Some(missing) = stack.ends_with(".experts").then(|| self.missing_of_stack(stack, present)).flatten()
+            {
                 return Err(self.missing(&format!("the adapter of `{missing}`"), 0));
             }
         }
@@ -692,7 +693,7 @@ impl AdapterReader {
         Ok((vec![0.0; experts * input * rank], vec![0.0; experts * rank * output]))
     }
 
-    /// Counts values against the limit before they are allocated.
+    /// Counts values against the limit, before they are allocated.
     fn reserve(&mut self, module: &str, wanted: u64) -> Result<(), AdapterError> {
         let Some(left) = self.allowed.checked_sub(wanted) else {
             return Err(self.larger_than_its_model(module, wanted));
@@ -705,7 +706,7 @@ impl AdapterReader {
         self.error(format!("contains too many values: with the {values} of `{module}`, more than {}", self.most))
     }
 
-    /// Reads the values of a matrix, row by row.
+    /// Reads the values of a matrix, row-major.
     fn values(&self, module: &str, matrix: &StoredMatrix) -> Result<Vec<f32>, AdapterError> {
         let size = matrix.dtype.size();
         let count = (matrix.rows as u64).saturating_mul(matrix.columns as u64);
@@ -760,7 +761,7 @@ impl AdapterReader {
         if shape.kind == Router && (self.config.dora || self.config.initial != BaseInit::Unchanged) {
             return Err(self.unsupported_kind(module));
         }
-        self.without_initial(&shape.path, rank, settings.scale(rank));
+        self.subtract_initial(&shape.path, rank, settings.scale(rank));
         let (a, b, scale) = self.load_pair(module, a, b, settings)?;
         match (self.config.dora, magnitude) {
             (false, None) if shape.kind == Head => self.change(&shape.path, WeightChange::Add { a, b, scale }),
@@ -794,8 +795,8 @@ impl AdapterReader {
         self.error_with_hint(problem, MERGE_IN_PEFT)
     }
 
-    /// Reads a stack in the layout of transformers 5. `(inner, has_inner)`: whether this is the inner of two adapters,
-    /// and whether there are two.
+    /// Reads a stack in the layout of transformers 5: `A` `[experts * rank, in]`, `B` `[out, rank * experts]`. `inner` is
+    /// whether this is the inner of two adapters, and `has_inner` whether the stack has two.
     fn stack(
         &mut self,
         stack: &str,
@@ -814,12 +815,12 @@ impl AdapterReader {
         let (&[experts, hidden, width], &[_, _, _]) = (gate.as_slice(), down.as_slice()) else {
             return Err(self.unknown(module));
         };
-        // A single one is recognized by its shape, or by the config if both shapes match.
-        let alone_is_gate_up = || {
+        // A single adapter is recognized by its shape, or by the config if both shapes match.
+        let single_is_gate_up = || {
             let fits = |input, output| (a.columns, b.rows) == (input, output);
             fits(hidden, 2 * width) && (!fits(width, hidden) || self.targets_gate_up)
         };
-        let is_gate_up = inner || (!has_inner && alone_is_gate_up());
+        let is_gate_up = inner || (!has_inner && single_is_gate_up());
         let (parts, input, height): (&[&str], _, _) =
             if is_gate_up { (&["gate_proj", "up_proj"], hidden, width) } else { (&["down_proj"], width, hidden) };
         if experts == 0
@@ -844,15 +845,15 @@ impl AdapterReader {
         let modules: Vec<String> = parts.iter().map(|part| format!("{stack}.{part}")).collect();
         self.check_targeted(module, &modules, std::slice::from_ref(&name))?;
         let settings = self.rank(module, &[name], rank, b.columns / experts)?;
-        // In files of this project each part has its own block of ranks; in peft's, both parts share all of them.
-        let note_of: Vec<_> = parts.iter().map(|part| self.note_of(&format!("{stack}.{part}")).cloned()).collect();
-        // The note belongs to this file only if its ranks add up to that of the matrices: another program may have
-        // changed them.
-        let ours = note_of.iter().flatten().fold(0, |all: usize, note| all.saturating_add(note.rank)) == rank;
+        // In files of this project each part has its own block of ranks; in peft's, both parts share all ranks.
+        let notes: Vec<_> = parts.iter().map(|part| self.note_of(&format!("{stack}.{part}")).cloned()).collect();
+        // The notes apply only if their ranks add up to that of the matrices: another program may have changed the
+        // matrices since.
+        let has_own_ranks = notes.iter().flatten().fold(0, |all: usize, note| all.saturating_add(note.rank)) == rank;
         let (columns, a, b) = (b.columns, self.values(module, a)?, self.values(module, b)?);
         let mut first = 0;
-        for (half, (part, note)) in parts.iter().zip(note_of).enumerate() {
-            let (from, own) = match (ours, note) {
+        for (half, (part, note)) in parts.iter().zip(notes).enumerate() {
+            let (from, own) = match (has_own_ranks, note) {
                 (true, Some(note)) => (first, note.rank),
                 (true, None) => continue,
                 (false, _) => (0, rank),
@@ -871,7 +872,7 @@ impl AdapterReader {
                 }
             }
             let shapes = (vec![experts, input, own], vec![experts, own, height]);
-            // The scale of the file belongs to all ranks together: alpha is adjusted so that the part keeps it.
+            // The file's scale is that for all ranks together. This alpha gives the part the same scale.
             let alpha = match settings.rslora {
                 true => settings.scale(rank) * (own as f64).sqrt(),
                 false => settings.scale(rank) * own as f64,

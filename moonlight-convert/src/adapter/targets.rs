@@ -132,7 +132,7 @@ impl Targets {
         let Some(modules) = self.modules.as_ref().filter(|modules| !excluded && modules.matches(name)) else {
             return false;
         };
-        // As in peft, `layers_to_transform` only restricts shortened names.
+        // As in peft, `layers_to_transform` only restricts names that are listed by their end.
         match modules {
             Names::List(names) if !names.contains(name) => self.in_layers(name),
             _ => true,
@@ -142,7 +142,7 @@ impl Targets {
     fn in_layers(&self, name: &str) -> bool {
         let Some(layers) = &self.layers else { return true };
         let number = match self.layers_patterns.as_slice() {
-            // The first number after two names, as in peft's default.
+            // peft's default: the first number after the first two parts of the name.
             [] => name.split('.').skip(2).find(|part| part.bytes().all(|byte| byte.is_ascii_digit())),
             patterns => patterns
                 .iter()

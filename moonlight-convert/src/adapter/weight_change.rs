@@ -1,6 +1,6 @@
-//! Changes that an adapter makes to the weights themselves: it replaces embeddings, norms and biases, adds to embedding
-//! and head, is a DoRA, or belongs to a base from which PiSSA or OLoRA has subtracted something. Such changes are made
-//! once, when the adapter is loaded, in f32, and rounded to the weight's dtype.
+//! Changes that an adapter makes to the weights themselves: fully trained embeddings, norms and biases; LoRA of embedding
+//! and head; DoRA; and what PiSSA and OLoRA subtract from the base. They are applied once, when the adapter is loaded, in
+//! f32, and the result is rounded to the weight's dtype.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,8 +18,8 @@ pub(super) enum WeightChange {
     Replace(TensorData),
     /// Subtracts the best approximation of this rank (PiSSA, arXiv 2404.02948).
     SubtractPrincipal(usize),
-    /// Subtracts `scale Q_r R_r` of the QR decomposition of the transpose (OLoRA, arXiv 2406.01775), that is, the
-    /// component in the space spanned by the columns of the first `rank` inputs.
+    /// Subtracts `scale Q_r R_r` of the QR decomposition of the transpose (OLoRA, arXiv 2406.01775), that is, `scale`
+    /// times the component in the space that the weights of the first `rank` inputs span.
     SubtractFirstColumns { rank: usize, scale: f64 },
     /// Adds `scale a b`.
     Add { a: TensorData, b: TensorData, scale: f64 },
@@ -31,7 +31,7 @@ pub(super) enum WeightChange {
     Columns(Vec<usize>, TensorData),
 }
 
-/// Changes by the path of the parameter. Those of one parameter are made in order.
+/// Changes by the path of the parameter. Those of one parameter are applied in order.
 pub(super) type WeightChanges = BTreeMap<String, Vec<WeightChange>>;
 
 /// Applies the changes to a model. The error is the path of a parameter whose shape differs from the config's, because
@@ -72,39 +72,41 @@ impl ModuleMapper for ChangeMapper {
         }
         param.map(|tensor| {
             let (dtype, trained) = (tensor.dtype(), tensor.is_require_grad());
-            let value = changes.into_iter().fold(tensor.detach().cast(DType::F32), changed);
+            let value = changes.into_iter().fold(tensor.detach().cast(DType::F32), apply_change);
             value.cast(dtype).set_require_grad(trained)
         })
     }
 }
 
-fn changed<const D: usize>(weight: Tensor<D>, change: WeightChange) -> Tensor<D> {
+fn apply_change<const D: usize>(weight: Tensor<D>, change: WeightChange) -> Tensor<D> {
     let device = weight.device();
     let shape = weight.shape();
     let matrix = |data: TensorData| Tensor::<2>::from_data(data, (&device, DType::F32));
-    let flat = |tensor: Tensor<2>| tensor.reshape(shape.clone());
-    // Only replacements concern vectors.
-    let two = |weight: Tensor<D>| -> Tensor<2> {
+    let reshaped = |tensor: Tensor<2>| tensor.reshape(shape.clone());
+    // All changes but a replacement concern matrices, so that `D` is 2.
+    let as_matrix = |weight: Tensor<D>| -> Tensor<2> {
         let dims = weight.dims();
         weight.reshape([dims[0], dims[D - 1]])
     };
     let product = |a: TensorData, b: TensorData, scale: f64| matrix(a).matmul(matrix(b)).mul_scalar(scale);
     match change {
         WeightChange::Replace(data) => Tensor::from_data(data, (&device, DType::F32)),
-        WeightChange::SubtractPrincipal(rank) => flat(on_host(two(weight), |weight| without_principal(weight, rank))),
+        WeightChange::SubtractPrincipal(rank) => {
+            reshaped(on_host(as_matrix(weight), |weight| without_principal(weight, rank)))
+        }
         WeightChange::SubtractFirstColumns { rank, scale } => {
-            flat(on_host(two(weight), |weight| without_first_columns(weight, rank, scale as f32)))
+            reshaped(on_host(as_matrix(weight), |weight| without_first_columns(weight, rank, scale as f32)))
         }
-        WeightChange::Add { a, b, scale } => flat(two(weight) + product(a, b, scale)),
+        WeightChange::Add { a, b, scale } => reshaped(as_matrix(weight) + product(a, b, scale)),
         WeightChange::Dora { a, b, scale, magnitude } => {
-            let sum = two(weight) + product(a, b, scale);
-            let norm = (sum.clone() * sum.clone()).sum_dim(0).sqrt();
-            let magnitude = Tensor::<1>::from_data(magnitude, (&device, DType::F32)).unsqueeze::<2>();
-            flat(sum * (magnitude / norm))
+            let sum = as_matrix(weight) + product(a, b, scale); // [in, out]
+            let norm = (sum.clone() * sum.clone()).sum_dim(0).sqrt(); // [1, out]
+            let magnitude = Tensor::<1>::from_data(magnitude, (&device, DType::F32)).unsqueeze::<2>(); // [1, out]
+            reshaped(sum * (magnitude / norm))
         }
-        WeightChange::Rows(rows, data) => flat(with_rows(two(weight), &rows, matrix(data))),
+        WeightChange::Rows(rows, data) => reshaped(with_rows(as_matrix(weight), &rows, matrix(data))),
         WeightChange::Columns(columns, data) => {
-            flat(with_rows(two(weight).transpose(), &columns, matrix(data)).transpose())
+            reshaped(with_rows(as_matrix(weight).transpose(), &columns, matrix(data)).transpose())
         }
     }
 }
@@ -114,14 +116,14 @@ fn with_rows(weight: Tensor<2>, rows: &[usize], values: Tensor<2>) -> Tensor<2> 
     let mut seen = BTreeSet::new();
     let last: Vec<usize> = (0..rows.len()).rev().filter(|&at| seen.insert(rows[at])).collect();
     let device = weight.device();
-    let numbers = |list: Vec<i64>| {
+    let indices = |list: Vec<i64>| {
         let count = list.len();
         Tensor::<1, Int>::from_data(TensorData::new(list, [count]), &device)
     };
-    let values = values.select(0, numbers(last.iter().map(|&at| at as i64).collect()));
-    let rows = numbers(last.iter().map(|&at| rows[at] as i64).collect());
-    // `select_assign` can only add: subtracting the old row first leaves exactly 0, so that the sum is the new value to
-    // the bit.
+    let values = values.select(0, indices(last.iter().map(|&at| at as i64).collect()));
+    let rows = indices(last.iter().map(|&at| rows[at] as i64).collect());
+    // `select_assign` can only add. Subtracting the old row first leaves exactly 0, so that the sum is exactly the new
+    // value.
     let old = weight.clone().select(0, rows.clone());
     weight.select_assign(0, rows.clone(), old.neg(), IndexingUpdateOp::Add).select_assign(
         0,
@@ -131,6 +133,7 @@ fn with_rows(weight: Tensor<2>, rows: &[usize], values: Tensor<2>) -> Tensor<2> 
     )
 }
 
+/// Applies `change` on the host, where faer computes the decompositions; `None` leaves the weight unchanged.
 fn on_host(weight: Tensor<2>, change: impl FnOnce(MatRef<'_, f32>) -> Option<Mat<f32>>) -> Tensor<2> {
     let [rows, columns] = weight.dims();
     let device = weight.device();
@@ -140,7 +143,8 @@ fn on_host(weight: Tensor<2>, change: impl FnOnce(MatRef<'_, f32>) -> Option<Mat
     Tensor::from_data(TensorData::new(values, [rows, columns]), (&device, DType::F32))
 }
 
-/// `None` if the decomposition does not converge, that is, for non-finite values.
+/// The weight without its `rank` largest singular values; `None` if the decomposition does not converge, that is, for
+/// non-finite values.
 fn without_principal(weight: MatRef<'_, f32>, rank: usize) -> Option<Mat<f32>> {
     let svd = weight.thin_svd().ok()?;
     let rank = rank.min(weight.nrows()).min(weight.ncols());
@@ -149,7 +153,8 @@ fn without_principal(weight: MatRef<'_, f32>, rank: usize) -> Option<Mat<f32>> {
     Some(weight - scaled * v.transpose())
 }
 
-/// `weight` is `[in, out]`, the transpose of the decomposed matrix: its first rows span the space.
+/// The weight less `scale` times its component in the space that its first `rank` rows span: `weight` is `[in, out]`, the
+/// transpose of the matrix that OLoRA decomposes.
 fn without_first_columns(weight: MatRef<'_, f32>, rank: usize, scale: f32) -> Option<Mat<f32>> {
     let rank = rank.min(weight.nrows()).min(weight.ncols());
     let first = weight.get(..rank, ..).transpose().to_owned();
@@ -177,12 +182,15 @@ mod tests {
     #[test]
     fn pissa_subtracts_the_largest_singular_values_and_olora_the_first_inputs() {
         let weight = || tensor(&[3.0, 0.0, 0.0, 2.0, 0.0, 0.0], [3, 2]);
-        assert_near(values(changed(weight(), WeightChange::SubtractPrincipal(1))), &[0.0, 0.0, 0.0, 2.0, 0.0, 0.0]);
-        assert_near(values(changed(weight(), WeightChange::SubtractPrincipal(9))), &[0.0; 6]);
+        assert_near(
+            values(apply_change(weight(), WeightChange::SubtractPrincipal(1))),
+            &[0.0, 0.0, 0.0, 2.0, 0.0, 0.0],
+        );
+        assert_near(values(apply_change(weight(), WeightChange::SubtractPrincipal(9))), &[0.0; 6]);
         // The first input's row is (1, 1): the component of the others along it is subtracted, too.
         let weight = || tensor(&[1.0, 1.0, 2.0, 0.0, 0.0, 4.0], [3, 2]);
         let left = [0.0, 0.0, 1.0, -1.0, -2.0, 2.0];
-        let without = |rank, scale| values(changed(weight(), WeightChange::SubtractFirstColumns { rank, scale }));
+        let without = |rank, scale| values(apply_change(weight(), WeightChange::SubtractFirstColumns { rank, scale }));
         assert_near(without(1, 1.0), &left);
         assert_near(without(5, 1.0), &[0.0; 6]);
         assert_near(without(1, 0.5), &[0.5, 0.5, 1.5, -0.5, -1.0, 3.0]);
@@ -198,20 +206,20 @@ mod tests {
             magnitude: TensorData::new(vec![10.0f32, 1.0], [2]),
         };
         // The columns are (1 + 2, 4) and (0, 2).
-        assert_near(values(changed(tensor(&[1.0, 0.0, 4.0, 2.0], [2, 2]), change)), &[6.0, 0.0, 8.0, 1.0]);
+        assert_near(values(apply_change(tensor(&[1.0, 0.0, 4.0, 2.0], [2, 2]), change)), &[6.0, 0.0, 8.0, 1.0]);
     }
 
     #[test]
     fn rows_and_columns_are_replaced() {
         let weight = || tensor(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [3, 2]);
         let new = || TensorData::new(vec![7.0f32, 8.0, 9.0, 10.0], [2, 2]);
-        let rows = changed(weight(), WeightChange::Rows(vec![2, 0], new()));
+        let rows = apply_change(weight(), WeightChange::Rows(vec![2, 0], new()));
         assert_near(values(rows), &[9.0, 10.0, 3.0, 4.0, 7.0, 8.0]);
-        let twice = changed(weight(), WeightChange::Rows(vec![1, 1], new()));
+        let twice = apply_change(weight(), WeightChange::Rows(vec![1, 1], new()));
         assert_near(values(twice), &[1.0, 2.0, 9.0, 10.0, 5.0, 6.0]);
         let columns = TensorData::new(vec![7.0f32, 8.0, 9.0], [1, 3]);
         assert_near(
-            values(changed(weight(), WeightChange::Columns(vec![1], columns))),
+            values(apply_change(weight(), WeightChange::Columns(vec![1], columns))),
             &[1.0, 7.0, 3.0, 8.0, 5.0, 9.0],
         );
     }

@@ -32,7 +32,7 @@ struct Module {
     b: Matrix,
 }
 
-/// A matrix, row by row.
+/// A row-major matrix.
 struct Matrix {
     rows: usize,
     columns: usize,
@@ -89,9 +89,9 @@ pub fn write_adapter(
 }
 
 /// The modules of the file. Gate and up of a stack become one module with the sum of their ranks: `A` has the rows of
-/// both, and `B` has each one's columns in its own half of the rows, with zeros elsewhere.
+/// both; `B` has the columns of each in that one's half of the rows, and zeros elsewhere.
 fn modules(adapters: &[Adapter], experts_are_stacked: bool) -> Vec<Module> {
-    // An adapter's `up_proj` may have no `gate_proj`, and the other way round: they are trained separately.
+    // `gate_proj` and `up_proj` are trained separately: a stack may have an adapter of only one of them.
     let by_path: BTreeMap<&str, &Adapter> = adapters.iter().map(|adapter| (adapter.path.as_str(), adapter)).collect();
     let mut modules = Vec::new();
     for adapter in adapters {
@@ -142,24 +142,25 @@ fn fused(stack_path: &str, name: &str, parameter: &str, parts: &[Option<&Adapter
     // of one rank, `[out, rank * experts]`.
     let (mut file_a, mut file_b) =
         (Matrix::zeros(experts * rank, input), Matrix::zeros(parts.len() * height, rank * experts));
-    let mut column = 0; // the first rank of the part
+    let mut first_rank = 0; // of the part
     for (half, adapter) in parts.iter().enumerate() {
         let Some(adapter) = adapter else { continue };
         let ((a, _, own), (b, _, _)) = (stack(&adapter.a), stack(&adapter.b));
-        // A module has one scale. Adapters of one run have the same, so that the ratio is usually 1.
+        // A module has only one scale, so that `B` takes up a difference. Adapters of one run have the same scale, so
+        // that the ratio is usually 1.
         let ratio = (scale(adapter) / scale(first)) as f32;
         for expert in 0..experts {
             for k in 0..own {
                 for i in 0..input {
-                    file_a.set(expert * rank + column + k, i, a[(expert * input + i) * own + k]);
+                    file_a.set(expert * rank + first_rank + k, i, a[(expert * input + i) * own + k]);
                 }
                 for o in 0..height {
                     let value = b[(expert * own + k) * height + o] * ratio;
-                    file_b.set(half * height + o, (column + k) * experts + expert, value);
+                    file_b.set(half * height + o, (first_rank + k) * experts + expert, value);
                 }
             }
         }
-        column += own;
+        first_rank += own;
     }
     Module {
         name: name.to_owned(),
@@ -181,7 +182,7 @@ fn alpha_for(settings: LowRankSettings, scale: f64, rank: usize) -> f64 {
 fn config(modules: &[Module], adapters: &[Adapter], model: &CausalLm, base: &Path) -> NewConfig {
     let LowRankSettings { rslora, dropout, .. } = adapters[0].settings;
     let mut config = NewConfig { base: base.display().to_string(), rslora, dropout, ..NewConfig::default() };
-    // The most frequent pair of rank and alpha becomes the default, others become patterns.
+    // The most frequent pair of rank and alpha becomes the default; the others become patterns.
     let mut pairs: Vec<(usize, f64, usize)> = Vec::new();
     for module in modules {
         match pairs.iter_mut().find(|(rank, alpha, _)| (*rank, *alpha) == (module.rank, module.alpha)) {
@@ -223,7 +224,7 @@ fn config(modules: &[Module], adapters: &[Adapter], model: &CausalLm, base: &Pat
     config
 }
 
-/// The projections of all layers by their names without the layer; experts by the parameters of transformers.
+/// The projections of all layers by their names without the layer, and the experts by their parameters in transformers.
 fn candidates(model: &CausalLm) -> Vec<String> {
     let mut seen = BTreeSet::new();
     for parameter in model.config().parameter_shapes() {
@@ -251,11 +252,11 @@ fn candidates(model: &CausalLm) -> Vec<String> {
 fn safetensors(modules: &[Module], adapters: &[Adapter]) -> Vec<u8> {
     let mut tensors: Vec<(String, &Matrix)> = Vec::new();
     for module in modules {
-        let [a, b] = names::tensors(&module.name);
+        let [a, b] = names::tensor_names(&module.name);
         tensors.extend([(a, &module.a), (b, &module.b)]);
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
-    let note: Vec<Note> = adapters.iter().map(Note::of).collect();
+    let note: Vec<Note> = adapters.iter().map(Note::for_adapter).collect();
     let mut header = Map::new();
     let note = serde_json::to_string(&note).expect("a list of plain values is JSON");
     header.insert("__metadata__".into(), json!({ "format": "pt", NOTES: note }));

@@ -1,7 +1,7 @@
 //! Weights on the host: the three floating-point formats, and conversion between them.
 //!
-//! Each value is checked once while it is converted: a result that is non-finite is reported. Callers divide the work
-//! among threads (`io/parallel_copy.rs`, `load.rs`).
+//! Values are checked while they are converted: non-finite results are reported. Callers divide the work among threads
+//! (`io/parallel_copy.rs`, `load.rs`).
 
 use std::marker::PhantomData;
 
@@ -106,9 +106,9 @@ impl std::fmt::Display for WeightDtype {
 pub(crate) trait Weight: Element + bytemuck::Pod + Default + Send + Sync {
     /// An integer with as many bits as the value.
     type Mark: Copy + Default + std::ops::BitOr<Output = Self::Mark>;
-    /// Bits whose highest is set if the value is NaN or infinite: the magnitude plus one in the lowest exponent bit,
-    /// which overflows into the sign bit only if all exponent bits are set. Marks can be or-ed together, so that a loop
-    /// over many values has no branch and is vectorized.
+    /// An integer whose highest bit is set if and only if the value is NaN or infinite: the magnitude plus one in the
+    /// lowest exponent bit, which carries into the sign bit only if all exponent bits are set. Marks can be or-ed
+    /// together, so that a loop over many values has no branch and is vectorized.
     fn mark(self) -> Self::Mark;
     /// Whether the highest bit is clear.
     fn unmarked(bits: Self::Mark) -> bool;
@@ -201,7 +201,7 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    pub(crate) fn of(finite: bool) -> Self {
+    pub(crate) fn from_finite(finite: bool) -> Self {
         if finite { Self::Finite } else { Self::NonFinite }
     }
 }
@@ -212,10 +212,10 @@ pub(crate) trait RowSource<T> {
     fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool;
 }
 
-/// A matrix of unquantized values, row by row, at any alignment.
+/// A row-major matrix of unquantized values, at any alignment.
 pub(crate) struct PlainRows<'a, S> {
     bytes: &'a [u8],
-    /// The row of the matrix with which the bytes begin.
+    /// The matrix row with which `bytes` begins.
     first: usize,
     columns: usize,
     kind: PhantomData<S>,
@@ -240,7 +240,7 @@ impl<S: Weight, T: Weight> RowSource<T> for PlainRows<'_, S> {
     }
 }
 
-/// A matrix in pieces that were read separately.
+/// A matrix in pieces, each of them some of its rows.
 pub(crate) struct RowPieces<R> {
     /// A piece has 2 to this power rows; the last may have fewer.
     pub(crate) shift: u32,
@@ -272,7 +272,7 @@ pub(crate) fn all_finite<T: Weight>(bytes: &[u8]) -> Outcome {
     for bytes in bytes.chunks_exact(size_of::<T>()) {
         marks = marks | bytemuck::pod_read_unaligned::<T>(bytes).mark();
     }
-    Outcome::of(T::unmarked(marks))
+    Outcome::from_finite(T::unmarked(marks))
 }
 
 /// Fills `target` with rows of a matrix, beginning at row `first`.
@@ -281,7 +281,7 @@ pub(crate) fn copy<T>(source: &impl RowSource<T>, columns: usize, first: usize, 
     for (row, target) in target.chunks_exact_mut(columns.max(1)).enumerate() {
         finite &= source.read_row(first + row, 0, target);
     }
-    Outcome::of(finite)
+    Outcome::from_finite(finite)
 }
 
 #[cfg(test)]

@@ -28,7 +28,8 @@ pub(crate) struct SourceTensor {
     pub(crate) tensor: HfTensor,
     /// Index of the checkpoint's tensor that contains it.
     pub(crate) stored_index: usize,
-    /// The dtype of its values: the narrowest that represents them exactly. For FP8 bf16, in which such models compute.
+    /// The dtype of its values: the narrowest that represents them exactly. FP8 counts as bf16, in which such models
+    /// compute.
     pub(crate) dtype: WeightDtype,
     /// Where its bytes are.
     pub(crate) part: FileRange,
@@ -60,7 +61,7 @@ impl SourceTensor {
         self.tensor.shape.iter().product()
     }
 
-    /// The bytes of some rows, as rows of the stored tensor.
+    /// The byte range of some rows of the stored tensor.
     pub(crate) fn stored_rows(&self, rows: &Range<usize>) -> FileRange {
         let (height, _) = self.dims(self.stored());
         let row = self.part.range.len() / height.max(1);
@@ -89,7 +90,7 @@ impl SourceTensor {
         std::iter::once(&self.part).chain(scale)
     }
 
-    /// Size of these parts in bytes.
+    /// Size of these parts together, in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.parts().map(|part| part.range.len() as u64).sum()
     }
@@ -108,7 +109,7 @@ impl SourceTensor {
         self.transposed && self.stored() != layout
     }
 
-    /// The bytes of some rows, if the file contains them in exactly the requested layout and dtype.
+    /// The byte range of some rows, if the file contains them in exactly the requested layout and dtype.
     pub(crate) fn verbatim(&self, layout: Layout, dtype: WeightDtype, rows: &Range<usize>) -> Option<FileRange> {
         if self.transposed_in(layout) || dtype != self.dtype || !matches!(self.encoding, Encoding::Plain(_)) {
             return None;
@@ -119,8 +120,8 @@ impl SourceTensor {
     }
 }
 
-/// Runs `$body` with parts of a tensor as [`RowSource`](conversion::RowSource)s, whatever the encoding. `$part` is a
-/// function from a part's first row and bytes to a `RowSource`, from which `$rows` makes the argument of `$body`.
+/// Runs `$body` with a [`RowSource`](conversion::RowSource) named `$lines`, whatever the encoding. The expression `$rows`
+/// makes it by calling `$part`, a function from the first row and the bytes of a part to a `RowSource`.
 macro_rules! with_rows {
     ($source:expr, $scales:expr, $part:ident => $rows:expr, $lines:ident => $body:expr) => {{
         let (_, columns) = $source.dims($source.stored());
@@ -189,12 +190,12 @@ impl Checkpoint {
         Ok(Scales { first, values: scales(&bytes, *dtype) })
     }
 
-    /// Decodes rows of the stored tensor, given as `bytes`, to their places in `target`, which contains the whole
-    /// tensor in the requested layout, beginning at `at`.
+    /// Decodes rows of the stored tensor, given as `bytes`, into `target`, in which the whole tensor begins at index
+    /// `at`, in the requested layout.
     ///
     /// # Safety
     ///
-    /// No other claim may overlap the places of these rows.
+    /// No other claim on `target` may overlap the elements to which these rows decode.
     pub(crate) unsafe fn place<T: Weight>(
         &self,
         source: &SourceTensor,
@@ -210,8 +211,8 @@ impl Checkpoint {
         Ok(with_rows!(source, &scales, part => part(first, bytes), lines => if source.transposed_in(layout) {
             assert!(at.is_multiple_of(height), "a source begins at a row of the target");
             let top = at / height;
-            // SAFETY: the caller's promise; transposed, these rows are columns of the target.
-            // `[out, in]` in the file becomes `[in, out]`: a band of rows becomes a block of columns.
+            // A band of rows of `[out, in]` becomes a block of columns of `[in, out]`.
+            // SAFETY: the caller's promise, for the elements of these columns.
             let target = unsafe { target.block(height, top..top + columns, rows.clone()) };
             transpose_into(lines, rows, 0..columns, target)
         } else {
@@ -221,8 +222,8 @@ impl Checkpoint {
         }))
     }
 
-    /// The error for a tensor with a value that is non-finite in a dtype: NaN or infinite itself, or out of range.
-    /// Reads the tensor again to find out.
+    /// The error for a tensor with a value that is non-finite in a dtype. Reads the tensor again to find out whether the
+    /// stored value is NaN or infinite itself, or only out of range.
     pub(crate) fn value_error(&self, source: &SourceTensor, dtype: WeightDtype) -> CheckpointError {
         let found = &self.tensor_list()[source.stored_index];
         let (tensor, file) = (found.name.clone(), Some(self.dir().join(&found.file)));

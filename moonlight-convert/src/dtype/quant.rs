@@ -2,7 +2,7 @@
 //! `float-quantized`), INT4 by group (Kimi-K2-Thinking, Kimi-K2.5).
 //!
 //! A value is a small number times a scale. The product is taken in f32 and rounded once to the requested dtype. This
-//! equals torch bit by bit: `(fp8.float() * scale).to(bfloat16)`, and compressed-tensors' product in bf16.
+//! is bit for bit what torch computes: `(fp8.float() * scale).to(bfloat16)`, and compressed-tensors' product in bf16.
 
 use half::{bf16, f16};
 use moonlight_model::ModelConfig;
@@ -39,23 +39,23 @@ pub(crate) struct QuantScheme {
 }
 
 impl QuantScheme {
-    pub(crate) fn of(config: &ModelConfig) -> Self {
+    pub(crate) fn for_config(config: &ModelConfig) -> Self {
         let Some(quantization) = quantization(config) else { return Self::default() };
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
         let groups = quantization.get("config_groups").and_then(Value::as_object);
         let weights: Vec<&Value> =
             groups.map(|groups| groups.values().filter_map(|group| group.get("weights")).collect()).unwrap_or_default();
-        let own = quantization.get("weight_block_size").and_then(block);
+        let block_size = quantization.get("weight_block_size").and_then(block);
         let mut strategies: Vec<ScaleStrategy> =
-            weights.iter().filter_map(|weights| ScaleStrategy::of(weights)).collect();
-        strategies.extend(own.map(|_| ScaleStrategy::Block));
+            weights.iter().filter_map(|weights| ScaleStrategy::from_weights(weights)).collect();
+        strategies.extend(block_size.map(|_| ScaleStrategy::Block));
         Self {
             method: Some(method.to_owned()),
-            block: own.or_else(|| weights.iter().find_map(|weights| block(weights.get("block_structure")?))),
+            block: block_size.or_else(|| weights.iter().find_map(|weights| block(weights.get("block_structure")?))),
             strategies,
             int4_problem: weights
                 .iter()
-                .find_map(|weights| unreadable(weights))
+                .find_map(|weights| unsupported_int4(weights))
                 .or_else(|| none_of(&weights, "int", "4-bit integers")),
             fp8_problem: none_of(&weights, "float", "FP8"),
             groups: weights
@@ -70,8 +70,8 @@ impl QuantScheme {
     /// Checks a group size against the config. The error is the rest of a sentence about the matrix.
     pub(crate) fn check_group(&self, found: usize) -> Result<(), String> {
         match self.groups.first() {
-            Some(said) if !self.groups.contains(&found) => {
-                Err(format!("has one scale per {found} values; `quantization_config` has the `group_size` {said}"))
+            Some(declared) if !self.groups.contains(&found) => {
+                Err(format!("has one scale per {found} values; `quantization_config` has the `group_size` {declared}"))
             }
             _ => Ok(()),
         }
@@ -82,11 +82,11 @@ impl QuantScheme {
     }
 
     /// The rows and columns that share a scale of an FP8 matrix, and the shape of its scales, derived from the shape
-    /// that was found. If no granularity has such a shape, that of the config is expected.
+    /// `found` in the file. If no granularity has that shape, the one of the config is expected.
     ///
     /// # Errors
     ///
-    /// The rest of a sentence about the matrix, if its scales have another granularity than the config says.
+    /// The rest of a sentence about the matrix, if the config declares another granularity.
     pub(crate) fn fp8_block(
         &self,
         matrix @ [rows, columns]: [usize; 2],
@@ -96,7 +96,7 @@ impl QuantScheme {
         let fits = |strategy: &ScaleStrategy| found.is_some_and(|found| strategy.fits(matrix, block, found));
         let declared = self.strategies.first().copied();
         let every = [ScaleStrategy::Tensor, ScaleStrategy::Row, ScaleStrategy::Block];
-        // The config's granularities first: for some matrices two have scales of the same shape.
+        // The config's granularities first: two can have the same shape, for example for a matrix of one block.
         let strategy = match self.strategies.iter().chain(&every).find(|strategy| fits(strategy)) {
             Some(strategy) if declared.is_none() || self.strategies.contains(strategy) => *strategy,
             Some(strategy) => {
@@ -130,7 +130,7 @@ enum ScaleStrategy {
 
 impl ScaleStrategy {
     /// The granularity of an entry of `config_groups`, if its type is float.
-    fn of(weights: &Value) -> Option<Self> {
+    fn from_weights(weights: &Value) -> Option<Self> {
         if weights.get("type").is_some_and(|kind| kind != "float") {
             return None;
         }
@@ -216,10 +216,11 @@ fn block(value: &Value) -> Option<[usize; 2]> {
     <[usize; 2]>::try_from(sides).ok().filter(|sides| !sides.contains(&0))
 }
 
-fn unreadable(weights: &Value) -> Option<String> {
+/// Why INT4 weights of a group are not supported, as the rest of a sentence.
+fn unsupported_int4(weights: &Value) -> Option<String> {
     match weights.get("num_bits").and_then(Value::as_u64) {
         None | Some(4) => {}
-        // FP8 in addition to INT4 weights.
+        // A group of FP8 weights in a checkpoint that may have INT4 weights, too.
         Some(8) if weights.get("type").is_none_or(|kind| kind != "int") => {}
         Some(bits) => return Some(format!("has weights of {bits} bits")),
     }
@@ -232,7 +233,7 @@ fn unreadable(weights: &Value) -> Option<String> {
 /// The scales for some rows of a matrix, in f32.
 #[derive(Debug, Default)]
 pub(crate) struct Scales {
-    /// The row of scales with which they begin.
+    /// The row of scales with which `values` begins.
     pub(crate) first: usize,
     pub(crate) values: Vec<f32>,
 }
@@ -248,19 +249,20 @@ pub(crate) fn scales(bytes: &[u8], dtype: WeightDtype) -> Vec<f32> {
     }
 }
 
-/// The value of E4M3 bits (the finite variant: no infinities, one NaN of either sign).
+/// The value of E4M3 bits (the finite variant: no infinities, and one NaN for each sign).
 const fn e4m3(bits: u8) -> f32 {
     let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
     let (exponent, mantissa) = ((bits >> 3) & 0xf, (bits & 7) as f32);
     let magnitude = match (exponent, bits & 7) {
         (15, 7) => f32::NAN,
-        (0, _) => mantissa / 512.0,
-        // 2^(exponent - 7), assembled from its bits: powers are not const.
+        (0, _) => mantissa / 512.0, // subnormal
+        // 2^(exponent - 7), assembled from its bits, because `powi` is not const: 120 is f32's bias of 127 less 7.
         _ => (1.0 + mantissa / 8.0) * f32::from_bits((exponent as u32 + 120) << 23),
     };
     sign * magnitude
 }
 
+/// The values of all E4M3 bits.
 const E4M3: [f32; 256] = {
     let mut table = [0.0; 256];
     let mut bits = 0;
@@ -274,7 +276,7 @@ const E4M3: [f32; 256] = {
 /// A matrix of E4M3 values with one scale for each block; blocks at the edges may be partial.
 pub(crate) struct Fp8<'a> {
     pub(crate) bytes: &'a [u8],
-    /// Which of the matrix's rows the bytes begin with.
+    /// The matrix row with which `bytes` begins.
     pub(crate) first: usize,
     pub(crate) columns: usize,
     pub(crate) block: [usize; 2],
@@ -299,7 +301,7 @@ impl<T: Weight> RowSource<T> for Fp8<'_> {
 /// A matrix of 4-bit values, eight to a 32-bit word, the lowest bits first, with one scale for each group of a row.
 pub(crate) struct Int4<'a> {
     pub(crate) bytes: &'a [u8],
-    /// Which of the matrix's rows the bytes begin with.
+    /// The matrix row with which `bytes` begins.
     pub(crate) first: usize,
     pub(crate) columns: usize,
     /// Values of a row that share a scale.
@@ -336,8 +338,8 @@ mod tests {
             assert_eq!(E4M3[bits], value, "{bits:#x}");
             assert_eq!(E4M3[bits | 0x80], -value, "{bits:#x}");
         }
-        let numbers: Vec<f32> = E4M3[..0x7f].to_vec();
-        assert!(numbers.windows(2).all(|pair| pair[0] < pair[1]), "values increase with their bits");
+        let positive: Vec<f32> = E4M3[..0x7f].to_vec();
+        assert!(positive.windows(2).all(|pair| pair[0] < pair[1]), "values increase with their bits");
         assert!(E4M3[0x7f].is_nan() && E4M3[0xff].is_nan());
     }
 
@@ -387,11 +389,11 @@ mod tests {
     #[test]
     fn the_scheme_is_read_from_the_config() {
         let mut config = ModelConfig::preset("moonlight-16b-a3b").unwrap();
-        assert_eq!(QuantScheme::of(&config), QuantScheme::default());
-        assert_eq!(QuantScheme::of(&config).block(), [128, 128]);
+        assert_eq!(QuantScheme::for_config(&config), QuantScheme::default());
+        assert_eq!(QuantScheme::for_config(&config).block(), [128, 128]);
         let mut scheme = |value: Value| {
             config.extra.insert("quantization_config".into(), value);
-            QuantScheme::of(&config)
+            QuantScheme::for_config(&config)
         };
         let fp8 = scheme(json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 32]}));
         assert_eq!((fp8.method.as_deref(), fp8.block()), (Some("fp8"), [64, 32]));

@@ -2,10 +2,10 @@
 //! byte of a checkpoint passes through here.
 //!
 //! Rows of the source are gathered in a tile that fits into the L1 cache. The tile is written out in squares of
-//! [`SIDE`], transposed in registers, one column of the tile after the other. Both directions were measured to matter:
-//! rows of either matrix are often a multiple of 4 KiB apart, so that they compete for the few cache lines of one set.
-//! The tile takes two complete cache lines from each row of the source, and writes four to each row of the target
-//! before it moves to the next.
+//! [`SIDE`], transposed in registers, one column of the tile after the other. Reads and writes both need this, as
+//! measured: rows of either matrix are often a multiple of 4 KiB apart, so that they compete for the few cache lines of
+//! one set. The tile takes two complete cache lines from each row of the source, and writes four to each row of the
+//! target before it moves to the next.
 
 use std::ops::Range;
 
@@ -47,7 +47,7 @@ pub(crate) fn transpose_into<T: Weight>(
         columns.len(),
         rows.len()
     );
-    // Equal bytes for both sizes of values: a tile has 16 KiB.
+    // A tile has 16 KiB for values of either size.
     let tall = if size_of::<T>() > 2 { HEIGHT / 2 } else { HEIGHT };
     let mut finite = true;
     let mut tile = [T::default(); WIDTH * HEIGHT];
@@ -61,10 +61,10 @@ pub(crate) fn transpose_into<T: Weight>(
             transpose_tile(&tile, width, height, &mut target, left - columns.start, top - rows.start);
         }
     }
-    Outcome::of(finite)
+    Outcome::from_finite(finite)
 }
 
-/// Writes the first `width` columns and `height` rows of a tile to the rows `first_row..` of `target`, beginning at
+/// Writes the transpose of a tile's first `width` columns and `height` rows to `target`, beginning at row `first_row` and
 /// column `first_column`.
 ///
 /// # Panics
@@ -95,6 +95,7 @@ fn transpose_tile<T: Weight>(
             };
         }
     }
+    // The edges that do not fill a square.
     for column in 0..width {
         for row in if column < right { bottom } else { 0 }..height {
             // SAFETY: by the second assertion, the place is inside the target.
@@ -103,6 +104,8 @@ fn transpose_tile<T: Weight>(
     }
 }
 
+/// Transposes a square of [`SIDE`] by [`SIDE`] values.
+///
 /// # Safety
 ///
 /// `square` can be read at `row * WIDTH + column`, and `target` written at `column * stride + row`, for rows and columns

@@ -98,8 +98,7 @@ fn unique_keys<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<St
     deserializer.deserialize_map(UniqueKeys)
 }
 
-/// The problem with a name that contains terminal commands or line breaks, with which it could forge a line of a
-/// report.
+/// The problem with a name that contains a terminal command or a line break, which could forge a line of a report.
 pub(crate) fn unprintable(name: &str) -> Option<String> {
     let character = name.chars().find(|character| is_command(*character))?;
     Some(format!("the name `{}` contains the control character U+{:04X}", name.escape_debug(), u32::from(character)))

@@ -19,7 +19,7 @@ use crate::io::confined_dir::open_plain;
 use crate::io::read_at::read_exact_at;
 use crate::printable::Printable;
 
-/// Size of the header's length, with which a file begins.
+/// A file begins with the length of its header, in this many bytes.
 const LENGTH: usize = 8;
 /// Size limit of a header in bytes, the same as in the safetensors library.
 const LONGEST_HEADER: u64 = 100_000_000;
@@ -32,7 +32,7 @@ const NOTES: &str = "__metadata__";
 #[derive(Debug)]
 pub(crate) struct Shard {
     path: PathBuf,
-    /// Device and inode, which tell whether the path still names the same file.
+    /// Device and inode, to detect that the path names another file now.
     #[cfg(unix)]
     identity: (u64, u64),
     /// The file, if it is kept open.
@@ -104,11 +104,11 @@ impl Shard {
         &self.path
     }
 
-    /// Opens the file again, with a read position of its own.
+    /// Opens the file again.
     ///
     /// # Errors
     ///
-    /// An I/O error, or another file is at the path now.
+    /// An I/O error, also if another file is at the path now.
     pub(crate) fn reopen(&self) -> io::Result<File> {
         let (file, metadata) = open_plain(&self.path)?;
         #[cfg(unix)]
@@ -205,8 +205,8 @@ pub(crate) fn read_header(header: &[u8], held: u64) -> Result<(Vec<TensorEntry>,
     Ok((tensors, note))
 }
 
-/// The tensors of a header, in its order. Parsed here because the safetensors library silently takes the last of two
-/// tensors with one name.
+/// The tensors of a header, in its order. It is parsed here because the safetensors library silently takes the last of
+/// two tensors with one name.
 struct Header {
     tensors: Vec<(String, TensorInfo)>,
     note: Option<String>,

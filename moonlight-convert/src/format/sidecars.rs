@@ -49,7 +49,7 @@ pub(crate) fn is_sidecar(name: &str) -> bool {
     SIDECARS.contains(&name) || (name.ends_with(".py") && REMOTE_CODE.iter().any(|prefix| name.starts_with(prefix)))
 }
 
-/// Whether such a file is part of a checkpoint, so that replacing the checkpoint may delete it.
+/// Whether a file with this name is part of a checkpoint, so that replacing the checkpoint may delete it.
 pub(crate) fn belongs_to_checkpoint(name: &str) -> bool {
     name == CONFIG || name == INDEX || name == BURNPACK || name.ends_with(".safetensors") || is_sidecar(name)
 }
@@ -119,7 +119,7 @@ pub(crate) fn write(
     let sidecars = from.map(sidecars_in).transpose()?.unwrap_or_default();
     if let Some(from) = from {
         for name in &sidecars {
-            // Copied and not linked: in the Hub's cache they are links to blobs, which a cleanup may delete.
+            // Copied, not linked: in the Hub's cache they are links to blobs, which a cleanup may delete.
             copy_one(from, name, dir, |error| write_failure(shown, name, needed, error))?;
         }
     }
@@ -130,12 +130,12 @@ pub(crate) fn write(
     Ok(())
 }
 
-/// The config of what is written: with its dtype, and without what the files no longer contain (quantization, MTP
-/// layers, remote code).
+/// The config of the written checkpoint: with its dtype, and without what the files no longer contain (quantization,
+/// MTP layers, remote code).
 fn saved_config(config: &ModelConfig, dtype: WeightDtype, sidecars: &[String]) -> ModelConfig {
     let mut config = config.clone();
     config.dtype = Some(dtype.torch_name().to_owned());
-    // The written weights are plain.
+    // Weights are written unquantized.
     for key in QUANTIZATION {
         config.extra.remove(key);
     }
@@ -145,18 +145,19 @@ fn saved_config(config: &ModelConfig, dtype: WeightDtype, sidecars: &[String]) -
             *layers = json!(0);
         }
     }
-    let there = |class: &str| {
+    let is_available = |class: &str| {
         let module = class.split('.').next().unwrap_or(class);
+        // `owner/repo--module.Class` names code in another repository.
         class.contains("--") || sidecars.iter().any(|name| name.strip_suffix(".py") == Some(module))
     };
     if let Some(Value::Object(classes)) = config.extra.get("auto_map")
-        && !classes.values().all(|class| class.as_str().is_some_and(there))
+        && !classes.values().all(|class| class.as_str().is_some_and(is_available))
     {
         config.extra.remove("auto_map");
     }
     if config.model_type == ModelType::KimiK2 && !config.extra.contains_key("auto_map") {
-        // Kimi-K2 has the architecture of DeepSeek-V3 under a `model_type` of its own, which transformers knows only
-        // from remote code. Without that code, transformers opens it as `deepseek_v3`.
+        // Kimi-K2 is DeepSeek-V3 under another `model_type`, which transformers knows only from remote code. Without
+        // that code, the checkpoint must be a `deepseek_v3` for transformers to open it.
         config.model_type = ModelType::DeepseekV3;
     }
     config
@@ -183,7 +184,7 @@ mod tests {
 
     use super::*;
 
-    /// Models on shared disks are often read-only. What is written from them must not be.
+    /// Models on shared disks are often read-only. Their copies must not be.
     #[test]
     fn contents_are_copied_and_permissions_are_not() {
         let home = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Replacing a directory so that after a crash at any moment the old or the new one is complete.
+//! Replaces a directory so that, whenever a crash happens, the old or the new one is complete.
 //!
 //! A checkpoint `DIR` is written into a hidden sibling, which is then renamed:
 //!
@@ -31,16 +31,17 @@ const SAVING: &str = "moonlight-saving";
 const NEW: &str = "moonlight-new";
 const OLD: &str = "moonlight-old";
 const REMOVED: &str = "moonlight-removed";
-/// The suffixes of earlier versions. They are so general that only folders which contain nothing but this project's
-/// directories are searched for them.
+/// The suffixes of earlier versions. The user's own folders may have them, too, so that only [`clean_leftovers`] looks
+/// for them, and only for the names that its caller owns.
 const EARLIER_NAMES: [(&str, &str); 4] = [("saving", SAVING), ("new", NEW), ("old", OLD), ("removed", REMOVED)];
 
-/// Fills a new directory by `fill` and replaces `dir` by it in one step.
+/// Fills a new directory with `fill`, and replaces `dir` with it in one step.
 ///
 /// # Errors
 ///
 /// Errors of `fill`, [`CheckpointError::Busy`] if another process is saving the same directory, or
-/// [`CheckpointError::File`]. Then `dir` is unchanged, and what was written is removed.
+/// [`CheckpointError::File`]. `dir` is then unchanged and the new files are removed, unless the only failure is to flush
+/// the parent folder after the rename.
 pub fn replace_directory(
     dir: &Path,
     fill: impl FnOnce(&Path) -> Result<(), CheckpointError>,
@@ -50,12 +51,12 @@ pub fn replace_directory(
     staging.commit()
 }
 
-/// Removes a directory so that at every moment it is complete or gone: it is renamed first.
+/// Renames a directory and then removes it, so that after a crash `dir` is complete or gone, never with files missing.
 ///
 /// # Errors
 ///
-/// A failed rename, or files that cannot be removed. What is left in the second case has a hidden name, and
-/// [`clean_leftovers`] tries again.
+/// A failed rename, or files that cannot be removed. Such files keep a hidden name, under which [`clean_leftovers`]
+/// finds them.
 pub fn remove_directory(dir: &Path) -> Result<(), FileError> {
     let hidden = sibling(dir, REMOVED);
     storage::rename(dir, &hidden).map_err(FileError::write(dir))?;
@@ -67,7 +68,8 @@ pub fn remove_directory(dir: &Path) -> Result<(), FileError> {
 }
 
 /// Cleans up after killed saves in `parent`: finishes or removes the siblings of directories whose names `owned`
-/// accepts. The caller ensures that no process is saving them. Returns what could not be done.
+/// accepts. The caller ensures that no process is saving them. Returns the siblings that could not be renamed or
+/// removed, with their errors.
 ///
 /// # Errors
 ///
@@ -84,7 +86,7 @@ pub fn clean_leftovers(parent: &Path, owned: impl Fn(&str) -> bool) -> Result<Ve
             leftovers.push((path, state, target));
         }
     }
-    // A new one before an old one: of two complete siblings it is the newer.
+    // If both siblings of a missing target are complete, the new one is renamed to it and the old one removed.
     leftovers.sort_by_key(|(_, state, _)| [NEW, OLD].iter().position(|first| first == state).unwrap_or(2));
     for (path, state, target) in leftovers {
         let done = match state {
@@ -217,7 +219,7 @@ fn recover(target: &Path) -> io::Result<()> {
         return Ok(());
     }
     match complete_sibling(target) {
-        Some(whole) => storage::rename(&whole, target),
+        Some(complete) => storage::rename(&complete, target),
         None => Ok(()),
     }
 }
@@ -225,18 +227,19 @@ fn recover(target: &Path) -> io::Result<()> {
 /// The directory with the files of `target`: itself, or the complete sibling after a crash between two renames.
 pub(crate) fn complete_path(target: &Path) -> PathBuf {
     match complete_sibling(target) {
-        Some(whole) if !target.exists() && target.file_name().is_some() => whole,
+        Some(complete) if !target.exists() && target.file_name().is_some() => complete,
         _ => target.to_owned(),
     }
 }
 
-/// The sibling that is complete if `target` does not exist. The new one exists only when complete; without it the old
-/// one is what a failed replacement left.
+/// The complete sibling of a `target` that does not exist. The new one gets its name only when it is complete; without
+/// it, the old one is what a failed replacement left.
 fn complete_sibling(target: &Path) -> Option<PathBuf> {
-    [sibling(target, NEW), sibling(target, OLD)].into_iter().find(|whole| whole.is_dir())
+    [sibling(target, NEW), sibling(target, OLD)].into_iter().find(|path| path.is_dir())
 }
 
-/// The path with links and dots resolved as far as it exists, so that it has a file name and siblings.
+/// Resolves links and dots, so that the path ends in a name from which those of its siblings are made. A path that does
+/// not exist only becomes absolute.
 fn resolve(target: &Path) -> Result<PathBuf, CheckpointError> {
     let resolved = match fs::canonicalize(target) {
         Ok(path) => Ok(path),

@@ -1,4 +1,4 @@
-//! Access to the files of an untrusted directory, and to nothing else: a link in it may point anywhere.
+//! Access to the files of an untrusted directory and to nothing outside it: a link in it may point anywhere.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use crate::error::CheckpointError;
 
-/// An untrusted directory. Its files are opened only through this type: none that links lead out of the directory, no
-/// pipes or devices, none longer than its reader expects.
+/// An untrusted directory. Its files are opened only through this type, which refuses links out of the directory, pipes
+/// and devices, and files that are longer than the caller expects.
 ///
-/// Links within the directory are allowed, and from a snapshot in the Hub's cache to the `blobs` of its repository.
+/// Links within the directory are allowed. A snapshot in the Hub's cache may also link to the `blobs` of its repository.
 #[derive(Debug)]
 pub struct ConfinedDir {
     dir: PathBuf,
@@ -71,7 +71,7 @@ impl ConfinedDir {
         let Some((file, path)) = self.open(name, most)? else { return Ok(None) };
         let bytes = file.metadata().map_err(CheckpointError::read(&path))?.len();
         let mut contents = Vec::with_capacity(bytes.min(most) as usize);
-        // The limit holds for a file that grows meanwhile, too.
+        // `take` keeps to the limit even if the file has grown since its length was checked.
         file.take(most).read_to_end(&mut contents).map_err(CheckpointError::read(&path))?;
         Ok(Some(contents))
     }
@@ -92,8 +92,8 @@ impl ConfinedDir {
     }
 }
 
-/// Opens a plain file for reading. A pipe is an error and is not waited for, also if it has replaced a file since
-/// [`ConfinedDir::file`] looked.
+/// Opens a plain file for reading. A pipe is an error and never blocks, even if it has replaced the file since
+/// [`ConfinedDir::file`] checked it.
 pub(crate) fn open_plain(path: &Path) -> io::Result<(File, Metadata)> {
     let mut options = OpenOptions::new();
     options.read(true);

@@ -1,7 +1,7 @@
 //! Memory for parameters, in huge pages.
 
-/// A vector of zeros. The system clears pages when they are first touched. Large tensors are requested in huge pages:
-/// faulting a tensor in takes an eighth of the time with pages of 2 MiB instead of 4 KiB.
+/// A vector of zeros, whose pages the system clears when they are first touched. Large tensors ask for huge pages:
+/// faulting one in takes an eighth of the time with pages of 2 MiB instead of 4 KiB.
 pub(crate) fn zeros<T: bytemuck::Zeroable>(count: usize) -> Vec<T> {
     let mut values = bytemuck::zeroed_vec(count);
     ask_for_huge_pages(&mut values);
@@ -13,7 +13,7 @@ fn ask_for_huge_pages<T>(values: &mut [T]) {
     /// The size on x86-64, and on ARM with base pages of 4 KiB.
     const HUGE_PAGE: usize = 2 << 20;
     let start = values.as_mut_ptr().cast::<u8>();
-    // Only pages that belong to the vector entirely.
+    // Only huge pages that are entirely inside the vector: the advice must not reach its neighbors in memory.
     let skipped = start.align_offset(HUGE_PAGE);
     let length = size_of_val(values).saturating_sub(skipped) / HUGE_PAGE * HUGE_PAGE;
     if length > 0 {

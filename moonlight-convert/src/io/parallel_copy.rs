@@ -1,9 +1,9 @@
 //! Copying values from the files of one checkpoint to those of another, on all threads and in bounded memory.
 //!
-//! Each thread takes the next chunk of rows, reads it, decodes it and writes it. If the columns of a tensor are wanted
-//! as rows, every chunk needs all rows of the file. Such a tensor is read into memory once, by all threads that need
-//! it, and freed after its last chunk. Chunks are taken in order, so that only a few tensors are in memory at a time,
-//! whatever the size of the checkpoint.
+//! Each thread takes the next chunk of rows, reads it, decodes it and writes it. A chunk of a tensor that has to be
+//! transposed needs all rows of the file. Such a tensor is read into memory once, by all threads that need it, and
+//! freed after its last chunk. Chunks are taken in order, so that only a few tensors are in memory at a time, whatever
+//! the size of the checkpoint.
 
 use std::io;
 use std::ops::{ControlFlow, Range};
@@ -20,7 +20,7 @@ use crate::io::file_error::FileError;
 use crate::io::writer::Output;
 use crate::progress::Progress;
 
-/// Bytes of the chunks of all threads together.
+/// The most bytes in the chunks of all threads together.
 const ALL_CHUNKS: usize = 96 << 20;
 /// The largest chunk in bytes, for machines with few threads.
 const LARGEST_CHUNK: usize = 16 << 20;
@@ -52,8 +52,8 @@ pub(crate) fn row_chunks(sources: impl Iterator<Item = (usize, usize)>) -> Vec<R
     let most = (ALL_CHUNKS / threads()).min(LARGEST_CHUNK);
     let mut chunks = Vec::new();
     for (source, (rows, row)) in sources.enumerate() {
-        // Rows of a chunk are columns of a transposed source. A multiple of the tile's width, and at least one tile
-        // even if rows are long: otherwise each cache line of the source would be read by several chunks.
+        // In a source that has to be transposed, the rows of a chunk are columns of the file. A chunk has whole tiles
+        // of columns, and at least one tile even if rows are long: otherwise several chunks would read each cache line.
         let height = (USUAL_CHUNK.min(most) / row.max(1)).max(WIDTH.min(most / row.max(1))).max(1);
         let height = if height > WIDTH { height / WIDTH * WIDTH } else { height };
         chunks
@@ -95,7 +95,7 @@ pub(crate) fn in_order<B: Default>(
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// The first `count` values of a buffer, which grows as needed. It consists of `u64`s for their alignment.
+/// The first `count` values of a buffer, which grows as needed. It consists of `u64`s, whose alignment suits every `T`.
 pub(crate) fn values<T: bytemuck::Pod>(buffer: &mut Vec<u64>, count: usize) -> &mut [T] {
     let words = (count * size_of::<T>()).div_ceil(size_of::<u64>());
     if buffer.len() < words {
@@ -111,14 +111,15 @@ pub(crate) struct Buffers {
     values: Vec<u64>,
 }
 
-/// Reads the chunks of sources: prefetches those that come next, and frees a source after its last chunk.
+/// Reads the chunks of sources, prefetches the sources that come next, and frees each one after its last chunk.
 pub(crate) struct ChunkReader<'a> {
     checkpoint: &'a Checkpoint,
     /// Each source with the layout of the requested rows.
     sources: Vec<(&'a SourceTensor, Layout)>,
+    /// The chunks of each source that are not done.
     remaining: Vec<AtomicUsize>,
-    /// The sources that are in memory as a whole.
-    whole: Vec<Mutex<Option<Arc<BufferedTensor>>>>,
+    /// The sources that are in memory completely.
+    buffered: Vec<Mutex<Option<Arc<BufferedTensor>>>>,
     /// Buffers of freed sources, for reuse.
     spare: Mutex<Vec<Vec<u8>>>,
 }
@@ -133,13 +134,14 @@ impl<'a> ChunkReader<'a> {
         for chunk in chunks {
             remaining[chunk.source].fetch_add(1, Ordering::Relaxed);
         }
-        let whole = sources.iter().map(|_| Mutex::new(None)).collect();
-        Self { checkpoint, sources, remaining, whole, spare: Mutex::default() }
+        let buffered = sources.iter().map(|_| Mutex::new(None)).collect();
+        Self { checkpoint, sources, remaining, buffered, spare: Mutex::default() }
     }
 
+    /// Is called before chunk `at` is read, to prefetch sources of the chunks that follow it.
     pub(crate) fn begin(&self, chunks: &[RowChunk], at: usize) {
         let ahead = at + PREFETCH_CHUNKS * threads();
-        // The first call fills the window, each further one adds a chunk to it.
+        // The first call fills the window; each later one adds a chunk to it.
         let first = if at == 0 { 0 } else { ahead };
         // A source is prefetched as a whole, with its first chunk.
         for chunk in chunks.iter().take(ahead + 1).skip(first).filter(|chunk| chunk.rows.start == 0) {
@@ -147,8 +149,8 @@ impl<'a> ChunkReader<'a> {
         }
     }
 
-    /// The rows of a chunk in the requested layout, as bytes of `T`s; and whether decoding met non-finite values,
-    /// `None` if the bytes were copied without a look.
+    /// The rows of a chunk in the requested layout, as bytes of `T`s, and whether decoding met non-finite values. `None`
+    /// if the bytes were copied without decoding, which does not check them.
     pub(crate) fn rows<'b, T: Weight>(
         &self,
         chunk: &RowChunk,
@@ -165,9 +167,9 @@ impl<'a> ChunkReader<'a> {
             return Ok((bytes, None));
         }
         let outcome = if source.transposed_in(layout) {
-            let whole = self.whole(chunk.source);
-            let (pieces, scales) = whole.read(self.checkpoint, source, &self.spare)?;
-            source.decode_columns(rows.start, &pieces, whole.shift, scales, target)
+            let buffered = self.buffered(chunk.source);
+            let (pieces, scales) = buffered.read(self.checkpoint, source, &self.spare)?;
+            source.decode_columns(rows.start, &pieces, buffered.shift, scales, target)
         } else {
             let part = source.stored_rows(rows);
             let bytes = values::<u8>(stored, part.range.len());
@@ -177,34 +179,35 @@ impl<'a> ChunkReader<'a> {
         Ok((bytemuck::cast_slice(target), Some(outcome)))
     }
 
-    fn whole(&self, source: usize) -> Arc<BufferedTensor> {
-        let mut slot = self.whole[source].lock().unwrap_or_else(PoisonError::into_inner);
+    fn buffered(&self, source: usize) -> Arc<BufferedTensor> {
+        let mut slot = self.buffered[source].lock().unwrap_or_else(PoisonError::into_inner);
         slot.get_or_insert_with(|| Arc::new(BufferedTensor::new(self.sources[source].0))).clone()
     }
 
+    /// Is called when a chunk is done, to free its source after the last one.
     pub(crate) fn end(&self, chunk: &RowChunk) {
         if self.remaining[chunk.source].fetch_sub(1, Ordering::AcqRel) > 1 {
             return;
         }
-        // The last chunk of the source: no other thread uses it any more, so that `into_inner` succeeds.
-        let whole = self.whole[chunk.source].lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(whole) = whole.and_then(Arc::into_inner) {
+        // This was the last chunk of the source: no other thread holds it now, so that `into_inner` succeeds.
+        let buffered = self.buffered[chunk.source].lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(buffered) = buffered.and_then(Arc::into_inner) {
             let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-            let pieces = whole.pieces.into_iter().filter_map(|piece| piece.into_inner()?.ok());
+            let pieces = buffered.pieces.into_iter().filter_map(|piece| piece.into_inner()?.ok());
             let room = MOST_SPARE.saturating_sub(spare.len());
             spare.extend(pieces.take(room));
         }
     }
 }
 
-/// Size in bytes, roughly, of the pieces in which a whole tensor is read.
+/// Approximate size in bytes of the pieces of a [`BufferedTensor`].
 const PIECE: usize = 1 << 20;
 /// How many pieces are kept for reuse.
 const MOST_SPARE: usize = ALL_CHUNKS / PIECE;
 
 /// A tensor as stored, read into memory piece by piece.
 struct BufferedTensor {
-    /// A piece has 2 to this power rows.
+    /// A piece has 2 to this power rows, so that a shift finds the piece of a row.
     shift: u32,
     pieces: Vec<OnceLock<Result<Vec<u8>, ReadFailure>>>,
     /// The next piece that no thread has begun to read.
@@ -220,7 +223,7 @@ struct ReadFailure {
 }
 
 impl ReadFailure {
-    fn of(error: CheckpointError) -> Self {
+    fn from_error(error: CheckpointError) -> Self {
         match error {
             CheckpointError::File(FileError { path, source, .. }) => {
                 Self { path, kind: source.kind(), problem: source.to_string() }
@@ -229,7 +232,7 @@ impl ReadFailure {
         }
     }
 
-    fn error(&self) -> CheckpointError {
+    fn to_error(&self) -> CheckpointError {
         CheckpointError::read(&self.path)(io::Error::new(self.kind, self.problem.clone()))
     }
 }
@@ -264,17 +267,17 @@ impl BufferedTensor {
                     // `vec!` gets zeroed pages from the system without clearing them again.
                     None => vec![0; length],
                 };
-                checkpoint.read_part(&part, &mut bytes).map(|()| bytes).map_err(ReadFailure::of)
+                checkpoint.read_part(&part, &mut bytes).map(|()| bytes).map_err(ReadFailure::from_error)
             })
         };
         // Each thread takes pieces that no other has begun. `get_or_init` below waits for those still in progress.
         while let Some(number) = Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|&at| at < self.pieces.len()) {
             piece(number);
         }
-        let scales = self.scales.get_or_init(|| checkpoint.scales(source, &(0..rows)).map_err(ReadFailure::of));
+        let scales = self.scales.get_or_init(|| checkpoint.scales(source, &(0..rows)).map_err(ReadFailure::from_error));
         let pieces: Result<Vec<&[u8]>, &ReadFailure> =
             (0..self.pieces.len()).map(|number| piece(number).as_ref().map(Vec::as_slice)).collect();
-        Ok((pieces.map_err(ReadFailure::error)?, scales.as_ref().map_err(ReadFailure::error)?))
+        Ok((pieces.map_err(ReadFailure::to_error)?, scales.as_ref().map_err(ReadFailure::to_error)?))
     }
 }
 
@@ -308,7 +311,7 @@ pub(crate) fn copy_tensors(
         });
         reading.end(chunk);
         if outcome == Outcome::NonFinite {
-            // Found after other chunks may have been written: the caller removes the directory.
+            // Other chunks may have been written already; the caller removes the directory.
             return Err(checkpoint.value_error(source, *dtype));
         }
         match progress.advance((count * dtype.size()) as u64) {

@@ -1,6 +1,6 @@
 //! Prefetching the weights of a plan, in the order of the files.
 //!
-//! Files are read into buffers that fit into a core's cache, not memory-mapped: faulting in the pages of a map takes
+//! Files are not memory-mapped but read into buffers that fit into a core's cache: faulting in the pages of a map takes
 //! longer than copying them.
 
 use std::fs::File;
@@ -37,7 +37,7 @@ struct Position {
 impl<'a> PrefetchReader<'a> {
     /// Runs `work` while another thread prefetches the parts of `plan` in order.
     pub(crate) fn open<R>(checkpoint: &'a Checkpoint, plan: &LoadPlan, work: impl FnOnce(&Self) -> R) -> R {
-        let stream = Self { checkpoint, position: Mutex::default(), progressed: Condvar::new() };
+        let reader = Self { checkpoint, position: Mutex::default(), progressed: Condvar::new() };
         /// Ends the thread even if `work` panics.
         struct End<'a, 'b>(&'a PrefetchReader<'b>);
         impl Drop for End<'_, '_> {
@@ -47,9 +47,9 @@ impl<'a> PrefetchReader<'a> {
         }
         std::thread::scope(|scope| {
             let sources = plan.parameters.iter().flat_map(|planned| &planned.sources);
-            scope.spawn(|| stream.prefetch_parts(sources));
-            let _end = End(&stream);
-            work(&stream)
+            scope.spawn(|| reader.prefetch_parts(sources));
+            let _end = End(&reader);
+            work(&reader)
         })
     }
 
@@ -67,46 +67,47 @@ impl<'a> PrefetchReader<'a> {
 
     /// Prefetches the sources in order, at most [`DISTANCE`] ahead of the reads.
     fn prefetch_parts<'p>(&self, sources: impl Iterator<Item = &'p SourceTensor>) {
-        let mut pull = SequentialReader { checkpoint: self.checkpoint, file: None };
-        let mut asked = 0;
+        let mut prefetcher = SequentialPrefetcher { checkpoint: self.checkpoint, file: None };
+        let mut requested = 0;
         for source in sources {
             let FileRange { shard, range } = &source.part;
             // Scales are small, so that advice suffices.
             source.parts().skip(1).for_each(|scale| self.checkpoint.prefetch(scale));
             for start in range.clone().step_by(STEP) {
                 let position = self.position.lock().unwrap_or_else(PoisonError::into_inner);
-                let far = |position: &mut Position| !position.ended && asked > position.read + DISTANCE;
-                let position = self.progressed.wait_while(position, far).unwrap_or_else(PoisonError::into_inner);
+                let too_far = |position: &mut Position| !position.ended && requested > position.read + DISTANCE;
+                let position = self.progressed.wait_while(position, too_far).unwrap_or_else(PoisonError::into_inner);
                 if position.ended {
                     return;
                 }
-                let late = position.read > asked;
+                // The reads are past this part: prefetching it now would only delay them.
+                let overtaken = position.read > requested;
                 drop(position);
                 let end = range.end.min(start + STEP);
-                if !late {
-                    pull.part(&FileRange { shard: *shard, range: start..end });
+                if !overtaken {
+                    prefetcher.prefetch(&FileRange { shard: *shard, range: start..end });
                 }
-                asked += (end - start) as u64;
+                requested += (end - start) as u64;
             }
         }
     }
 }
 
 /// Makes the system read parts of files into its cache, without copying them.
-struct SequentialReader<'a> {
+struct SequentialPrefetcher<'a> {
     checkpoint: &'a Checkpoint,
     /// The current file and `/dev/null`; `None` if they cannot be opened.
     file: Option<(usize, Option<(File, File)>)>,
 }
 
-impl SequentialReader<'_> {
-    fn part(&mut self, part: &FileRange) {
+impl SequentialPrefetcher<'_> {
+    fn prefetch(&mut self, part: &FileRange) {
         let shard = self.checkpoint.shard(part.shard);
         if self.file.as_ref().is_none_or(|(number, _)| *number != part.shard) {
-            self.file = Some((part.shard, sequential(shard)));
+            self.file = Some((part.shard, open_sequential(shard)));
         }
         if let Some((_, Some((file, dev_null)))) = &self.file
-            && pull(file, dev_null, shard.position(part.range.start), part.range.len())
+            && send_to_null(file, dev_null, shard.position(part.range.start), part.range.len())
         {
             return;
         }
@@ -114,19 +115,19 @@ impl SequentialReader<'_> {
     }
 }
 
-/// The file with a read position of its own, and `/dev/null`.
+/// The file and `/dev/null`. The file is opened again, because the readahead window belongs to the open file.
 #[cfg(target_os = "linux")]
-fn sequential(shard: &Shard) -> Option<(File, File)> {
+fn open_sequential(shard: &Shard) -> Option<(File, File)> {
     let file = shard.reopen().ok()?;
     // Doubles the readahead window. If it is refused, only speed is lost.
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
     Some((file, File::options().write(true).open("/dev/null").ok()?))
 }
 
-/// Sends a part of a file to `/dev/null`; whether that succeeded. Unlike `fadvise(WILLNEED)`, this triggers the
+/// Sends a part of a file to `/dev/null`; returns whether that succeeded. Unlike `fadvise(WILLNEED)`, this triggers the
 /// readahead of sequential reads, which uses large pages and takes half the time for large tensors.
 #[cfg(target_os = "linux")]
-fn pull(file: &File, dev_null: &File, start: u64, length: usize) -> bool {
+fn send_to_null(file: &File, dev_null: &File, start: u64, length: usize) -> bool {
     let (mut at, end) = (start, start + length as u64);
     while at < end {
         let left = (end - at) as usize;
@@ -138,11 +139,11 @@ fn pull(file: &File, dev_null: &File, start: u64, length: usize) -> bool {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn sequential(_: &Shard) -> Option<(File, File)> {
+fn open_sequential(_: &Shard) -> Option<(File, File)> {
     None
 }
 
 #[cfg(not(target_os = "linux"))]
-fn pull(_: &File, _: &File, _: u64, _: usize) -> bool {
+fn send_to_null(_: &File, _: &File, _: u64, _: usize) -> bool {
     false
 }

@@ -1,7 +1,6 @@
 //! Reading at an offset of a file, from several threads.
 //!
-//! Files are read and not memory-mapped: if a mapped file is truncated, the program is killed by SIGBUS, while a read
-//! returns an error.
+//! Files are not memory-mapped: if a mapped file is truncated, SIGBUS kills the program, while a read returns an error.
 
 use std::fs::File;
 use std::io;
@@ -41,8 +40,8 @@ fn exact_at(file: &File, mut target: &mut [u8], mut at: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// How many weight files a checkpoint keeps open: a quarter of the process's limit, at most 256. An open file can be
-/// read to its end even after it is removed.
+/// How many weight files a checkpoint keeps open, so that they can be read even after they are removed: a quarter of the
+/// process's limit, at most 256.
 pub(crate) fn most_kept_open() -> usize {
     const MOST: u64 = 256;
     #[cfg(target_os = "linux")]

@@ -1,6 +1,6 @@
 //! All file-system calls of saving and resuming, so that a test can observe each of them and make it fail.
 //!
-//! Outside of tests these are the calls of `std::fs` and no more.
+//! Without observers, that is, outside of tests, each function only makes its call.
 
 use std::fs::{self, File};
 use std::io;
@@ -41,14 +41,14 @@ impl Call<'_> {
     }
 }
 
-/// Is called before each call. If it returns an error, that is the result, and the call is not made.
+/// Runs before each file-system call. An error that it returns is the result, and the call is not made.
 pub type Observer = dyn Fn(Call<'_>) -> io::Result<()> + Send + Sync;
 
 /// An observer and the directory below which it observes calls.
 type Entry = (PathBuf, Arc<Observer>);
 
 static OBSERVERS: RwLock<Vec<Entry>> = RwLock::new(Vec::new());
-/// The number of observers, so that a call without any takes no lock.
+/// The number of observers: while it is zero, calls take no lock.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
 /// A registered observer; dropping it ends the observation.
@@ -80,6 +80,7 @@ pub fn announce(call: Call<'_>) -> io::Result<()> {
     if COUNT.load(Ordering::Acquire) == 0 {
         return Ok(());
     }
+    // Cloned to release the lock: an observer may itself call this module.
     let observers: Vec<Entry> = OBSERVERS.read().unwrap_or_else(PoisonError::into_inner).clone();
     observers.iter().filter(|(root, _)| call.path().starts_with(root)).try_for_each(|(_, observer)| observer(call))
 }

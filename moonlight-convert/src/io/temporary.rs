@@ -8,8 +8,8 @@ use tempfile::{Builder, NamedTempFile};
 
 use crate::io::storage::{self, Call};
 
-/// Creates an empty file in a directory, which is removed unless it is persisted. Its name is unique among all
-/// processes, also on other hosts that share the directory. Its permissions follow the process's umask, as those of
+/// Creates an empty file in a directory; the file is removed unless it is persisted. Its name is unique among all
+/// processes, also on other hosts that share the directory. Its permissions follow the process's umask like those of
 /// other files (`tempfile` would make it private to the user).
 pub fn new_file(dir: &Path, prefix: &str, suffix: &str) -> io::Result<NamedTempFile> {
     let mut builder = Builder::new();
@@ -17,14 +17,14 @@ pub fn new_file(dir: &Path, prefix: &str, suffix: &str) -> io::Result<NamedTempF
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // The umask applies.
+        // The system clears the bits of the umask.
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
     builder.tempfile_in(dir)
 }
 
-/// Creates an empty file, replacing an existing file or link. It is removed first: a read-only file could not be
-/// opened, and a link would be written through.
+/// Creates an empty file, replacing an existing file or link. The old one is removed first: a read-only file could not
+/// be opened, and a link would be written through.
 pub(crate) fn create_anew(path: &Path) -> io::Result<File> {
     storage::announce(Call::Write(path))?;
     match fs::remove_file(path) {

@@ -41,8 +41,8 @@ impl OutTensor {
 pub(crate) enum Sharding {
     /// Files with at most this many bytes of data; a larger tensor gets a file of its own.
     Size(u64),
-    /// One file per layer. Tensors before the first layer are in its file, those after the last layer in the last
-    /// one's.
+    /// One file per layer. Tensors before the first layer are in its file, those after the last layer in that layer's
+    /// file.
     Layer,
 }
 
@@ -63,7 +63,7 @@ struct OutFile {
 #[derive(Debug)]
 pub(crate) struct Output {
     dir: PathBuf,
-    /// The directory in messages.
+    /// The directory that messages name: the one that `dir` is renamed to.
     shown: PathBuf,
     files: Vec<OutFile>,
     /// For each tensor its file, and its start and end in it.
@@ -136,8 +136,8 @@ impl Output {
         self.total
     }
 
-    /// The order in a file is that of the safetensors library: by decreasing size of the dtype, so that every tensor is
-    /// aligned, then by name.
+    /// Lays out one safetensors file, in the order of the safetensors library: by decreasing size of the dtype, so that
+    /// every tensor is aligned, then by name.
     fn lay_out(
         &mut self,
         number: usize,
@@ -188,10 +188,10 @@ impl Output {
         let open = self.open(file).map_err(failure)?;
         write_all_at(&open, bytes, start + at).map_err(failure)?;
         let written = bytes.len() as u64;
-        // Acquires what the other threads released with their last write.
+        // The ordering makes the writes of the other threads happen before the flush.
         if file.remaining.fetch_sub(written, Ordering::AcqRel) == written {
-            // The file is complete: it is flushed now, while other files are still written, and closed, which limits
-            // the number of open files.
+            // The file is complete. It is flushed now, while other files are still being written, and closed, which
+            // limits the number of open files.
             *file.open.lock().unwrap_or_else(PoisonError::into_inner) = None;
             let sync = storage::announce(Call::SyncFile(&self.dir.join(&file.name))).and_then(|()| open.sync_all());
             sync.map_err(failure)?;
@@ -207,7 +207,7 @@ impl Output {
         let path = self.dir.join(&file.name);
         storage::announce(Call::Write(&path))?;
         let created = File::options().create(true).truncate(false).write(true).open(&path)?;
-        // Reserves the size, so that parts can be written in any order.
+        // Parts are written in any order, so that the file has its full length from the start.
         created.set_len(file.length)?;
         write_all_at(&created, &file.header, 0)?;
         Ok(open.insert(Arc::new(created)).clone())
@@ -216,7 +216,7 @@ impl Output {
     /// Writes the index, if there are several files.
     pub(crate) fn finish(self) -> Result<(), CheckpointError> {
         for file in self.files.iter().filter(|file| file.header.len() as u64 == file.length) {
-            // A file whose tensors are all empty has had no write that creates it.
+            // Without values there was no write that created the file.
             self.open(file).map_err(|error| write_failure(&self.shown, &file.name, self.total, error))?;
         }
         match &self.index {
@@ -286,7 +286,8 @@ pub(crate) fn write_file(
     storage::write(&dir.join(name), bytes).map_err(|error| write_failure(shown, name, needed, error))
 }
 
-/// An error of writing `name`, a file of the directory that messages call `shown`.
+/// The error for a failed write to `name`, a file of the directory that messages call `shown`. `needed` is the number of
+/// bytes that the whole checkpoint needs.
 pub(crate) fn write_failure(shown: &Path, name: &str, needed: u64, error: io::Error) -> CheckpointError {
     if is_full(&error) {
         CheckpointError::Full { dir: shown.to_path_buf(), needed }

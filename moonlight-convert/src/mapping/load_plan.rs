@@ -19,8 +19,8 @@ use crate::report::validation::{Problem, ProblemList};
 
 /// More experts than any model of the family has in a layer.
 const MOST_EXPERTS: usize = 1 << 16;
-/// More routed experts, over all layers, than any model of the family has (Kimi-K2: 23,040), not counting those that
-/// have tensors of their own in the files.
+/// More routed experts, over all layers, than any model of the family has (Kimi-K2: 23,040), not counting those that are
+/// stored one by one.
 const MOST_STACKED: usize = 1 << 15;
 /// The same limit if a file cannot be read and may contain any tensor.
 const MOST_UNREAD: usize = 1 << 17;
@@ -71,15 +71,15 @@ impl Checkpoint {
         }
     }
 
-    /// The names of tensors that loading ignores, by reason. If files or tensors are missing, those of the rest; empty
-    /// if there are other [`problems`](Checkpoint::problems).
+    /// The names of tensors that loading ignores, by reason. Missing files and tensors do not matter; with any other of
+    /// the [`problems`](Checkpoint::problems) the map is empty.
     pub fn skipped(&self) -> BTreeMap<SkipReason, Vec<String>> {
         let plan = self.plan(Scope::All).or_else(|_| self.plan(Scope::Present));
         plan.map(|plan| plan.skipped).unwrap_or_default()
     }
 
-    /// [`skipped`](Checkpoint::skipped) as sentences, one for each reason: what a model that is loaded and saved again
-    /// has lost.
+    /// [`skipped`](Checkpoint::skipped) as sentences, one for each reason: what a model loses when it is loaded and
+    /// saved again.
     pub fn skipped_notes(&self) -> Vec<String> {
         let note = |(reason, tensors): (SkipReason, Vec<String>)| {
             let tensor = if tensors.len() == 1 { "tensor" } else { "tensors" };
@@ -109,7 +109,7 @@ impl Checkpoint {
 
     /// The config's `quant_method`, if the weights are quantized.
     pub(crate) fn quantization(&self) -> Option<String> {
-        QuantScheme::of(self.config()).method
+        QuantScheme::for_config(self.config()).method
     }
 
     pub(crate) fn checked_plan(&self, scope: Scope<'_>) -> Result<LoadPlan, CheckpointError> {
@@ -117,7 +117,7 @@ impl Checkpoint {
     }
 
     pub(crate) fn plan(&self, scope: Scope<'_>) -> Result<LoadPlan, ProblemList> {
-        let scheme = QuantScheme::of(self.config());
+        let scheme = QuantScheme::for_config(self.config());
         let quantized = scheme.method.clone();
         let unsupported = scheme.unsupported.clone().into_iter().map(|problem| Problem::QuantizationConfig { problem });
         if let Some(problem) =
@@ -142,11 +142,11 @@ impl Checkpoint {
         let mut matcher = TensorMatcher::new(self, scheme);
         let mut parameters: Vec<PlannedParameter> =
             wanted.into_iter().map(|parameter| matcher.plan(parameter)).collect();
-        // A part says nothing about tensors outside it.
+        // For a part of the model, most tensors are unused, and none of them is unexpected.
         let skipped = if matches!(scope, Scope::Below(_)) { BTreeMap::new() } else { matcher.sort_unused() };
         let TensorMatcher { problems: found, wants_unreadable, .. } = matcher;
         let mut list = match scope {
-            // Damaged files do not matter if no tensor of the part may be in them.
+            // Damaged files do not matter if they cannot contain a tensor of the part.
             Scope::Below(_) if !wants_unreadable => Vec::new(),
             _ => self.file_problems.clone(),
         };
@@ -155,19 +155,19 @@ impl Checkpoint {
         if matches!(scope, Scope::Present) {
             list.retain(|problem| !problem.is_missing());
             // A stack with missing experts is dropped as a whole: Burn has one parameter for it.
-            parameters.retain(|planned| planned.sources.len() == sources_of(&planned.parameter));
+            parameters.retain(|planned| planned.sources.len() == source_count(&planned.parameter));
         }
         if list.is_empty() { Ok(LoadPlan { parameters, skipped }) } else { Err(ProblemList { list, quantized }) }
     }
 }
 
 /// The number of sources of a complete parameter.
-fn sources_of(parameter: &ParameterShape) -> usize {
+fn source_count(parameter: &ParameterShape) -> usize {
     if parameter.kind == ParameterKind::Experts { parameter.shape[0] } else { 1 }
 }
 
-/// Sizes in the config that these files cannot contain. Checked first: the list of the model's parameters, which
-/// everything else needs, would exhaust memory.
+/// A size in the config that the model in these files cannot have. Checked first: listing the parameters of such a
+/// model would exhaust memory.
 fn implausible(config: &ModelConfig, tensors: usize, unread: Option<usize>) -> Option<String> {
     let layers = config.num_hidden_layers;
     if let Some(unread) = unread
@@ -316,7 +316,7 @@ impl<'a> TensorMatcher<'a> {
         }
     }
 
-    /// The dtype of an unquantized tensor; adds a problem if it is not one of weights.
+    /// The dtype of an unquantized tensor; adds a problem if weights cannot have it.
     fn plain_dtype(&mut self, stored_index: usize) -> Option<WeightDtype> {
         let found = self.stored(stored_index);
         let dtype = WeightDtype::from_safetensors(found.dtype);
@@ -403,8 +403,8 @@ impl<'a> TensorMatcher<'a> {
         self.problems.push(Problem::QuantizedTensor { tensor: name.clone(), file: file.clone(), problem });
     }
 
-    /// Marks a tensor as used, if it exists: it belongs to a matrix that is reported already, and must not be reported
-    /// as unexpected, too.
+    /// Marks a tensor as used, if it exists: its matrix has been reported, so that the tensor must not be reported as
+    /// unexpected, too.
     fn mark_used(&mut self, name: &str) {
         if let Some(&stored_index) = self.by_key.get(names::key(name)) {
             self.used[stored_index] = true;
@@ -425,11 +425,11 @@ impl<'a> TensorMatcher<'a> {
         let words = columns.div_ceil(NIBBLES_PER_WORD);
         if let Some(&stored_index) = self.by_key.get(names::key(&packed.values)) {
             let shape = self.stored(stored_index).shape.as_slice();
-            // 8-bit values have four values in a word, and so twice as many words. A narrow matrix can have equal
-            // counts for both; then it is read as INT4.
-            let bytes = shape == [rows, columns.div_ceil(NIBBLES_PER_WORD / 2)] && shape != [rows, words];
-            let of_bytes = || bytes.then(|| "has weights of 8 bits".to_owned());
-            if let Some(problem) = self.scheme.int4_problem.clone().or_else(of_bytes) {
+            // A word holds eight 4-bit or four 8-bit values, so that 8-bit weights have twice as many words. In a
+            // narrow matrix the two counts can be equal; then it is read as INT4.
+            let is_8_bit = shape == [rows, columns.div_ceil(NIBBLES_PER_WORD / 2)] && shape != [rows, words];
+            let of_8_bits = || is_8_bit.then(|| "has weights of 8 bits".to_owned());
+            if let Some(problem) = self.scheme.int4_problem.clone().or_else(of_8_bits) {
                 self.unsupported(stored_index, problem);
                 [&packed.values, &packed.scale, &packed.shape].into_iter().for_each(|name| self.mark_used(name));
                 self.mark_used(&format!("{}_zero_point", tensor.name));
@@ -472,7 +472,7 @@ impl<'a> TensorMatcher<'a> {
         let key = names::key(&name);
         let groups = match self.by_key.get(key).map(|&stored_index| self.stored(stored_index).shape.as_slice()) {
             Some(&[_, groups]) if groups > 0 && columns.is_multiple_of(groups) => groups,
-            // Not the shape of group scales for any size: the problem names the shape for the group size of Kimi-K2.
+            // No group size gives this shape: the problem then names the shape for the group size of Kimi-K2.
             _ => columns.div_ceil(USUAL_GROUP),
         };
         let scale = self.match_scale(HfTensor { name, shape: vec![rows, groups] })?;
@@ -499,13 +499,13 @@ impl<'a> TensorMatcher<'a> {
             let (file, problem) = (found.file.clone(), error.to_string());
             return self.problems.push(Problem::QuantizedTensor { tensor: found.name.clone(), file, problem });
         }
-        let says: Vec<u64> = bytes
+        let stored: Vec<u64> = bytes
             .chunks_exact(size)
             .map(|bytes| bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
             .collect();
-        if !says.iter().copied().eq(expected.iter().map(|&size| size as u64)) {
-            let says = says.into_iter().map(|size| usize::try_from(size).unwrap_or(usize::MAX)).collect();
-            self.wrong_shape(found, says, expected.to_vec());
+        if !stored.iter().copied().eq(expected.iter().map(|&size| size as u64)) {
+            let stored = stored.into_iter().map(|size| usize::try_from(size).unwrap_or(usize::MAX)).collect();
+            self.wrong_shape(found, stored, expected.to_vec());
         }
     }
 

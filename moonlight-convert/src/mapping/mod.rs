@@ -1,4 +1,4 @@
-//! Which tensor of the files is which parameter of the model: names, and the plan that loading follows.
+//! Maps the tensors of the files to the parameters of the model: their names, and the plan that loading follows.
 
 pub(crate) mod load_plan;
 pub(crate) mod names;

@@ -51,7 +51,7 @@ const ACTIVATION_SCALES: [&str; 13] = [
     ".prob_output_scale",
 ];
 
-/// Suffixes that differ: of the module path, and in the file.
+/// Suffixes that differ between the module path and the file, in this order.
 const RENAMED: [(&str, &str); 2] = [
     (".mlp.router.weight", ".mlp.gate.weight"),
     (".mlp.router.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
@@ -62,9 +62,9 @@ const RENAMED: [(&str, &str); 2] = [
 pub enum SkipReason {
     /// `*.rotary_emb.inv_freq`: a buffer of older model code; the model computes its frequencies.
     InverseFrequencies,
-    /// An MTP layer, which follows the last decoder layer, as many as the config declares.
+    /// Part of an MTP layer that the config declares. These layers follow the last decoder layer.
     MultiTokenPrediction,
-    /// An MTP layer that the config does not declare.
+    /// Part of an MTP layer that the config does not declare.
     UndeclaredPrediction,
     /// Part of a vision tower or its projector.
     Vision,
@@ -75,7 +75,7 @@ pub enum SkipReason {
 }
 
 impl SkipReason {
-    /// What such tensors are, for messages.
+    /// A description of such tensors, for messages.
     pub fn describe(self) -> &'static str {
         match self {
             Self::InverseFrequencies => "rotary frequencies of older model code (computed instead)",
@@ -89,7 +89,7 @@ impl SkipReason {
         }
     }
 
-    /// Whether such tensors contain nothing that is not in the rest of the checkpoint or computed.
+    /// Whether nothing is lost without such tensors: they are computed, or equal to another tensor.
     pub fn is_redundant(self) -> bool {
         match self {
             Self::InverseFrequencies | Self::TiedHead => true,
@@ -193,7 +193,7 @@ fn experts_of(path: &str) -> (&str, &str) {
     path.rsplit_once('.').expect("the path of a stack of experts has several parts")
 }
 
-/// The name without the prefixes that differ between checkpoints. Tensors are matched by it.
+/// The name without the prefixes that differ between checkpoints, by which tensors are matched.
 pub(crate) fn key(name: &str) -> &str {
     let name = LANGUAGE_MODEL.iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(name);
     name.strip_prefix(MODEL).unwrap_or(name)
@@ -259,8 +259,8 @@ mod tests {
         text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
     }
 
-    /// The published index of Moonlight-16B-A3B: 5,344 tensors, 31,920,223,872 bytes in bf16, 27 of them `inv_freq`
-    /// buffers. The digest is that of all its lines `name<tab>[shape]`, sorted.
+    /// The published index of Moonlight-16B-A3B has 5,344 tensors, 27 of them `inv_freq` buffers, with 31,920,223,872
+    /// bytes in bf16. The digest is that of its sorted lines `name<tab>[shape]`.
     #[test]
     fn moonlight_has_the_published_names_and_shapes() {
         let config = ModelConfig::preset("moonlight-16b-a3b").unwrap();

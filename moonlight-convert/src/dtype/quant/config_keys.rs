@@ -57,7 +57,8 @@ const WEIGHTS: &[&str] = &[
     "zp_dtype",
 ];
 
-/// The supported values of keys that have others. A `format` of int8 weights is refused for their type.
+/// The supported values of keys that also have unsupported ones. A `format` may be that of int8 weights, too: those are
+/// refused for their type.
 const SUPPORTED_VALUES: &[(&str, &[&str])] = &[
     ("expert_dtype", &["fp8"]),
     ("fmt", &["e4m3", "e4m3fn", "float8_e4m3fn"]),
@@ -65,7 +66,7 @@ const SUPPORTED_VALUES: &[(&str, &[&str])] = &[
     ("quant_algo", &["FP8", "FP8_BLOCK_SCALES", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"]),
     ("strategy", &["block", "channel", "group", "tensor"]),
     ("type", &["float", "int"]),
-    // The order in which columns were rounded has no effect on the result, except `group`, which permutes them.
+    // The order in which columns were rounded does not affect decoding, except for `group`, which permutes them.
     ("actorder", &["static", "weight"]),
 ];
 
@@ -148,13 +149,15 @@ fn keys(map: &Map<String, Value>, known: &[&str], place: &str, found: &mut Vec<S
     }
 }
 
+/// Reports a block that is not two positive sizes.
 fn sides(map: &Map<String, Value>, key: &str, place: &str, found: &mut Vec<String>) {
     if let Some(value) = map.get(key).filter(|value| !value.is_null() && block(value).is_none()) {
         found.push(format!("`quantization_config.{place}{key}` is {}; it must be two sizes", shown(value)));
     }
 }
 
-/// Whether a value is null, false, empty, or an object of these (for a sparsity, also the format `dense`).
+/// Whether a value is null, false, empty, or an object of such values. A `sparsity_config` of the format `dense` counts,
+/// too.
 fn is_nothing(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -182,7 +185,8 @@ mod tests {
 
     use super::*;
 
-    /// llm-compressor's with one group, and other values laid over it and over its weights.
+    /// A config as llm-compressor writes it, with one group. `over` replaces keys of the config, and `weights` those of
+    /// the group's weights.
     fn compressed(over: Value, weights: Value) -> Value {
         let mut config = json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "version": "0.12.2",
             "quantization_status": "compressed", "ignore": ["lm_head"], "global_compression_ratio": null,
@@ -202,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_published_files_say_is_known() {
+    fn the_keys_of_published_configs_are_known() {
         for config in [
             compressed(json!({}), json!({})),
             compressed(
@@ -228,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_the_weights_is_refused_by_name() {
+    fn keys_that_change_the_weights_are_refused_by_name() {
         let hadamard = json!({"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"]}]}}});
         for (over, weights, named) in [
             (json!({"transform_config": hadamard}), json!({}), "transform_config` is "),
