@@ -345,7 +345,7 @@ fn environment(source: &str) -> Result<Environment<'static>, String> {
     Ok(environment)
 }
 
-/// Formats a time as Python's `strftime`; the `chrono` crate has the same directives for all that templates use.
+/// Formats a time as Python's `strftime` does. A directive that `chrono` does not have is an error.
 fn strftime(time: &DateTime<Local>, format: &str) -> Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut text = String::new();

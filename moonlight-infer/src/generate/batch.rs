@@ -1,4 +1,4 @@
-//! Batched generation: many prompts, several at a time (continuous batching).
+//! Batched generation: many prompts, of which several are generated at a time (continuous batching).
 
 use moonlight_model::CausalLm;
 
@@ -18,11 +18,11 @@ struct ActiveSequence {
     input: Vec<u32>,
 }
 
-/// Continues each of `prompts`, up to `batch` of them at a time. When a sequence ends, the next prompt takes its row of the
-/// batch. `each` is called with every continuation as it ends, and the index of its prompt.
+/// Continues each of `prompts`, up to `batch` of them at a time. When a sequence ends, the next prompt takes its row in the
+/// batch. `each` is called with the index of a prompt and its continuation, in the order in which the continuations end.
 ///
-/// The continuation of prompt `i` is that of [`generate`](super::generate) with the seed `sampling.seed + i`, whatever the
-/// batch, except that sums in another order may round differently.
+/// The continuation of prompt `i` equals that of [`generate`](super::generate) with the seed `sampling.seed + i`, whatever the
+/// batch size, except that a batch may sum in a different order and round differently.
 ///
 /// # Errors
 ///
@@ -48,7 +48,7 @@ pub fn generate_many(
     loop {
         for (sequence, slot) in slots.iter_mut().enumerate().filter(|(_, slot)| slot.is_none()) {
             *slot = waiting.next().map(|(index, prompt)| {
-                cache.truncate(sequence, 0); // the keys of the sequence that ended
+                cache.truncate(sequence, 0); // drops the keys and values of the sequence that ended
                 let sampling = Sampling { seed: sampling.seed.wrapping_add(index as u64), ..sampling };
                 ActiveSequence {
                     prompt: index,
@@ -66,13 +66,14 @@ pub fn generate_many(
                 each(ended.prompt, Generated { tokens: ended.tokens, stop: StopReason::Length, stop_token: None })?;
             }
         }
-        // An empty slot has an empty input, and no row in the logits.
+        // An empty slot has an empty input and no row in the logits.
         let inputs: Vec<&[u32]> =
             slots.iter().map(|slot| slot.as_ref().map_or(&[][..], |active| &active.input)).collect();
         if inputs.iter().all(|input| input.is_empty()) {
             if waiting.len() == 0 {
                 return Ok(());
             }
+            // All sequences ended without a forward pass, because their prompts fill the context or no tokens are requested.
             continue;
         }
         let needed = cache.lengths().iter().zip(&inputs).map(|(length, input)| length + input.len()).max();
@@ -156,7 +157,7 @@ mod tests {
         assert_eq!(ended, [(0, 0, StopReason::Length), (1, 0, StopReason::Length), (2, 0, StopReason::Length)]);
     }
 
-    /// The largest context that a config can have takes no more memory than the tokens, and a cache that grows keeps its
+    /// Even with the largest context that a config can have, memory grows only with the tokens, and a cache that grows keeps its
     /// contents.
     #[test]
     fn a_cache_grows_with_its_tokens() {

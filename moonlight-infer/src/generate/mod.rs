@@ -14,7 +14,7 @@ use crate::error::InferError;
 pub use batch::generate_many;
 pub use sampler::{Sampler, Sampling};
 
-/// Why a generation ended; `finish_reason` in other programs.
+/// Why a generation ended; called `finish_reason` in other programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StopReason {
@@ -22,7 +22,7 @@ pub enum StopReason {
     Eos,
     /// `max_new_tokens` or the end of the model's context was reached.
     Length,
-    /// The callback broke off.
+    /// The callback returned [`ControlFlow::Break`].
     Interrupted,
 }
 
@@ -31,9 +31,9 @@ pub enum StopReason {
 pub struct Generated {
     /// The new tokens, without the one that ended the text.
     pub tokens: Vec<u32>,
-    /// Why it ended.
+    /// Why the generation ended.
     pub stop: StopReason,
-    /// The token that ended the text, for [`StopReason::Eos`].
+    /// The token that ended the text; `Some` for [`StopReason::Eos`].
     pub stop_token: Option<u32>,
 }
 
@@ -74,7 +74,7 @@ impl<'m> Session<'m> {
     ) -> Result<Generated, InferError> {
         let capacity = self.max_tokens;
         check_prompt(prompt, self.model.config().vocab_size, capacity)?;
-        // The last token is computed even if it is in the cache, because its logits are needed.
+        // The last token of the prompt is computed even if it is cached, because its logits are needed.
         let known = self.cached.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
         self.cache.truncate(0, known);
         self.cached.truncate(known);
@@ -116,7 +116,7 @@ pub fn generate(
     mut each: impl FnMut(u32),
 ) -> Result<Generated, InferError> {
     let context = model.config().max_position_embeddings;
-    // Limited to the context, so that the session refuses a longer prompt.
+    // Limited to the context, so that the session refuses a prompt that is longer.
     let mut session = Session::new(model, prompt.len().saturating_add(max_new_tokens).min(context));
     session.generate(prompt, max_new_tokens, &mut Sampler::new(sampling), eos, |token| {
         each(token);
@@ -124,7 +124,7 @@ pub fn generate(
     })
 }
 
-/// The tokens for which a cache is allocated at first: a context may be far longer than what is generated.
+/// The number of tokens for which a cache is allocated at first, because a context may be far longer than the generated text.
 const INITIAL_CACHE_TOKENS: usize = 512;
 
 /// Grows a cache to `needed` tokens, at least doubling it, and never beyond `max_tokens`.
@@ -134,7 +134,7 @@ fn grow_cache(cache: &mut KvCache, needed: usize, max_tokens: usize) {
     }
 }
 
-/// An empty cache for `capacity` tokens of each of `batch` sequences, the model's context at most.
+/// An empty cache for `batch` sequences of up to `capacity` tokens each, but not more than the model's context.
 fn new_cache(model: &CausalLm, batch: usize, capacity: usize) -> KvCache {
     let config = model.config();
     let device = model.embed_tokens.weight.val().device();

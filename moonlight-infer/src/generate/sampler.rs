@@ -1,4 +1,4 @@
-//! The next token from a row of logits.
+//! Samples the next token from a row of logits.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -10,11 +10,11 @@ use crate::error::InferError;
 pub struct Sampling {
     /// Divides the logits; 0 for greedy decoding.
     pub temperature: f64,
-    /// Nucleus sampling: only the most likely tokens that together have this probability; 1 for all.
+    /// Nucleus sampling: only the most likely tokens whose probabilities add up to this value are candidates; 1 for all.
     pub top_p: f64,
-    /// Only this many of the most likely tokens; 0 for all.
+    /// Only this many of the most likely tokens are candidates; 0 for all.
     pub top_k: usize,
-    /// The seed of the random numbers.
+    /// The seed of the random number generator.
     pub seed: u64,
 }
 
@@ -24,7 +24,7 @@ impl Default for Sampling {
     }
 }
 
-/// Samples one token after the other.
+/// Samples the tokens of one sequence.
 #[derive(Debug)]
 pub struct Sampler {
     sampling: Sampling,
@@ -32,13 +32,13 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler, with its random numbers from the start.
+    /// A sampler at the start of its random sequence.
     pub fn new(sampling: Sampling) -> Self {
         Self { sampling, random: ChaCha8Rng::seed_from_u64(sampling.seed) }
     }
 
-    /// Chooses a token from logits `[vocab]`: temperature, then `top_k`, then `top_p`, in the order of transformers. Of equal
-    /// logits the lower token comes first.
+    /// Chooses a token from logits `[vocab]`. Temperature, `top_k` and `top_p` are applied in this order, as in transformers. Of
+    /// equal logits, the one with the lower token id comes first.
     ///
     /// # Errors
     ///
@@ -49,7 +49,7 @@ impl Sampler {
         }
         let Sampling { temperature, top_p, top_k, .. } = self.sampling;
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-        // Equal logits by token: an unstable sort has no order of its own for them.
+        // Equal logits are ordered by token id, because an unstable sort could return them in any order.
         let by_probability = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
         if temperature == 0.0 {
             return Ok(order.into_iter().min_by(by_probability).unwrap_or(0));
@@ -58,7 +58,7 @@ impl Sampler {
         if top_k > 0 {
             order.truncate(top_k);
         }
-        // Subtracted, so that `exp` does not overflow at a low temperature.
+        // The largest logit is subtracted so that `exp` does not overflow at a low temperature.
         let largest = f64::from(logits[order[0] as usize]);
         let weights: Vec<f64> =
             order.iter().map(|&token| ((f64::from(logits[token as usize]) - largest) / temperature).exp()).collect();
@@ -78,7 +78,7 @@ impl Sampler {
                 return Ok(token);
             }
         }
-        // Reached only where rounding leaves a rest of the draw.
+        // Reached only if rounding leaves a remainder of the draw after the last weight.
         Ok(order[kept - 1])
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::MAX_RECORD_BYTES;
 use super::json_values::Truncated;
 
-/// Columns whose values are JSON if they start with `[` or `{`.
+/// Columns in which a value that starts with `[` or `{` is JSON.
 const JSON_COLUMNS: &[&str] = &[
     "messages",
     "conversations",
@@ -28,7 +28,7 @@ const JSON_COLUMNS: &[&str] = &[
 const NUMBER_COLUMNS: &[&str] = &["weight", "loss_mask", "train", "training", "loss"];
 /// Columns in which `true` and `false` label an answer as good or bad; other values are text.
 const LABEL_COLUMNS: &[&str] = &["label", "kto_tag"];
-/// The limit of columns.
+/// The limit of columns in a row.
 const MAX_COLUMNS: usize = 1 << 14;
 
 /// Why the rest of a file cannot be split into rows.
@@ -37,7 +37,7 @@ pub(super) enum CsvError {
     Io(io::Error),
     /// The row that starts in this line exceeds the limit of a record.
     TooLong(usize),
-    /// What is wrong with the row that starts in this line, and a hint.
+    /// The line in which a row starts, what is wrong with the row, and a hint.
     Row(usize, String, Option<&'static str>),
 }
 
@@ -56,8 +56,9 @@ pub(super) struct CsvRows<R> {
     line: usize,
     /// Rows that were skipped because all their fields are empty.
     blank: u64,
-    /// The concatenated fields of a row, and where each ends.
+    /// The concatenated fields of a row.
     texts: Vec<u8>,
+    /// The end of each field in `texts`.
     ends: Vec<usize>,
 }
 
@@ -68,7 +69,7 @@ impl<R: Truncated> CsvRows<R> {
         let (texts, ends) = (vec![0; 1 << 12], vec![0; 64]);
         let mut file = Self { reader, core, names: Vec::new(), line: 1, blank: 0, texts, ends };
         let Some((mut line, mut columns)) = file.row(MAX_RECORD_BYTES)? else { return Ok(file) };
-        // A line that Excel writes above the header to name the separator.
+        // Excel may write a line above the header that names the separator.
         if columns == 2 && file.text(line, 0)?.eq_ignore_ascii_case("sep=") && file.text(line, 1)?.is_empty() {
             let Some(row) = file.row(MAX_RECORD_BYTES)? else { return Ok(file) };
             (line, columns) = row;
@@ -90,17 +91,17 @@ impl<R: Truncated> CsvRows<R> {
         Ok(file)
     }
 
-    /// Rows that were skipped because all their fields are empty.
+    /// The number of rows that were skipped because all their fields are empty.
     pub(super) fn blank(&self) -> u64 {
         self.blank
     }
 
     /// Writes the next row as JSON into `record`, and returns the line in which it starts. Rows whose fields are all empty are
-    /// skipped like blank lines: spreadsheets write them below a table.
+    /// skipped like blank lines, because spreadsheets write such rows below a table.
     pub(super) fn next(&mut self, record: &mut Vec<u8>, max_bytes: usize) -> Result<Option<usize>, CsvError> {
         let (line, columns) = loop {
             let Some((line, columns)) = self.row(max_bytes)? else { return Ok(None) };
-            // The fields are concatenated: the last end is the length of all.
+            // The fields are concatenated, so the end of the last one is the length of all.
             if columns > 0 && self.ends[columns - 1] > 0 {
                 break (line, columns);
             }
@@ -141,9 +142,9 @@ impl<R: Truncated> CsvRows<R> {
         })
     }
 
-    /// Reads a row into `texts` and `ends`; returns the line in which it starts, and the number of its columns.
+    /// Reads a row into `texts` and `ends`. Returns the line in which it starts, and the number of its columns.
     fn row(&mut self, max_bytes: usize) -> Result<Option<(usize, usize)>, CsvError> {
-        // Skips blank lines.
+        // Blank lines are skipped here rather than in `csv_core`, so that the line number of the row is known.
         while let Some(byte @ (b'\n' | b'\r')) = self.peek()? {
             self.line += usize::from(byte == b'\n');
             self.reader.consume(1);
@@ -158,8 +159,8 @@ impl<R: Truncated> CsvRows<R> {
                     Err(error) => return Err(error.into()),
                 };
                 let end = bytes.is_empty();
-                // A line break after the end of the file ends the last row, unless a quotation mark is open: then it is text,
-                // and the row stays incomplete.
+                // A line break is appended to the file to end the last row. If a quotation mark is open, the line break is part
+                // of a field, and the row remains incomplete.
                 let bytes = if end { &b"\n"[..] } else { bytes };
                 let (result, consumed, written, ended) =
                     self.core.read_record(bytes, &mut self.texts[length..], &mut self.ends[columns..]);

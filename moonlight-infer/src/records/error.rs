@@ -17,12 +17,12 @@ pub struct FilePosition {
 }
 
 impl FilePosition {
-    /// A line without a column.
+    /// The position of a whole line.
     pub fn line(line: usize) -> Self {
         Self { line, column: 0 }
     }
 
-    /// The position in the file of `(line, column)` of a record that starts here, both from 1.
+    /// The position in the file that is `(line, column)` within a record that starts at `self`; both count from 1.
     pub fn within(self, (line, column): (usize, usize)) -> Self {
         match line {
             0 | 1 => Self { line: self.line, column: self.column.max(1) + column.max(1) - 1 },
@@ -41,8 +41,8 @@ impl fmt::Display for FilePosition {
     }
 }
 
-/// A file whose records cannot be read. Single broken records are [`JsonError`](super::JsonError)s of their parser instead, and
-/// may be skipped.
+/// Why the records of a file cannot be read. A single broken record is a [`JsonError`](super::JsonError) of its parser instead,
+/// and may be skipped.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecordError {

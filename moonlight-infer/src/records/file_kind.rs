@@ -1,4 +1,4 @@
-//! Detects the kind of a file: by its first bytes, then by its name.
+//! Detects the kind of a file from its first bytes, then from its name.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ pub enum FileKind {
     JsonLines,
     /// The elements of one array.
     JsonArray,
-    /// Objects one after the other, each over several lines.
+    /// A sequence of objects, each of which spans several lines.
     JsonObjects,
     /// A header and a row for each record, with fields separated by this byte.
     Delimited(u8),
@@ -23,7 +23,7 @@ pub enum FileKind {
 }
 
 impl FileKind {
-    /// Whether reading can continue after a record that is not JSON. In an array it is not known where such a record ends.
+    /// Whether reading can continue after a record that is not JSON. In an array, the end of such a record is not known.
     pub fn has_record_boundaries(self) -> bool {
         !matches!(self, Self::JsonArray | Self::JsonObjects)
     }
@@ -58,8 +58,8 @@ const ARROW: &str = "save it as parquet or JSON Lines (datasets: `load_from_disk
 const EXPORT: &str = "export its rows as JSON Lines, CSV or parquet";
 const UTF_8: &str = "convert it to UTF-8 (`iconv -f UTF-16 -t UTF-8`)";
 
-/// Offset, magic bytes, what the file is, and a hint. Each magic contains a byte that text does not have, or is too long to be
-/// in a text by chance.
+/// The offset, the magic bytes, what the file is, and a hint. Each magic contains a byte that text does not have, or is too long
+/// to occur in text by chance.
 const MAGIC: &[(usize, &[u8], &str, &str)] = &[
     (
         0,
@@ -93,7 +93,7 @@ const MAGIC: &[(usize, &[u8], &str, &str)] = &[
     (0, b"\x7fELF", "a program", NO_TEXT),
 ];
 
-/// What a file is that is neither text nor parquet.
+/// The kind of a file that is neither text nor parquet; `None` if it may be one of these.
 pub(super) fn detect_binary(head: &[u8]) -> Option<NonText> {
     let known = MAGIC.iter().find(|(at, magic, ..)| head.get(*at..).is_some_and(|rest| rest.starts_with(magic)));
     if let Some(&(_, _, what, hint)) = known {
@@ -107,7 +107,7 @@ pub(super) fn detect_binary(head: &[u8]) -> Option<NonText> {
         [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => Some("UTF-32 text"),
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => Some("UTF-16 text"),
         _ => {
-            // Without a byte order mark: every other byte is 0 where the text starts with ASCII.
+            // Without a byte order mark, UTF-16 that starts with ASCII has a 0 in every other byte.
             let pairs = || head[..head.len().min(16)].chunks_exact(2);
             let every = |zero: usize| {
                 pairs().len() >= 4 && pairs().all(|pair| pair[zero] == 0 && matches!(pair[1 - zero], b'\t'..=b'~'))
@@ -118,12 +118,12 @@ pub(super) fn detect_binary(head: &[u8]) -> Option<NonText> {
     wide.map(|what| NonText { what, hint: UTF_8 })
 }
 
-/// The extension of a file's name without that of its compression, in lower case: `jsonl` for `A.JSONL.gz`.
+/// The extension of a file's name in lower case, without the extension of its compression: `jsonl` for `A.JSONL.gz`.
 pub fn extension(path: &Path) -> String {
-    let small = |path: &Path| path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
-    match small(path) {
-        Some(packed) if matches!(packed.as_str(), "gz" | "zst" | "zstd") => {
-            path.file_stem().and_then(|stem| small(Path::new(stem))).unwrap_or_default()
+    let lower = |path: &Path| path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
+    match lower(path) {
+        Some(compression) if matches!(compression.as_str(), "gz" | "zst" | "zstd") => {
+            path.file_stem().and_then(|stem| lower(Path::new(stem))).unwrap_or_default()
         }
         extension => extension.unwrap_or_default(),
     }
@@ -135,8 +135,8 @@ pub(super) fn detect_kind(path: &Path, head: &[u8]) -> Result<FileKind, RecordEr
     if head.starts_with(b"PAR1") || extension == "parquet" && detect_binary(head).is_none() {
         return Ok(FileKind::Parquet);
     }
-    if let Some(detect_binary) = detect_binary(head) {
-        return Err(RecordError::file(path, format!("it is {}", detect_binary.what), detect_binary.hint));
+    if let Some(NonText { what, hint }) = detect_binary(head) {
+        return Err(RecordError::file(path, format!("it is {what}"), hint));
     }
     let text = head.trim_ascii_start();
     match text.first() {
@@ -172,7 +172,7 @@ fn is_markup(text: &[u8]) -> bool {
     ["<!doctype", "<html", "<head", "<body", "<?xml", "<!--"].iter().any(|tag| start.starts_with(tag))
 }
 
-/// The separator of the header, which Excel may name in a line above it (`sep=;`).
+/// The separator of the columns. Excel may name it in a line above the header (`sep=;`).
 fn delimiter(text: &[u8], extension: &str) -> u8 {
     let line = text.split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
     if let [b's' | b'S', b'e' | b'E', b'p' | b'P', b'=', separator] = *line
@@ -188,21 +188,21 @@ fn delimiter(text: &[u8], extension: &str) -> u8 {
     [b',', b'\t', b';'].into_iter().find(|byte| line.contains(byte)).unwrap_or(b',')
 }
 
-/// The first line without white space at its end, and the rest.
+/// The first line without white space at its end, and the text after it without white space at its start.
 fn first_line(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let end = memchr::memchr(b'\n', text)?;
     Some((text[..end].trim_ascii_end(), text[end..].trim_ascii_start()))
 }
 
-/// The nesting at the end of a line; `None` within a string.
+/// The nesting depth at the end of a line; `None` within a string.
 fn depth_at_end(line: &[u8]) -> Option<isize> {
     let mut nesting = JsonNesting::default();
     line.iter().for_each(|&byte| nesting.take(byte));
     (!nesting.quoted).then_some(nesting.depth)
 }
 
-/// Whether the first object continues in the second line. A line that is only broken JSON does not: it would make all records
-/// after it part of one object.
+/// Whether the first object continues in the second line. A first line that is merely broken JSON must not count: all records
+/// after it would become part of one object.
 fn is_over_lines(text: &[u8]) -> bool {
     let Some((line, rest)) = first_line(text) else { return false };
     let continues =

@@ -3,9 +3,9 @@
 //! * `NaN`, `Infinity` and `-Infinity` are values (see [`non_finite_to_json`]), and `1e400` is `Infinity`;
 //! * integers have any number of digits (see [`large_integer_digits`]), and `-0` is 0;
 //! * a lone surrogate, which is not a character, is read as U+FFFD and counted;
-//! * of a repeated key the last value counts.
+//! * if a key is repeated, the last value counts.
 //!
-//! Records are nested 127 levels deep at most, the limit of serde_json.
+//! Records are nested at most 127 levels deep, the limit of serde_json.
 
 use std::ops::Range;
 
@@ -15,11 +15,11 @@ use serde_json::{Map, Value};
 
 use moonlight_convert::Printable;
 
-/// The limit of values in a record: in memory each takes many times the bytes that it has in the file.
+/// The limit of values in a record, because a value may take many times as many bytes in memory as in the file.
 pub const MAX_VALUES: usize = 4 << 20;
 
-/// The keys of the objects that stand for a non-finite number, and for an integer of more than 64 bits. U+FFFF is a
-/// noncharacter, so that no record has such a key.
+/// The keys of the objects that represent a non-finite number, and an integer of more than 64 bits. U+FFFF is a noncharacter,
+/// so no record has such a key.
 const NON_FINITE_KEY: &str = "\u{FFFF}float";
 const LARGE_INTEGER_KEY: &str = "\u{FFFF}integer";
 
@@ -48,7 +48,7 @@ pub enum JsonError {
     Shape {
         /// The sentence.
         problem: String,
-        /// The line and column, where there is one.
+        /// The line and column, if they are known.
         at: Option<(usize, usize)>,
     },
     /// More values than [`MAX_VALUES`].
@@ -57,7 +57,7 @@ pub enum JsonError {
 }
 
 impl JsonError {
-    /// The line and the column within the record, where there is one.
+    /// The line and the column within the record, if they are known.
     pub fn at(&self) -> Option<(usize, usize)> {
         match self {
             Self::NotUtf8 { at, .. } | Self::NotJson { at, .. } => Some(*at),
@@ -66,7 +66,7 @@ impl JsonError {
         }
     }
 
-    /// Whether the bytes are not JSON, so that the end of the record is not known either.
+    /// Whether the bytes are not JSON. Then the end of the record may not be known either.
     pub fn is_no_json(&self) -> bool {
         matches!(self, Self::NotJson { .. } | Self::NotUtf8 { .. })
     }
@@ -96,7 +96,7 @@ pub struct ParsedJson {
     /// The value, with objects in place of non-finite numbers ([`non_finite_to_json`]) and large integers
     /// ([`large_integer_digits`]).
     pub value: Value,
-    /// Lone surrogates that were read as U+FFFD.
+    /// The number of lone surrogates that were read as U+FFFD.
     pub replaced: usize,
 }
 
@@ -126,14 +126,14 @@ pub fn parse(json: &[u8]) -> Result<ParsedJson, JsonError> {
 
 /// The number of lone surrogates (`\ud83d` without its other half) in a record; each is read as U+FFFD.
 pub fn lone_surrogates(json: &[u8]) -> usize {
-    // Nearly all records have no escape at all.
+    // Nearly all records have no such escape, and need not be parsed.
     match memchr::memmem::find(json, b"\\u") {
         None => 0,
         Some(_) => StandardJson::rewrite(json).map_or(0, |standard| standard.replaced),
     }
 }
 
-/// The JSON that stands for `NaN`, `Infinity` or `-Infinity`, which JSON does not have: an object with a reserved key, so that
+/// The JSON that represents `NaN`, `Infinity` or `-Infinity`, which standard JSON lacks: an object with a reserved key, so that
 /// it is not mistaken for a string, a number or a list.
 pub fn non_finite_to_json(number: f64) -> Value {
     let name = if number.is_nan() {
@@ -146,7 +146,7 @@ pub fn non_finite_to_json(number: f64) -> Value {
     Value::Object(Map::from_iter([(NON_FINITE_KEY.to_owned(), name.into())]))
 }
 
-/// The number for which [`non_finite_to_json`] made this value; `None` for any other value.
+/// The inverse of [`non_finite_to_json`]; `None` for any other value.
 pub fn non_finite_from_json(value: &Value) -> Option<f64> {
     let object = value.as_object().filter(|object| object.len() == 1)?;
     match object.get(NON_FINITE_KEY)?.as_str()? {
@@ -157,8 +157,8 @@ pub fn non_finite_from_json(value: &Value) -> Option<f64> {
     }
 }
 
-/// The digits of an integer that does not fit into 64 bits, with its `-` if there is one; `None` for any other value. Like a
-/// non-finite number, it is an object with a reserved key.
+/// The digits of an integer that does not fit into 64 bits, with its `-` if it is negative; `None` for any other value. Like a
+/// non-finite number, such an integer is an object with a reserved key.
 pub fn large_integer_digits(value: &Value) -> Option<&str> {
     let object = value.as_object().filter(|object| object.len() == 1)?;
     object.get(LARGE_INTEGER_KEY)?.as_str()
@@ -167,13 +167,13 @@ pub fn large_integer_digits(value: &Value) -> Option<&str> {
 /// A record of `format = "tokens"`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokensRecord {
-    /// `tokens`, or `input_ids` where there are no `tokens`.
+    /// The values of `tokens`, or of `input_ids` if the record has no `tokens`.
     pub tokens: Vec<u32>,
     /// The names of other fields, up to 16.
     pub unread: Vec<String>,
 }
 
-/// Other fields of a record of tokens that are listed.
+/// The limit of other fields that are listed in [`TokensRecord::unread`].
 const MAX_UNREAD: usize = 16;
 /// Fields that select which tokens are learned.
 const LOSS_MASK_FIELDS: [&str; 6] =
@@ -183,7 +183,7 @@ const LOSS_MASK_FIELDS: [&str; 6] =
 ///
 /// # Errors
 ///
-/// [`JsonError`]. A field that selects which tokens are learned is an error, because all of them are.
+/// [`JsonError`]. A field that selects which tokens are learned is an error, because all tokens are learned.
 pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
     let standard = StandardJson::rewrite(json)?;
     let fields: TokensFields = serde_json::from_str(standard.text()).map_err(|error| match error.classify() {
@@ -215,8 +215,8 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
     }
 }
 
-/// The fields of a record of tokens. `Deserialize` is not derived, because a repeated key is not an error here: as in Python
-/// the last value counts.
+/// The fields of a record of tokens. `Deserialize` is not derived, because that would refuse a repeated key. Here the last value
+/// counts, as in Python.
 #[derive(Default)]
 struct TokensFields {
     tokens: Option<Vec<u32>>,
@@ -243,7 +243,8 @@ impl<'de> Deserialize<'de> for TokensFields {
                         "tokens" => fields.tokens = map.next_value()?,
                         "input_ids" => fields.input_ids = map.next_value()?,
                         _ => {
-                            let counts = LOSS_MASK_FIELDS.contains(&key.as_str()) || fields.others.len() < MAX_UNREAD;
+                            // Beyond the limit only the fields that are an error matter.
+                            let is_kept = LOSS_MASK_FIELDS.contains(&key.as_str()) || fields.others.len() < MAX_UNREAD;
                             // A null counts as an absent field.
                             let absent = if key == "attention_mask" {
                                 let mask = map.next_value::<Option<HasZero>>()?;
@@ -252,7 +253,7 @@ impl<'de> Deserialize<'de> for TokensFields {
                             } else {
                                 map.next_value::<Option<IgnoredAny>>()?.is_none()
                             };
-                            if counts && !absent && !fields.others.contains(&key) {
+                            if is_kept && !absent && !fields.others.contains(&key) {
                                 fields.others.push(key);
                             }
                         }
@@ -265,7 +266,7 @@ impl<'de> Deserialize<'de> for TokensFields {
     }
 }
 
-/// Whether a number, or any in a list, is 0.
+/// Whether a number is 0, or any number in a list.
 struct HasZero(bool);
 
 impl<'de> Deserialize<'de> for HasZero {
@@ -298,7 +299,7 @@ impl<'de> Deserialize<'de> for HasZero {
                 Ok(HasZero(false))
             }
 
-            /// Of a number that `StandardJson` replaced by a string of its length: `-0` is the empty string.
+            /// Called for a number that `StandardJson` replaced by a string of its length: `-0` is the empty string.
             fn visit_str<E>(self, text: &str) -> Result<HasZero, E> {
                 Ok(HasZero(text.is_empty()))
             }
@@ -326,13 +327,13 @@ fn without_place(error: &serde_json::Error) -> String {
     problem.split(" at line ").next().unwrap_or_default().to_owned()
 }
 
-/// A record rewritten to standard JSON of the same length, so that positions stay valid.
+/// A record rewritten as standard JSON of the same length, so that positions remain valid.
 struct StandardJson<'a> {
     text: std::borrow::Cow<'a, str>,
     /// The ranges of `NaN` and other numbers that serde_json does not read as Python does, with their values. In `text` they
     /// are strings of the same length.
     numbers: Vec<(Range<usize>, Value)>,
-    /// Lone surrogates that were replaced.
+    /// The number of lone surrogates that were replaced.
     replaced: usize,
     /// A lower bound of the number of values.
     values: usize,
@@ -387,9 +388,10 @@ impl<'a> StandardJson<'a> {
         &self.text
     }
 
-    /// The number that a string stands for which the parser borrowed from `text`.
+    /// The number that a string in `text` replaces; `None` for an ordinary string. The parser must have borrowed the string from
+    /// `text`.
     fn number(&self, text: &str) -> Option<Value> {
-        // By address, because the record may have an equal string. The range starts at the quotation mark before it.
+        // Looked up by address, because the record may contain an equal string. The range starts at the quotation mark.
         let at = (text.as_ptr() as usize).checked_sub(self.text.as_ptr() as usize)?.checked_sub(1)?;
         let index = self.numbers.binary_search_by_key(&at, |(range, _)| range.start).ok()?;
         Some(self.numbers[index].1.clone())
@@ -425,21 +427,21 @@ fn surrogate(bytes: &[u8]) -> Option<u16> {
     u16::from_str_radix(digits, 16).ok()
 }
 
-/// The length of a number, or of what starts like one, at the start of `bytes`; and its value, where serde_json would read it
-/// differently from Python.
+/// The length of a number, or of anything that starts like one, at the start of `bytes`. Also its value, if serde_json would
+/// read the number differently from Python.
 fn number(bytes: &[u8]) -> (usize, Option<Value>) {
     let known = [(&b"NaN"[..], f64::NAN), (b"Infinity", f64::INFINITY), (b"-Infinity", f64::NEG_INFINITY)];
     let ends = |length: usize| matches!(bytes[length..].trim_ascii_start().first(), None | Some(b',' | b'}' | b']'));
     if let Some((word, number)) = known.into_iter().find(|(word, _)| bytes.starts_with(word)) {
         return (word.len(), ends(word.len()).then(|| non_finite_to_json(number)));
     }
-    let of_numbers = |byte: &u8| byte.is_ascii_digit() || matches!(byte, b'-' | b'+' | b'.' | b'e' | b'E');
-    let length = bytes.iter().position(|byte| !of_numbers(byte)).unwrap_or(bytes.len()).max(1);
+    let is_numeric = |byte: &u8| byte.is_ascii_digit() || matches!(byte, b'-' | b'+' | b'.' | b'e' | b'E');
+    let length = bytes.iter().position(|byte| !is_numeric(byte)).unwrap_or(bytes.len()).max(1);
     let text = std::str::from_utf8(&bytes[..length]).unwrap_or_default();
     let digits = text.strip_prefix('-').unwrap_or(text);
     let is_integer =
         digits.bytes().all(|digit| digit.is_ascii_digit()) && (digits.len() == 1 || !digits.starts_with('0'));
-    // What is not a number is left for the parser to refuse.
+    // Anything that is not a number is left for the parser to refuse. Up to 18 digits always fit into 64 bits.
     let value = if text == "-0" {
         Some(0.into())
     } else if is_integer && digits.len() >= 19 && text.parse::<i64>().is_err() && text.parse::<u64>().is_err() {
@@ -452,7 +454,7 @@ fn number(bytes: &[u8]) -> (usize, Option<Value>) {
     (length, value.filter(|_| ends(length)))
 }
 
-/// Whether a text without sign is a number in the grammar of JSON, with or without point and exponent.
+/// Whether a text without sign is a number in JSON's grammar, with or without a fraction and an exponent.
 fn is_fraction(text: &str) -> bool {
     let all = |digits: &str| !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_digit());
     let (number, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
@@ -463,7 +465,7 @@ fn is_fraction(text: &str) -> bool {
         && all(exponent.strip_prefix(['+', '-']).unwrap_or(exponent))
 }
 
-/// Deserializes a value of [`StandardJson`], with the numbers that strings stand for.
+/// Deserializes a value of [`StandardJson`], and restores the numbers that were replaced by strings.
 #[derive(Clone, Copy)]
 struct ValueSeed<'a>(&'a StandardJson<'a>);
 

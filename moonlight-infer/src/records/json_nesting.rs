@@ -1,7 +1,7 @@
-//! How deeply nested in brackets a position in JSON is.
+//! The nesting depth of a position in JSON.
 
-/// Counts brackets byte by byte, except those in strings. Bytes that are not JSON do no harm: with more closing than opening
-/// brackets the depth is negative.
+/// Counts brackets byte by byte, except those in strings. Bytes that are not JSON are accepted: if there are more closing than
+/// opening brackets, the depth is negative.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct JsonNesting {
     pub(super) depth: isize,

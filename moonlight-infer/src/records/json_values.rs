@@ -1,4 +1,4 @@
-//! Splits a JSON array, or objects over several lines, into values; one value is in memory at a time.
+//! Splits a JSON array, or objects that span several lines, into values. One value is in memory at a time.
 
 use std::io::{self, BufRead};
 
@@ -13,7 +13,7 @@ pub(super) enum JsonSplitError {
     Io(io::Error),
     /// The value that starts here exceeds the limit of a record.
     TooLong(FilePosition),
-    /// What is wrong here.
+    /// The position of an error, and what is wrong there.
     Syntax(FilePosition, String),
 }
 
@@ -29,7 +29,7 @@ pub(super) struct JsonValues<R> {
     is_array: bool,
     state: State,
     line: usize,
-    /// Characters of the line before the current position.
+    /// The number of characters in the line before the current position.
     column: usize,
 }
 
@@ -41,13 +41,13 @@ enum State {
     AfterOpenBracket,
     /// `,` or `]` is next.
     AfterValue,
-    /// Not in an array: a value or the end of the file is next.
+    /// In a file without an array: a value or the end of the file is next.
     BetweenValues,
     /// The array is closed: the end of the file is next.
     End,
 }
 
-/// A reader that may end at a limit in the middle of a value.
+/// A reader with an optional limit, at which the input may end in the middle of a value.
 pub(super) trait Truncated: BufRead {
     fn reached_limit(&self) -> bool;
 }
@@ -59,13 +59,13 @@ impl Truncated for Limited {
 }
 
 impl<R: Truncated> JsonValues<R> {
-    /// The elements of an array, or values one after the other.
+    /// Reads the elements of an array if `is_array`, otherwise a sequence of values.
     pub(super) fn new(reader: R, is_array: bool) -> Self {
         let state = if is_array { State::Start } else { State::BetweenValues };
         Self { reader, is_array, state, line: 1, column: 0 }
     }
 
-    /// Reads the next value, and returns where it starts; `None` at the end. A value that the limit of the file cuts is
+    /// Reads the next value and returns its start; `None` at the end. A value that the limit of the reader truncates is
     /// dropped.
     pub(super) fn next(
         &mut self,
@@ -171,7 +171,7 @@ impl<R: Truncated> JsonValues<R> {
             return Err(self.fault("expected a value"));
         }
         let mut nesting = JsonNesting::default();
-        // A number or a word ends before the next delimiter, everything else with its own last byte.
+        // A number or a literal ends before the next delimiter. Any other value ends with its closing bracket or quotation mark.
         let bare = !matches!(first, b'{' | b'[' | b'"');
         loop {
             let bytes = match self.reader.fill_buf() {
@@ -201,7 +201,7 @@ impl<R: Truncated> JsonValues<R> {
                 }
                 match byte {
                     b'\n' => (line, column) = (line + 1, 0),
-                    // Counts characters: continuation bytes of UTF-8 are left out.
+                    // Columns count characters, so continuation bytes of UTF-8 are not counted.
                     _ => column += usize::from(byte & 0xC0 != 0x80),
                 }
                 nesting.take(byte);
@@ -296,7 +296,7 @@ mod tests {
             prop_assert_eq!(values(text.as_bytes(), array, buffer), values(text.as_bytes(), array, 1000));
         }
 
-        /// The elements are those that serde_json parses.
+        /// The elements equal those that serde_json parses from the whole array.
         #[test]
         fn elements_are_those_of_the_whole_array(texts in prop::collection::vec(".{0,10}", 0..9), indent: bool, buffer in 1usize..40) {
             let array: Vec<_> = texts.iter().map(|text| serde_json::json!({"text": text, "n": [1, {"b": null}]})).collect();

@@ -17,7 +17,7 @@ pub(super) enum Line {
     TooLong,
 }
 
-/// Reads the next line into `line`, without its line break. `line` never has more than `max_bytes`, however long the line.
+/// Reads the next line into `line`, without its line break. `line` never has more than `max_bytes`, however long the line is.
 pub(super) fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>, max_bytes: usize) -> io::Result<Line> {
     line.clear();
     let mut any = false;
@@ -44,13 +44,13 @@ pub(super) fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>, max_bytes
     }
 }
 
-/// Appends to a record; false, with nothing appended, where it would exceed `max_bytes`.
+/// Appends `part` to a record. Returns false, and appends nothing, if the record would exceed `max_bytes`.
 pub(super) fn append(record: &mut Vec<u8>, part: &[u8], max_bytes: usize) -> bool {
     if record.len() + part.len() > max_bytes {
         return false;
     }
     if record.capacity() - record.len() < part.len() {
-        // Doubles like `Vec` does, but not past the limit.
+        // Double the capacity as `Vec` does, but not past the limit.
         let capacity = (2 * record.capacity()).max(record.len() + part.len()).min(max_bytes);
         record.reserve_exact(capacity - record.len());
     }
@@ -61,7 +61,7 @@ pub(super) fn append(record: &mut Vec<u8>, part: &[u8], max_bytes: usize) -> boo
 /// The lines of a file.
 pub(super) struct Lines {
     reader: Limited,
-    /// The number of the last line, from 1.
+    /// The number of the line that was read last, from 1.
     line: usize,
 }
 
@@ -73,12 +73,12 @@ impl Lines {
         Self { reader, line: 0 }
     }
 
-    /// The number of the last line.
+    /// The number of the line that was read last, from 1.
     pub(super) fn line(&self) -> usize {
         self.line
     }
 
-    /// Reads the next line that is not blank; false at the end. A line that the limit of the file cuts is dropped.
+    /// Reads the next line that is not blank; false at the end. A line that the limit of the reader truncates is dropped.
     pub(super) fn next(&mut self, record: &mut Vec<u8>, max_bytes: usize) -> io::Result<Result<bool, TooLong>> {
         loop {
             self.line += 1;
@@ -89,7 +89,7 @@ impl Lines {
                 Line::TooLong => return Ok(Err(TooLong)),
                 Line::Complete | Line::Last => {}
             }
-            // A file that is concatenated from several has byte order marks in the middle.
+            // A concatenation of several files has byte order marks in the middle.
             if record.starts_with(b"\xef\xbb\xbf") {
                 record.drain(..3);
             }

@@ -1,12 +1,13 @@
-//! Records of files in the formats that data sets have: JSON Lines, JSON arrays, CSV and parquet, compressed or not.
+//! Records from data set files: JSON Lines, JSON arrays, CSV and parquet, compressed or not.
 //!
 //! Training, `score` and `eval` all read through this module, so that a file means the same everywhere. The kind of a file is
-//! detected by its first bytes, then by the extension of its name; a file that is not a data set is refused with what it is.
+//! detected from its first bytes, then from the extension of its name. For a file that is not a data set, the error names what
+//! it is.
 //!
 //! * `source.rs`: the bytes of a file, decompressed and without a byte order mark.
-//! * `file_kind.rs`: detects the kind.
-//! * `lines.rs`, `json_values.rs`, `csv.rs`: split a file into records, one in memory at a time.
-//! * `json_nesting.rs`: counts brackets.
+//! * `file_kind.rs`: detects the kind of a file.
+//! * `lines.rs`, `json_values.rs`, `csv.rs`: split a file into records, with one record in memory at a time.
+//! * `json_nesting.rs`: tracks the nesting of brackets in JSON.
 //! * `reader.rs`: one reader for all kinds.
 //! * `json.rs`: parses a record as Python's `json` does.
 

@@ -1,4 +1,4 @@
-//! One reader for files of all kinds.
+//! The reader of records for files of all kinds.
 
 use std::path::{Path, PathBuf};
 
@@ -15,9 +15,9 @@ use crate::parquet::{self, ParquetError, RequiredColumns};
 /// A record of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// The JSON of the record: that of a line or an element unchanged, that of a row built from its fields.
+    /// The JSON of the record. A line or an element is unchanged; the JSON of a row is built from its fields.
     pub json: Vec<u8>,
-    /// Where the record starts.
+    /// The start of the record in the file.
     pub place: FilePosition,
 }
 
@@ -28,7 +28,7 @@ pub struct RecordReader {
     rows: Rows,
     /// The first record, until it is returned.
     peeked: Option<Record>,
-    /// Blank rows, once the end is reached.
+    /// The number of blank rows, which is kept when `rows` is dropped at the end.
     blank: u64,
 }
 
@@ -41,13 +41,13 @@ enum Rows {
 }
 
 impl RecordReader {
-    /// Opens a file of any kind and reads its first record. A parquet file must have one of the columns `required`. Only
-    /// records within the first `limit` bytes are read, if there is a limit: bytes after decompression, and for parquet those
-    /// of the records as JSON.
+    /// Opens a file of any kind and reads its first record. A parquet file must have one of the columns `required`. With a
+    /// `limit`, only records within the first `limit` bytes are read. These are counted after decompression, and for parquet
+    /// in the JSON of the records.
     ///
     /// # Errors
     ///
-    /// [`RecordError`]: a file that cannot be read, or is not one of records.
+    /// [`RecordError`]: a file that cannot be read, or is not a file of records.
     pub fn open(path: &Path, required: RequiredColumns, limit: Option<u64>) -> Result<Self, RecordError> {
         Self::from_source(Source::open(path)?, required, limit)
     }
@@ -92,12 +92,12 @@ impl RecordReader {
         &self.path
     }
 
-    /// Rows of a CSV file that were skipped so far because all their fields are empty.
+    /// The number of rows of a CSV file that were skipped so far because all their fields are empty.
     pub fn blank_rows(&self) -> u64 {
         self.blank + if let Rows::Delimited(file) = &self.rows { file.blank() } else { 0 }
     }
 
-    /// The first record, before [`next_record`](Self::next_record) returns it.
+    /// The first record, until [`next_record`](Self::next_record) returns it.
     pub fn first(&self) -> Option<&Record> {
         self.peeked.as_ref()
     }
@@ -145,7 +145,6 @@ impl RecordReader {
             Rows::Parquet { rows, row, left } => {
                 *row += 1;
                 match rows.next().transpose()? {
-                    // Within the limit.
                     Some(text) if text.len() as u64 <= *left => {
                         *left -= text.len() as u64;
                         if text.len() > MAX_RECORD_BYTES {
@@ -154,6 +153,7 @@ impl RecordReader {
                         json = text.into_bytes();
                         Some(FilePosition::line(*row))
                     }
+                    // The end of the file, or a row beyond the limit.
                     _ => None,
                 }
             }
@@ -183,7 +183,7 @@ fn csv_error(path: &Path, kind: FileKind, fault: csv::CsvError) -> RecordError {
     }
 }
 
-/// Fields of records: a first object with one of them is a record, whatever else it has.
+/// Fields of records. If the first object has one of them, it is a record and not a wrapper around all records.
 const RECORD_FIELDS: &[&str] = &[
     "messages",
     "conversations",
@@ -198,7 +198,7 @@ const RECORD_FIELDS: &[&str] = &[
     "choices",
     "endings",
 ];
-/// Names under which some files have the list of their records.
+/// Names under which some files wrap the list of their records in an object.
 const LIST_FIELDS: &[&str] = &[
     "data",
     "rows",
@@ -215,7 +215,7 @@ const LIST_FIELDS: &[&str] = &[
     "entries",
 ];
 
-/// The problem and the hint for a file whose first object contains all records.
+/// The problem and the hint for a file whose first object wraps all records.
 fn detect_wrapped_records(json: &[u8]) -> Option<(String, String)> {
     let Value::Object(record) = parse(json).ok()?.value else { return None };
     if let Some(problem) = detect_columns(&record) {
@@ -228,7 +228,7 @@ fn detect_wrapped_records(json: &[u8]) -> Option<(String, String)> {
         Value::Array(list) if LIST_FIELDS.contains(&name.as_str()) => Some((name, list.first()?.as_object()?)),
         _ => None,
     })?;
-    // The API of the Hub's data set viewer wraps each row once more.
+    // The API of the Hub's data set viewer wraps each row in another object.
     let within = if first.contains_key("row") && first.contains_key("row_idx") { ".row" } else { "" };
     let problem = format!("its records are a list within an object, under `{}`", Printable(name));
     Some((problem, format!("extract the list: `jq -c '.{name}[]{within}' FILE > records.jsonl`")))
@@ -236,9 +236,9 @@ fn detect_wrapped_records(json: &[u8]) -> Option<(String, String)> {
 
 /// The problem if the file is one object of columns, as pandas' `to_json` writes: `{"text": {"0": "...", "1": "..."}}`.
 fn detect_columns(record: &Map<String, Value>) -> Option<String> {
-    let of_rows = |value: &Value| {
+    let is_column = |value: &Value| {
         value.as_object().is_some_and(|rows| !rows.is_empty() && rows.keys().all(|key| key.parse::<u64>().is_ok()))
     };
-    let all = !record.is_empty() && record.values().all(of_rows);
+    let all = !record.is_empty() && record.values().all(is_column);
     all.then(|| "it has columns, not records: each value is an object keyed by row numbers".into())
 }

@@ -10,13 +10,13 @@ use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use super::RecordError;
 use super::file_kind::{self, FileKind};
 
-/// The first bytes, by which the kind of a file is detected.
+/// The number of first bytes from which the kind of a file is detected.
 const HEAD_BYTES: usize = 64 << 10;
 /// The UTF-8 byte order mark.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Reads the first [`HEAD_BYTES`] bytes. From a pipe it reads no further than the first line: its writer may wait for the
-/// answer to each record before it writes the next.
+/// Reads the first [`HEAD_BYTES`] bytes. From a pipe it does not wait for more than the first line, because the writer may wait
+/// for the answer to each record before it writes the next.
 fn read_head(reader: &mut impl Read, is_pipe: bool) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
     if !is_pipe {
@@ -41,14 +41,14 @@ pub struct Source {
     head: Vec<u8>,
     /// The contents after `head`.
     rest: Box<dyn Read + Send>,
-    /// The bytes of the byte order mark that was removed.
-    mark: usize,
+    /// The length in bytes of the byte order mark that was removed; 0 if there was none.
+    mark_bytes: usize,
     is_compressed: bool,
 }
 
 impl Source {
-    /// Opens a file. Compression with gzip or zstd is detected by the first bytes; a name that ends in `.gz` or `.zst` on
-    /// other bytes is an error.
+    /// Opens a file. Compression with gzip or zstd is detected from the first bytes. A file whose name ends in `.gz` or `.zst`
+    /// and that is not compressed is an error.
     ///
     /// # Errors
     ///
@@ -65,7 +65,7 @@ impl Source {
             let hint = "remove the ending of its name if it is decompressed already, or download it again";
             return Err(RecordError::file(path, format!("its name says {named}, its bytes do not"), hint));
         }
-        // Chained rather than seeking back: it may be a pipe.
+        // The bytes are chained rather than read again, because a pipe cannot seek.
         let file = Cursor::new(start).chain(file);
         let mut rest: Box<dyn Read + Send> = match compression {
             None => Box::new(file),
@@ -73,9 +73,9 @@ impl Source {
             Some(Compression::Zstandard) => Box::new(ZstdFrames::new(file)),
         };
         let mut head = read_head(&mut rest, is_pipe).map_err(io)?;
-        let mark = if head.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
-        head.drain(..mark);
-        Ok(Self { path: path.to_owned(), head, rest, mark, is_compressed: compression.is_some() })
+        let mark_bytes = if head.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
+        head.drain(..mark_bytes);
+        Ok(Self { path: path.to_owned(), head, rest, mark_bytes, is_compressed: compression.is_some() })
     }
 
     /// Whether the file is compressed, so that its size is not that of its contents.
@@ -88,7 +88,7 @@ impl Source {
         &self.path
     }
 
-    /// The first bytes of the contents; of a regular file 64 KiB or all of it.
+    /// The first bytes of the contents. For a regular file these are 64 KiB, or all of a shorter file.
     pub fn head(&self) -> &[u8] {
         &self.head
     }
@@ -97,7 +97,7 @@ impl Source {
     ///
     /// # Errors
     ///
-    /// [`RecordError::File`], which says what the file is.
+    /// [`RecordError::File`], which names what the file is.
     pub fn refuse_binary(&self) -> Result<(), RecordError> {
         match file_kind::detect_binary(&self.head) {
             Some(foreign) => Err(RecordError::file(&self.path, format!("it is {}", foreign.what), foreign.hint)),
@@ -109,14 +109,14 @@ impl Source {
     ///
     /// # Errors
     ///
-    /// [`RecordError::File`] for a file that is not one of records, which says what it is.
+    /// [`RecordError::File`] for a file that has no records, which names what the file is.
     pub fn kind(&self) -> Result<FileKind, RecordError> {
         file_kind::detect_kind(&self.path, &self.head)
     }
 
-    /// The contents, up to `limit` bytes with the byte order mark if there is one.
+    /// The contents up to `limit` bytes. A byte order mark counts toward the limit, although it was removed.
     pub fn into_reader(self, limit: Option<u64>) -> Limited {
-        let bytes = limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.mark as u64));
+        let bytes = limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.mark_bytes as u64));
         let contents: Box<dyn Read + Send> = Box::new(Cursor::new(self.head).chain(self.rest));
         Limited(BufReader::with_capacity(1 << 18, contents.take(bytes)))
     }
@@ -181,13 +181,13 @@ fn detect_compression(start: &[u8]) -> Option<Compression> {
     }
 }
 
-/// A zstd frame whose magic number was read already.
+/// A zstd frame whose magic number has already been read.
 type Frame<R> = StreamingDecoder<Chain<Cursor<[u8; 4]>, BufReader<R>>, FrameDecoder>;
 
-/// Decompresses several zstd frames one after the other, as programs that compress in parallel write them. Skippable frames,
-/// which `pzstd` puts between them, are ignored.
+/// Decompresses a sequence of zstd frames, as programs that compress in parallel write them. Skippable frames, which `pzstd`
+/// puts between them, are ignored.
 struct ZstdFrames<R: Read> {
-    /// The file, between frames; `frame` owns it while it is read.
+    /// The file between frames; `None` while `frame` owns it.
     file: Option<BufReader<R>>,
     frame: Option<Frame<R>>,
 }
@@ -216,6 +216,7 @@ impl<R: Read> Read for ZstdFrames<R> {
             let mut magic = [0; 4];
             file.read_exact(&mut magic)?;
             if matches!(magic, [0x50..=0x5f, 0x2a, 0x4d, 0x18]) {
+                // A skippable frame: its length, then that many bytes.
                 let mut length = [0; 4];
                 file.read_exact(&mut length)?;
                 io::copy(&mut file.by_ref().take(u32::from_le_bytes(length).into()), &mut io::sink())?;

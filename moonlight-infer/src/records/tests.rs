@@ -1,4 +1,4 @@
-//! Files of every kind through one reader.
+//! Files of every kind, read by [`RecordReader`].
 
 use std::fs;
 use std::path::Path;

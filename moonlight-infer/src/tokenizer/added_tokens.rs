@@ -1,7 +1,7 @@
 //! Finds added tokens in texts, as Hugging Face's `tokenizers` does.
 //!
-//! Its own `AddedVocabulary` is not used, because it takes quadratic time: for each token with `single_word` or `lstrip` it
-//! scans the whole text before it.
+//! The `AddedVocabulary` of that crate is not used, because it takes quadratic time: for each token with `single_word` or
+//! `lstrip` it scans the whole text before the token.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -23,7 +23,7 @@ pub enum Piece<'t> {
 pub(super) struct AddedTokens {
     tokens: BTreeMap<u32, AddedToken>,
     ids: HashMap<String, u32>,
-    /// For the tokens that are matched before the text is normalized, and for those after.
+    /// For the tokens that are matched before the text is normalized, and for those that are matched afterwards.
     finders: [Finder; 2],
     /// Matches a character of a word.
     word: Regex,
@@ -45,15 +45,15 @@ impl Finder {
 }
 
 impl AddedTokens {
-    /// Tokens by id. One without text is dropped: it would match everywhere.
+    /// `tokens` by id. A token without text is dropped, because it would match everywhere.
     pub(super) fn new(mut tokens: BTreeMap<u32, AddedToken>) -> Result<Self, String> {
         tokens.retain(|_, token| !token.content.is_empty());
-        let of = |normalized: bool| {
+        let finder = |normalized: bool| {
             Finder::new(
                 tokens.iter().filter(|(_, token)| token.normalized == normalized).map(|(&id, token)| (id, token)),
             )
         };
-        let finders = [of(false)?, of(true)?];
+        let finders = [finder(false)?, finder(true)?];
         let ids = tokens.iter().map(|(&id, token)| (token.content.clone(), id)).collect();
         let word = Regex::new(r"\w").map_err(|error| error.to_string())?;
         Ok(Self { tokens, ids, finders, word })
@@ -110,7 +110,7 @@ impl AddedTokens {
             if token.single_word && (self.is_word(before.chars().next_back()) || self.is_word(after.chars().next())) {
                 continue;
             }
-            // White space that belongs to the token before is not taken again.
+            // White space that already belongs to the token before is left out.
             let start = if token.lstrip { before.trim_end().len().max(end) } else { found.start() };
             if end < start {
                 each(Piece::Text(&text[end..start]));

@@ -1,4 +1,5 @@
-//! The built-in tokenizers `bytes` and `bytes-chat`: 256 bytes and three special tokens, saved as files that transformers opens.
+//! The built-in tokenizers `bytes` and `bytes-chat`: 256 bytes and three special tokens. They are saved as files that
+//! transformers can open.
 //!
 //! In `bytes-chat` five of the bytes that never occur in UTF-8 (0xF5 to 0xF9) are the special tokens of Moonlight's chat
 //! template. All other tokens are those of `bytes`, so that a model that was pre-trained with `bytes` can be fine-tuned to
@@ -10,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::{Piece, TokenizerFile};
 use crate::moonlight_template::MOONLIGHT_TEMPLATE;
 
-/// The token that starts a text; not added by default.
+/// The token that starts a text. It is not added by default.
 pub const BOS: u32 = 256;
 /// The token that ends a document.
 pub const EOS: u32 = 257;
@@ -61,7 +62,7 @@ impl ByteTokenizer {
         self.table().iter().find(|(id, _)| *id == token).map(|(_, name)| *name)
     }
 
-    /// The tokens of a text, with special ones if `parse_special`.
+    /// The tokens of a text, with special tokens parsed if `parse_special`.
     pub(super) fn encode(self, text: &str, parse_special: bool) -> Vec<u32> {
         let pieces = if parse_special { self.split(text) } else { vec![Piece::Text(text)] };
         let mut tokens = Vec::with_capacity(text.len());
@@ -99,7 +100,8 @@ impl ByteTokenizer {
         pieces
     }
 
-    /// The bytes of tokens: special ones have those of their names if `with_special`, and unknown ones have none.
+    /// The bytes of tokens. A special token has the bytes of its name if `with_special`, otherwise none; an unknown token has
+    /// none.
     pub(super) fn bytes(self, tokens: &[u32], with_special: bool) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(tokens.len());
         for &token in tokens {
@@ -153,7 +155,7 @@ impl ByteTokenizer {
             .collect();
         json!({
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
-            // Without merges nothing is gained by splitting a text into words (`use_regex`).
+            // Without merges, splitting a text into words (`use_regex`) would not change the tokens.
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
             "post_processor": null,
             "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},

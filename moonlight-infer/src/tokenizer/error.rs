@@ -11,7 +11,7 @@ pub enum TokenizerError {
     /// A path that does not exist, or a directory without a tokenizer.
     #[error("there is no tokenizer at `{}`", Printable(.0.display()))]
     NotFound(PathBuf),
-    /// A file that is not a tokenizer, or exceeds a limit.
+    /// A file that cannot be read, is not a tokenizer, or exceeds a limit.
     #[error("the tokenizer `{}` cannot be read: {}", Printable(path.display()), Printable(problem))]
     Read {
         /// The file.

@@ -13,13 +13,13 @@ use super::limits;
 use super::post_processor::AffixTokens;
 use crate::catch_panic::catch_panic;
 
-/// The message for a panic of the crate, which does not check all of a file.
+/// The message for a panic in the crate, which does not validate everything in a file.
 const LIBRARY_FAILED: &str = "the `tokenizers` library failed: the tokenizer.json is damaged, or has an unknown layout";
 
-/// The bytes of a text that are normalized as a trial, for a normalizer that may expand it.
+/// The number of bytes of a text that are normalized as a trial, if the normalizer may expand the text.
 const TRIAL_BYTES: usize = 4096;
 
-/// A tokenizer of the `tokenizers` crate, with variants of it that are made when they are first needed.
+/// A tokenizer of the `tokenizers` crate, with variants that are created when they are first needed.
 pub(super) struct HuggingFace {
     inner: Inner,
     vocab_size: usize,
@@ -27,7 +27,7 @@ pub(super) struct HuggingFace {
     may_expand: bool,
     affixes: AffixTokens,
     added: AddedTokens,
-    /// `inner` with special tokens parsed. As large as `inner`.
+    /// The variant of `inner` that parses special tokens: a second copy of it in memory.
     parsing: OnceLock<Box<Inner>>,
     /// Whether the start of a text is encoded differently from the same words after others.
     prepends_first_only: bool,
@@ -35,14 +35,16 @@ pub(super) struct HuggingFace {
     anchored: OnceLock<Box<Inner>>,
 }
 
-/// A token that is put before a text, so that the text is not at the start. A noncharacter, which texts do not contain.
+/// A token that is put before a text, so that the text does not start the input. It is a noncharacter, which texts do not
+/// contain.
 const ANCHOR: char = '\u{10FFFF}';
 
 impl HuggingFace {
-    /// Parses the bytes of a file; `names` are the tokens that the files next to it name. Contradictions between them that are
-    /// not errors are added to `notes`.
+    /// Parses the bytes of a file; `names` are the tokens that the files next to it name. Contradictions between the files that
+    /// are not errors are added to `notes`.
     pub(super) fn parse(contents: &[u8], names: &SpecialNames, notes: &mut Vec<String>) -> Result<Self, String> {
-        // Before the crate parses them: a huge allocation or a stack overflow aborts, which cannot be caught.
+        // The limits are checked before the crate parses the file: a huge allocation or a stack overflow aborts the process,
+        // which cannot be caught.
         let limits::CheckedFile { json, may_expand, prepends_first_only, affixes } = limits::checked(contents)?;
         let parsed = catch_panic(|| Self::parse_checked(&json, may_expand, affixes, names, notes));
         parsed.unwrap_or_else(|| Err(LIBRARY_FAILED.into())).map(|tokenizer| Self { prepends_first_only, ..tokenizer })
@@ -57,7 +59,7 @@ impl HuggingFace {
     ) -> Result<Self, String> {
         let listed: JsonParts = serde_json::from_slice(json).map_err(|error| error.to_string())?;
         if let Some(normalizer) = listed.normalizer.as_ref().filter(|_| may_expand) {
-            // The crate normalizes added tokens when it parses the file, however long they become.
+            // The crate normalizes added tokens while it parses the file, however long they become.
             let listed = listed.added_tokens.iter().filter(|token| token.normalized).map(|token| &token.content);
             let named = names.added.values().filter(|token| token.normalized).map(|token| &token.content);
             for text in listed.chain(named) {
@@ -65,10 +67,10 @@ impl HuggingFace {
             }
         }
         let mut inner = Inner::from_bytes(json).map_err(|error| error.to_string())?;
-        add(&mut inner, &listed, names, notes)?;
-        // Special tokens in a text are text; `parsing` is the variant for the other case.
+        add_named_tokens(&mut inner, &listed, names, notes)?;
+        // Special tokens in a text are encoded as text; `parsing` is the variant that parses them.
         inner.set_encode_special_tokens(true);
-        // Settings of a training pipeline, which would change the tokens of a text.
+        // Padding and truncation are settings of a training pipeline, and would change the tokens of a text.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| error.to_string())?;
         let vocab = inner.get_vocab(true);
@@ -78,7 +80,7 @@ impl HuggingFace {
         }
         let vocab_size = vocab.into_values().max().map_or(0, |id| id as usize + 1);
         let added = inner.get_added_tokens_decoder().into_iter().map(|(id, token)| {
-            // As in the crate, a token that was special once stays so.
+            // As in the crate, a token that was added as special once remains special.
             let special = inner.get_added_vocabulary().is_special_token(&token.content);
             (
                 id,
@@ -97,7 +99,7 @@ impl HuggingFace {
         let tokenizer =
             Self { inner, vocab_size, may_expand, affixes, added, parsing, prepends_first_only: false, anchored };
         // A model without byte fallback and unknown token fails at a character that is not in its vocabulary, and a damaged
-        // table of characters at those in it. Better here than in the middle of a data set.
+        // table of characters at those that it maps. Fail here, rather than in the middle of a data set.
         let ordinary: String = (' '..='~').chain('\u{A0}'..='\u{17F}').collect();
         for text in ["\u{0}\u{E000}\u{F8FF}\u{10FFFD}", &ordinary] {
             let trial = tokenizer.tokens(&tokenizer.inner, text);
@@ -106,7 +108,7 @@ impl HuggingFace {
         Ok(tokenizer)
     }
 
-    /// The tokens of a text, with special ones if `parse_special`. The error is the rest of a sentence about the text.
+    /// The tokens of a text, with special tokens parsed if `parse_special`. The error is the rest of a sentence about the text.
     pub(super) fn encode(&self, text: &str, parse_special: bool) -> Result<Vec<u32>, String> {
         let inner = if parse_special { self.parsing() } else { &self.inner };
         catch_panic(|| self.tokens(inner, text)).unwrap_or_else(|| Err(LIBRARY_FAILED.into()))
@@ -145,7 +147,8 @@ impl HuggingFace {
         if self.may_expand
             && let Some(normalizer) = self.inner.get_normalizer()
         {
-            // The start of the text first: a normalizer that expands without bound does so there, in little memory.
+            // Try the start of the text first: a normalizer that expands without bound exceeds the limit there with little
+            // memory.
             for length in [TRIAL_BYTES.min(text.len()), text.len()] {
                 let tried = &text[..text.floor_char_boundary(length)];
                 let limit = limits::MAX_GROWTH.saturating_mul(tried.len()).saturating_add(limits::GROWTH_SLACK);
@@ -156,7 +159,7 @@ impl HuggingFace {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text of tokens, with special ones if `with_special`; U+FFFD if the crate fails at them.
+    /// The text of tokens, with special tokens if `with_special`; U+FFFD if the crate fails.
     pub(super) fn decode(&self, tokens: &[u32], with_special: bool) -> String {
         let decoded = catch_panic(|| self.inner.decode(tokens, !with_special).ok());
         decoded.flatten().unwrap_or_else(|| char::REPLACEMENT_CHARACTER.into())
@@ -180,7 +183,7 @@ impl HuggingFace {
     }
 }
 
-/// The sections of a `tokenizer.json` that are read here, too.
+/// The sections of a `tokenizer.json` that are needed before the crate parses the file.
 #[derive(Deserialize)]
 struct JsonParts {
     #[serde(default)]
@@ -197,10 +200,15 @@ struct AddedTokenEntry {
     normalized: bool,
 }
 
-/// Adds the tokens that the files next to a `tokenizer.json` name, as transformers does: those of `added_tokens_decoder` with
-/// their properties, and `eos_token` and the like become special. Where the crate assigns another id than a file says, so does
-/// transformers; a note says so.
-fn add(inner: &mut Inner, listed: &JsonParts, names: &SpecialNames, notes: &mut Vec<String>) -> Result<(), String> {
+/// Adds the tokens that the files next to a `tokenizer.json` name, as transformers does: those of `added_tokens_decoder` get
+/// their properties, and `eos_token` and the like become special. The crate may assign an id that differs from the one in the
+/// file, as it does in transformers; this is reported in `notes`.
+fn add_named_tokens(
+    inner: &mut Inner,
+    listed: &JsonParts,
+    names: &SpecialNames,
+    notes: &mut Vec<String>,
+) -> Result<(), String> {
     let as_named = |token: &AddedToken| {
         tokenizers::AddedToken::from(token.content.clone(), token.special)
             .single_word(token.single_word)
@@ -226,8 +234,8 @@ fn add(inner: &mut Inner, listed: &JsonParts, names: &SpecialNames, notes: &mut 
     Ok(())
 }
 
-/// Normalizes a text step by step, and checks after each that it has at most `limit` bytes, so that a chain of steps is
-/// stopped at the first that expands it too much.
+/// Normalizes a text step by step, and checks after each step that it has at most `limit` bytes, so that a chain of steps
+/// stops at the first one that expands the text too much.
 fn check_growth(normalizer: &NormalizerWrapper, text: &mut NormalizedString, limit: usize) -> Result<(), String> {
     if let NormalizerWrapper::Sequence(steps) = normalizer {
         let steps: &normalizers::Sequence = steps;

@@ -1,5 +1,5 @@
-//! Limits of a `tokenizer.json`, checked before the `tokenizers` crate parses it: the crate allocates and repeats as much as the
-//! file says.
+//! Limits of a `tokenizer.json`. They are checked before the `tokenizers` crate parses the file, because the crate allocates and
+//! repeats as much as the file asks for.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -14,37 +14,37 @@ use super::post_processor::AffixTokens;
 pub(super) const MAX_FILE_BYTES: u64 = 100_000_000;
 /// The limit of a token in bytes.
 pub(super) const MAX_TOKEN_BYTES: usize = 65_536;
-/// The limit of a string that a step inserts or replaces another by, in bytes.
+/// The limit of a string that a step inserts or substitutes, in bytes.
 const MAX_CONTENT_BYTES: usize = 1024;
-/// The limit of a replacement in a table of characters, in bytes; the longest of SentencePiece's own is that of U+FDFA, with
-/// 33.
+/// The limit of a replacement in a table of characters, in bytes; the longest one in SentencePiece's table is that of U+FDFA,
+/// with 33.
 const MAX_REPLACEMENT_BYTES: usize = 64;
 /// The limit of a post-processor in bytes of JSON; that of Whisper, with a token for each language, has 12 kB.
 const MAX_PROCESSOR_BYTES: usize = 1 << 20;
-/// Steps of a normalizer, a pre-tokenizer or a decoder, with those of nested sequences.
+/// The limit of steps in a normalizer, a pre-tokenizer or a decoder, including those of nested sequences.
 const MAX_STEPS: usize = 32;
-/// The factor by which a text may grow: by each step, by all pre-tokenizers or decoders together, and by a normalizer whose
-/// output is not checked for each text.
+/// The factor by which a text may grow: in each step, in all pre-tokenizers or decoders together, and in a normalizer. A
+/// normalizer may have a larger factor, but then its output is checked for each text.
 pub(super) const MAX_GROWTH: usize = 16;
-/// Bytes by which a text may grow in addition.
+/// The number of bytes by which a text may grow in addition, so that short texts do not exceed the factor.
 pub(super) const GROWTH_SLACK: usize = 65_536;
-/// The limit of a word of WordPiece in characters, which takes quadratic time.
+/// The limit of a word in characters; WordPiece takes quadratic time in it.
 const MAX_WORD_CHARS: u64 = 10_000;
 
 /// A file that is within the limits.
 pub(super) struct CheckedFile {
-    /// The JSON for the crate. It is written from the parsed sections, so that the crate sees the same values as the checks, and
-    /// has no post-processor.
+    /// The JSON for the crate, without the post-processor. It is serialized from the parsed sections, so that the crate sees the
+    /// same values as the checks.
     pub(super) json: Vec<u8>,
     /// Whether the normalizer can make a text more than [`MAX_GROWTH`] times as long.
     pub(super) may_expand: bool,
-    /// Whether a space is added before the first word of a text only.
+    /// Whether a space is added only before the first word of a text.
     pub(super) prepends_first_only: bool,
     /// The tokens that the post-processor adds to a text.
     pub(super) affixes: AffixTokens,
 }
 
-/// The sections of a file. Unknown ones are dropped, and a repeated one is an error.
+/// The sections of a file. Unknown sections are dropped; a repeated section is an error.
 #[derive(Deserialize, Serialize)]
 struct File<'a> {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -69,17 +69,17 @@ struct File<'a> {
     post_processor: Option<&'a RawValue>,
 }
 
-/// The only field of a model whose cost is not in proportion to its length.
+/// The only field of a model whose cost is not proportional to its length.
 #[derive(Deserialize)]
 struct Model {
     max_input_chars_per_word: Option<u64>,
 }
 
-/// Checks a file.
+/// Checks a file against the limits.
 ///
 /// # Errors
 ///
-/// The limit that it exceeds, as part of a sentence.
+/// The limit that the file exceeds, as part of a sentence.
 pub(super) fn checked(contents: &[u8]) -> Result<CheckedFile, String> {
     if contents.len() as u64 > MAX_FILE_BYTES {
         return Err(format!("it has {} bytes, more than the limit of {MAX_FILE_BYTES}", contents.len()));
@@ -114,7 +114,7 @@ fn prepends_first_only(part: Option<&Value>) -> bool {
         || steps.into_iter().any(|step| prepends_first_only(Some(step)))
 }
 
-/// The factor by which a part can make a text longer, at most.
+/// The largest factor by which a part can make a text longer.
 fn growth(name: &str, part: Option<&Value>) -> Result<usize, String> {
     let (mut steps, mut growth) = (0, 1);
     match part {
@@ -123,7 +123,7 @@ fn growth(name: &str, part: Option<&Value>) -> Result<usize, String> {
     }
 }
 
-/// Counts the steps of a part with those of nested sequences, and multiplies `growth` by the factor of each.
+/// Counts the steps of a part, including those of nested sequences, and multiplies `growth` by the factor of each step.
 fn follow_steps(name: &str, part: &Value, steps: &mut usize, growth: &mut usize) -> Result<(), String> {
     *steps += 1;
     if *steps > MAX_STEPS {
@@ -145,13 +145,14 @@ fn follow_steps(name: &str, part: &Value, steps: &mut usize, growth: &mut usize)
     Ok(())
 }
 
-/// Whether a step is a Unicode normalization form. It is allowed although its factor exceeds the limit, because few characters
-/// reach that factor.
+/// Whether a step is a Unicode normalization form. These are allowed although their factor exceeds the limit, because few
+/// characters reach the factor.
 fn is_unicode(step: &Map<String, Value>) -> bool {
     matches!(step.get("type").and_then(Value::as_str), Some("NFC" | "NFD" | "NFKC" | "NFKD"))
 }
 
-/// The factor by which one step can make a text longer. By its keys, because old files have no `type`.
+/// The factor by which one step can make a text longer. It is derived from the keys of the step, because old files have no
+/// `type`.
 fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
     let text = |key: &str| step.get(key).and_then(Value::as_str);
     for key in ["content", "prepend", "prefix", "suffix", "replacement"] {
@@ -180,7 +181,7 @@ fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
         return charsmap(name, map);
     }
     Ok(match text("type") {
-        // Added once, so that only short texts double.
+        // The prefix is added once, so only short texts double.
         _ if step.contains_key("prepend") => 2,
         Some("Metaspace" | "NFC" | "NFD") => 3,
         Some("NFKC" | "NFKD") => 18,
@@ -189,19 +190,19 @@ fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
             | "BertPreTokenizer" | "CharDelimiterSplit" | "FixedLength" | "Fuse" | "ByteFallback" | "Strip"
             | "StripAccents" | "Nmt" | "CTC",
         ) => 1,
-        // `ByteLevel` writes two bytes for most bytes, `Lowercase` and `Bert` for some characters.
+        // `ByteLevel` writes two bytes for most bytes; `Lowercase` and `Bert` lengthen some characters.
         _ => 2,
     })
 }
 
-/// The factor of SentencePiece's table of characters: the length of a trie, the trie, and the replacements, each terminated by
-/// a zero byte.
+/// The factor of SentencePiece's table of characters, whose bytes are the length of a trie, the trie, and the replacements, each
+/// terminated by a zero byte.
 fn charsmap(name: &str, map: &Value) -> Result<usize, String> {
     let damaged = || format!("its {name} has a damaged table of characters (`precompiled_charsmap`)");
     let bytes = STANDARD.decode(map.as_str().ok_or_else(damaged)?).map_err(|_| damaged())?;
     let (length, rest) = bytes.split_first_chunk().ok_or_else(damaged)?;
     let length = u32::from_le_bytes(*length) as usize;
-    // The crate allocates as much as the length says, and reads the first unit of the trie unchecked.
+    // The crate allocates as many bytes as the length field asks for, and reads the first unit of the trie unchecked.
     if length < 4 || !length.is_multiple_of(4) || length > rest.len() {
         return Err(damaged());
     }

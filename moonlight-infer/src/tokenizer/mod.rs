@@ -1,13 +1,14 @@
 //! Text to tokens and back.
 //!
-//! There are three kinds of tokenizer: a Hugging Face `tokenizer.json`, Moonlight's `tiktoken.model`, and the built-in `bytes`,
-//! with 256 bytes and three special tokens. (`bytes-chat` is the same, except that five bytes which never occur in UTF-8 are
+//! There are three kinds of tokenizer: a Hugging Face `tokenizer.json`, Moonlight's `tiktoken.model`, and the built-in `bytes`
+//! with 256 bytes and three special tokens. (`bytes-chat` is the same, except that five bytes that never occur in UTF-8 are
 //! the special tokens of a chat template.)
 //!
 //! # Added tokens
 //!
 //! A tokenizer has tokens in addition to those of its model: `added_tokens` of a `tokenizer.json`, `added_tokens_decoder` of
-//! a `tokenizer_config.json`. Each is *special* or not (`"special": true | false`), with the same meaning for all three kinds:
+//! a `tokenizer_config.json`. Each of them is *special* or not (`"special": true | false`). For all three kinds of tokenizer
+//! this means:
 //!
 //! | | special (`<|im_end|>`) | not special (`<think>`) |
 //! |---|---|---|
@@ -17,10 +18,10 @@
 //! | [`special`](Tokenizer::special), [`specials`](Tokenizer::specials) | yes | no |
 //! | [`added`](Tokenizer::added) | yes | yes |
 //!
-//! transformers parses special tokens in every text, unless `split_special_tokens` is set. Here it is opt-in, because a text
-//! from outside must not be able to end a turn; with it the tokens are those of transformers. A token is matched as its entry
-//! says: as a whole word (`single_word`), with the white space around it (`lstrip`, `rstrip`), before or after the text is
-//! normalized (`normalized`).
+//! transformers parses special tokens in every text, unless `split_special_tokens` is set. Here parsing is opt-in, because
+//! untrusted text must not be able to end a turn; with it the tokens are those of transformers. The entry of a token
+//! determines how it is matched: as a whole word (`single_word`), with the white space around it (`lstrip`, `rstrip`), before
+//! or after the text is normalized (`normalized`).
 //!
 //! # Prefix and suffix
 //!
@@ -56,13 +57,13 @@ pub use byte_tokenizer::{BOS, EOS, PAD};
 pub use error::TokenizerError;
 pub use token_stream::TokenStream;
 
-/// The name of the tokenizer of bytes.
+/// The name of the built-in tokenizer [`Tokenizer::bytes`].
 pub const BYTES_TOKENIZER: &str = "bytes";
-/// The name of the tokenizer of bytes with the special tokens of a chat template.
+/// The name of the built-in tokenizer [`Tokenizer::bytes_chat`].
 pub const BYTES_CHAT_TOKENIZER: &str = "bytes-chat";
 
 const ADDED_TOKENS: &str = "added_tokens.json";
-/// Files that belong to a tokenizer, if they are in its directory.
+/// The files that belong to a tokenizer if they are in its directory.
 const COMPANION_FILES: [&str; 5] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -71,16 +72,16 @@ const COMPANION_FILES: [&str; 5] = [
     "tokenization_moonshot.py",
 ];
 
-/// Logged once, not for each text.
+/// The warning about a doubled BOS is logged once, not for each text.
 static WARN_DOUBLE_BOS: Once = Once::new();
 
 /// The limit of a `tiktoken.model`; the published one has 2,795,286 bytes.
 const MAX_RANKS_BYTES: u64 = 100_000_000;
 
-/// Whether BOS is added to a text.
+/// Whether BOS is added before a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 pub enum AddBos {
-    /// As the post-processor of `tokenizer.json` says.
+    /// If the post-processor of `tokenizer.json` adds it.
     #[default]
     Auto,
     /// Always.
@@ -123,7 +124,7 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-/// A file of a tokenizer, which a checkpoint contains so that it can be used without the original.
+/// A file of a tokenizer. A checkpoint contains a copy, so that it can be used without the original tokenizer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenizerFile {
     /// The name in the directory of the checkpoint.
@@ -133,7 +134,7 @@ pub struct TokenizerFile {
 }
 
 impl Tokenizer {
-    /// The 256 bytes, and [`BOS`], [`EOS`] and [`PAD`].
+    /// The built-in tokenizer `bytes`: a token for each of the 256 bytes, and [`BOS`], [`EOS`] and [`PAD`].
     pub fn bytes() -> Self {
         Self::from_bytes(ByteTokenizer::Plain)
     }
@@ -164,8 +165,8 @@ impl Tokenizer {
         }
     }
 
-    /// Opens `bytes`, `bytes-chat`, the path of a `tokenizer.json`, of a `tiktoken.model` or of a directory with one of them, or
-    /// `org/name` for a model in the Hub's cache. `~` and `$NAME` are expanded.
+    /// Opens a tokenizer: `bytes`, `bytes-chat`, the path of a `tokenizer.json`, of a `tiktoken.model` or of a directory with
+    /// one of them, or `org/name` for a model in the Hub's cache. `~` and `$NAME` are expanded.
     ///
     /// # Errors
     ///
@@ -218,8 +219,8 @@ impl Tokenizer {
         for bytes in [Self::bytes(), Self::bytes_chat()] {
             let same = |file: &TokenizerFile| file.name == TOKENIZER_JSON && file.contents == contents;
             if bytes.files.iter().any(same) {
-                // Written by `save`: the same tokens, without the `tokenizers` crate. The files next to it are kept, because
-                // they may differ (another chat template).
+                // The file was written by `save`, so the built-in tokenizer has the same tokens without the `tokenizers`
+                // crate. The files next to it are kept, because they may differ (another chat template).
                 return Ok(Self { files: Arc::new(files), name: name(path), ..bytes });
             }
         }
@@ -324,7 +325,7 @@ impl Tokenizer {
         Self { parse_special, ..self }
     }
 
-    /// Makes [`encode_text`](Tokenizer::encode_text) add no suffix: for a text that is to be continued.
+    /// Makes [`encode_text`](Tokenizer::encode_text) add no suffix, for a text that the model continues.
     pub fn for_prompts(self) -> Self {
         Self { suffix: Arc::default(), ..self }
     }
@@ -367,13 +368,13 @@ impl Tokenizer {
     ///
     /// # Errors
     ///
-    /// [`TokenizerError::Encode`] where a `tokenizer.json` cannot encode the text, or its normalizer exceeds a limit.
+    /// [`TokenizerError::Encode`] if a `tokenizer.json` cannot encode the text, or its normalizer exceeds a limit.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         self.encode_with(text, false)
     }
 
     /// The tokens of a text that continues another. They differ from those of [`encode`](Tokenizer::encode) for a SentencePiece
-    /// tokenizer that adds a space before the first word of a text only (`prepend_scheme = "first"`).
+    /// tokenizer that adds a space only before the first word of a text (`prepend_scheme = "first"`).
     ///
     /// # Errors
     ///
@@ -407,12 +408,12 @@ impl Tokenizer {
         }
     }
 
-    /// The text of tokens, without special and unknown ones. Bytes that are not UTF-8 become U+FFFD.
+    /// The text of tokens, without special and unknown tokens. Bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, tokens: &[u32]) -> String {
         self.decode_text(tokens, false)
     }
 
-    /// The text of tokens, with special ones.
+    /// The text of tokens, including special tokens.
     pub fn decode_with_special(&self, tokens: &[u32]) -> String {
         self.decode_text(tokens, true)
     }
@@ -426,7 +427,7 @@ impl Tokenizer {
         }
     }
 
-    /// The bytes of tokens; `None` for a `tokenizer.json`, where the text of a token may depend on its neighbors.
+    /// The bytes of tokens; `None` for a `tokenizer.json`, in which the text of a token may depend on its neighbors.
     fn token_bytes(&self, tokens: &[u32]) -> Option<Vec<u8>> {
         match &self.kind {
             Kind::Bytes(kind) => Some(kind.bytes(tokens, false)),
@@ -500,15 +501,15 @@ impl Tokenizer {
         }
     }
 
-    /// A sentence about a contradiction, if there is one: `add_bos_token` of `tokenizer_config.json` differs from the
-    /// post-processor of `tokenizer.json`. transformers 5 follows the post-processor, and so does this crate.
+    /// A warning if `add_bos_token` of `tokenizer_config.json` contradicts the post-processor of `tokenizer.json`. The
+    /// post-processor takes precedence, as in transformers 5.
     pub fn bos_conflict(&self) -> Option<String> {
         let adds = self.bos.is_some_and(|bos| self.prefix.contains(&bos));
-        let says = self.add_bos.filter(|&says| says != adds && self.bos.is_some())?;
-        let does = if adds { "adds BOS to texts" } else { "does not add BOS to texts" };
+        let configured = self.add_bos.filter(|&configured| configured != adds && self.bos.is_some())?;
+        let effect = if adds { "adds BOS to texts" } else { "does not add BOS to texts" };
         Some(format!(
-            "tokenizer_config.json says `add_bos_token: {says}`, but the post-processor of tokenizer.json {does}, which takes \
-             precedence, as in transformers 5"
+            "tokenizer_config.json says `add_bos_token: {configured}`, but the post-processor of tokenizer.json {effect}, \
+             which takes precedence, as in transformers 5"
         ))
     }
 
@@ -517,7 +518,7 @@ impl Tokenizer {
         self.files.to_vec()
     }
 
-    /// Writes the [`companions`](Tokenizer::files) into a directory, which is created if it does not exist.
+    /// Writes the [`files`](Tokenizer::files) into a directory, which is created if it does not exist.
     ///
     /// # Errors
     ///
@@ -527,14 +528,14 @@ impl Tokenizer {
             result.map_err(|error| TokenizerError::Write { path: path.to_owned(), problem: error.to_string() })
         };
         write(dir, std::fs::create_dir_all(dir))?;
-        for companion in self.files.iter() {
-            let path = dir.join(&companion.name);
-            write(&path, std::fs::write(&path, &companion.contents))?;
+        for file in self.files.iter() {
+            let path = dir.join(&file.name);
+            write(&path, std::fs::write(&path, &file.contents))?;
         }
         Ok(())
     }
 
-    /// `bytes`, `bytes-chat`, or the directory from which it was opened.
+    /// `bytes`, `bytes-chat`, or the directory from which the tokenizer was opened.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -581,13 +582,14 @@ fn fingerprint(kind: &str, contents: &[u8], added: &AddedTokens) -> String {
     format!("{kind}-{:016x}", hasher.finish())
 }
 
-/// The special tokens that the files next to a tokenizer name. An `added_tokens.json` that was ignored is removed from `files`.
+/// The special tokens that the files next to a tokenizer name. An `added_tokens.json` that was not used is removed from
+/// `files`, so that a copy of the tokenizer does not contain it.
 fn read_special_names(path: &Path, files: &mut Vec<TokenizerFile>) -> Result<SpecialNames, TokenizerError> {
     let names = SpecialNames::next_to(path).map_err(|error| match error {
         CheckpointError::Tokenizer { path, problem } => TokenizerError::Read { path, problem },
         error => TokenizerError::Read { path: path.to_owned(), problem: error.to_string() },
     })?;
-    files.retain(|companion| names.from_added_tokens_json || companion.name != ADDED_TOKENS);
+    files.retain(|file| names.from_added_tokens_json || file.name != ADDED_TOKENS);
     Ok(names)
 }
 

@@ -1,7 +1,7 @@
 //! The `post_processor` of a `tokenizer.json`: the tokens that it adds before and after a text.
 //!
-//! Parsed here and not by the `tokenizers` crate, which panics or grows without bound at some files: two templates in a
-//! sequence, or a template that contains the text twice.
+//! It is not parsed by the `tokenizers` crate, which panics or allocates without bound for some files: those with two templates
+//! in a sequence, or with a template that contains the text twice.
 
 use serde_json::Value;
 
@@ -22,7 +22,7 @@ impl AffixTokens {
     ///
     /// # Errors
     ///
-    /// What is not supported, as part of a sentence.
+    /// A description of what is not supported, as part of a sentence.
     pub(super) fn read(processor: Option<&Value>) -> Result<Self, String> {
         let mut affixes = Self::default();
         match processor {
@@ -41,7 +41,7 @@ impl AffixTokens {
 
     fn add(&mut self, processor: &Value, depth: usize) -> Result<(), String> {
         let more = match processor["type"].as_str() {
-            // Changes offsets only.
+            // It only changes offsets.
             Some("ByteLevel") => return Ok(()),
             Some("Sequence") => {
                 let parts = processor["processors"].as_array().ok_or("its post_processor has no `processors`")?;
@@ -71,7 +71,7 @@ impl AffixTokens {
     }
 }
 
-/// The `single` template: special tokens, the text once, special tokens.
+/// The tokens of the `single` template, which consists of special tokens, the text once, and special tokens.
 fn template(processor: &Value) -> Result<AffixTokens, String> {
     let damaged = || "its post_processor has a damaged template".to_owned();
     let pieces = processor["single"].as_array().ok_or_else(damaged)?;

@@ -1,8 +1,8 @@
 //! Moonlight's `tiktoken.model`, by the `tiktoken-rs` crate.
 //!
-//! It differs from the published `tokenization_moonshot.py` in two ways: special tokens in a text are parsed only on request,
-//! and added tokens are matched as by `tokenizers`: as a whole word or with the white space around them, if
-//! `tokenizer_config.json` says so.
+//! It differs from the published `tokenization_moonshot.py` in two ways. Special tokens in a text are parsed only on request.
+//! Added tokens are matched as by `tokenizers`: as a whole word or with the white space around them, if
+//! `tokenizer_config.json` asks for it.
 
 use moonlight_convert::tokenizer::{BosEos, Ranks, SpecialNames, pattern, special_tokens};
 use rustc_hash::FxHashMap;
@@ -11,7 +11,7 @@ use tiktoken_rs::CoreBPE;
 use super::added_tokens::{AddedTokens, Piece};
 use super::post_processor::AffixTokens;
 
-/// Characters that are encoded at a time, as in the published code.
+/// The number of characters that are encoded at a time, as in the published code.
 const CHUNK: usize = 400_000;
 /// The limit of a run of white space, or of other characters, that is encoded at a time, as in the published code.
 const RUN: usize = 25_000;
@@ -38,7 +38,7 @@ impl Tiktoken {
         Ok(Self { inner, ranks: ranks.count(), added: AddedTokens::new(tokens)?, affixes, vocab_size })
     }
 
-    /// The tokens of a text, with special ones if `parse_special`.
+    /// The tokens of a text, with special tokens parsed if `parse_special`.
     pub(super) fn encode(&self, text: &str, parse_special: bool) -> Vec<u32> {
         let mut tokens = Vec::new();
         for piece in self.added.split(text, |token| parse_special || !token.special) {
@@ -52,7 +52,7 @@ impl Tiktoken {
         tokens
     }
 
-    /// The bytes of tokens, with those of special ones if `with_special`.
+    /// The bytes of tokens, including the names of special tokens if `with_special`.
     pub(super) fn bytes(&self, tokens: &[u32], with_special: bool) -> Vec<u8> {
         let mut bytes = Vec::new();
         for run in tokens.chunk_by(|a, b| (*a < self.ranks) == (*b < self.ranks)) {
@@ -83,8 +83,8 @@ impl Tiktoken {
     }
 }
 
-/// Splits a text into pieces of at most [`CHUNK`] characters without runs longer than [`RUN`], at the same places as the
-/// published code. In longer runs the regular expression backtracks too far.
+/// Splits a text into pieces of at most [`CHUNK`] characters without runs longer than [`RUN`], at the same positions as the
+/// published code. In longer runs the regular expression would backtrack too far.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut cuts = vec![0];
     let (mut in_chunk, mut run, mut run_is_space) = (0, 0, false);
@@ -109,7 +109,7 @@ fn pieces(text: &str) -> impl Iterator<Item = &str> {
     (1..cuts.len()).filter_map(move |end| text.get(cuts[end - 1]..cuts[end])).filter(|piece| !piece.is_empty())
 }
 
-/// Python's `str.isspace` of one character: Unicode's white space and the four ASCII separators.
+/// Python's `str.isspace` for one character: Unicode's white space and the four ASCII separators.
 fn is_python_space(character: char) -> bool {
     character.is_whitespace() || ('\u{1C}'..='\u{1F}').contains(&character)
 }

@@ -1,11 +1,11 @@
-//! Decodes tokens while they are generated.
+//! Decodes tokens as they are generated.
 
 use super::Tokenizer;
 
-/// Tokens that are decoded again with each new one, so that a decoder whose output depends on earlier tokens (a space before
-/// a word) gives the same text as for all tokens at once.
+/// The number of tokens that are decoded again with each new one. A decoder whose output depends on earlier tokens (a space
+/// before a word) then yields the same text as for all tokens at once.
 const CONTEXT: usize = 6;
-/// Tokens after which an incomplete character at the end is given up, and emitted as U+FFFD.
+/// The number of tokens after which a character that is still incomplete is emitted as U+FFFD.
 const MAX_INCOMPLETE_TOKENS: usize = 16;
 
 /// Decodes tokens one at a time, and holds back incomplete characters.
@@ -14,9 +14,10 @@ pub struct TokenStream<'a> {
     tokenizer: &'a Tokenizer,
     /// The bytes of an incomplete character.
     bytes: Vec<u8>,
-    /// For tokenizers whose tokens are not bytes: the last tokens whose text was emitted, and those whose text was not.
+    /// For tokenizers whose tokens are not bytes: up to [`CONTEXT`] tokens whose text was emitted, then those whose text was
+    /// not.
     tokens: Vec<u32>,
-    /// How many of `tokens` were emitted.
+    /// The number of `tokens` whose text was emitted.
     emitted: usize,
 }
 
@@ -36,7 +37,7 @@ impl<'a> TokenStream<'a> {
         if text.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.emitted < MAX_INCOMPLETE_TOKENS {
             return String::new();
         }
-        self.settle();
+        self.mark_emitted();
         text
     }
 
@@ -44,7 +45,7 @@ impl<'a> TokenStream<'a> {
     pub fn finish(&mut self) -> String {
         let mut text = String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned();
         text.push_str(&self.new_text());
-        self.settle();
+        self.mark_emitted();
         text
     }
 
@@ -73,7 +74,8 @@ impl<'a> TokenStream<'a> {
         }
     }
 
-    /// The text that the tokens after the emitted ones add.
+    /// The text that the tokens after the emitted ones add. It is found by comparison, because the decoder may change the end of
+    /// the earlier text.
     fn new_text(&self) -> String {
         if self.emitted == self.tokens.len() {
             return String::new();
@@ -84,7 +86,7 @@ impl<'a> TokenStream<'a> {
         all.get(common.unwrap_or(before.len())..).unwrap_or_default().to_owned()
     }
 
-    fn settle(&mut self) {
+    fn mark_emitted(&mut self) {
         let surplus = self.tokens.len().saturating_sub(CONTEXT);
         self.tokens.drain(..surplus);
         self.emitted = self.tokens.len();

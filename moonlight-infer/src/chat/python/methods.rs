@@ -316,8 +316,8 @@ fn split_at_spaces(text: &str, max_parts: usize, from_end: bool) -> Vec<&str> {
     parts
 }
 
-/// `text[start:end]` in characters; `None` if the start is after the end of the text or of the slice, where Python finds not
-/// even an empty string.
+/// `text[start:end]` in characters; `None` if the start is after the end of the text or of the slice, where Python does not
+/// find even an empty string.
 fn slice_characters(text: &str, start: Option<i64>, end: Option<i64>) -> Option<&str> {
     if start.is_none() && end.is_none() {
         return Some(text);

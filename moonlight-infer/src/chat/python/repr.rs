@@ -124,7 +124,7 @@ fn write_float(out: &mut String, number: f64) {
     }
 }
 
-/// Writes Python's `repr` of a string, in single quotes unless it contains only those.
+/// Writes Python's `repr` of a string: in single quotes, unless it contains these and no double ones.
 fn write_quoted(out: &mut String, text: &str) {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     out.push(quote);

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::templates::folder;
 use super::*;
 
-/// The `bytes-chat` tokenizer, with everything that looks like a special token in a template as one.
+/// The `bytes-chat` tokenizer, with a special token for everything in a template that looks like one.
 fn tokenizer_of(source: &str) -> Tokenizer {
     let mut names = BTreeSet::new();
     for (begin, end) in [("<|", "|>"), ("<｜", "｜>"), ("[|", "|]"), ("[/", "]")] {
@@ -31,7 +31,7 @@ fn tokenizer_of(source: &str) -> Tokenizer {
     Tokenizer::from_json(json.to_string().as_bytes()).unwrap()
 }
 
-/// A template with a tokenizer that has its special tokens, or none of them.
+/// A template, with a tokenizer that has all of its special tokens or none.
 struct Learner {
     encoder: ChatEncoder,
     specials: Vec<(String, u32)>,
@@ -113,7 +113,7 @@ fn thought(thought: &str, words: &str) -> Value {
     answer(&format!("<think>\n{thought}\n</think>\n\n{words}"))
 }
 
-/// Most reasoning data sets have the reasoning in the content. Templates drop it from earlier turns, some from all.
+/// Most reasoning data sets have the reasoning in the content. Templates drop it from earlier turns, and some from all turns.
 #[test]
 fn reasoning_in_the_content_is_learned_where_the_template_writes_it() {
     let record = talk(&[user("Q"), thought("r1", "A"), user("R"), thought("r2", "B")]);
@@ -132,7 +132,7 @@ fn reasoning_in_the_content_is_learned_where_the_template_writes_it() {
     let record = talk(&[user("Q"), thought("r", "A")]);
     assert_eq!(learned_by("deepseek_r1", &record), "\n\nA<|end_of_sentence|>");
     assert_eq!(learned_by("qwen3", &record), "<think>\nr\n</think>\n\nA<|im_end|>");
-    // A question that the template takes for the result of a tool.
+    // A user message that the template mistakes for a tool's result.
     let answered = user("<tool_response>\nR\n</tool_response>");
     let record = talk(&[user("Q"), thought("r1", "A"), user("P"), thought("r2", "B"), answered, thought("r3", "C")]);
     let expected = "A<|im_end|>|<think>\nr2\n</think>\n\nB<|im_end|>|<think>\nr3\n</think>\n\nC<|im_end|>";
@@ -162,7 +162,7 @@ fn the_result_of_a_tool_is_never_learned() {
         "{error}"
     );
     assert!(error.hint().unwrap().contains("{% generation %}"));
-    // The header of the result names the function, too.
+    // The header of the result also names the function.
     let call_of = " to=functions.look<|channel|>commentary json<|message|>{\"at\": \"where\"}<|call|>";
     assert_eq!(learned_by("gpt_oss", &record("")), format!("{call_of}|<|channel|>final<|message|>A<|return|>"));
     // The header of the assistant starts like that of any other role.
@@ -197,7 +197,7 @@ fn tool_calls_are_learned_from_start_to_end() {
     assert!(learned_by("xlam", &answered).starts_with("look(at='where')]|A"));
 }
 
-/// The generation prompt opens reasoning, and the turns have none.
+/// The generation prompt opens a reasoning block, and the turns have none.
 #[test]
 fn no_header_is_learned() {
     let record = talk(&[user("Q"), answer("A")]);

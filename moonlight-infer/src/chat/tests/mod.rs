@@ -8,7 +8,7 @@ use super::assistant_mask::{MAX_EXACT_TURNS, assistant_turns};
 use super::*;
 use crate::tokenizer::Tokenizer;
 
-/// Moonlight's kind of tokenizer in a directory, with the 256 bytes; special tokens start at 256.
+/// A `tiktoken.model` in `dir` with the 256 bytes; special tokens start at 256.
 fn moonlight(dir: &Path) -> Tokenizer {
     let lines: String = (0..=255u8).map(|byte| format!("{} {byte}\n", STANDARD.encode([byte]))).collect();
     fs::write(dir.join("tiktoken.model"), lines).unwrap();
@@ -129,7 +129,7 @@ fn learned(encoder: &ChatEncoder, turns: &[(&str, &str)]) -> Result<String, Chat
     learned_of(encoder, &Conversation::from(turns))
 }
 
-/// The same of any conversation.
+/// The learned parts of any conversation.
 fn learned_of(encoder: &ChatEncoder, conversation: &Conversation) -> Result<String, ChatError> {
     let weighted_tokens = encoder.weighted_tokens(conversation)?;
     // Cutting at the spans does not change the tokens here, because every byte is one.
@@ -218,10 +218,10 @@ fn templates_that_trim_and_templates_that_rewrite() {
                     <last>{% endif %}{{ m.content + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}\
                     {{ '<|im_middle|>assistant\n' }}{% endif %}";
     assert_eq!(learned(&encoder(rewrites), &TALK).unwrap(), "A b<|im_end|>|<last> C <|im_end|>\n<|im_end|>");
-    // The same without an end token: the start of the next turn is not one.
+    // Without an end token, the start of the next turn is not taken for one.
     let no_end = rewrites.replace("m.content + '<|im_end|>'", "m.content");
     assert_eq!(learned(&encoder(&no_end), &TALK).unwrap(), "A b|<last> C <|im_end|>");
-    // Reversed text cannot be found where an earlier turn is rewritten.
+    // Reversed text cannot be found if an earlier turn is rewritten.
     let reversed = rewrites.replace("m.content +", "m.content|reverse +");
     let error = learned(&encoder(&reversed), &TALK).unwrap_err();
     assert!(error.to_string().contains("of message 3 is not found"), "{error}");
@@ -234,7 +234,7 @@ fn generation_blocks_are_learned() {
     let text = "{% for m in messages %}\n  {%- if m.role == 'assistant' %}\n<|im_middle|>\n    {%- generation -%}\n    \
                 {{ m.content }}<|im_end|>\n    {% endgeneration %}\n  {%- else %}\n[{{ m.content }}]\n  {%- endif %}\n\
                 {% endfor %}";
-    // Verbatim, with the line break before the closing tag.
+    // A block is learned verbatim, including the line break before the closing tag.
     assert_eq!(learned(&encoder(text), &TALK).unwrap(), "A b<|im_end|>\n| C <|im_end|>\n<|im_end|>\n");
     let trimmed = text.replace("<|im_end|>\n    {% endgeneration", "<|im_end|>\n    {%- endgeneration");
     assert_eq!(learned(&encoder(&trimmed), &TALK).unwrap(), "A b<|im_end|>| C <|im_end|>\n<|im_end|>");
@@ -253,7 +253,7 @@ fn the_exception_of_a_template_is_reported() {
     assert!(encoder(refuses).parse(br#"{"messages": [{"role": "system", "content": "x"}]}"#).is_err());
 }
 
-/// The tokens before a learned span are those of the prompt at inference.
+/// The tokens before a learned span equal the prompt at inference.
 #[test]
 fn the_prompt_is_a_prefix_of_the_learned_conversation() {
     for text in [MOONLIGHT_TEMPLATE, CHATML] {
@@ -267,7 +267,7 @@ fn the_prompt_is_a_prefix_of_the_learned_conversation() {
     }
 }
 
-/// Hostile templates: none ends the process, takes its memory or runs for long.
+/// Hostile templates must not end the process, exhaust its memory or run for long.
 mod hostile {
     use std::time::{Duration, Instant};
 
@@ -412,7 +412,7 @@ mod hostile {
         assert!(error.contains("it has `\\u{1b}[2J`"), "{error}");
     }
 
-    /// The guards leave ordinary code alone: lists in namespaces, literals, arithmetic, macros.
+    /// The guards do not change ordinary code: lists in namespaces, literals, arithmetic, macros.
     #[test]
     fn ordinary_templates_pass() {
         for (text, expected) in [
@@ -480,7 +480,7 @@ mod hostile {
     }
 }
 
-/// The spans of a long conversation by patterns are those of the exact methods.
+/// In a long conversation, patterns find the same spans as the exact methods.
 #[test]
 fn patterns_find_the_spans_of_the_exact_methods() {
     let llama = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% elif m.role == \
@@ -539,7 +539,7 @@ fn ten_thousand_turns_take_seconds() {
         assert_eq!(learned, expected);
         assert!(began.elapsed().as_secs() < 15, "{:?}", began.elapsed());
     }
-    // This template writes into each turn how many follow, so that every turn needs a rendering of its own.
+    // This template writes into each turn how many follow, so that every turn needs a separate rendering.
     let counts = "{% for m in messages %}{{ m.role }}{{ loop.revindex }}{{ m.content|reverse }}<|im_end|>{% endfor %}";
     let error = encoder(counts).weighted_tokens(&turns).unwrap_err();
     assert!(error.to_string().contains("renders 200000000 messages, more than the limit of 8000000"), "{error}");

@@ -1,4 +1,4 @@
-//! Records as data sets store them: what reaches the template, what is learned, and what is refused.
+//! Records as data sets store them: which fields reach the template, which text is learned, and which records are refused.
 
 use serde_json::{Value, json};
 
@@ -63,7 +63,7 @@ fn every_field_of_a_message_reaches_the_template() {
     record["tools"] = record["tools"].to_string().into();
     record["messages"][1]["tool_calls"] = record["messages"][1]["tool_calls"].to_string().into();
     assert_eq!(read(&encoder, &record).unwrap(), (text.clone(), learned.clone(), unread.clone()));
-    // Nulls, which tables have, count as absent.
+    // Nulls count as absent.
     record["documents"] = Value::Null;
     record["conversations"] = Value::Null;
     for message in record["messages"].as_array_mut().unwrap() {
@@ -74,7 +74,8 @@ fn every_field_of_a_message_reaches_the_template() {
     assert_eq!(read(&encoder, &record).unwrap(), (text, learned, unread));
 }
 
-/// A call that the template does not write would be learned as an empty answer. With text next to it, it is only reported.
+/// A call that the template does not write would be learned as an empty answer. If the message also has text, the call is
+/// only reported.
 #[test]
 fn a_call_that_the_template_does_not_write_is_refused() {
     let encoder = encoder(&CHATML.replace("m.content", "(m.content or '')"));
@@ -137,7 +138,7 @@ fn sharegpt_is_converted_to_openais_format() {
     let (text, _, unread) = read(&encoder, &both).unwrap();
     assert!(text.starts_with("<|im_system|>system<|im_middle|>S<|im_end|><|im_user|>"), "{text}");
     assert_eq!(unread, ["system"]);
-    // A template without tools does not know the role of their results.
+    // A template without tools does not know the role of a tool's result.
     let plain = encoder_of_moonlight();
     assert!(read(&plain, &record).unwrap_err().contains("unknown role `observation`"));
 }
@@ -352,7 +353,7 @@ fn private_use_characters_of_messages_are_kept() {
     assert!(error.starts_with("the conversation contains the character U+F8001"), "{error}");
 }
 
-/// In whatever field a special token is spelled, it is text.
+/// A special token that is spelled in a message is text, whatever the field.
 #[test]
 fn special_tokens_spelled_in_any_field_are_text() {
     let encoder = encoder(TOOLS);
@@ -374,7 +375,7 @@ fn special_tokens_spelled_in_any_field_are_text() {
     assert_eq!(text.windows(end.len()).filter(|window| *window == end.as_bytes()).count(), 16);
 }
 
-/// The template drops the reasoning of earlier turns, and a generation prompt that opens it.
+/// The template drops the reasoning of earlier turns; its generation prompt may open a reasoning block.
 #[test]
 fn turns_that_are_rewritten_are_learned_as_they_are_written() {
     let reasons = "{%- set ns = namespace(last=-1) -%}{%- for m in messages -%}{%- if m.role == 'user' -%}\
@@ -394,7 +395,7 @@ fn turns_that_are_rewritten_are_learned_as_they_are_written() {
     let written =
         "<call>{\"name\": \"w\", \"arguments\": {\"n\": 3, \"town\": \"Celle\", \"x\": 1.5e-07}}</call><|im_end|>";
     assert_eq!(of(reasons), format!("{written}|<think>\nsecond\n</think>{written}"));
-    // The prompt opens a thought, which no earlier turn has.
+    // The prompt opens a reasoning block, which no earlier turn has.
     let opens = reasons.replace("<|im_user|>assistant<|im_middle|>", "<|im_user|>assistant<|im_middle|><think>\n");
     assert_eq!(of(&opens), format!("{written}|\nsecond\n</think>{written}"));
     let never = opens.replace("loop.index0 > ns.last", "false");

@@ -16,7 +16,7 @@ fn rendered() -> Value {
     serde_json::from_slice(&fs::read(folder().join("rendered.json")).unwrap()).unwrap()
 }
 
-/// An encoder with a template, and with the names of special tokens that the templates use.
+/// An encoder with the template `source`, and with `tokens` as its `tokenizer_config.json`.
 fn encoder_of(source: &str, tokens: &Value) -> ChatEncoder {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("tokenizer_config.json"), tokens.to_string()).unwrap();

@@ -14,8 +14,8 @@ fn file(more: &[&str]) -> Vec<u8> {
     lines.collect::<String>().into_bytes()
 }
 
-/// The pieces are those of Python's `regex` (`VERSION1`) for the published pattern. Each piece is a token that no merge leads
-/// to, so that it appears only if the text is split into exactly these pieces.
+/// The pieces are those of Python's `regex` (`VERSION1`) for the published pattern. Each piece is a token that no sequence of
+/// merges produces, so that it appears only if the text is split into exactly these pieces.
 #[test]
 fn text_is_split_by_the_published_pattern() {
     let cases: [&[&str]; 5] = [
