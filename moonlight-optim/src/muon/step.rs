@@ -198,13 +198,16 @@ impl Muon {
         let batch = parameters.first().map_or(0, |(tensor, _, _)| tensor.dims()[0]);
         let mut results: Vec<Option<(Tensor<3>, MuonState<3>)>> = vec![None; parameters.len()];
         // Only members at the same step share a call, since momentum warm-up and decay schedules depend on the step. A member
-        // without state (`None`) starts with its gradient as momentum, so it is not grouped with one at step 0 that has state.
-        let step_of = |state: &Option<MuonState<3>>| state.as_ref().map(|state| state.step);
+        // without state (`None`) starts with its gradient as momentum, so it is not grouped with one at step 0 that has state;
+        // one whose state was saved by other settings may lack a second moment, and then starts that one alone.
+        let key_of =
+            |state: &Option<MuonState<3>>| state.as_ref().map(|state| (state.step, state.second_moment.is_some()));
         let mut waiting: Vec<(usize, Member<3>)> = parameters.into_iter().enumerate().collect();
         while let Some((_, (_, _, state))) = waiting.first() {
-            let step = step_of(state);
+            let key = key_of(state);
+            let step = key.map(|(step, _)| step);
             let (now, later): (Vec<_>, Vec<_>) =
-                waiting.into_iter().partition(|(_, (_, _, state))| step_of(state) == step);
+                waiting.into_iter().partition(|(_, (_, _, state))| key_of(state) == key);
             waiting = later;
             let (indices, now): (Vec<usize>, Vec<Member<3>>) = now.into_iter().unzip();
             #[cfg(feature = "cpu")]
@@ -225,11 +228,10 @@ impl Muon {
                     seconds.extend(state.second_moment);
                 }
             }
-            // Stacks of equal shape are concatenated to one larger stack, [members * batch, A, B]. A state that was saved with
-            // other settings may lack second moments: unless every member has one, all start anew.
+            // Stacks of equal shape are concatenated to one larger stack, [members * batch, A, B].
             let state = step.map(|step| MuonState {
                 momentum: Tensor::cat(momenta, 0),
-                second_moment: (seconds.len() == indices.len()).then(|| Tensor::cat(seconds, 0)),
+                second_moment: (!seconds.is_empty()).then(|| Tensor::cat(seconds, 0)),
                 step,
             });
             let (tensor, state) = self.step_stack(lr, Tensor::cat(tensors, 0), Tensor::cat(grads, 0), state);

@@ -292,6 +292,7 @@ fn is_finite(dtype: DType, bytes: &[u8]) -> bool {
         DType::F32 => bytes
             .chunks_exact(4)
             .all(|value| u32::from_le_bytes([value[0], value[1], value[2], value[3]]) & 0x7f80_0000 != 0x7f80_0000),
+        DType::F64 => bytes.chunks_exact(8).all(|value| value[7] & 0x7f != 0x7f || value[6] & 0xf0 != 0xf0),
         DType::BF16 => all_finite(0x7f80),
         DType::F16 => all_finite(0x7c00),
         _ => true,
@@ -360,4 +361,27 @@ fn read_parts(reader: Reader) -> Result<FileContents, StateError> {
     let parts = parts.collect::<Result<Vec<_>, StateError>>()?;
     let paths = parts.iter().map(|part| part.path.clone()).chain(scalars.keys().map(|(path, _)| path.clone()));
     Ok(FileContents { paths: paths.collect(), parts, scalars })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn non_finite_values_of_every_float_type_are_found() {
+        let bytes = |values: [f64; 2]| -> [Vec<u8>; 4] {
+            [
+                values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+                values.iter().flat_map(|value| (*value as f32).to_le_bytes()).collect(),
+                values.iter().flat_map(|value| half::f16::from_f64(*value).to_le_bytes()).collect(),
+                values.iter().flat_map(|value| half::bf16::from_f64(*value).to_le_bytes()).collect(),
+            ]
+        };
+        let dtypes = [DType::F64, DType::F32, DType::F16, DType::BF16];
+        for (values, finite) in [([1.0, -3e4], true), ([0.0, f64::NAN], false), ([f64::NEG_INFINITY, 1.0], false)] {
+            for (dtype, bytes) in dtypes.into_iter().zip(bytes(values)) {
+                assert_eq!(is_finite(dtype, &bytes), finite, "{dtype:?} {values:?}");
+            }
+        }
+    }
 }
