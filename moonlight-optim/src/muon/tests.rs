@@ -205,7 +205,8 @@ fn a_batch_takes_the_same_steps_as_its_members_alone() {
     ];
     for config in configs {
         let muon = config.build();
-        let mut together: Vec<_> = weights.iter().map(|weight| (weight.clone(), None)).collect();
+        let mut together: Vec<(_, Option<MuonState<2>>)> =
+            weights.iter().map(|weight| (weight.clone(), None)).collect();
         let mut alone = together.clone();
         for step in 0..3 {
             let grads: Vec<_> = (0..5).map(random).collect();

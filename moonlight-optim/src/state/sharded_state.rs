@@ -373,8 +373,8 @@ mod tests {
             [
                 values.iter().flat_map(|value| value.to_le_bytes()).collect(),
                 values.iter().flat_map(|value| (*value as f32).to_le_bytes()).collect(),
-                values.iter().flat_map(|value| half::f16::from_f64(*value).to_le_bytes()).collect(),
-                values.iter().flat_map(|value| half::bf16::from_f64(*value).to_le_bytes()).collect(),
+                values.iter().flat_map(|value| burn::tensor::f16::from_f64(*value).to_le_bytes()).collect(),
+                values.iter().flat_map(|value| burn::tensor::bf16::from_f64(*value).to_le_bytes()).collect(),
             ]
         };
         let dtypes = [DType::F64, DType::F32, DType::F16, DType::BF16];
