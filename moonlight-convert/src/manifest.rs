@@ -126,6 +126,7 @@ impl Manifest {
         if manifest.version != VERSION {
             return damage(format!("it has version {}; this program reads version {VERSION}", manifest.version));
         }
+        // A manifest lists the files of its own folder: any other path could lead out of it.
         if let Some(name) = manifest.files.keys().find(|name| name.contains(['/', '\\']) || *name == "..") {
             return damage(format!("it lists the file {name:?}"));
         }

@@ -120,7 +120,7 @@ fn quantized_weights_are_not_changed() {
     let error = load_adapter(quantized(), &kind("dora")).unwrap_err();
     assert!(matches!(error, AdapterError::Quantized { .. }), "{error}");
     assert!(error.hint().unwrap().contains("merge the adapter into the unquantized model first"));
-    // Adapters in addition to quantized weights are allowed, and embeddings are never quantized.
+    // Plain LoRA leaves quantized weights unchanged, and embeddings are never quantized.
     load_adapter(quantized(), &kind("layers")).unwrap();
     load_adapter(quantized(), &kind("tokens")).unwrap();
 }

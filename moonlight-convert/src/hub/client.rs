@@ -247,6 +247,7 @@ impl Client {
             .accept_encoding("identity")
             .timeout_connect(Some(CONNECT))
             .timeout_recv_response(Some(self.idle_timeout))
+            // A file may take hours: only pauses and a low rate end its transfer.
             .timeout_recv_body(start.is_none().then(|| self.stall_timeout()))
             .timeout_per_read(Some(self.idle_timeout))
             .build()

@@ -92,6 +92,7 @@ impl FileDownload<'_> {
         // A wrong digest after resuming is retried from the beginning; after a fresh download it is final.
         let mut resumed = start > 0;
         if start > self.file.size {
+            // It cannot be the beginning of this file.
             output.set_len(0).map_err(DownloadError::write(&partial))?;
         } else {
             (self.watch)(DownloadEvent::Cached { bytes: start });

@@ -45,6 +45,7 @@ impl Address {
         let location = location.split('#').next().unwrap_or_default();
         let scheme = self.uri.scheme_str().unwrap_or_default();
         let authority = self.uri.authority().map_or("", |authority| authority.as_str());
+        // The query of an absolute path may contain an address, too.
         if location.contains("://") && !location.starts_with('/') {
             return Self::parse(location);
         }

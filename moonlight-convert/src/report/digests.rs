@@ -77,7 +77,7 @@ pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result
     progress.begin(resolved.iter().filter_map(|(name, _)| length(name)).fold(0, u64::saturating_add));
     resolved
         .into_par_iter()
-        .with_max_len(1)
+        .with_max_len(1) // each file is a task, because files are large and few
         .map(|(name, line)| {
             let problem = match (confined.open(&name, u64::MAX), line.bytes, length(&name)) {
                 (Ok(None), ..) => Some("does not exist".to_owned()),

@@ -124,7 +124,7 @@ pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: 
         if let Some(other) = other.map(u64::from).or(ordinary) {
             return Err(format!("the tokens {other} and {id} have the same text `{}`", token.content.escape_debug()));
         }
-        // The decoder replaces a token by bytes if all of its characters stand for bytes. ASCII stays the same.
+        // If all characters of a token stand for bytes, the decoder replaces them by those bytes. ASCII does not change.
         if !token.content.is_ascii() && token.content.chars().all(|character| alphabet.contains(&character)) {
             let content = token.content.escape_debug();
             return Err(format!("the token {id}, `{content}`, would be decoded as other bytes"));
