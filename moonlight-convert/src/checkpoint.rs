@@ -125,8 +125,8 @@ impl Checkpoint {
     /// embedding, the two are compared. If they differ, the head is used, as in transformers 5, and
     /// [`config`](Checkpoint::config) is that of an untied model.
     ///
-    /// Missing and damaged files are no error yet: [`problems`](Checkpoint::problems) lists them along with what does
-    /// not match the model, and [`load`](fn@crate::load) refuses all of it in one error.
+    /// Missing and damaged files are not errors yet: [`problems`](Checkpoint::problems) lists them along with
+    /// everything that does not match the model, and [`load`](fn@crate::load) returns one error for all of it.
     ///
     /// # Errors
     ///

@@ -130,7 +130,7 @@ pub enum CheckpointError {
     NonFinite {
         /// The tensor's name in the file.
         tensor: String,
-        /// The file, where the tensor comes from one.
+        /// The file, if the tensor comes from one.
         file: Option<PathBuf>,
     },
     /// A weight is too large for the requested dtype.
@@ -138,12 +138,12 @@ pub enum CheckpointError {
     Overflow {
         /// The tensor's name in the file.
         tensor: String,
-        /// The file, where the tensor comes from one.
+        /// The file, if the tensor comes from one.
         file: Option<PathBuf>,
-        /// The dtype asked for.
+        /// The requested dtype.
         dtype: WeightDtype,
     },
-    /// The requested dtype is not one of weights.
+    /// Weights cannot have the requested dtype.
     #[error("weights cannot have the dtype `{dtype}`")]
     Dtype {
         /// The dtype.
@@ -176,7 +176,7 @@ pub enum CheckpointError {
         /// The file or folder.
         entry: String,
     },
-    /// The disk became full while the checkpoint was written. What was written has been removed, the previous
+    /// The disk became full while the checkpoint was written. The new files have been removed, and the previous
     /// checkpoint is unchanged.
     #[error("the disk is full: the checkpoint `{}` takes {}", Printable(dir.display()), Bytes(*needed))]
     Full {
@@ -228,7 +228,7 @@ impl CheckpointError {
         FileError::write(path)
     }
 
-    /// For a path that should be a directory: tells a missing path from a file.
+    /// The error for a path that should be a directory: either it does not exist, or it is a file.
     pub(crate) fn not_a_directory(path: &Path) -> Self {
         let path = path.to_path_buf();
         if path.exists() { Self::NotADirectory { path } } else { Self::NoSuchDirectory { path } }

@@ -1,5 +1,5 @@
-//! Parsers of untrusted bytes, for fuzzing: each returns what it found or a problem, quickly and in little memory,
-//! whatever the bytes are. Not part of the library's interface; [`crate::tokenizer::Ranks::parse`] and
+//! Parsers of untrusted bytes, for fuzzing: for any bytes, each returns a value or an error, quickly and in little
+//! memory. Not part of the library's interface. [`crate::tokenizer::Ranks::parse`] and
 //! [`crate::adapter::read_adapter_config`] are further targets.
 
 use std::path::PathBuf;

@@ -1,5 +1,5 @@
-//! The manifest of a checkpoint: the size and a hash of each file. It is written last, so that a checkpoint with a
-//! manifest was complete, and later damage is detected.
+//! The manifest of a checkpoint: the size and a hash of each file. It is written last: a checkpoint with a manifest was
+//! complete, and any difference from it is later damage.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -108,11 +108,12 @@ impl Manifest {
 
     /// Compares a checkpoint with its manifest; `None` if it has none.
     ///
-    /// Files that the manifest does not name are ignored: users may add notes of their own.
+    /// Files that the manifest does not name are ignored: users may add their own notes.
     ///
     /// # Errors
     ///
-    /// A file that exists and cannot be read. That is not damage: a disk or a permission may come back.
+    /// A file that exists and cannot be read. That is not damage: it may be readable again once a disk is back or a
+    /// permission is restored.
     pub fn check(dir: &Path, depth: Depth) -> Result<Option<Vec<Damage>>, CheckpointError> {
         let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
         storage::announce(storage::Call::Read(&dir.join(MANIFEST))).map_err(CheckpointError::read(dir))?;
@@ -125,6 +126,7 @@ impl Manifest {
         if manifest.version != VERSION {
             return damage(format!("it has version {}; this program reads version {VERSION}", manifest.version));
         }
+        // A manifest lists the files of its own folder: any other path could lead out of it.
         if let Some(name) = manifest.files.keys().find(|name| name.contains(['/', '\\']) || *name == "..") {
             return damage(format!("it lists the file {name:?}"));
         }
@@ -154,7 +156,7 @@ impl FileEntry {
         if found != self.bytes {
             return Ok(Some(Damage::Size { name: name.to_owned(), found, expected: self.bytes }));
         }
-        // Comparing whole entries also catches a file that grew while it was hashed.
+        // The entry also has the number of bytes that were hashed: the file may have grown since its size was checked.
         let same = depth == Depth::Sizes || hash(file).map_err(CheckpointError::read(&path))? == *self;
         Ok((!same).then(|| Damage::Contents(name.to_owned())))
     }

@@ -1,6 +1,6 @@
-//! The path of the parameter that a visitor or a mapper of a module has reached.
+//! The path of the parameter that a visitor or mapper of a module has reached.
 
-/// The names of the modules that were entered and not left: `layers`, `3`, `self_attn`, ….
+/// The names of the modules that a visitor or mapper is in: `layers`, `3`, `self_attn`, ….
 ///
 /// Burn's [`ModuleVisitor`](burn::module::ModuleVisitor) and [`ModuleMapper`](burn::module::ModuleMapper) report only
 /// single names.

@@ -2,12 +2,12 @@
 
 use std::ops::ControlFlow;
 
-/// Is called with the progress of a conversion or a comparison. `()` ignores it and never stops.
+/// Receives the progress of a conversion or a comparison. `()` ignores it and never stops the work.
 pub trait Progress: Sync {
-    /// The total, in bytes.
+    /// The work begins; it has this many bytes in all.
     fn begin(&self, bytes: u64);
-    /// That many more bytes are done. `Break` stops the work with
-    /// [`CheckpointError::Interrupted`](crate::CheckpointError::Interrupted), and what was written is removed.
+    /// This many more bytes are done. `Break` stops the work with
+    /// [`CheckpointError::Interrupted`](crate::CheckpointError::Interrupted), and the files written so far are removed.
     fn advance(&self, bytes: u64) -> ControlFlow<()>;
 }
 

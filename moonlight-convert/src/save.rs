@@ -402,7 +402,7 @@ fn write_transposed<S: Weight, T: Weight>(
     columns: usize,
     value_error: impl FnOnce() -> CheckpointError,
 ) -> Result<(), CheckpointError> {
-    let source = PlainRows::<S>::new(bytemuck::cast_slice(matrix), columns);
+    let source = PlainRows::<S>::new(bytemuck::cast_slice(matrix), columns); // [in, out]
     let chunks = row_chunks(std::iter::once((columns, rows * size_of::<T>())));
     in_chunks(output, tensor, &chunks, rows, value_error, |first, chunk: &mut [T]| {
         transpose(&source, rows, first, chunk)

@@ -141,12 +141,12 @@ fn one_tensor_per_expert_is_read() {
             let values: Vec<f32> = data.iter::<f32>().collect();
             for expert in 0..experts {
                 let matrix = &values[expert * rows * columns..][..rows * columns];
-                let turned: Vec<u8> = (0..columns)
+                let transposed: Vec<u8> = (0..columns)
                     .flat_map(|column| (0..rows).map(move |row| matrix[row * columns + column]))
                     .flat_map(f32::to_le_bytes)
                     .collect();
                 let name = format!("base_model.model.model.{stack}.{expert}.{projection}.lora_{part}.weight");
-                tensors.push((name, vec![columns, rows], turned));
+                tensors.push((name, vec![columns, rows], transposed));
             }
         }
     }

@@ -101,14 +101,14 @@ fn inspect_prints_json_and_distinguishes_a_download_from_a_broken_checkpoint() {
     fs::write(path.join("tokenizer.json"), "{}").unwrap();
     let last = path.join("model-00003-of-00003.safetensors");
     fs::rename(&last, path.join("model-00003-of-00003.safetensors.incomplete")).unwrap();
-    let (code, coming) = json(&shards);
-    assert_eq!((code, &coming["state"]), (Some(1), &"downloading".into()));
-    assert_eq!(coming["tokenizer"], "tokenizer.json");
-    assert_eq!(coming["files"][2]["bytes"], serde_json::Value::Null);
-    assert_eq!(coming["unfinished"][0], "model-00003-of-00003.safetensors.incomplete");
-    assert_eq!(coming["problems"][0]["file"], "model-00003-of-00003.safetensors");
-    let said = run(&["inspect", &shards]);
-    assert!(text(&said.stdout).contains("state          still downloading"), "{}", text(&said.stdout));
+    let (code, unfinished) = json(&shards);
+    assert_eq!((code, &unfinished["state"]), (Some(1), &"downloading".into()));
+    assert_eq!(unfinished["tokenizer"], "tokenizer.json");
+    assert_eq!(unfinished["files"][2]["bytes"], serde_json::Value::Null);
+    assert_eq!(unfinished["unfinished"][0], "model-00003-of-00003.safetensors.incomplete");
+    assert_eq!(unfinished["problems"][0]["file"], "model-00003-of-00003.safetensors");
+    let output = run(&["inspect", &shards]);
+    assert!(text(&output.stdout).contains("state          still downloading"), "{}", text(&output.stdout));
     fs::remove_file(path.join("model-00003-of-00003.safetensors.incomplete")).unwrap();
     let (code, broken) = json(&shards);
     assert_eq!((code, &broken["state"]), (Some(1), &"broken".into()));
@@ -136,13 +136,13 @@ fn the_program_converts_to_burnpack_and_back() {
         assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
         assert!(text(&output.stdout).starts_with("equal: "));
     }
-    // A file that stands in the way of the other format's is not left to be taken for the weights.
+    // The file of the other format is removed: it could be taken for the weights.
     assert!(run(&["convert", &fixture(), &pack, "--force"]).status.success());
     assert!(!home.path().join("pack/model.bpk").exists());
 }
 
 #[test]
-fn verify_says_how_far_apart_and_what_is_missing() {
+fn verify_reports_distances_and_missing_files() {
     let home = tempfile::tempdir().unwrap();
     let path = |name: &str| home.path().join(name).display().to_string();
     let (wide, narrow, part) = (path("wide"), path("narrow"), path("part"));
@@ -160,7 +160,7 @@ fn verify_says_how_far_apart_and_what_is_missing() {
     assert!(run(&["convert", &fixture(), &part, "--shard-by-layer"]).status.success());
     fs::remove_file(home.path().join("part/model-00002-of-00003.safetensors")).unwrap();
     let output = run(&["verify", &part, &part]);
-    assert_eq!(output.status.code(), Some(1), "what is missing on both sides is no success");
+    assert_eq!(output.status.code(), Some(1), "a file that both lack is a problem");
     assert!(text(&output.stderr).contains("does not exist"), "{}", text(&output.stderr));
     assert!(run(&["verify", &part, &part, "--partial"]).status.success());
     assert_eq!(run(&["verify", &fixture(), &part, "--partial"]).status.code(), Some(1));
@@ -244,7 +244,7 @@ fn file_names_are_escaped_on_the_terminal() {
     assert!(!output.stderr.contains(&0x1b));
 }
 
-/// A closed pipe is no error, a full disk is one, and a full stderr loses its lines.
+/// A closed pipe is not an error, but a full disk is. Lines for a full stderr are lost.
 #[cfg(target_os = "linux")]
 #[test]
 fn failed_output_is_not_a_panic() {
@@ -268,7 +268,7 @@ fn failed_output_is_not_a_panic() {
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
         assert!(stderr.starts_with("error: standard output cannot be written"), "{stderr}");
     }
-    // Without a usable stderr the work is done all the same.
+    // The work is done even without a usable stderr.
     for stderr in [Stdio::from(full()), Stdio::null()] {
         let status = program().args(["convert", &dir, &pack, "--force"]).stderr(stderr).status().unwrap();
         assert!(status.success());

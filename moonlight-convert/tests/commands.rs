@@ -1,4 +1,4 @@
-//! The program's output, held by `tests/cmd/*.trycmd`. After an intended change, write the files anew with
+//! The program's output, held by `tests/cmd/*.trycmd`. After an intended change, update these files with
 //! `TRYCMD=overwrite cargo test -p moonlight-convert --test commands`, and read the diff.
 
 #![cfg(feature = "download")]

@@ -50,7 +50,7 @@ struct Behavior {
     drip: bool,
     /// Answers this many requests for the weights with status 503.
     busy: usize,
-    /// A false list of files.
+    /// A list of files to send instead of the true one.
     list: Option<Value>,
 }
 
@@ -573,9 +573,9 @@ fn passwords_and_tokens_are_never_shown() {
     {
         for arguments in [&["download", REPO][..], &["download", REPO, "--revision", "v9"]] {
             let output = hub.command(arguments).env("HF_ENDPOINT", endpoint).output().unwrap();
-            let said = format!("{}{}", text(&output.stderr), text(&output.stdout));
-            assert_eq!(output.status.code(), Some(1), "{said}");
-            assert!(!said.contains("PASSWORD") && said.contains("error: "), "{said}");
+            let printed = format!("{}{}", text(&output.stderr), text(&output.stdout));
+            assert_eq!(output.status.code(), Some(1), "{printed}");
+            assert!(!printed.contains("PASSWORD") && printed.contains("error: "), "{printed}");
         }
     }
     let file = hub.home.path().join("my-token");

@@ -1,5 +1,5 @@
-//! Files that differ from `config.json` or contain more than the model needs: a separate head although it is tied,
-//! quantized forms, undeclared MTP layers. The same is used as in transformers 5, and what is ignored is named.
+//! Files that differ from `config.json` or contain more than the model needs: a separate head although the config ties
+//! it, quantized forms, undeclared MTP layers. They are used as in transformers 5, and ignored tensors are named.
 
 mod common;
 
@@ -51,16 +51,16 @@ fn a_head_that_differs_from_the_embedding_is_used_although_the_config_ties_it() 
     convert(&tied, &converted);
     assert_eq!(read_tensors(&converted), tensors);
     assert_eq!(config_in(&converted)["tie_word_embeddings"], false);
-    let (equal, said, _) = program(&[Path::new("verify"), &tied, &converted]);
-    assert!(equal && said.starts_with("equal: "), "{said}");
-    let (_, said, _) = program(&[Path::new("inspect"), &tied]);
-    assert!(said.contains("the head is used, as in transformers 5"), "{said}");
+    let (equal, printed, _) = program(&[Path::new("verify"), &tied, &converted]);
+    assert!(equal && printed.starts_with("equal: "), "{printed}");
+    let (_, printed, _) = program(&[Path::new("inspect"), &tied]);
+    assert!(printed.contains("the head is used, as in transformers 5"), "{printed}");
     // Without its head it is a different checkpoint, in either order of the comparison.
     tensors.remove(HEAD);
     write_dir(&lost, &config, &tensors);
     for (a, b, side) in [(&tied, &lost, "only in the first"), (&lost, &tied, "only in the second")] {
-        let (equal, said, error) = program(&[Path::new("verify"), a, b]);
-        assert!(!equal && said.contains(&format!("{HEAD}: {side}")), "{said}{error}");
+        let (equal, printed, error) = program(&[Path::new("verify"), a, b]);
+        assert!(!equal && printed.contains(&format!("{HEAD}: {side}")), "{printed}{error}");
     }
 }
 
@@ -75,9 +75,9 @@ fn a_head_equal_to_the_embedding_is_named_and_ignored() {
     assert_eq!(Checkpoint::open(&tied).unwrap().tied_head(), TiedHead::Repeated);
     convert(&tied, &converted);
     assert_eq!(read_tensors(&converted), plain);
-    let (equal, said, _) = program(&[Path::new("verify"), &tied, &converted]);
+    let (equal, printed, _) = program(&[Path::new("verify"), &tied, &converted]);
     let named = "ignored: 1 tensor only in the first: output head (equal to the embedding, to which it is tied)";
-    assert!(equal && said.contains(named), "{said}");
+    assert!(equal && printed.contains(named), "{printed}");
     // The comparison works across dtypes.
     let wide = |raw: &Raw| {
         let data = raw.data.chunks(2).flat_map(|half| [0, 0, half[0], half[1]]).collect();
@@ -185,9 +185,9 @@ fn fp8_is_dequantized_with_scales_per_tensor_and_per_row() {
             let device = Device::default();
             let loaded = parameters(&load(&dir, &device, None).unwrap().model);
             assert!(loaded == parameters(&load(&written, &device, None).unwrap().model));
-            let (_, said, _) = program(&[Path::new("inspect"), &dir]);
-            assert!(said.contains(&format!("FP8, {form}: ")), "{said}");
-            assert!(said.contains("ignored        1 tensor: scales of quantized activations"), "{said}");
+            let (_, printed, _) = program(&[Path::new("inspect"), &dir]);
+            assert!(printed.contains(&format!("FP8, {form}: ")), "{printed}");
+            assert!(printed.contains("ignored        1 tensor: scales of quantized activations"), "{printed}");
         }
     }
 }
@@ -202,8 +202,8 @@ fn scales_of_another_granularity_than_in_the_config_are_refused() {
     let checkpoint = Checkpoint::open(home.path()).unwrap();
     let problems = checkpoint.problems();
     assert!(problems.iter().all(|problem| matches!(problem, Problem::QuantizedTensor { .. })), "{problems:?}");
-    let said = problems[0].to_string();
-    assert!(said.ends_with("has one scale per row; `quantization_config` has the `strategy` `tensor`"), "{said}");
+    let printed = problems[0].to_string();
+    assert!(printed.ends_with("has one scale per row; `quantization_config` has the `strategy` `tensor`"), "{printed}");
     // A shape of no granularity is reported as a wrong shape.
     let (quantized, _) = in_fp8("moonlight-like", |rows| vec![rows, 2]);
     config["quantization_config"] = compressed(Some("channel"));
@@ -355,18 +355,18 @@ fn an_undeclared_mtp_layer_is_ignored_and_named() {
     let checkpoint = Checkpoint::open(&source).unwrap();
     assert_eq!(checkpoint.problems(), []);
     assert_eq!(checkpoint.skipped()[&SkipReason::UndeclaredPrediction].len(), 4);
-    let (_, _, said) = program(&[Path::new("convert"), &source, &converted]);
+    let (_, _, printed) = program(&[Path::new("convert"), &source, &converted]);
     let named = "ignored 4 tensors: multi-token-prediction layers that `config.json` does not declare";
-    assert!(said.contains(named), "{said}");
+    assert!(printed.contains(named), "{printed}");
     // The checkpoints differ, except in what the model uses.
-    let (equal, said, error) = program(&[Path::new("verify"), &source, &converted]);
+    let (equal, printed, error) = program(&[Path::new("verify"), &source, &converted]);
     assert!(
-        !equal && said.contains("model.layers.3.eh_proj.weight: only in the first: multi-token-prediction"),
-        "{said}"
+        !equal && printed.contains("model.layers.3.eh_proj.weight: only in the first: multi-token-prediction"),
+        "{printed}"
     );
     assert!(error.contains("--model-only"), "{error}");
-    let (equal, said, _) = program(&[Path::new("verify"), &source, &converted, Path::new("--model-only")]);
-    assert!(equal && said.contains("ignored: 4 tensors only in the first"), "{said}");
+    let (equal, printed, _) = program(&[Path::new("verify"), &source, &converted, Path::new("--model-only")]);
+    assert!(equal && printed.contains("ignored: 4 tensors only in the first"), "{printed}");
     let comparison = checkpoint.compare(&Checkpoint::open(&converted).unwrap(), 0.0, &()).unwrap();
     assert!(comparison.differences.is_empty() && !comparison.is_equal());
     // If both contain them, their bytes are compared.
@@ -392,10 +392,10 @@ fn an_unsupported_key_is_named_with_the_file_and_a_hint() {
     config["sliding_window"] = 3.into();
     write_dir(home.path(), &config, &read_tensors(&fixture("llama")));
     let error = Checkpoint::open(home.path()).unwrap_err();
-    let said = error.to_string();
+    let printed = error.to_string();
     assert!(
-        said.contains("config.json") && said.contains("`sliding_window` is 3, shorter than the 64 tokens"),
-        "{said}"
+        printed.contains("config.json") && printed.contains("`sliding_window` is 3, shorter than the 64 tokens"),
+        "{printed}"
     );
     assert!(error.hint().unwrap().contains("`max_position_embeddings`"));
     // The hint works.
@@ -406,10 +406,10 @@ fn an_unsupported_key_is_named_with_the_file_and_a_hint() {
 
 #[test]
 fn inspect_lists_the_ignored_keys() {
-    let (_, said, _) = program(&[Path::new("inspect"), &fixture("moonlight-like")]);
-    assert!(said.contains("ignored        config keys: attention_dropout, aux_loss_alpha, seq_aux ("), "{said}");
-    let (_, said, _) = program(&[Path::new("inspect"), &fixture("moonlight-like"), Path::new("--json")]);
-    let summary: Value = serde_json::from_str(&said).unwrap();
+    let (_, printed, _) = program(&[Path::new("inspect"), &fixture("moonlight-like")]);
+    assert!(printed.contains("ignored        config keys: attention_dropout, aux_loss_alpha, seq_aux ("), "{printed}");
+    let (_, printed, _) = program(&[Path::new("inspect"), &fixture("moonlight-like"), Path::new("--json")]);
+    let summary: Value = serde_json::from_str(&printed).unwrap();
     let by_reason = summary["keys_passed_over"].as_object().unwrap();
     assert!(by_reason.values().any(|keys| *keys == json!(["ep_size", "pretraining_tp"])), "{by_reason:?}");
 }

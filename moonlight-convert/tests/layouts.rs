@@ -415,8 +415,8 @@ fn weights_truncated_after_opening_are_an_error() {
     }
 }
 
-/// Open files can be read to their end after the directory was replaced or removed, as a training run does with its
-/// oldest.
+/// Open files can be read to their end after the directory has been replaced or removed, as a training run does with its
+/// oldest checkpoint.
 #[cfg(unix)]
 #[test]
 fn a_checkpoint_that_is_removed_can_be_read_to_its_end() {

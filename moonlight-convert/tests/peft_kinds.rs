@@ -56,7 +56,7 @@ fn logprobs(model: &CausalLm, tokens: &[u32]) -> Vec<f32> {
     (1..count).map(|at| logs[(at - 1) * vocab + tokens[at] as usize]).collect()
 }
 
-fn apart(a: &[f32], b: &[f32]) -> f32 {
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
@@ -69,16 +69,16 @@ fn each_kind_has_the_same_effect_as_in_peft() {
             continue; // refused, below
         }
         let model = load_adapter(base(family), &kind(name)).unwrap();
-        let distance = apart(&logprobs(&model, &tokens), theirs);
+        let distance = largest_difference(&logprobs(&model, &tokens), theirs);
         println!("{name}: {distance:.1e}");
         assert!(distance < 1e-4, "{name}: {distance:.1e}");
-        assert!(apart(&logprobs(&base(family), &tokens), theirs) > 1e-2, "{name} does something");
+        assert!(largest_difference(&logprobs(&base(family), &tokens), theirs) > 1e-2, "{name} does something");
         // Merged into its model.
         let home = tempfile::tempdir().unwrap();
         let merged = home.path().join("merged");
         save(&model.merge(), &merged, &SaveOptions::default()).unwrap();
         let merged = load(&merged, &Device::default(), None).unwrap().model;
-        let distance = apart(&logprobs(&merged, &tokens), theirs);
+        let distance = largest_difference(&logprobs(&merged, &tokens), theirs);
         assert!(distance < 1e-4, "{name}, merged: {distance:.1e}");
         assert_eq!(base_of(&kind(name)).unwrap().canonicalize().unwrap(), fixture(family).canonicalize().unwrap());
     }
@@ -91,8 +91,8 @@ fn an_activated_adapter_is_refused_by_name() {
     assert!(error.hint().unwrap().contains("run this one in peft"));
 }
 
-/// An adapter that changes weights can be used and merged. If it were trained further, it would be saved as plain LoRA,
-/// which it is not.
+/// An adapter that changes weights can be used and merged, but not trained further: it would be saved as plain LoRA,
+/// without those changes.
 #[test]
 fn adapters_that_change_weights_are_not_trained_further() {
     for (family, name, what) in [
@@ -120,7 +120,7 @@ fn quantized_weights_are_not_changed() {
     let error = load_adapter(quantized(), &kind("dora")).unwrap_err();
     assert!(matches!(error, AdapterError::Quantized { .. }), "{error}");
     assert!(error.hint().unwrap().contains("merge the adapter into the unquantized model first"));
-    // Adapters in addition to quantized weights are allowed, and embeddings are never quantized.
+    // Plain LoRA leaves quantized weights unchanged, and embeddings are never quantized.
     load_adapter(quantized(), &kind("layers")).unwrap();
     load_adapter(quantized(), &kind("tokens")).unwrap();
 }
@@ -287,7 +287,7 @@ fn equivalent_ways_to_name_the_targets_are_read() {
         let dir = altered(name, change, all);
         let Kind { base: family, logprobs: theirs } = &expected.kinds[name];
         let model = load_adapter(base(family), dir.path()).unwrap();
-        assert!(apart(&logprobs(&model, &expected.tokens), theirs) < 1e-4, "{name}");
+        assert!(largest_difference(&logprobs(&model, &expected.tokens), theirs) < 1e-4, "{name}");
     };
     same("mica", &|config| config["target_modules"] = json!(r".*\.self_attn\.(q|o)_proj"));
     same("mica", &|config| config["target_modules"] = json!(r"^(?!.*vision).*(?:q_proj|o_proj)$"));

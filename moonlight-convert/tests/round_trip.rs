@@ -161,7 +161,7 @@ fn the_correction_bias_is_f32_and_is_not_trained() {
     let Router { weight, e_score_correction_bias, .. } = &moe.router;
     assert!(weight.val().is_require_grad());
     assert!(!e_score_correction_bias.as_ref().unwrap().val().is_require_grad());
-    // That holds after `valid`, `train`, and saving.
+    // The bias stays frozen after `valid`, `train`, and saving.
     let model = model.valid().train();
     let moonlight_model::FeedForward::Moe(moe) = &model.layers[1].mlp else { panic!("layer 1 has experts") };
     assert!(!moe.router.e_score_correction_bias.as_ref().unwrap().val().is_require_grad());

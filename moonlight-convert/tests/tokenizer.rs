@@ -238,7 +238,7 @@ fn real_texts(most: usize) -> Vec<(PathBuf, String)> {
         let mut files = Vec::new();
         collect(&folder, &mut files);
         files.sort();
-        // Distributed over the whole folder, with files in other languages than English first.
+        // Translations first, then in a fixed pseudorandom order, so that files from the whole folder are taken.
         files.sort_by_key(|path| (path.extension().is_none_or(|ending| ending != "po"), spread(path)));
         let mut taken = 0;
         for path in files {
@@ -254,6 +254,7 @@ fn real_texts(most: usize) -> Vec<(PathBuf, String)> {
     texts
 }
 
+/// FNV-1a with 64 bits.
 fn spread(path: &Path) -> u64 {
     path.as_os_str()
         .as_encoded_bytes()

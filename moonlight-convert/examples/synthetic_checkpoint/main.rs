@@ -132,8 +132,8 @@ fn index(files: &[PublishedFile]) -> String {
     format!("{:#}\n", json!({"metadata": {"total_size": bytes}, "weight_map": map}))
 }
 
-/// Bit patterns of four bf16 values: the exponent of 2^-11, to which two random bits are added; that of 1/2, to which
-/// none are.
+/// The fixed bits of four bf16 values, and a mask of their random bits. Weights have the exponent of 2^-11 with two
+/// random bits added, norms that of 1/2.
 const WEIGHT: (u64, u64) = (0x3a00_3a00_3a00_3a00, 0x81ff_81ff_81ff_81ff);
 const NORM: (u64, u64) = (0x3f00_3f00_3f00_3f00, 0x007f_007f_007f_007f);
 

@@ -65,7 +65,7 @@ pub enum AdapterError {
         /// The path of the weight.
         path: String,
     },
-    /// Matrices have another rank than the config says.
+    /// Matrices have another rank than in the config.
     #[error(
         "`{}` contains an adapter of rank {found} for `{}`; `adapter_config.json` says {expected}",
         Printable(path.display()), Printable(module)

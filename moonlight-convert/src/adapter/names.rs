@@ -51,6 +51,7 @@ pub(super) enum TensorRole {
 pub(super) fn parse(tensor: &str) -> (String, TensorRole) {
     let name = tensor.strip_prefix(PREFIX).unwrap_or(tensor);
     let bare = name.strip_suffix(".weight").unwrap_or(name);
+    // peft's names in memory contain that of the adapter, `default`; most saved files do not.
     let bare = bare.strip_suffix(".default").unwrap_or(bare);
     let suffixes = [
         (".lora_A", TensorRole::A),
@@ -64,6 +65,7 @@ pub(super) fn parse(tensor: &str) -> (String, TensorRole) {
     match suffixes.iter().find_map(|(suffix, role)| Some((bare.strip_suffix(suffix)?, *role))) {
         Some((module, role)) => (module_path(key(module)), role),
         None => {
+            // peft's wrappers, which are not in the names of a checkpoint.
             let name = [".base_layer", ".token_adapter", ".modules_to_save.default", ".original_module"]
                 .iter()
                 .fold(name.to_owned(), |name, wrapper| name.replace(&format!("{wrapper}."), "."));

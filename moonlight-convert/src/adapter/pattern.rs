@@ -30,6 +30,7 @@ impl Patterns {
             std::iter::once(name.as_str()).chain(dots)
         });
         let named = ends.filter_map(|end| self.names.get(end)).min_by_key(|(at, _)| *at);
+        // An expression can only come first if it is listed before that name.
         let before = self.expressions.iter().take_while(|(at, ..)| named.is_none_or(|(first, _)| at < first));
         let expressed = before.into_iter().find(|(_, key, _)| names.iter().any(|name| key.matches(name)));
         expressed.map(|(.., number)| *number).or(named.map(|(_, number)| *number))
@@ -112,6 +113,7 @@ impl Key {
     /// for any other expression.
     fn new(text: &str) -> Option<Self> {
         let (text, from_start) = text.strip_prefix('^').map_or((text, false), |text| (text, true));
+        // A match always ends at the end of the name, so that `$` has no effect.
         let mut rest = text.strip_suffix('$').unwrap_or(text);
         let mut pieces = Vec::new();
         while let Some(first) = rest.chars().next() {

@@ -71,8 +71,8 @@ struct AdapterContents {
 }
 
 /// Loads an adapter, written by this project or by peft, into a model. It may adapt any of the model's projections, its
-/// embedding and its head. What is not LoRA of a projection (DoRA, a trained embedding, the residual of PiSSA) changes
-/// the weights themselves, once.
+/// embedding and its head. Everything except LoRA of a projection (DoRA, a trained embedding, the residual of PiSSA) is
+/// applied to the weights themselves, once.
 ///
 /// # Errors
 ///
@@ -83,7 +83,7 @@ pub fn load_adapter(model: CausalLm, dir: &Path) -> Result<CausalLm, AdapterErro
 }
 
 /// [`load_adapter`] for a model whose files contain `head` ([`Checkpoint::tied_head`](crate::Checkpoint::tied_head)).
-/// With [`TiedHead::Separate`], `config.json` ties a head that differs from the embedding. peft goes by `config.json`,
+/// With [`TiedHead::Separate`], `config.json` ties a head that differs from the embedding. peft follows `config.json`,
 /// so that trained tokens apply to both matrices.
 ///
 /// # Errors

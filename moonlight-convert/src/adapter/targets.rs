@@ -69,6 +69,7 @@ impl Names {
         match self {
             Self::AllLinear => name != "lm_head" && !name.ends_with(".embed_tokens"),
             Self::List(names) => ends(name).any(|end| names.contains(end)),
+            // An expression that exceeds the limit of backtracking steps does not match.
             Self::Expression(expression) => expression.is_match(name).unwrap_or(false),
         }
     }

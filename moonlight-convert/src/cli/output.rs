@@ -1,5 +1,5 @@
-//! Output on stdout and stderr. No failure of a terminal, a pipe or a disk is a panic: a pipe that its reader has
-//! closed ends the output quietly, a full disk is an error at the end, and what cannot be written to stderr is lost.
+//! Output on stdout and stderr. It never panics: if the reader has closed the pipe, the output ends quietly; a full disk
+//! is an error at the end; and lines that cannot be written to stderr are lost.
 
 use std::fmt;
 use std::io::{self, BufWriter, StdoutLock, Write};
@@ -28,7 +28,8 @@ impl Output {
         let text = serde_json::to_string_pretty(value).expect("the printed types are plain data");
         let mut escaped = String::with_capacity(text.len() + 1);
         for character in text.chars() {
-            // serde_json escapes only those in ASCII. The others occur only in strings.
+            // serde_json escapes only ASCII control characters. `printable` escapes the others, too, each to more than
+            // the 4 bytes of a plain character. They occur only in strings.
             match character != '\n' && moonlight_convert::printable(character.encode_utf8(&mut [0; 4])).len() > 4 {
                 true => escaped.push_str(&format!("\\u{:04x}", u32::from(character))),
                 false => escaped.push(character),
@@ -62,7 +63,7 @@ impl Output {
     }
 }
 
-/// Writes a line to stderr. There is no place left to report a failure.
+/// Writes a line to stderr. A failure is ignored: there is no place left to report it.
 pub(crate) fn note(line: fmt::Arguments<'_>) {
     let mut stderr = io::stderr().lock();
     let _ = stderr.write_all(format!("{}\n", Printable(line)).as_bytes());

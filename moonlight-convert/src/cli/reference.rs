@@ -21,7 +21,7 @@ You will know every command of `moonlight-convert`, its arguments and its option
 fn the_page_of_commands_is_current() {
     let options = MarkdownOptions::new().show_footer(false).show_table_of_contents(false).title("commands".into());
     let made = help_markdown_command_custom(&crate::Arguments::command(), &options);
-    // Our head takes the place of theirs. Their headings of the sixth level would be smaller than the text.
+    // Our head replaces clap-markdown's. Its headings of the sixth level would be smaller than the text, and become bold.
     let commands = &made[made.find("## `").expect("a command comes first")..];
     let heading = |line: &str| line.strip_prefix("###### **")?.strip_suffix(":**").map(|name| format!("**{name}**"));
     let lines = commands.lines().map(str::trim_end).map(|line| heading(line).unwrap_or_else(|| line.to_owned()));
@@ -38,7 +38,7 @@ fn the_page_of_commands_is_current() {
     }
     assert!(
         std::fs::read_to_string(&path).unwrap_or_default() == page,
-        "`{PAGE}` differs from the command line's definition. Write it anew with:\n\n    \
+        "`{PAGE}` differs from the command line's definition. Update it with:\n\n    \
          {UPDATE}=1 cargo test -p moonlight-convert --bin moonlight-convert reference\n"
     );
 }

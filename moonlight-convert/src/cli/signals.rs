@@ -1,5 +1,5 @@
-//! Handling of Ctrl-C, SIGTERM and SIGHUP: the work is asked to stop, and removes what it has written so far. If it
-//! does not respond, for example because a disk hangs, the program is ended.
+//! Handling of Ctrl-C, SIGTERM and SIGHUP: the work is asked to stop, and removes the files that it has written so far.
+//! If it does not respond, for example because a disk hangs, the program exits anyway.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,14 +10,14 @@ pub(crate) const INTERRUPTED: u8 = 130;
 /// How long the work may take to stop.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Installs the handler; returns the flag that is set when the work shall stop. A second signal ends the program
+/// Installs the handler; returns the flag that is set when the work should stop. A second signal ends the program
 /// immediately.
 pub(crate) fn listen() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     let end = || std::process::exit(i32::from(INTERRUPTED));
-    // Without a handler, a signal ends the program immediately, and the next write of the directory removes the
-    // incomplete sibling.
+    // A failure is ignored: without a handler, a signal ends the program immediately, and the next write of the
+    // directory removes the incomplete sibling.
     let _ = on_signal(move || {
         if flag.swap(true, Ordering::Relaxed) {
             end();

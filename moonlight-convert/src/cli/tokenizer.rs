@@ -21,7 +21,7 @@ pub(crate) struct Arguments {
 
 /// Writes the file, and prints its path.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
-    // Writing takes milliseconds, so that the flag is not polled; the handler ends the program if it does not.
+    // Writing normally takes milliseconds, so that nothing polls the flag. If it takes longer, the handler exits.
     let _stop = super::signals::listen();
     let path = write_tokenizer_json(&arguments.dir, arguments.force)?;
     let mut output = Output::new();

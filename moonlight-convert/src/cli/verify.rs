@@ -96,7 +96,9 @@ fn compare(
     }
     let count = comparison.differences.len();
     if count > 0 {
+        // Before anything is written to stderr, so that a terminal shows the differences above the error.
         output.finish()?;
+        // `tensors` does not count those that only one checkpoint contains.
         note(format_args!("error: {count} of {} tensors differ", comparison.tensors.max(count)));
         return Ok(ExitCode::FAILURE);
     }

@@ -90,6 +90,7 @@ pub(crate) fn lay_out_tensors(entries: &[PlannedTensor]) -> Result<FileLayout, S
     let mut header = Header::new(size).into_bytes().to_vec();
     header.extend_from_slice(&cbor);
     header.resize(data, 0);
+    // Descriptors count from the start of the data section, the caller from that of the file.
     for start in &mut starts {
         *start += data as u64;
     }

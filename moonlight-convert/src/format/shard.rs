@@ -64,6 +64,7 @@ impl Shard {
         let mut claimed = [0; LENGTH];
         read_exact_at(&file, &mut claimed, 0).map_err(cannot)?;
         let claimed = header_length(u64::from_le_bytes(claimed), length)?;
+        // `header_length` limits this allocation to the length of the file and to 100 MB.
         let mut header = vec![0; claimed];
         read_exact_at(&file, &mut header, LENGTH as u64).map_err(cannot)?;
         let data = LENGTH + claimed;
@@ -75,6 +76,7 @@ impl Shard {
     pub(crate) fn open_burnpack(path: &Path) -> Result<Self, String> {
         let tensors = burnpack::read(path)?;
         let (file, metadata) = open_plain(path).map_err(|error| format!("cannot be opened: {error}"))?;
+        // burn-pack opened the path itself, which may name a shorter file by now.
         if tensors.iter().any(|tensor| tensor.range.end as u64 > metadata.len()) {
             return Err("was truncated while it was opened".into());
         }

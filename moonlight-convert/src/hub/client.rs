@@ -21,7 +21,7 @@ const LONGEST_LIST: u64 = 64 << 20;
 const CONNECT: Duration = Duration::from_secs(20);
 /// How long a connection may be silent, unless `HF_HUB_DOWNLOAD_TIMEOUT` is set (in seconds).
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// A list of files, which has a few kB, may take this many times the idle timeout in all.
+/// Slow transfers may take this many times the idle timeout: see [`Client::stall_timeout`].
 const STALL_FACTOR: u32 = 4;
 /// The most redirects of a request.
 const MOST_REDIRECTS: usize = 10;
@@ -44,9 +44,9 @@ impl Settings {
         let os = |name: &str| std::env::var_os(name);
         let seconds =
             set("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|text| text.parse::<u64>().ok()).filter(|&seconds| seconds > 0);
-        let yes = |text: String| ["1", "ON", "YES", "TRUE"].contains(&text.to_ascii_uppercase().as_str());
-        let offline = set("HF_HUB_OFFLINE").is_some_and(yes);
-        // Offline, neither endpoint nor token is needed, and a bad value is no error.
+        let is_true = |text: String| ["1", "ON", "YES", "TRUE"].contains(&text.to_ascii_uppercase().as_str());
+        let offline = set("HF_HUB_OFFLINE").is_some_and(is_true);
+        // Offline, neither endpoint nor token is needed, and an invalid value is not an error.
         let endpoint = set("HF_ENDPOINT").filter(|_| !offline);
         let endpoint = Address::parse(endpoint.as_deref().unwrap_or(ENDPOINT).trim_end_matches('/'));
         Ok(Self {
@@ -149,7 +149,8 @@ impl Client {
         })
     }
 
-    /// How long a transfer may stay below the minimum rate, and the total time for a list of files.
+    /// How long a transfer may stay below the minimum rate, and how long a list of files, which has a few kB, may take
+    /// in all.
     pub(super) fn stall_timeout(&self) -> Duration {
         STALL_FACTOR * self.idle_timeout
     }
@@ -204,7 +205,7 @@ impl Client {
                 )));
             }
         };
-        // No limit of ureq's: the caller stops at the size in the list.
+        // ureq's own limit is off: the caller stops at the listed size.
         let body = response.into_body().into_with_config().limit(u64::MAX).reader();
         Ok(FileResponse { start, body: Box::new(body) })
     }
@@ -246,6 +247,7 @@ impl Client {
             .accept_encoding("identity")
             .timeout_connect(Some(CONNECT))
             .timeout_recv_response(Some(self.idle_timeout))
+            // A file may take hours: only pauses and a low rate end its transfer.
             .timeout_recv_body(start.is_none().then(|| self.stall_timeout()))
             .timeout_per_read(Some(self.idle_timeout))
             .build()

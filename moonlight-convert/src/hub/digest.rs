@@ -38,8 +38,8 @@ impl Digest {
 }
 
 fn hexadecimal(text: &str, length: usize) -> Option<String> {
-    let whole = text.len() == length && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    whole.then(|| text.to_ascii_lowercase())
+    let valid = text.len() == length && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    valid.then(|| text.to_ascii_lowercase())
 }
 
 /// A digest in progress.

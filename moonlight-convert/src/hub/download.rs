@@ -77,21 +77,21 @@ pub fn download(
     if files.is_empty() {
         return Err(DownloadError::NoMatch { repo: repo.clone() });
     }
-    let place = RepoFolders::new(cache, &id, &commit);
-    // Before the first request for a file, because a full disk would be noticed only after gigabytes.
-    place.check_room(&files)?;
-    for folder in [&place.snapshot, &place.folder.join("refs")] {
+    let folders = RepoFolders::new(cache, &id, &commit);
+    // Before the first file is requested: otherwise a full disk would be noticed only after gigabytes.
+    folders.check_room(&files)?;
+    for folder in [&folders.snapshot, &folders.folder.join("refs")] {
         remove_stale(folder);
     }
     let bytes = files.iter().map(|file| file.size).sum();
     watch(DownloadEvent::Started { files: files.len(), bytes });
-    let fetched = fetch_all(&client, &place, &commit, &files, watch)?;
+    let fetched = fetch_all(&client, &folders, &commit, &files, watch)?;
     // A commit needs no ref. The ref is written last: a reader must not find an incomplete snapshot.
     if !is_commit(revision) {
-        let reference = place.folder.join("refs").join(revision);
+        let reference = folders.folder.join("refs").join(revision);
         replace(&reference, |partial| fs::File::create_new(partial)?.write_all(commit.as_bytes()))?;
     }
-    Ok(Downloaded { dir: place.snapshot, files: files.len(), fetched, bytes })
+    Ok(Downloaded { dir: folders.snapshot, files: files.len(), fetched, bytes })
 }
 
 fn wanted(include: &[String]) -> Result<FileSelection, DownloadError> {
@@ -116,18 +116,18 @@ fn offline(cache: &Cache, id: &RepoId, revision: &str) -> Result<Downloaded, Dow
 /// Downloads all files, a few at a time; the first failure stops the others. Returns how many were downloaded.
 fn fetch_all(
     client: &Client,
-    place: &RepoFolders,
+    folders: &RepoFolders,
     commit: &str,
     files: &[RemoteFile],
     watch: &(dyn Fn(DownloadEvent<'_>) + Sync),
 ) -> Result<usize, DownloadError> {
     let (next, fetched, stop) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicBool::new(false));
     let failure = Mutex::new(None);
-    let one = |file: &RemoteFile| {
-        let blob = place.folder.join("blobs").join(file.digest.text());
-        let lock = place.locks.join(format!("{}.lock", file.digest.text()));
+    let fetch_one = |file: &RemoteFile| {
+        let blob = folders.folder.join("blobs").join(file.digest.text());
+        let lock = folders.locks.join(format!("{}.lock", file.digest.text()));
         let new = FileDownload { client, file, commit, blob, lock, watch, stop: &stop }.run()?;
-        place.link(file)?;
+        folders.link(file)?;
         watch(DownloadEvent::Finished { file: &file.name, bytes: file.size, fetched: new });
         Ok(new)
     };
@@ -136,12 +136,12 @@ fn fetch_all(
             if stop.load(Ordering::Relaxed) {
                 return;
             }
-            match one(file) {
+            match fetch_one(file) {
                 Ok(new) => {
                     fetched.fetch_add(usize::from(new), Ordering::Relaxed);
                 }
                 Err(error) => {
-                    // Later errors are consequences of the stop, and are dropped.
+                    // Later errors may be consequences of the stop, so that only the first is reported.
                     let first = !stop.swap(true, Ordering::SeqCst);
                     if first && let Ok(mut failure) = failure.lock() {
                         *failure = Some(error);
@@ -220,7 +220,7 @@ fn link_to_blob(link: &Path, _target: &Path, blob: &Path) -> io::Result<()> {
 
 /// Prefix and suffix of temporary names.
 const TEMPORARY_NAME: (&str, &str) = (".moonlight-", ".partial");
-/// Older temporary files are left over from a killed process: a file has such a name for milliseconds.
+/// Temporary files older than this are left over from a killed process: normally they exist for milliseconds.
 const STALE_AFTER: Duration = Duration::from_secs(3600);
 
 /// Creates a file or link under a unique temporary name in the same folder, and renames it to `path`, so that it is

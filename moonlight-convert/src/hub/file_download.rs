@@ -16,14 +16,15 @@ use crate::io::confined_dir::open_plain;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
-/// Attempts in a row without progress of at least [`MIN_PROGRESS`] of the file, after which the download fails. A bad
+/// The download fails after this many attempts in a row that each receive less than [`MIN_PROGRESS`] of the file. A bad
 /// connection may break often in a file of gigabytes; as long as data arrives, resuming is worthwhile.
 const MAX_FRUITLESS_ATTEMPTS: u32 = 6;
+/// A fraction of the file.
 const MIN_PROGRESS: f64 = 0.01;
-/// The wait before the second attempt; doubled before each further one.
+/// The wait before the second attempt; it doubles before each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
-/// Slower transfers, in bytes per second, are aborted: that is a stalled server and not a slow connection.
+/// Transfers below this rate are aborted: the server has stalled, because no connection is that slow.
 const MIN_BYTES_PER_SECOND: f64 = 1_000.0;
 
 /// A file to download.
@@ -58,7 +59,7 @@ impl FileDownload<'_> {
             (self.watch)(DownloadEvent::Waiting { file: &self.file.name });
         }
         lock.lock().map_err(DownloadError::write(&self.lock))?;
-        // Again under the lock: the process that held it may have downloaded the file.
+        // Checked under the lock: the process that held it may have downloaded the file.
         if self.is_cached()? {
             return Ok(false);
         }
@@ -88,9 +89,10 @@ impl FileDownload<'_> {
         let partial = partial(&self.blob);
         let mut output = open_own(&partial).map_err(DownloadError::write(&partial))?;
         let start = output.metadata().map_err(DownloadError::read(&partial))?.len();
-        // A mismatch after resuming is retried from the beginning; one of a fresh download is final.
+        // A wrong digest after resuming is retried from the beginning; after a fresh download it is final.
         let mut resumed = start > 0;
         if start > self.file.size {
+            // It cannot be the beginning of this file.
             output.set_len(0).map_err(DownloadError::write(&partial))?;
         } else {
             (self.watch)(DownloadEvent::Cached { bytes: start });
@@ -116,10 +118,10 @@ impl FileDownload<'_> {
         fs::rename(&partial, &self.blob).map_err(DownloadError::write(&self.blob))
     }
 
-    /// Downloads until all bytes are there, retrying as long as there is progress.
+    /// Downloads until the file is complete, retrying as long as there is progress.
     fn receive(&self, output: &mut File, partial: &Path) -> Result<Hasher, DownloadError> {
         let length = |output: &File| output.metadata().map_err(DownloadError::read(partial)).map(|file| file.len());
-        let (mut tries, mut in_vain, mut wait) = (0, 0, FIRST_WAIT);
+        let (mut tries, mut fruitless, mut wait) = (0, 0, FIRST_WAIT);
         loop {
             let before = length(output)?;
             let problem = match self.try_once(output, partial)? {
@@ -129,11 +131,11 @@ impl FileDownload<'_> {
             let got = length(output)?;
             tries += 1;
             if got > before && (got - before) as f64 >= MIN_PROGRESS * self.file.size as f64 {
-                (in_vain, wait) = (0, FIRST_WAIT);
+                (fruitless, wait) = (0, FIRST_WAIT);
             } else {
-                in_vain += 1;
+                fruitless += 1;
             }
-            if in_vain == MAX_FRUITLESS_ATTEMPTS {
+            if fruitless == MAX_FRUITLESS_ATTEMPTS {
                 let (file, size) = (self.file.name.clone(), self.file.size);
                 return Err(DownloadError::Incomplete { file, got, size, tries, problem });
             }
@@ -143,7 +145,7 @@ impl FileDownload<'_> {
         }
     }
 
-    /// One request, from the end of the partial file. Every received byte is kept; the digest is of the whole file.
+    /// Requests the rest of the file once. Every received byte is kept. The digest is that of the whole file.
     fn try_once(&self, output: &mut File, partial: &Path) -> Result<Attempt, DownloadError> {
         let written = |error| DownloadError::write(partial)(error);
         let mut start = output.seek(SeekFrom::End(0)).map_err(written)?;
@@ -226,8 +228,8 @@ impl FileDownload<'_> {
     }
 }
 
-/// Opens a file of the cache for reading and writing, and creates it if it does not exist. In a shared cache a link may
-/// be in its place; it is not followed, so that no other file is written to.
+/// Opens a file of the cache for reading and writing, and creates it if it does not exist. In a shared cache, another
+/// user may have put a link in its place; links are not followed, so that no other file is written to.
 fn open_own(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.create(true).truncate(false).read(true).write(true);

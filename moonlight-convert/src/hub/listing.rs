@@ -54,7 +54,7 @@ impl Listing {
             return Err(format!("`{}` is not a commit", sha.escape_debug()));
         }
         let mut files = Vec::new();
-        for sibling in siblings.into_iter().filter(|sibling| wanted.takes(&sibling.rfilename)) {
+        for sibling in siblings.into_iter().filter(|sibling| wanted.includes(&sibling.rfilename)) {
             files.push(sibling.checked()?);
         }
         files.sort_by(|a, b| a.name.cmp(&b.name));
@@ -92,7 +92,7 @@ pub(super) enum FileSelection {
 }
 
 impl FileSelection {
-    fn takes(&self, name: &str) -> bool {
+    fn includes(&self, name: &str) -> bool {
         match self {
             Self::Checkpoint => !name.contains('/') && belongs_to_checkpoint(name),
             Self::Matching(patterns) => patterns.iter().any(|pattern| pattern.matches(name)),

@@ -55,7 +55,7 @@ pub(crate) fn parse_list(answer: &[u8]) -> Result<usize, String> {
     listing::Listing::parse(answer, &listing::FileSelection::Checkpoint).map(|listing| listing.files.len())
 }
 
-/// The directory of a model given by a user: an existing directory, or else the snapshot of `org/name` (or
+/// The directory for a model as a user names it: an existing directory, or else the snapshot of `org/name` (or
 /// `org/name@revision`) in the Hub's cache. Nothing is downloaded.
 ///
 /// An existing directory takes precedence. A name that is not valid for a repository is returned unchanged, so that
@@ -118,21 +118,21 @@ fn snapshot_in(folder: &Path, revision: &str) -> Result<Option<PathBuf>, Checkpo
     };
     let path = folder.join("snapshots").join(&commit);
     let Ok(real) = fs::canonicalize(&path) else { return Ok(None) };
-    let own = fs::canonicalize(folder).map_err(CheckpointError::read(folder))?.join("snapshots").join(&commit);
-    match real == own {
+    let expected = fs::canonicalize(folder).map_err(CheckpointError::read(folder))?.join("snapshots").join(&commit);
+    match real == expected {
         true => Ok(Some(path).filter(|path| path.is_dir())),
-        // A link to another place is not what was downloaded for this commit.
+        // The target of a link is not what was downloaded for this commit.
         false => Err(CheckpointError::Link { path }),
     }
 }
 
-/// The folder of the Hub's cache, which need not exist: by the same environment variables as `huggingface_hub` reads.
+/// The folder of the Hub's cache, from the environment variables that `huggingface_hub` reads. It need not exist.
 pub fn cache_folder() -> PathBuf {
     cache_dir(|name| std::env::var_os(name))
 }
 
-/// Where a download would read the user's token: the name of an environment variable, or the path of a file. `None` without a token.
-/// The token itself is not read.
+/// Where a download would read the user's token: the name of an environment variable, or the path of a file; `None`
+/// without a token. The token itself is not read.
 pub fn token_source() -> Option<String> {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     if let Some(name) = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].into_iter().find(|name| set(name).is_some()) {
@@ -174,8 +174,8 @@ impl RepoId {
                 && !part.starts_with(['-', '.'])
                 && !part.ends_with(['-', '.'])
         };
-        let whole = text.len() <= 96 && !text.contains("--") && !text.contains("..");
-        (whole && text.split('/').count() <= 2 && text.split('/').all(part)).then(|| Self(text.to_owned()))
+        let valid = text.len() <= 96 && !text.contains("--") && !text.contains("..");
+        (valid && text.split('/').count() <= 2 && text.split('/').all(part)).then(|| Self(text.to_owned()))
     }
 
     pub(crate) fn repo(&self, revision: &str) -> Repo {

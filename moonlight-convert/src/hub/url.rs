@@ -27,8 +27,8 @@ impl Address {
         &self.text
     }
 
-    /// The origin: whether it is secure, the host and the port. A token may be sent to every address of its origin, and
-    /// to no other.
+    /// The origin: whether it is secure, the host and the port. The token may be sent to every address of the server's
+    /// origin, and to no other.
     fn origin(&self) -> (bool, String, u16) {
         let secure = self.uri.scheme_str() == Some("https");
         let host = self.uri.host().unwrap_or_default().to_ascii_lowercase();
@@ -39,12 +39,13 @@ impl Address {
         self.origin() == other.origin()
     }
 
-    /// Resolves the location of a redirect (RFC 3986, section 5, without the rare relative path that is not an absolute
-    /// one).
+    /// Resolves the location of a redirect (RFC 3986, section 5, without locations that consist of a query alone or
+    /// contain `.` or `..`).
     pub(super) fn join(&self, location: &str) -> Result<Self, &'static str> {
         let location = location.split('#').next().unwrap_or_default();
         let scheme = self.uri.scheme_str().unwrap_or_default();
         let authority = self.uri.authority().map_or("", |authority| authority.as_str());
+        // The query of an absolute path may contain an address, too.
         if location.contains("://") && !location.starts_with('/') {
             return Self::parse(location);
         }

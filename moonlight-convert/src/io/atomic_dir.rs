@@ -168,7 +168,7 @@ impl AtomicDir {
         if let Some(parent) = target.parent() {
             storage::sync_dir(parent).map_err(CheckpointError::write(parent))?;
         }
-        // The new directory is in place. A failure to remove the old one is no error: the next save tries again.
+        // The new directory is in place. A failure to remove the old one is not an error: the next save tries again.
         for old in [saving, sibling(&target, OLD)] {
             let _ = storage::remove_dir_all(&old);
         }

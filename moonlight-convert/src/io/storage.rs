@@ -161,6 +161,7 @@ pub fn sync_file(path: &Path) -> io::Result<()> {
 pub fn sync_dir(path: &Path) -> io::Result<()> {
     let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     announce(Call::SyncDir(path))?;
+    // Only Unix opens a directory as a file.
     if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
 }
 

@@ -155,7 +155,7 @@ pub fn hugging_face_tensors(parameter: &ParameterShape) -> Vec<HfTensor> {
             (0..experts)
                 .map(|expert| HfTensor {
                     name: format!("{MODEL}{stack}.{expert}.{projection}.weight"),
-                    shape: vec![output, input],
+                    shape: vec![output, input], // [in, out] in the stack
                 })
                 .collect()
         }
@@ -180,6 +180,7 @@ pub(crate) fn stacked(parameter: &ParameterShape) -> Option<Stacked> {
     };
     let (stack, projection) = experts_of(&parameter.path);
     let (name, height, rows) = match projection {
+        // In each expert's matrix, the rows of gate are above those of up.
         "gate_proj" => ("gate_up_proj", 2 * output, 0..output),
         "up_proj" => ("gate_up_proj", 2 * output, output..2 * output),
         other => (other, output, 0..output),

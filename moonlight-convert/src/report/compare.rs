@@ -31,8 +31,8 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// Whether both contain the same tensors with equal values. Tensors without information of their own
-    /// ([`SkipReason::is_redundant`]) do not count.
+    /// Whether both contain the same tensors with equal values. Redundant tensors ([`SkipReason::is_redundant`]) do not
+    /// count.
     pub fn is_equal(&self) -> bool {
         self.differences.is_empty() && self.unused.iter().all(|unused| unused.reason.is_redundant())
     }
@@ -144,7 +144,7 @@ impl Sums {
         self.squares[1] += other.squares[1];
     }
 
-    fn of<S: Weight, T: Weight>(a: &[S], b: &[T]) -> Self {
+    fn from_values<S: Weight, T: Weight>(a: &[S], b: &[T]) -> Self {
         let mut sums = Self { bits_differ: true, ..Self::default() };
         for (a, b) in a.iter().zip(b) {
             let (a, b) = (f64::from(a.widen()), f64::from(b.widen()));
@@ -172,9 +172,9 @@ impl Sums {
 
 impl Checkpoint {
     /// Compares with another checkpoint, whatever the files, names and layouts of either: a burnpack file with shards,
-    /// stacks of experts with one tensor per expert, quantized weights with dequantized ones. Tensors of the same dtype
-    /// are equal if they are bitwise equal; others, and all if `tolerance` is above 0, if no two values differ by more
-    /// than `tolerance`.
+    /// stacks of experts with one tensor per expert, quantized weights with dequantized ones. With a `tolerance` of 0,
+    /// tensors of the same dtype are equal if they are bitwise equal. In all other cases they are equal if no two values
+    /// differ by more than `tolerance`.
     ///
     /// Tensors that loading ignores are compared bytewise and reported separately ([`Comparison::unused`]). Tensors
     /// that both lack are not reported; [`problems`](Checkpoint::problems) names them. Memory stays small, and all
@@ -231,7 +231,7 @@ impl Checkpoint {
 
     /// The differences in tensors that the model does not use.
     fn unused(&self, other: &Self, plans: &[LoadPlan; 2]) -> Result<Vec<UnusedTensor>, CheckpointError> {
-        let of = |checkpoint: &Self, plan: &LoadPlan| -> BTreeMap<String, (SkipReason, StoredTensor)> {
+        let unused_of = |checkpoint: &Self, plan: &LoadPlan| -> BTreeMap<String, (SkipReason, StoredTensor)> {
             let reasons: BTreeMap<&str, SkipReason> = plan
                 .skipped
                 .iter()
@@ -243,7 +243,7 @@ impl Checkpoint {
                 .map(|(tensor, reason)| (names::key(&tensor.name).to_owned(), (reason, tensor.clone())))
                 .collect()
         };
-        let [first, mut second] = [of(self, &plans[0]), of(other, &plans[1])];
+        let [first, mut second] = [unused_of(self, &plans[0]), unused_of(other, &plans[1])];
         let mut found = BTreeMap::new();
         for (key, (reason, tensor)) in first {
             let difference = match second.remove(&key) {
@@ -292,35 +292,35 @@ impl Checkpoint {
     ) -> Result<Vec<Sums>, CheckpointError> {
         progress.begin(bytes);
         let chunks = row_chunks(pairs.iter().map(|(a, b)| {
-            let (rows, columns) = a.dims(common(a, b));
+            let (rows, columns) = a.dims(common_layout(a, b));
             // Chunks of both are in memory at once.
             (rows, columns * (a.dtype.size() + b.dtype.size()))
         }));
         let sources = |of: fn(&(&'p SourceTensor, &'p SourceTensor)) -> &'p SourceTensor| {
-            pairs.iter().map(|pair| (of(pair), common(pair.0, pair.1))).collect()
+            pairs.iter().map(|pair| (of(pair), common_layout(pair.0, pair.1))).collect()
         };
-        let reading = ChunkReader::new(self, sources(|pair| pair.0), &chunks);
-        let theirs = ChunkReader::new(other, sources(|pair| pair.1), &chunks);
+        let our_reader = ChunkReader::new(self, sources(|pair| pair.0), &chunks);
+        let their_reader = ChunkReader::new(other, sources(|pair| pair.1), &chunks);
         let sums = Mutex::new(vec![Sums::default(); pairs.len()]);
         in_order(&chunks, |at, chunk, [first, second]: &mut [Buffers; 2]| {
-            reading.begin(&chunks, at);
-            theirs.begin(&chunks, at);
+            our_reader.begin(&chunks, at);
+            their_reader.begin(&chunks, at);
             let (a, b) = pairs[chunk.source];
-            let of_panel = with_weight!(a.dtype, S => with_weight!(b.dtype, T => {
+            let chunk_sums = with_weight!(a.dtype, S => with_weight!(b.dtype, T => {
                 // Non-finite values are compared like all others.
-                let (ours, _) = reading.rows::<S>(chunk, first)?;
-                let (theirs, _) = theirs.rows::<T>(chunk, second)?;
+                let (ours, _) = our_reader.rows::<S>(chunk, first)?;
+                let (theirs, _) = their_reader.rows::<T>(chunk, second)?;
                 let equal = a.dtype == b.dtype && ours == theirs;
                 if equal { None } else { Some(sums_of::<S, T>(ours, theirs)) }
             }));
-            if let Some(of_panel) = of_panel {
-                // Added in the order in which threads finish: the mean and the cosine may differ in the last digits
-                // between runs, the verdict does not.
-                sums.lock().unwrap_or_else(PoisonError::into_inner)[chunk.source].add(&of_panel);
+            if let Some(chunk_sums) = chunk_sums {
+                // Added in the order in which threads finish: the last digits of the mean and the cosine may differ
+                // between runs. Whether two tensors are equal depends on neither.
+                sums.lock().unwrap_or_else(PoisonError::into_inner)[chunk.source].add(&chunk_sums);
             }
-            reading.end(chunk);
-            theirs.end(chunk);
-            let rows = a.dims(common(a, b)).0;
+            our_reader.end(chunk);
+            their_reader.end(chunk);
+            let rows = a.dims(common_layout(a, b)).0;
             // A chunk's part of both files, whose encodings may differ.
             let share = (a.bytes() + b.bytes()) as f64 * chunk.rows.len() as f64 / rows.max(1) as f64;
             match progress.advance(share as u64) {
@@ -338,16 +338,16 @@ fn sums_of<S: Weight, T: Weight>(a: &[u8], b: &[u8]) -> Sums {
     let mut sums = Sums::default();
     for (a, b) in a.chunks(VALUES * size_of::<S>()).zip(b.chunks(VALUES * size_of::<T>())) {
         let count = a.len() / size_of::<S>();
-        // A copy, because values in a file may be unaligned.
+        // Copied, because values in a file may be unaligned.
         bytemuck::cast_slice_mut(&mut left[..count]).copy_from_slice(a);
         bytemuck::cast_slice_mut(&mut right[..count]).copy_from_slice(b);
-        sums.add(&Sums::of(&left[..count], &right[..count]));
+        sums.add(&Sums::from_values(&left[..count], &right[..count]));
     }
     sums
 }
 
-/// The layout in which neither file has to be transposed, if there is one.
-fn common(a: &SourceTensor, b: &SourceTensor) -> Layout {
+/// The layout in which neither file has to be transposed, or Hugging Face's if one of them has to.
+fn common_layout(a: &SourceTensor, b: &SourceTensor) -> Layout {
     if [a, b].iter().all(|source| !source.transposed_in(Layout::Burn)) { Layout::Burn } else { Layout::HuggingFace }
 }
 
@@ -373,8 +373,8 @@ mod tests {
         let found = sums_of::<f32, bf16>(&wide, &narrow).distance(3);
         assert_eq!((found.largest, found.mean), (1.0, 1.0 / 3.0));
         assert!((found.cosine - 5.75 / (5.25f64 * 7.25).sqrt()).abs() < 1e-12);
-        assert_eq!(Sums::of::<f32, f32>(&[0.0], &[0.0]).distance(1).cosine, 1.0);
-        assert_eq!(Sums::of::<f32, f32>(&[0.0], &[1.0]).distance(1).cosine, 0.0);
-        assert_eq!(Sums::of::<f32, f32>(&[f32::NAN], &[1.0]).distance(1).largest, f64::INFINITY);
+        assert_eq!(Sums::from_values::<f32, f32>(&[0.0], &[0.0]).distance(1).cosine, 1.0);
+        assert_eq!(Sums::from_values::<f32, f32>(&[0.0], &[1.0]).distance(1).cosine, 0.0);
+        assert_eq!(Sums::from_values::<f32, f32>(&[f32::NAN], &[1.0]).distance(1).largest, f64::INFINITY);
     }
 }

@@ -36,9 +36,10 @@ struct Listed {
     digest: String,
 }
 
+/// How a line names its file.
 #[derive(Debug, PartialEq, Eq)]
 enum Name {
-    Of(String),
+    File(String),
     /// The shard with this number, whether or not its name pads the number with zeros.
     Shard(u64),
 }
@@ -63,7 +64,7 @@ pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result
     let resolved: Vec<(String, &Listed)> = listed
         .iter()
         .map(|line| match &line.file {
-            Name::Of(name) => (name.clone(), line),
+            Name::File(name) => (name.clone(), line),
             Name::Shard(number) => {
                 let unknown = || format!("model-{number}-of-{}.safetensors", listed.len());
                 (shards.get(number).cloned().unwrap_or_else(unknown), line)
@@ -76,7 +77,7 @@ pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result
     progress.begin(resolved.iter().filter_map(|(name, _)| length(name)).fold(0, u64::saturating_add));
     resolved
         .into_par_iter()
-        .with_max_len(1)
+        .with_max_len(1) // each file is a task, because files are large and few
         .map(|(name, line)| {
             let problem = match (confined.open(&name, u64::MAX), line.bytes, length(&name)) {
                 (Ok(None), ..) => Some("does not exist".to_owned()),
@@ -94,7 +95,7 @@ pub fn check_digests(dir: &Path, list: &Path, progress: &dyn Progress) -> Result
         .collect()
 }
 
-/// Reads the list, which may be a pipe, so that its length is not known before.
+/// Reads the list. It may be a pipe, so that its length is not known in advance.
 fn read_list(path: &Path) -> Result<String, CheckpointError> {
     let mut text = String::new();
     let file = File::open(path).map_err(CheckpointError::read(path))?;
@@ -143,7 +144,7 @@ fn parse_line(line: &str) -> Option<Listed> {
         let name = rest.trim_start();
         let name = name.strip_prefix('*').unwrap_or(name);
         let name = name.strip_prefix("./").unwrap_or(name);
-        return is_inside(name).then(|| Listed { file: Name::Of(name.to_owned()), bytes: None, digest });
+        return is_inside(name).then(|| Listed { file: Name::File(name.to_owned()), bytes: None, digest });
     }
     let (bytes, last) = rest.trim_start().split_once(char::is_whitespace)?;
     let (number, bytes) = (first.parse().ok()?, bytes.parse().ok()?);

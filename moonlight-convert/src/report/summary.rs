@@ -74,7 +74,7 @@ pub struct CheckpointSummary {
     /// The keys of `config.json` that are ignored because they change nothing, by reason.
     #[serde(rename = "keys_passed_over")]
     pub ignored_keys: BTreeMap<&'static str, Vec<String>>,
-    /// Remarks on what `config.json` does not lead one to expect.
+    /// Remarks on what a reader of `config.json` would not expect.
     pub notes: Vec<String>,
     /// Files that are still being downloaded.
     pub unfinished: Vec<String>,
@@ -239,7 +239,7 @@ impl Checkpoint {
         used.extend((!single).then_some(INDEX));
         used.extend(sidecars.iter().chain(unfinished).map(String::as_str));
         for file in self.files() {
-            // A shard in a folder makes the folder one of the checkpoint.
+            // A folder that contains a shard is part of the checkpoint.
             used.extend([file.name.as_str(), file.name.split('/').next().unwrap_or_default()]);
         }
         let entries = fs::read_dir(dir).map_err(CheckpointError::read(dir))?;
@@ -253,14 +253,14 @@ impl Checkpoint {
         Ok(ignored)
     }
 
-    /// Remarks on how the checkpoint is used, where `config.json` does not lead one to expect it.
+    /// Remarks on uses of the files that a reader of `config.json` would not expect.
     pub fn notes(&self) -> Vec<String> {
         let head = self.tied_head().describe().map(str::to_owned);
         head.into_iter().chain(self.listed_only_note()).chain(self.config().training_notes()).collect()
     }
 }
 
-/// JSON is Unicode, a path need not be.
+/// Replaces the parts of a path that are not Unicode, as JSON requires.
 fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }

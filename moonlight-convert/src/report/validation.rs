@@ -77,7 +77,7 @@ pub enum Problem {
         /// What, as a sentence without a full stop.
         problem: String,
     },
-    /// Two tensors stand for one parameter.
+    /// Two tensors are the same parameter.
     Duplicate {
         /// The first tensor's name.
         tensor: String,
@@ -229,6 +229,7 @@ impl ProblemList {
     pub(crate) fn hint(&self) -> Option<String> {
         let any = |kind| self.list.iter().any(|problem| problem.kind() == kind);
         let all = |kinds: &[Kind]| self.list.iter().all(|problem| kinds.contains(&problem.kind()));
+        // First, because an unsupported quantization may also be the cause of unexpected tensors and wrong dtypes.
         if let Some(method) = &self.quantized
             && (any(Kind::WrongDtype)
                 || any(Kind::QuantizedTensor)

@@ -11,6 +11,7 @@ pub fn byte_to_char(byte: u8) -> char {
     }
 }
 
+/// The character for the byte number `index` of those that are not printable.
 fn shifted(index: u32) -> char {
     char::from_u32(0x100 + index).unwrap_or('\u{FFFD}')
 }

@@ -72,17 +72,17 @@ impl BosEos {
     ///
     /// A sentence, if the files require a token that does not exist.
     pub fn new(names: &SpecialNames, special: &BTreeMap<u32, AddedToken>) -> Result<Self, String> {
-        let end = |add: Option<bool>, key: &str, name: &Option<String>, otherwise: &str| {
+        let token_for = |add: Option<bool>, key: &str, name: &Option<String>, default: &str| {
             if add != Some(true) {
                 return Ok(None);
             }
-            let name = name.as_deref().unwrap_or(otherwise);
+            let name = name.as_deref().unwrap_or(default);
             let token = special.iter().find(|(_, token)| token.content == name).map(|(&id, _)| Some(id));
             token.ok_or_else(|| format!("`tokenizer_config.json` sets `{key}`, and the token `{name}` does not exist"))
         };
         Ok(Self {
-            bos: end(names.add_bos, "add_bos_token", &names.bos, "[BOS]")?,
-            eos: end(names.add_eos, "add_eos_token", &names.eos, "[EOS]")?,
+            bos: token_for(names.add_bos, "add_bos_token", &names.bos, "[BOS]")?,
+            eos: token_for(names.add_eos, "add_eos_token", &names.eos, "[EOS]")?,
         })
     }
 
@@ -110,8 +110,8 @@ impl BosEos {
 ///
 /// # Errors
 ///
-/// A sentence, if two tokens have the same text, or byte-level decoding would change a token's text: then the file
-/// would not be equivalent to the ranks.
+/// A sentence, if two tokens have the same text, or byte-level decoding would change a token's text. In both cases the
+/// file would not be equivalent to the ranks.
 pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: &BosEos) -> Result<Value, String> {
     let spelled: Vec<String> = ranks.tokens().iter().map(|token| spell(token)).collect();
     let vocab: Map<String, Value> =
@@ -124,7 +124,7 @@ pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: 
         if let Some(other) = other.map(u64::from).or(ordinary) {
             return Err(format!("the tokens {other} and {id} have the same text `{}`", token.content.escape_debug()));
         }
-        // If all characters of a token stand for bytes, the decoder replaces them by those bytes.
+        // If all characters of a token stand for bytes, the decoder replaces them by those bytes. ASCII does not change.
         if !token.content.is_ascii() && token.content.chars().all(|character| alphabet.contains(&character)) {
             let content = token.content.escape_debug();
             return Err(format!("the token {id}, `{content}`, would be decoded as other bytes"));
@@ -139,7 +139,7 @@ pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: 
             })
         })
         .collect();
-    // One string each, which older versions of `tokenizers` require. No spelled token contains a space.
+    // Older versions of `tokenizers` require one string for each pair. No spelled token contains a space.
     let merges: Vec<String> = merges(ranks)
         .into_iter()
         .map(|(left, right)| format!("{} {}", spelled[left as usize], spelled[right as usize]))

@@ -10,12 +10,12 @@
 //! | ranks | the vocabulary, and [merges] recovered from them |
 //! | a piece that is a token as a whole becomes that token | `ignore_merges` |
 //! | the [`pattern`] | `Split`, with each match as a piece |
-//! | special tokens | `added_tokens`, with the names in `tokenizer_config.json`, each special or not as it says |
+//! | special tokens | `added_tokens`, with the names in `tokenizer_config.json`, each special or not as declared there |
 //! | `add_bos_token`, `add_eos_token` | a `TemplateProcessing` |
 //!
 //! One thing has no counterpart: the published code splits a text every 400,000 characters, and in runs of more than
-//! 25,000 characters with or without white space, and encodes the parts separately. For texts without such lengths the
-//! tokens are equal.
+//! 25,000 characters with or without white space, and encodes the parts separately. Texts that are not split in this way
+//! have equal tokens.
 
 mod alphabet;
 mod json;

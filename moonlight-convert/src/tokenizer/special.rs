@@ -46,17 +46,17 @@ pub struct AddedToken {
     pub lstrip: bool,
     /// Whether it includes following white space.
     pub rstrip: bool,
-    /// Whether it is searched for in the normalized text, after the tokens that are not.
+    /// Whether it is searched for in the normalized text; tokens that are not are searched for first.
     pub normalized: bool,
 }
 
 impl AddedToken {
     /// A special token with this text and default settings.
     pub fn named(content: impl Into<String>) -> Self {
-        Self::of(content.into(), true)
+        Self::with_defaults(content.into(), true)
     }
 
-    fn of(content: String, special: bool) -> Self {
+    fn with_defaults(content: String, special: bool) -> Self {
         Self { content, special, single_word: false, lstrip: false, rstrip: false, normalized: !special }
     }
 
@@ -68,8 +68,8 @@ impl AddedToken {
         if value.is_string() {
             return Some(Self::named(content));
         }
-        let flag = |key: &str, otherwise: bool| value[key].as_bool().unwrap_or(otherwise);
-        let token = Self::of(content, flag("special", false));
+        let flag = |key: &str, default: bool| value[key].as_bool().unwrap_or(default);
+        let token = Self::with_defaults(content, flag("special", false));
         Some(Self {
             single_word: flag("single_word", false),
             lstrip: flag("lstrip", false),
@@ -165,7 +165,7 @@ impl SpecialNames {
             (None, Some(tokens)) => {
                 let token = |(content, id): (&String, &Value)| {
                     let id = id.as_u64().and_then(|id| u32::try_from(id).ok())?;
-                    (!content.is_empty()).then(|| (id, AddedToken::of(content.clone(), false)))
+                    (!content.is_empty()).then(|| (id, AddedToken::with_defaults(content.clone(), false)))
                 };
                 tokens.iter().filter_map(token).collect()
             }
@@ -210,16 +210,16 @@ pub fn special_tokens(ranks: u32, added: &BTreeMap<u32, AddedToken>) -> Result<B
         !token.content.is_empty() && (**id < first_more || token.content != reserved(**id).content)
     });
     let known: BTreeMap<u32, AddedToken> = known.map(|(&id, token)| (id, token.clone())).collect();
-    let called = |id: u32| format!("the token {id}, `{}`", known[&id].content.escape_debug());
+    let describe = |id: u32| format!("the token {id}, `{}`", known[&id].content.escape_debug());
     if let Some((&id, _)) = known.first_key_value().filter(|(id, _)| **id < ranks) {
         return Err(format!(
             "`tokenizer_config.json` defines {}, and `tiktoken.model` contains a token {id}, too",
-            called(id)
+            describe(id)
         ));
     }
     let last = known.last_key_value().map_or(0, |(&id, _)| id);
     if last >= first_more.saturating_add(MOST_MORE) {
-        return Err(format!("`tokenizer_config.json` defines {}, and there are only {ranks} ranks", called(last)));
+        return Err(format!("`tokenizer_config.json` defines {}, and there are only {ranks} ranks", describe(last)));
     }
     let ids = ranks..first_more.max(last.saturating_add(1));
     let mut tokens: BTreeMap<u32, AddedToken> = ids.map(|id| (id, reserved(id))).collect();

@@ -184,7 +184,7 @@ fn padded(sequences: &[Vec<i32>], device: &Device) -> (LmBatch, f32) {
 }
 
 /// Puts each parameter's gradient where the parameter was, so that saving the model saves the gradients under the
-/// names of the file. What has none becomes zero.
+/// names of the file. A parameter without a gradient becomes zero.
 struct GradientsInPlace<'a>(&'a Gradients);
 
 impl ModuleMapper for GradientsInPlace<'_> {
@@ -208,7 +208,7 @@ fn furthest(actual: &fixture::Tensors, expected: &fixture::Tensors) -> (String, 
             .zip(&expected.values)
             .map(|(a, b)| f64::from(a - b).abs())
             .fold(0.0, |most, distance| if distance.is_nan() { f64::NAN } else { f64::max(most, distance) });
-        // An expert without a token has no gradient at all, on either side.
+        // An expert without a token has no gradient on either side.
         let relative = if scale == 0.0 { distance * f64::INFINITY } else { distance / scale };
         let relative = if distance == 0.0 { 0.0 } else { relative };
         if relative.is_nan() || relative > worst.1 {

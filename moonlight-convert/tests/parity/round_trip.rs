@@ -8,7 +8,7 @@ use moonlight_convert::{Checkpoint, SaveOptions, load, save};
 
 use crate::fixture::{FAMILIES, directory};
 
-/// Name to dtype, shape and bytes of all that a directory holds.
+/// The dtype, shape and bytes of every tensor in a directory, by name.
 fn contents(directory: &Path) -> BTreeMap<String, (String, Vec<usize>, Vec<u8>)> {
     let checkpoint = Checkpoint::open(directory).unwrap();
     checkpoint
@@ -36,7 +36,7 @@ fn every_tensor_survives_bitwise() {
             published.remove(name);
         }
         for (name, (dtype, _, bytes)) in &mut published {
-            // Moonlight stores the bias in bf16, everyone keeps it in f32.
+            // Moonlight stores the bias in bf16; here it is always f32.
             if name.ends_with("e_score_correction_bias") && dtype == "BF16" {
                 (*dtype, *bytes) = ("F32".into(), widened(bytes));
             }

@@ -79,6 +79,7 @@ pub(super) fn unsupported(quantization: &Value) -> Vec<String> {
         }
         return found;
     };
+    // Without a method, the settings are checked as well.
     match map.get("quant_method") {
         Some(Value::String(method)) if !METHODS.contains(&method.as_str()) => return found,
         _ => {}
