@@ -26,7 +26,7 @@ use moonlight_simd::testing::at_level;
 use moonlight_train::analysis::plots::{Axis, RunComparison, plot_runs, write_plots};
 use moonlight_train::checkpoint::TrainerState;
 use moonlight_train::data::Dataset;
-use moonlight_train::recipe::{Broken, DataConfig, DataFormat, Draft, TokenizerName};
+use moonlight_train::recipe::{BrokenRecords, DataConfig, DataFormat, Draft, TokenizerName};
 use tempfile::TempDir;
 
 /// The `config.json` of the model that adapters and weights are read for.
@@ -35,8 +35,8 @@ const CONFIG: &str = include_str!("../../fixtures/compat/pretrain/checkpoints/st
 /// The message of the last panic, on any thread.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
 
-/// Runs once, before the first input. Replaces the panic hook of `libfuzzer-sys`, which aborts before the library can catch
-/// a panic that it handles.
+/// Runs once, before the first input. Replaces the panic hook of `libfuzzer-sys`, which would abort before the library can catch
+/// a panic.
 pub fn begin() {
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = std::backtrace::Backtrace::capture();
@@ -44,8 +44,8 @@ pub fn begin() {
     }));
 }
 
-/// Runs `target` and aborts if a panic leaves it: that is a finding.
-pub fn check(target: impl FnOnce()) {
+/// Runs `target`, and aborts if a panic leaves it, so that the fuzzer reports the input.
+pub fn run(target: impl FnOnce()) {
     if catch_unwind(AssertUnwindSafe(target)).is_err() {
         let message = PANIC.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
         eprintln!("a panic left the library: {}", message.unwrap_or_default());
@@ -59,7 +59,7 @@ fn home() -> &'static Path {
     HOME.get_or_init(|| tempfile::tempdir().expect("a folder for the inputs")).path()
 }
 
-/// An empty folder `name`.
+/// The folder `name`, emptied for the next input.
 fn empty(name: &str) -> PathBuf {
     let folder = home().join(name);
     drop(fs::remove_dir_all(&folder));
@@ -80,14 +80,14 @@ fn parts<const N: usize>(data: &[u8]) -> [&[u8]; N] {
     parts
 }
 
-/// Asserts that the text of an error has no control characters, which a terminal would obey.
-fn check(error: &impl ToString) {
+/// Asserts that the message of an error has no control characters, which a terminal would obey.
+fn check_message(error: &impl ToString) {
     let message = error.to_string();
     assert!(!message.chars().any(|char| char.is_control() && char != '\n'), "{}", message.escape_debug());
 }
 
-/// The same for errors of crates whose callers escape the text.
-fn read_out(error: &impl ToString) {
+/// Formats an error of a crate whose callers escape the message, to find a panic in its `Display`.
+fn format_message(error: &impl ToString) {
     drop(error.to_string());
 }
 
@@ -103,7 +103,7 @@ pub fn adapter(data: &[u8]) {
     write(&folder.join("adapter_config.json"), settings);
     write(&folder.join("adapter_model.safetensors"), weights);
     if let Err(error) = read_adapter(config(), &folder) {
-        check(&error);
+        check_message(&error);
         drop(error.hint());
     }
 }
@@ -116,20 +116,20 @@ pub fn chat_template(data: &[u8]) {
     let tokenizer = Tokenizer::bytes_chat();
     let template = match ChatTemplate::from_file(&file, &tokenizer) {
         Ok(template) => template,
-        Err(error) => return check(&error),
+        Err(error) => return check_message(&error),
     };
     let encoder = ChatEncoder::new(template, tokenizer);
     let conversation = match encoder.parse(record) {
         Ok(conversation) => conversation,
-        Err(error) => return check(&error),
+        Err(error) => return check_message(&error),
     };
     for prompt in [false, true] {
         if let Err(error) = encoder.tokens(&conversation.messages(), prompt) {
-            check(&error);
+            check_message(&error);
         }
     }
     if let Err(error) = encoder.weighted_tokens(&conversation) {
-        check(&error);
+        check_message(&error);
     }
 }
 
@@ -153,7 +153,7 @@ pub fn data_records(data: &[u8]) {
     let folder = empty("data");
     let file = folder.join(format!("records.{ending}"));
     write(&file, contents);
-    for broken in [Broken::Error, Broken::Skip] {
+    for broken in [BrokenRecords::Error, BrokenRecords::Skip] {
         let config = DataConfig {
             train: vec![file.display().to_string()],
             format,
@@ -170,14 +170,14 @@ pub fn data_records(data: &[u8]) {
                 let mut stream = data.train_stream(2);
                 for _ in 0..3 {
                     if let Err(error) = stream.next_batch() {
-                        check(&error);
+                        check_message(&error);
                         break;
                     }
                 }
                 drop(data.inspect(2));
             }
             Err(error) => {
-                check(&error);
+                check_message(&error);
                 drop(error.hint());
             }
         }
@@ -187,7 +187,7 @@ pub fn data_records(data: &[u8]) {
         && let Ok(reader) = TokenReader::open(&file)
         && let Err(error) = reader.for_each(Some(&Tokenizer::bytes()), |_| Ok(()))
     {
-        check(&error);
+        check_message(&error);
     }
 }
 
@@ -201,11 +201,11 @@ pub fn kernels(data: &[u8]) {
     let experts = k + 1 + size(4);
     let (heads, width) = (size(4), 2 * size(12));
     for &level in Level::ALL.iter().filter(|level| level.is_available()) {
-        at_level(level, || kernels_of(half, [tokens, input, output], [k, experts], [heads, width]));
+        at_level(level, || run_kernels(half, [tokens, input, output], [k, experts], [heads, width]));
     }
 }
 
-fn kernels_of(half: bool, [tokens, input, output]: [usize; 3], [k, experts]: [usize; 2], [heads, width]: [usize; 2]) {
+fn run_kernels(half: bool, [tokens, input, output]: [usize; 3], [k, experts]: [usize; 2], [heads, width]: [usize; 2]) {
     let device = Device::flex().autodiff();
     let dtype = if half { DType::BF16 } else { DType::F32 };
     fn random<const D: usize>(shape: [usize; D], device: &Device, dtype: DType) -> Tensor<D> {
@@ -242,12 +242,12 @@ pub fn metrics(data: &[u8]) {
     let file = folder.join("metrics.jsonl");
     write(&file, data);
     if let Err(error) = write_plots(&file, &folder.join("plots")) {
-        check(&error);
+        check_message(&error);
     }
     for axis in [Axis::Step, Axis::Tokens, Axis::Seconds] {
         let comparison = RunComparison { runs: vec![folder.clone()], metric: "loss".into(), axis };
         if let Err(error) = plot_runs(&comparison, &folder.join("loss.svg")) {
-            check(&error);
+            check_message(&error);
         }
     }
 }
@@ -259,13 +259,13 @@ pub fn model_config(data: &[u8]) {
     match ModelConfig::load(&file) {
         Ok(config) => {
             if let Err(error) = config.validate() {
-                return read_out(&error);
+                return format_message(&error);
             }
             config.parameter_count();
             let again = ModelConfig::from_json(&config.to_json());
-            assert!(again.is_ok(), "what was read and written is read again: {again:?}");
+            assert!(again.is_ok(), "a config that was written cannot be read again: {again:?}");
         }
-        Err(error) => read_out(&error),
+        Err(error) => format_message(&error),
     }
 }
 
@@ -291,11 +291,11 @@ pub fn optimizer_state(data: &[u8]) {
     let parameters = shapes.into_iter().enumerate().map(parameter).collect();
     let assignment = rules.assign_parameters(parameters).expect("the rules are sound");
     if let Err(error) = assignment.load(&[&file], OptimizerOptions::new()) {
-        read_out(&error);
+        format_message(&error);
         drop(error.hint());
     }
     if let Err(error) = assignment.load_module_optimizer(&[&file]) {
-        read_out(&error);
+        format_message(&error);
         drop(error.hint());
     }
 }
@@ -305,7 +305,7 @@ pub fn recipe(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     for sets in [&[][..], &["train.steps=3".to_owned(), "data.train=[\"a\"]".to_owned()]] {
         if let Err(error) = Draft::parse(text, Path::new("recipe.toml"), sets) {
-            check(&error);
+            check_message(&error);
         }
     }
 }
@@ -332,17 +332,17 @@ pub fn safetensors(data: &[u8]) {
     let checkpoint = match Checkpoint::open(&folder) {
         Ok(checkpoint) => checkpoint,
         Err(error) => {
-            check(&error);
+            check_message(&error);
             drop(error.hint());
             return;
         }
     };
     drop(sidecars_in(checkpoint.dir()));
     if let Err(error) = checkpoint.summary() {
-        check(&error);
+        check_message(&error);
     }
     for problem in checkpoint.problems().iter().take(1_000) {
-        check(problem);
+        check_message(problem);
     }
 }
 
@@ -355,7 +355,7 @@ pub fn tiktoken_model(data: &[u8]) {
         write(&folder.join("tokenizer_config.json"), settings);
     }
     use_tokenizer(&folder);
-    drop(moonlight_convert::tokenizer::write_tokenizer_json(&folder, true).map_err(|error| check(&error)));
+    drop(moonlight_convert::tokenizer::write_tokenizer_json(&folder, true).map_err(|error| check_message(&error)));
 }
 
 /// `tokenizer.json`, NUL, `tokenizer_config.json`.
@@ -373,7 +373,7 @@ fn use_tokenizer(folder: &Path) {
     let tokenizer = match Tokenizer::open(&folder.display().to_string()) {
         Ok(tokenizer) => tokenizer,
         Err(error) => {
-            check(&error);
+            check_message(&error);
             drop(error.hint());
             return;
         }
@@ -381,13 +381,13 @@ fn use_tokenizer(folder: &Path) {
     for text in ["", " the 1 Moon\r\n\n", "月\u{200d}\u{0301}e\u{fffd}\u{0}<|im_end|>"] {
         match tokenizer.encode(text) {
             Ok(tokens) => drop(tokenizer.decode(&tokens)),
-            Err(error) => check(&error),
+            Err(error) => check_message(&error),
         }
     }
     tokenizer.decode(&[0, 1, u32::MAX]);
     drop((tokenizer.specials(), tokenizer.eos(), tokenizer.bos(), tokenizer.vocab_size()));
     if let Err(error) = ChatTemplate::for_tokenizer(&tokenizer) {
-        check(&error);
+        check_message(&error);
     }
 }
 
@@ -407,5 +407,5 @@ pub fn trainer_state(data: &[u8]) {
     if !manifest.is_empty() {
         write(&checkpoint.join("manifest.json"), manifest);
     }
-    drop(moonlight_infer::resolve_model(&run).map_err(|error| check(&error)));
+    drop(moonlight_infer::resolve_model(&run).map_err(|error| check_message(&error)));
 }

@@ -5,15 +5,16 @@
 //! ```
 //!
 //! `MODEL` is a Hugging Face directory, a checkpoint of a training run, a PEFT adapter, or `org/name` in the Hub's cache.
-//! Without arguments, a tiny model of this repository continues five tokens, and the result is compared with transformers'.
+//! Without arguments, a tiny model of this repository continues five tokens, and the result is compared with that of
+//! transformers.
 
 use std::error::Error;
 use std::io::Write;
 
 use moonlight_infer::{OpenOptions, OpenedModel, Sampling, generate};
 
-/// A random model with the architecture of Moonlight. It has no tokenizer, so the prompt is tokens. The continuation is the
-/// greedy one that transformers computed (`expected.json` next to its weights).
+/// A model with the architecture of Moonlight and random weights. It has no tokenizer, so the prompt consists of tokens. The
+/// continuation is the greedy one that transformers computed (`expected.json` next to the weights).
 const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/moonlight-like");
 const PROMPT: [u32; 5] = [79, 5, 81, 33, 32];
 const CONTINUATION: [u32; 16] = [87, 32, 15, 3, 25, 84, 28, 15, 3, 25, 84, 15, 3, 25, 84, 15];
@@ -27,27 +28,27 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Continues a text, and prints it as it is generated.
+/// Continues a text and prints the continuation as it is generated.
 fn text(model: &str, prompt: &str) -> Result<(), Box<dyn Error>> {
-    // By default the first available device, and f32 on the CPU or the dtype of the checkpoint on a GPU. Further options are an
-    // adapter and quantization.
+    // The default is the first available device, with f32 on the CPU and the dtype of the checkpoint on a GPU. Further options
+    // are an adapter and quantization.
     let opened = OpenOptions::new().open(model)?;
     let tokenizer = opened.tokenizer()?.clone().for_prompts();
 
     let sampling = Sampling { temperature: 0.7, top_p: 0.95, ..Sampling::default() };
-    // A token may end within a character: the stream holds its bytes back until the character is complete.
+    // A token may end in the middle of a character. The stream holds its bytes back until the character is complete.
     let mut stream = tokenizer.stream();
     print!("{prompt}");
     generate(&opened.model, &tokenizer.encode_text(prompt)?, 200, sampling, &opened.eos, |token| {
         print!("{}", stream.push(token));
-        // An error of a closed pipe is ignored.
+        // A closed pipe is not an error here.
         let _ = std::io::stdout().flush();
     })?;
     println!("{}", stream.finish());
     Ok(())
 }
 
-/// The same with tokens instead of text, on a model whose output is known.
+/// Continues tokens instead of text, with a model whose output is known.
 fn tokens() -> Result<(), Box<dyn Error>> {
     let OpenedModel { model, eos, .. } = OpenOptions::new().with_device("cpu").open(FIXTURE)?;
     let greedy = Sampling::default();

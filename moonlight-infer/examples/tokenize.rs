@@ -2,9 +2,9 @@
 //!
 //! Each line of the input is a JSON string. Each line of the output is an object with
 //!
-//! * `tokens`: the text without prefix and suffix, special tokens in it as text;
-//! * `parsed`: the text with prefix and suffix, special tokens in it parsed;
-//! * `decoded`, `decoded_with_special`, `streamed`: the text of `parsed`, the last one token by token.
+//! * `tokens`: the tokens of the text without prefix and suffix, in which special tokens are encoded as text;
+//! * `parsed`: the tokens with prefix and suffix, in which special tokens are parsed;
+//! * `decoded`, `decoded_with_special`, `streamed`: the text of `parsed`, the last of them decoded token by token.
 //!
 //! The script `check_tokenizer.py` compares them with those of transformers and tiktoken.
 

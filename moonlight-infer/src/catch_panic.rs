@@ -1,19 +1,18 @@
-//! Calls into libraries that panic at damaged files.
+//! Calls into libraries that panic on damaged files.
 
 use std::cell::Cell;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Once;
 
-/// The result of `call`; `None` where it panics. The panic is an expected answer to a damaged file, so its message is not
-/// printed.
+/// The result of `call`; `None` if it panics. A panic is an expected reaction to a damaged file, so its message is not printed.
 ///
-/// What `call` borrows mutably may be in any state after a `None`, and must not be used again.
+/// After a `None`, whatever `call` borrowed mutably may be in any state, and must not be used again.
 pub(crate) fn catch_panic<T>(call: impl FnOnce() -> T) -> Option<T> {
     thread_local! {
         static IN_CALL: Cell<bool> = const { Cell::new(false) };
     }
     static HOOK: Once = Once::new();
-    // One hook for the process: it stays silent on the threads that are in a call, and runs the previous hook on others.
+    // The hook is global: it is silent on threads that are in a call, and runs the previous hook on all others.
     HOOK.call_once(|| {
         let previous = panic::take_hook();
         panic::set_hook(Box::new(move |info| {

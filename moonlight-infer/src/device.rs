@@ -1,4 +1,4 @@
-//! Devices and dtypes by name. No other file names a backend.
+//! Opens devices and parses dtypes by name. No other file names a backend.
 
 use burn::tensor::{DType, Device};
 
@@ -20,7 +20,7 @@ pub enum DeviceError {
     /// A device index that is not a number.
     #[error("`{index}` in `{name}` is not a device index")]
     Index {
-        /// The device as passed.
+        /// The name of the device as the user wrote it.
         name: String,
         /// The name of the backend.
         kind: &'static str,
@@ -36,7 +36,7 @@ pub enum DeviceError {
 }
 
 impl DeviceError {
-    /// What to do.
+    /// What to do about the error.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Unknown(_) => "devices are cpu, cuda[:N], wgpu[:N], vulkan[:N], metal and auto".into(),
@@ -48,7 +48,7 @@ impl DeviceError {
     }
 }
 
-/// A device that is chosen by name.
+/// A device that was chosen by name.
 #[derive(Debug, Clone)]
 pub struct ComputeDevice {
     /// The device, without autodiff.
@@ -57,7 +57,7 @@ pub struct ComputeDevice {
     pub is_cpu: bool,
 }
 
-/// The backends, in the order in which `auto` tries them, and whether they are compiled in.
+/// The backends in the order in which `auto` tries them, and whether each is compiled in.
 const KINDS: &[(&str, bool)] = &[
     ("cuda", cfg!(feature = "cuda")),
     ("metal", cfg!(feature = "metal")),
@@ -96,15 +96,15 @@ impl ComputeDevice {
     }
 }
 
-/// The name of the device for the `offset`th rank of one machine, if `name` is that of the first: `cuda` and 3 is `cuda:3`.
-/// All ranks share the CPU, and the one Metal device.
+/// The name of the device for the rank at `offset` on one machine, if `name` is the device of the rank at 0: for `cuda` and 3 it
+/// is `cuda:3`. All ranks share the CPU, or the only Metal device.
 pub fn nth_device_name(name: &str, offset: usize) -> String {
     let first = KINDS.iter().find(|(_, built)| *built).map_or("cpu", |(kind, _)| *kind);
     let name = if name == "auto" { first } else { name };
     let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
     match (kind, index.parse::<usize>()) {
         ("cpu" | "metal", _) | (_, Err(_)) => name.to_owned(),
-        // Unchanged without an index: the backend then chooses the device.
+        // The name is unchanged, because the backend chooses the device if there is no index.
         (_, Ok(0)) if offset == 0 => name.to_owned(),
         (_, Ok(index)) => format!("{kind}:{}", index + offset),
     }
@@ -129,7 +129,7 @@ fn device(kind: &str, index: Option<usize>) -> Device {
     }
 }
 
-/// The dtype of `f32`, `bf16`, `f16` or `auto`, which is f32 on the CPU, and elsewhere `None`: the dtype of the checkpoint.
+/// Parses `f32`, `bf16`, `f16` or `auto`. `auto` is f32 on the CPU, and `None` on other devices: the dtype of the checkpoint.
 ///
 /// # Errors
 ///

@@ -10,7 +10,7 @@ use crate::device::DeviceError;
 use crate::records::{FilePosition, JsonError, RecordError};
 use crate::tokenizer::TokenizerError;
 
-/// Why a model cannot be opened, or cannot do what was asked of it. Every message is one sentence.
+/// Why a model cannot be opened or run. Every message is one sentence.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum InferError {
@@ -23,7 +23,7 @@ pub enum InferError {
     /// A tokenizer that cannot be read, or a text that it cannot encode.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// A conversation, or its template.
+    /// A conversation that cannot be encoded, or an invalid chat template.
     #[error(transparent)]
     Chat(#[from] ChatError),
     /// A file of records that cannot be read.
@@ -32,29 +32,29 @@ pub enum InferError {
     /// An unknown or unavailable device or dtype.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// An adapter in place of the model that another adapter is for.
+    /// An adapter that was passed in place of the model for another adapter.
     #[error("`{}` is an adapter, not a model", Printable(.0.display()))]
     AdapterOnAdapter(PathBuf),
     /// Text for a model whose directory has no tokenizer.
     #[error("`{}` has no tokenizer", Printable(.0.display()))]
     NoTokenizer(PathBuf),
-    /// A prompt of no tokens.
+    /// A prompt without tokens.
     #[error("the prompt has no tokens")]
     EmptyPrompt,
     /// A prompt that does not fit into the context or the KV cache.
     #[error("the prompt has {tokens} tokens, more than the model's context of {context}")]
     PromptTooLong {
-        /// Tokens of the prompt.
+        /// The number of tokens in the prompt.
         tokens: usize,
-        /// Tokens that fit.
+        /// The number of tokens that fit.
         context: usize,
     },
     /// More tokens to score than the context has.
     #[error("{tokens} tokens are more than the model's context of {context}")]
     TooManyTokens {
-        /// Tokens to score.
+        /// The number of tokens to score.
         tokens: usize,
-        /// Tokens that fit.
+        /// The number of tokens that fit.
         context: usize,
     },
     /// A token without a row in the embedding.
@@ -62,7 +62,7 @@ pub enum InferError {
     UnknownToken {
         /// The token.
         token: u32,
-        /// The rows of the embedding.
+        /// The number of rows in the embedding.
         vocab_size: usize,
     },
     /// A task file without rows.
@@ -77,12 +77,12 @@ pub enum InferError {
     /// Fewer examples than shots.
     #[error("there are {examples} examples for {shots} shots")]
     TooFewExamples {
-        /// Examples that may precede the question.
+        /// The number of examples that may precede the question.
         examples: usize,
-        /// Examples that are asked for.
+        /// The number of examples that were requested.
         shots: usize,
     },
-    /// An empty context with a tokenizer that has no token to put in its place.
+    /// An empty context, and a tokenizer without a token that could replace it.
     #[error("the context is empty, and the tokenizer has neither BOS nor EOS to replace it")]
     NoFirstToken,
     /// A logit that is NaN or infinite.
@@ -107,12 +107,12 @@ pub enum InferError {
         /// The rest of the sentence.
         problem: String,
     },
-    /// A record of a file.
+    /// A record that is invalid.
     #[error("{}:{place}: {}", Printable(path.display()), Printable(problem))]
     Line {
         /// The file.
         path: PathBuf,
-        /// The line, or in a parquet file the row; with a column where it is known.
+        /// The line, or in a parquet file the row; with a column if it is known.
         place: FilePosition,
         /// The sentence.
         problem: String,
@@ -154,7 +154,7 @@ impl InferError {
         }
     }
 
-    /// An error about the tokens of a record, with its file and line; any other error (a full disk, say) unchanged.
+    /// Adds the file and line of a record to an error about its tokens. Any other error (such as a full disk) is unchanged.
     pub fn with_position(self, path: &Path, position: FilePosition) -> Self {
         match self {
             Self::EmptyPrompt | Self::PromptTooLong { .. } | Self::TooManyTokens { .. } | Self::UnknownToken { .. } => {
@@ -172,7 +172,7 @@ impl InferError {
         Self::Line { path: path.to_owned(), place, problem: problem.to_string(), hint }
     }
 
-    /// A record at `position` that is not JSON; `hint` is for errors that have none of their own.
+    /// The error for a record at `position` that is not JSON. `hint` is used if `error` has no hint.
     pub(crate) fn json(path: &Path, position: FilePosition, error: &JsonError, hint: Option<String>) -> Self {
         let position = error.at().map_or(position, |at| position.within(at));
         Self::at(path, position, error, error.hint().or(hint))

@@ -1,4 +1,4 @@
-//! Loads a model from a directory: a checkpoint, or an adapter with its base model.
+//! Loads a model from the directory of a checkpoint, or of an adapter together with its base model.
 
 use std::path::Path;
 
@@ -15,20 +15,20 @@ use crate::model_dir::{ModelDir, resolve_weights};
 pub struct LoadedModel {
     /// The model, with the adapter as separate LoRA weights if there is one.
     pub model: CausalLm,
-    /// The directory of the checkpoint; for an adapter that of its base model.
+    /// The directory of the checkpoint; for an adapter, that of its base model.
     pub dir: ModelDir,
 }
 
-/// Loads a checkpoint, with `adapter` on it if there is one; or, if `dir` is that of an adapter, the base model that its
-/// `adapter_config.json` names, with the adapter.
+/// Loads a checkpoint, and `adapter` if there is one. If `dir` is itself the directory of an adapter, loads the base model that
+/// its `adapter_config.json` names, and that adapter.
 ///
-/// The weights have `dtype`; `None` keeps that of the checkpoint. With `bits` the projections are quantized while they are
-/// read, so that the unquantized model is never in memory as a whole.
+/// The weights are loaded as `dtype`; `None` keeps the dtype of the checkpoint. With `bits` the projections are quantized as
+/// they are read, so that the complete unquantized model is never in memory.
 ///
 /// # Errors
 ///
-/// [`InferError::Checkpoint`] and [`InferError::Adapter`] for what cannot be loaded, [`InferError::AdapterOnAdapter`] if both
-/// are adapters.
+/// [`InferError::Checkpoint`] or [`InferError::Adapter`] for files that cannot be loaded, [`InferError::AdapterOnAdapter`] if
+/// both `dir` and `adapter` are adapters.
 pub fn load_model(
     dir: &Path,
     adapter: Option<&Path>,
@@ -55,7 +55,7 @@ pub fn load_model(
 ///
 /// # Errors
 ///
-/// [`CheckpointError`] for what cannot be loaded.
+/// [`CheckpointError`] for files that cannot be loaded.
 pub fn load_base(
     dir: &Path,
     device: &Device,

@@ -1,4 +1,4 @@
-//! From what a user names as a model to the directory with its weights.
+//! Finds the directory with the weights of the model that a user names.
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ pub struct ModelDir {
 }
 
 impl ModelDir {
-    /// The path; the lock is released.
+    /// The path of the directory. The lock is released.
     pub fn into_path(self) -> PathBuf {
         self.path
     }
@@ -38,10 +38,10 @@ impl AsRef<Path> for ModelDir {
 
 /// The directory with the weights of `model`, which is one of
 ///
-/// * a directory with a `config.json`, or that of an adapter: itself;
+/// * a directory with a `config.json`, or the directory of an adapter: itself;
 /// * the folder of a training run: its newest complete checkpoint;
 /// * the directory of a model in the Hub's cache (`models--org--name`): the snapshot of `main`;
-/// * `org/name` or `org/name@revision`, if there is no such path: its snapshot in the Hub's cache. Nothing is downloaded.
+/// * `org/name` or `org/name@revision`, if no such path exists: its snapshot in the Hub's cache. Nothing is downloaded.
 ///
 /// Any other path is returned unchanged, so that the error comes from opening it. Nothing is written or removed.
 ///
@@ -53,7 +53,7 @@ pub fn resolve_model(model: impl AsRef<Path>) -> Result<ModelDir, CheckpointErro
     resolve_weights(&hub::resolve(model)?)
 }
 
-/// [`resolve_model`] for a path that is never the name of a repository, such as that of an adapter.
+/// As [`resolve_model`], for a path that is never the name of a repository, such as the directory of an adapter.
 ///
 /// # Errors
 ///
@@ -62,7 +62,7 @@ pub fn resolve_weights(dir: &Path) -> Result<ModelDir, CheckpointError> {
     if dir.join("config.json").exists() || is_adapter(dir) {
         let lock = match dir.join(TRAINER_STATE).exists().then(|| ReadLock::acquire(dir)) {
             Some(LockAttempt::Held(lock)) => Some(lock),
-            // Read without a lock all the same: the user named this checkpoint.
+            // The user named this checkpoint, so it is read even without a lock.
             _ => None,
         };
         return Ok(ModelDir { path: dir.to_owned(), _lock: lock });

@@ -1,4 +1,4 @@
-//! Files of a model's directory, which are not trusted: all of them are read through [`ModelFiles`].
+//! The files of a model's directory. They are untrusted, and all of them are read through [`ModelFiles`].
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -9,8 +9,8 @@ use moonlight_convert::{CheckpointError, ConfinedDir};
 /// The limit of a file of settings (`tokenizer_config.json` and the like); the published ones have up to a few hundred kB.
 pub(crate) const MAX_SETTINGS_BYTES: u64 = 10_000_000;
 
-/// A model's directory, from which only plain files up to a limit are read, and no link out of it is followed. A file that
-/// exists and cannot be read is an error, never treated as absent.
+/// A model's directory. Only plain files up to a limit are read from it, and no link out of it is followed. A file that exists
+/// but cannot be read is an error, and never treated as absent.
 pub(crate) struct ModelFiles<'a> {
     dir: &'a Path,
     confined: io::Result<ConfinedDir>,
@@ -23,7 +23,7 @@ impl<'a> ModelFiles<'a> {
         Self { dir, confined: ConfinedDir::new(dir) }
     }
 
-    /// The bytes of a file; `None` where it does not exist. The error is the file and what is wrong with it.
+    /// The bytes of a file; `None` if it does not exist. The error is the path of the file and what is wrong with it.
     pub(crate) fn read(&self, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, (PathBuf, String)> {
         let path = self.dir.join(name);
         match &self.confined {
@@ -34,7 +34,7 @@ impl<'a> ModelFiles<'a> {
     }
 }
 
-/// What is wrong with a file, as part of a sentence that names it.
+/// The problem of a file, as part of a sentence that names the file.
 fn problem(error: CheckpointError) -> String {
     match error {
         CheckpointError::Link { .. } => "it is a symbolic link that leads out of its directory".into(),
@@ -48,7 +48,7 @@ fn too_long(bytes: u64, max_bytes: u64) -> String {
     format!("it has {bytes} bytes, more than the limit of {max_bytes}")
 }
 
-/// The bytes of a file that the user names directly, and that may be a link. The error is what is wrong with it.
+/// The bytes of a file that the user names directly. The file may be a link. The error is what is wrong with the file.
 pub(crate) fn read_named(path: &Path, max_bytes: u64) -> Result<Vec<u8>, String> {
     let found = std::fs::metadata(path).map_err(|error| error.to_string())?;
     if !found.is_file() {
@@ -58,7 +58,7 @@ pub(crate) fn read_named(path: &Path, max_bytes: u64) -> Result<Vec<u8>, String>
         return Err(too_long(found.len(), max_bytes));
     }
     let mut contents = Vec::with_capacity(found.len() as usize);
-    // `take`, because the file may grow in the meantime.
+    // `take`, because the file may have grown since its length was read.
     let read = File::open(path).and_then(|file| file.take(max_bytes).read_to_end(&mut contents));
     read.map_err(|error| error.to_string())?;
     Ok(contents)

@@ -1,4 +1,4 @@
-//! The published chat template of Moonlight. In a file of its own, because both `chat` and `tokenizer` use it.
+//! The published chat template of Moonlight. It is a separate module because both `chat` and `tokenizer` use it.
 
 /// Moonlight's template, as published in its `tokenizer_config.json`. It writes no line breaks and no `[BOS]`, and adds a
 /// system message to a conversation without one.

@@ -1,4 +1,4 @@
-//! Opens a model with all that running it needs: weights, tokenizer, and the tokens that end a text.
+//! Opens a model with everything that is needed to run it: weights, tokenizer, and the tokens that end a text.
 
 use std::path::{Path, PathBuf};
 
@@ -13,13 +13,13 @@ use crate::model_dir::{ModelDir, resolve_model, resolve_weights};
 use crate::model_files::{MAX_SETTINGS_BYTES, ModelFiles};
 use crate::tokenizer::Tokenizer;
 
-/// How to open a model.
+/// Options for opening a model.
 ///
 /// | option | default |
 /// |---|---|
 /// | [`with_device`](Self::with_device) | `auto`: the first of CUDA, Metal, Vulkan, WGPU and CPU that is compiled in |
-/// | [`with_dtype`](Self::with_dtype) | `auto`: f32 on the CPU, elsewhere that of the checkpoint |
-/// | [`with_adapter`](Self::with_adapter) | none; the directory of an adapter can also be opened as the model |
+/// | [`with_dtype`](Self::with_dtype) | `auto`: f32 on the CPU, the dtype of the checkpoint on other devices |
+/// | [`with_adapter`](Self::with_adapter) | none; the directory of an adapter can also be opened as a model |
 /// | [`with_bits`](Self::with_bits) | not quantized |
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
@@ -36,22 +36,22 @@ impl Default for OpenOptions {
 }
 
 impl OpenOptions {
-    /// The defaults.
+    /// The default options.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// `cpu`, `cuda[:N]`, `wgpu[:N]`, `vulkan[:N]`, `metal` or `auto`.
+    /// Sets the device: `cpu`, `cuda[:N]`, `wgpu[:N]`, `vulkan[:N]`, `metal` or `auto`.
     pub fn with_device(self, device: impl Into<String>) -> Self {
         Self { device: device.into(), ..self }
     }
 
-    /// `f32`, `bf16`, `f16` or `auto`.
+    /// Sets the dtype of the weights: `f32`, `bf16`, `f16` or `auto`.
     pub fn with_dtype(self, dtype: impl Into<String>) -> Self {
         Self { dtype: dtype.into(), ..self }
     }
 
-    /// The directory of an adapter, or the folder of a LoRA run, to apply to the model.
+    /// Applies an adapter to the model: its directory, or the folder of a LoRA run.
     pub fn with_adapter(self, adapter: impl Into<PathBuf>) -> Self {
         Self { adapter: Some(adapter.into()), ..self }
     }
@@ -61,7 +61,7 @@ impl OpenOptions {
         Self { bits: Some(bits), ..self }
     }
 
-    /// Opens a model by any of the names that [`resolve_model`] takes.
+    /// Opens a model by any name that [`resolve_model`] accepts.
     ///
     /// # Errors
     ///
@@ -85,18 +85,18 @@ impl OpenOptions {
 /// A model with its tokenizer.
 #[derive(Debug)]
 pub struct OpenedModel {
-    /// The directory of the checkpoint; for an adapter that of its base model.
+    /// The directory of the checkpoint; for an adapter, that of its base model.
     pub dir: ModelDir,
     /// The model, with its adapter if there is one.
     pub model: CausalLm,
     /// The tokenizer in `dir`, if there is one.
     pub tokenizer: Option<Tokenizer>,
-    /// The tokens that end a text: those of `generation_config.json`, else of `config.json`, else the tokenizer's EOS.
+    /// The tokens that end a text: those of `generation_config.json`, else those of `config.json`, else the tokenizer's EOS.
     pub eos: Vec<u32>,
 }
 
 impl OpenedModel {
-    /// The tokenizer, or an error without one.
+    /// The tokenizer, or an error if there is none.
     ///
     /// # Errors
     ///
@@ -105,7 +105,7 @@ impl OpenedModel {
         self.tokenizer.as_ref().ok_or_else(|| InferError::NoTokenizer(self.dir.to_path_buf()))
     }
 
-    /// An encoder of conversations, by the chat template of the model.
+    /// An encoder for conversations, with the chat template of the model.
     ///
     /// # Errors
     ///
@@ -116,8 +116,8 @@ impl OpenedModel {
     }
 
     /// The tokens that end an answer in a chat: [`eos`](Self::eos), the tokenizer's EOS, and the token with which the chat
-    /// template ends a turn ([`ChatEncoder::end_token`]). The files of a base model do not list the last one, but a model
-    /// that was fine-tuned from it writes it.
+    /// template ends a turn ([`ChatEncoder::end_token`]). The files of a base model do not list the last of these, but a model
+    /// that was fine-tuned from it with the template writes it.
     pub fn end_of_turn(&self, chat: &ChatEncoder) -> Vec<u32> {
         let tokenizer = self.tokenizer.as_ref().and_then(Tokenizer::eos);
         let mut tokens = self.eos.clone();
@@ -132,7 +132,7 @@ impl OpenedModel {
 
 const GENERATION: &str = "generation_config.json";
 
-/// `eos_token_id` of `generation_config.json`, a token or a list; `None` where it is not set.
+/// The `eos_token_id` of `generation_config.json`, which is a token or a list; `None` if it is not set.
 fn generation_eos(dir: &Path) -> Result<Option<Vec<u32>>, InferError> {
     let read = ModelFiles::new(dir).read(GENERATION, MAX_SETTINGS_BYTES);
     let Some(text) = read.map_err(|(path, problem)| InferError::ModelFile { path, problem })? else { return Ok(None) };

@@ -1,9 +1,9 @@
 //! Rows of parquet files as JSON.
 //!
-//! The Hub stores data sets in parquet: a column for each key of a record, lists of structs for `messages`. A row becomes the
-//! JSON of a [record](crate::records), whose line number is that of the row, from 1.
+//! The Hub stores data sets as parquet, with a column for each key of a record, and lists of structs for `messages`. A row
+//! becomes the JSON of a [record](crate::records), whose line number is that of the row, from 1.
 //!
-//! Needs the cargo feature `parquet`.
+//! Reading requires the cargo feature `parquet`.
 
 use std::path::{Path, PathBuf};
 
@@ -50,8 +50,8 @@ impl ParquetError {
     }
 }
 
-/// A file must have at least one of these columns, or any if the list is empty. All columns are read, whatever the list: the
-/// parser of the records decides which of them it uses.
+/// A file must have at least one of these columns; an empty list requires none. All columns of the file are read, whatever the
+/// list: the parser of the records decides which of them it uses.
 pub type RequiredColumns = &'static [&'static str];
 
 /// The columns of conversations, one for each [format](crate::chat::ConversationFormat).
@@ -97,7 +97,8 @@ mod reader {
     ///
     /// # Errors
     ///
-    /// A file that is not a complete parquet file or has none of the columns; in place of a row, that it cannot be decoded.
+    /// A file that is not a complete parquet file, or that has none of the columns. The iterator yields an error in place of a
+    /// row that cannot be decoded.
     pub fn rows(
         path: &Path,
         required: RequiredColumns,
@@ -132,7 +133,7 @@ mod reader {
         Err(ParquetError::file(path, format!("it has none of the columns {missing}; it has {present}"), None))
     }
 
-    /// Calls the parquet crate. Its record reader does not check all of a file's metadata, and panics where it is wrong.
+    /// Calls the parquet crate, whose record reader does not validate all of a file's metadata and panics if it is wrong.
     fn without_panic<T>(read: impl FnOnce() -> Result<T, ReaderError>) -> Result<T, String> {
         match catch_panic(read) {
             Some(read) => read.map_err(message),
@@ -148,7 +149,7 @@ mod reader {
         group: usize,
         /// The remaining rows of the current row group.
         rows: Option<ReaderIter>,
-        /// Rows that were read.
+        /// The number of rows that were read.
         row: usize,
         failed: bool,
     }
@@ -198,8 +199,8 @@ mod reader {
         if value.is_finite() { value.into() } else { non_finite_to_json(value) }
     }
 
-    /// A field as JSON. Bytes are UTF-8 text, times are the numbers that the file stores, and a decimal is the string of its
-    /// digits.
+    /// A field as JSON. Bytes must be UTF-8 text, times become the numbers that the file stores, and a decimal becomes the string
+    /// of its digits.
     fn value(field: Field) -> Result<Value, String> {
         Ok(match field {
             Field::Null => Value::Null,
@@ -217,7 +218,7 @@ mod reader {
             Field::UInt(value) => value.into(),
             Field::ULong(value) => value.into(),
             Field::Float16(value) => number(value.to_f64()),
-            // Not converted to f64: JSON then has the shortest digits of the f32 (0.1, not 0.10000000149011612).
+            // An f32 is not converted to f64, so that JSON has its shortest digits (0.1, not 0.10000000149011612).
             Field::Float(value) if value.is_finite() => value.into(),
             Field::Float(value) => number(value.into()),
             Field::Double(value) => number(value),
@@ -232,12 +233,12 @@ mod reader {
                 Value::Array(list.elements().iter().cloned().map(value).collect::<Result<_, _>>()?)
             }
             Field::MapInternal(map) => {
-                let entry = |(key, of_key): &(Field, Field)| {
+                let entry = |(key, item): &(Field, Field)| {
                     let key = match value(key.clone())? {
                         Value::String(key) => key,
                         key => key.to_string(),
                     };
-                    Ok((key, value(of_key.clone())?))
+                    Ok((key, value(item.clone())?))
                 };
                 Value::Object(map.entries().iter().map(entry).collect::<Result<_, String>>()?)
             }
@@ -300,7 +301,7 @@ mod tests {
         assert!(error.ends_with("it has none of the columns `tokens`, `input_ids`; it has `id`, `text`"), "{error}");
     }
 
-    /// A file that is truncated or has a changed byte is an error or has other rows; it never ends the program.
+    /// A truncated file, or one with a changed byte, is an error or has different rows. It never ends the program.
     #[test]
     fn damaged_files_are_errors() {
         let dir = tempfile::tempdir().unwrap();

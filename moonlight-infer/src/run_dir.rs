@@ -1,7 +1,7 @@
-//! The checkpoints in the folder of a training run, and which of them are complete.
+//! Finds the checkpoints in the folder of a training run, and checks whether they are complete.
 //!
-//! [`check_checkpoint`] is the only check: resuming, the removal of old checkpoints, and every reader of a run's folder use
-//! it. It writes nothing, because the run may be in progress.
+//! Resuming, the removal of old checkpoints, and every reader of a run's folder use the same check, [`check_checkpoint`]. It
+//! writes nothing, because the run may be in progress.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -21,41 +21,41 @@ pub const TRAINER_STATE: &str = "trainer.json";
 pub const FIRST_VERSION: u64 = 1;
 /// The `version` in `trainer.json` that this program writes.
 pub const NEWEST_VERSION: u64 = 2;
-/// The optimizer's state in one file, as programs before version 2 wrote it on one rank.
+/// The single file with the optimizer's state, as programs before version 2 wrote it on one rank.
 pub const SINGLE_OPTIMIZER: &str = "optimizer.bpk";
 /// The prefix of the name of a file with one rank's part of the optimizer's state.
 pub const OPTIMIZER_PART: &str = "optimizer-";
 /// The prefix of the name of a checkpoint's directory, before the step.
 const PREFIX: &str = "step-";
 const MAX_STATE_BYTES: u64 = 16 << 20;
-/// How often a reader tries again when a checkpoint is removed while it opens it.
+/// How often a reader tries again if checkpoints are removed while it opens them.
 const ATTEMPTS: usize = 50;
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// Whether a checkpoint is complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CheckpointStatus {
-    /// Every file is there with its size, and with its hash if that was checked.
+    /// Every file exists and has its size, and its hash if hashes were checked.
     Complete {
-        /// The step after which it was written.
+        /// The step after which the checkpoint was written.
         step: u64,
     },
-    /// Files are missing or differ from what was written: what is wrong with each, separated by commas.
+    /// Files are missing or differ from what was written. The problems of all files, separated by commas.
     Damaged(String),
-    /// A newer program wrote it, so that this one cannot check it.
+    /// A newer program wrote the checkpoint, and this one cannot check it.
     Newer {
         /// The `version` in `trainer.json`.
         version: u64,
     },
 }
 
-/// Checks the checkpoint in a directory against its manifest, by size or with [`Depth::Digests`] by hash. Of a checkpoint of
-/// version 1, which has no manifest, the headers and the list of files are checked.
+/// Checks the checkpoint in a directory against its manifest, by size or, with [`Depth::Digests`], by hash. A checkpoint of
+/// version 1 has no manifest; its list of files and their headers are checked instead.
 ///
 /// # Errors
 ///
-/// [`CheckpointError`] for a file that exists and cannot be read. It is not damage: a caller must not conclude that the
-/// checkpoint is lost, and remove it.
+/// [`CheckpointError`] for a file that exists but cannot be read. This is not damage: a caller must not conclude that the
+/// checkpoint is lost and remove it.
 pub fn check_checkpoint(dir: &Path, depth: Depth) -> Result<CheckpointStatus, CheckpointError> {
     let confined = ConfinedDir::new(dir).map_err(FileError::read::<CheckpointError>(dir))?;
     let path = dir.join(TRAINER_STATE);
@@ -84,7 +84,7 @@ pub fn check_checkpoint(dir: &Path, depth: Depth) -> Result<CheckpointStatus, Ch
     }
 }
 
-/// What is wrong with a checkpoint of version 1, by its file names and headers.
+/// The problems of a checkpoint of version 1, found from its file names and headers.
 fn damages_without_manifest(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     let mut damages = Vec::new();
     if is_adapter(dir) {
@@ -94,6 +94,7 @@ fn damages_without_manifest(dir: &Path) -> Result<Vec<String>, CheckpointError> 
     } else {
         match Checkpoint::open(dir) {
             Ok(checkpoint) => damages.extend(checkpoint.problems().into_iter().map(|problem| problem.to_string())),
+            // A file that cannot be read is not damage.
             Err(CheckpointError::File(error)) => return Err(error.into()),
             Err(error) => damages.push(error.to_string()),
         }
@@ -104,11 +105,11 @@ fn damages_without_manifest(dir: &Path) -> Result<Vec<String>, CheckpointError> 
 }
 
 /// The files of a checkpoint with the optimizer's state: one for each rank that wrote it, or the single file of version 1.
-/// Missing parts are listed, too.
+/// Parts that are missing are also listed.
 pub fn optimizer_files(dir: &Path) -> Vec<PathBuf> {
     let paths = storage::read_dir(dir).unwrap_or_default();
     let mut names = paths.iter().filter_map(|path| path.file_name()?.to_str());
-    // The name is written with five digits. A file with another number is not ours, and would make a huge list.
+    // This program writes five digits. A file with a larger number is from elsewhere, and would yield a huge list.
     let world_size = names.find_map(|name| {
         let (_, size) = name.strip_prefix(OPTIMIZER_PART)?.strip_suffix(".bpk")?.split_once("-of-")?;
         if size.len() == 5 { size.parse::<usize>().ok() } else { None }
@@ -134,8 +135,8 @@ pub fn is_checkpoint_name(name: &str) -> bool {
     name.strip_prefix(PREFIX).is_some_and(|step| !step.is_empty() && step.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// The directories of checkpoints in `dir`, the `checkpoints` of a run, complete or damaged, with the highest step first;
-/// none where `dir` does not exist.
+/// The directories of all checkpoints, complete or damaged, in `dir` (the `checkpoints` of a run), with the highest step first.
+/// Empty if `dir` does not exist.
 ///
 /// # Errors
 ///
@@ -150,7 +151,7 @@ pub fn checkpoint_folders(dir: &Path) -> Result<Vec<PathBuf>, FileError> {
     let mut folders: Vec<PathBuf> =
         paths.into_iter().filter(|path| is_checkpoint_name(&name(path)) && path.is_dir()).collect();
     folders.sort_by_cached_key(|path| {
-        // As digits, not as a number: a name may have more than a u64 holds.
+        // Compared as digits rather than as numbers, because a name may have more digits than fit into a u64.
         let name = name(path);
         let digits = name[PREFIX.len()..].trim_start_matches('0').to_owned();
         std::cmp::Reverse((digits.len(), digits))
@@ -158,14 +159,14 @@ pub fn checkpoint_folders(dir: &Path) -> Result<Vec<PathBuf>, FileError> {
     Ok(folders)
 }
 
-/// A shared lock on the directory of a checkpoint. A run does not remove the checkpoint while a reader holds one.
+/// A shared lock on the directory of a checkpoint. A run does not remove the checkpoint while a reader holds the lock.
 #[derive(Debug, Clone)]
 pub struct ReadLock(#[allow(dead_code, reason = "held, not used")] Arc<File>);
 
 /// The result of [`ReadLock::acquire`].
 #[derive(Debug)]
 pub enum LockAttempt {
-    /// The lock.
+    /// The directory is locked.
     Held(ReadLock),
     /// The run is removing the checkpoint, or still writing it.
     Busy,
@@ -174,7 +175,7 @@ pub enum LockAttempt {
 }
 
 impl ReadLock {
-    /// Tries to lock a directory; does not wait.
+    /// Tries to lock a directory without waiting.
     pub fn acquire(dir: &Path) -> LockAttempt {
         let Ok(file) = File::open(dir) else { return LockAttempt::Unsupported };
         match file.try_lock_shared() {
@@ -185,8 +186,8 @@ impl ReadLock {
     }
 }
 
-/// The newest complete checkpoint of a training run, locked for reading; `None` where `run` has none. A warning names each
-/// newer one that is damaged.
+/// The newest complete checkpoint of a training run, locked for reading; `None` if `run` has none. Each newer checkpoint that is
+/// damaged is logged as a warning.
 ///
 /// # Errors
 ///
@@ -197,7 +198,7 @@ pub fn newest_checkpoint(run: &Path) -> Result<Option<(PathBuf, Option<ReadLock>
         let mut damaged = Vec::new();
         let mut vanished = false;
         for path in checkpoint_folders(&dir)? {
-            // Locked before the check, so that the checkpoint is not removed between check and reading.
+            // The lock comes before the check, so that the checkpoint is not removed between the check and the reading.
             let lock = match ReadLock::acquire(&path) {
                 LockAttempt::Held(lock) => Some(lock),
                 LockAttempt::Busy if attempt < ATTEMPTS => {
@@ -207,7 +208,7 @@ pub fn newest_checkpoint(run: &Path) -> Result<Option<(PathBuf, Option<ReadLock>
                 LockAttempt::Busy | LockAttempt::Unsupported => None,
             };
             let status = check_checkpoint(&path, Depth::Sizes);
-            // Removed since it was listed: whatever the check found, the list is outdated.
+            // The checkpoint was removed since it was listed, so the list is outdated, whatever the check found.
             if !path.is_dir() && attempt < ATTEMPTS {
                 vanished = true;
                 break;

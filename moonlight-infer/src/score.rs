@@ -1,4 +1,4 @@
-//! Log-probabilities of given tokens.
+//! The log-probabilities of given tokens.
 
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Int, Tensor, TensorData};
@@ -16,7 +16,7 @@ pub struct TokenScore {
     pub greedy: bool,
 }
 
-/// The natural logarithm of the probability of each token, given all before it; in f32. `None` for the first token.
+/// The natural logarithm of the probability of each token given all tokens before it, in f32. `None` for the first token.
 ///
 /// # Errors
 ///
@@ -32,8 +32,8 @@ pub fn score(model: &CausalLm, tokens: &[u32]) -> Result<Vec<Option<f32>>, Infer
     Ok(first.into_iter().chain(scores.map(|score| Some(score.logprob))).collect())
 }
 
-/// Scores each sequence except its first token, as one batch that is padded on the right. The last token of a sequence is
-/// predicted and not read, so a sequence may be one token longer than the model's context.
+/// Scores all tokens of each sequence except the first, in one batch that is padded on the right. The last token of a sequence
+/// is predicted but not read, so a sequence may be one token longer than the model's context.
 ///
 /// # Errors
 ///
@@ -52,7 +52,7 @@ pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Tok
     }
     let device = model.embed_tokens.weight.val().device();
     let (batch, width) = (sequences.len(), longest - 1);
-    // Attention is causal, so that padding after a sequence changes nothing in it.
+    // Attention is causal, so padding after a sequence does not change its scores.
     let padded = |from: usize| -> Vec<i32> {
         let row = |tokens: &&[u32]| {
             let tokens: Vec<i32> = tokens.iter().skip(from).take(width).map(|&token| token as i32).collect();
@@ -64,11 +64,11 @@ pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Tok
     let input = Tensor::<2, Int>::from_data(TensorData::new(padded(0), [batch, width]), &device);
     let targets = Tensor::<3, Int>::from_data(TensorData::new(padded(1), [batch, width, 1]), &device);
     let log_probabilities = log_softmax(model.logits(input, None).cast(DType::F32), 2); // [batch, width, vocab]
-    let of_targets = log_probabilities.clone().gather(2, targets); // [batch, width, 1]
-    let best = log_probabilities.max_dim(2);
+    let target_scores = log_probabilities.clone().gather(2, targets); // [batch, width, 1]
+    let best = log_probabilities.max_dim(2); // [batch, width, 1]
     let values =
         |tensor: Tensor<3>| -> Vec<f32> { tensor.into_data().try_into_vec().expect("the logits were cast to f32") };
-    let scores: Vec<TokenScore> = values(of_targets)
+    let scores: Vec<TokenScore> = values(target_scores)
         .into_iter()
         .zip(values(best))
         .map(|(logprob, best)| TokenScore { logprob, greedy: logprob >= best })
@@ -77,7 +77,7 @@ pub fn score_batch(model: &CausalLm, sequences: &[&[u32]]) -> Result<Vec<Vec<Tok
     let rows: Vec<Vec<TokenScore>> = rows.map(|(row, tokens)| row[..tokens.len().saturating_sub(1)].to_vec()).collect();
     for row in &rows {
         if let Some(index) = row.iter().position(|score| !score.logprob.is_finite()) {
-            // The first score is that of the second token, and positions count from 1.
+            // The first score belongs to the second token, and positions count from 1.
             return Err(InferError::NonFiniteScore { position: index + 2 });
         }
     }

@@ -1,4 +1,4 @@
-//! Sequences of tokens from files of records with texts or tokens.
+//! Reads sequences of tokens from files whose records have texts or tokens.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::tokenizer::Tokenizer;
 /// Reads records `{"tokens": [...]}` or `{"text": "..."}` from a file of any [kind](crate::records). Other fields are ignored.
 pub struct TokenReader {
     records: RecordReader,
-    /// The position of the last record.
+    /// The position of the record that was read last.
     place: FilePosition,
 }
 
@@ -46,8 +46,8 @@ impl TokenReader {
     ///
     /// # Errors
     ///
-    /// Those of [`next_tokens`](Self::next_tokens), and those of `each`, with the file and line where they are about the tokens
-    /// ([`InferError::with_position`]).
+    /// Those of [`next_tokens`](Self::next_tokens), and those of `each`. Errors of `each` about the tokens get the file and line of
+    /// the record ([`InferError::with_position`]).
     pub fn for_each(
         mut self,
         tokenizer: Option<&Tokenizer>,
@@ -64,7 +64,7 @@ impl TokenReader {
 ///
 /// # Errors
 ///
-/// What is wrong with it.
+/// What is wrong with the record.
 #[doc(hidden)]
 pub fn parse_record(json: &[u8], tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, String> {
     let value = parse(json).map_err(|error| error.to_string())?.value;

@@ -1,4 +1,4 @@
-//! `tiktoken.model` and the `tokenizer.json` converted from it give the tokens of tiktoken, with the real ranks of
+//! A `tiktoken.model` and the `tokenizer.json` converted from it yield the tokens of tiktoken. The files have the real ranks of
 //! `cl100k_base` (which the `tiktoken-rs` crate contains), Moonlight's pattern, and added tokens, special and not.
 
 use std::collections::HashSet;
@@ -13,7 +13,7 @@ use moonlight_infer::Tokenizer;
 use serde_json::{Value, json};
 use tiktoken_rs::CoreBPE;
 
-/// Ids relative to the first after the ranks, as in Kimi K2.
+/// Special tokens of Kimi K2. The ids are relative to the first one after the ranks.
 const SPECIAL: [(u32, &str); 7] = [
     (0, "[BOS]"),
     (1, "[EOS]"),
@@ -26,7 +26,7 @@ const SPECIAL: [(u32, &str); 7] = [
 const PLAIN: [(u32, &str); 4] =
     [(11, "<|tool_calls_section_begin|>"), (13, "<|tool_call_begin|>"), (22, "<think>"), (23, "</think>")];
 
-/// Code and prose of this repository, and scripts and symbols that it does not contain.
+/// Code and pages of this repository, and scripts and symbols that it does not contain.
 fn texts() -> Vec<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let mut texts: Vec<String> = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/src/reference/recipe.md"]
@@ -101,7 +101,7 @@ fn both_files_give_the_tokens_of_tiktoken() {
                 let mut streamed: String = parsed.iter().map(|&token| stream.push(token)).collect();
                 streamed.push_str(&stream.finish());
                 let without: String = SPECIAL.iter().fold(text.clone(), |text, (_, name)| text.replace(name, ""));
-                // No text here contains a special token that appears only when another one is removed.
+                // Removing one name after the other is correct, because no text spells a name around another one.
                 assert_eq!((&ours.decode(&parsed), &streamed), (&without, &without));
             }
             (bytes, count) = (bytes + text.len(), count + parsed.len());

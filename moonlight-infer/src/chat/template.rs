@@ -277,7 +277,7 @@ impl ChatTemplate {
         self.render_input(&input, &input.values, add_generation_prompt, ["", ""])
     }
 
-    /// Like [`render`](ChatTemplate::render), but for `messages` with the variables of `input`, and with `marks` around the
+    /// Does the same as [`render`](ChatTemplate::render) for `messages` with the variables of `input`, and with `marks` around the
     /// output of `{% generation %}` blocks.
     pub(super) fn render_input(
         &self,

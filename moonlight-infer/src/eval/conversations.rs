@@ -1,4 +1,4 @@
-//! Conversations: the loss of what is learned, and whether greedy decoding gives the answers.
+//! Conversations: the loss of the assistant's text, and whether greedy decoding yields it.
 
 use serde_json::json;
 
@@ -26,6 +26,7 @@ pub(super) fn evaluate_conversations(
         let here = |problem: String, hint| InferError::line(&task.path, row.line, problem, hint);
         let read = encoder.parse(row.text.as_bytes()).and_then(|conversation| encoder.weighted_tokens(&conversation));
         let read = read.map_err(|error| here(error.to_string(), error.hint()))?;
+        // The last token is predicted but never read, so it does not need a position in the context.
         if read.tokens.len() > context + 1 {
             let problem = format!("{} tokens are more than the model's context of {context}", read.tokens.len());
             return Err(here(problem, None));
@@ -38,8 +39,8 @@ pub(super) fn evaluate_conversations(
     for ((row, scored), weights) in rows.iter().zip(&scores).zip(&weights) {
         let learned: Vec<(&TokenScore, f32)> = scored.iter().zip(weights.iter().skip(1).copied()).collect();
         let (mut sum, mut count, mut exact) = (0.0, 0.0, Vec::new());
-        // Greedy decoding gives the answer if and only if each token of it is the most likely one after those before it. So
-        // one forward pass is enough, and nothing is generated.
+        // Greedy decoding yields an answer if and only if each of its tokens is the most likely one after the tokens before
+        // it. One forward pass is therefore enough, and nothing is generated.
         for answer in learned.chunk_by(|a, b| (a.1 > 0.0) == (b.1 > 0.0)).filter(|part| part[0].1 > 0.0) {
             sum -= answer.iter().map(|(scored, weight)| f64::from(scored.logprob) * f64::from(*weight)).sum::<f64>();
             count += answer.iter().map(|(_, weight)| f64::from(*weight)).sum::<f64>();

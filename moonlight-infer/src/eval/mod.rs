@@ -2,23 +2,24 @@
 //!
 //! | format | rows | metrics |
 //! |---|---|---|
-//! | `mmlu`, `arc`, `hellaswag` | multiple choice, in the layout that the data set has on the Hub | `acc`: the choice with the largest log-likelihood is the right one; `acc_norm`: the largest per character; `acc_bytes`: per byte |
+//! | `mmlu`, `arc`, `hellaswag` | multiple choice, in the layout that the data set has on the Hub | `acc`: the right choice has the largest log-likelihood; `acc_norm`: the largest per character; `acc_bytes`: the largest per byte |
 //! | `perplexity` | `{"text": ...}` | `word_perplexity`, `byte_perplexity`, `bits_per_byte`, and `token_perplexity` |
-//! | `chat` | conversations | `nll`: nats per learned token; `exact_match`: greedy decoding gives the assistant's text exactly |
+//! | `chat` | conversations | `nll`: nats per learned token; `exact_match`: greedy decoding yields exactly the assistant's text |
 //!
-//! Standard errors are that of the mean (for accuracies, the binomial one) and, for ratios of sums, that of the bootstrap. A
-//! context that is too long for the model is truncated on the left; a long text is scored in windows. Few-shot examples are
-//! the first rows of `shots_from`, of the same subject where rows have one (the harness does so for MMLU, and samples them for
-//! other tasks).
+//! The standard error of a mean is the analytic one (for accuracies, binomial); that of a ratio of sums is from the bootstrap.
+//! A context that is too long for the model is truncated on the left; a long text is scored in windows. Few-shot examples are
+//! the first rows of `shots_from`, of the same subject if rows have one. (The harness does the same for MMLU, and samples the
+//! examples for other tasks.)
 //!
-//! Texts are tokenized as in the harness: the tokenizer adds BOS to a context if it adds BOS to texts
-//! ([`Tokenizer::prefix`]), an empty context is replaced by BOS, else EOS, and special tokens in texts are parsed. Two
-//! behaviors of the harness (0.4.13) are defects. They are reproduced, with a note, unless [`Task::fix_harness`] is set:
+//! Texts are tokenized as in the harness: a context starts with BOS if the tokenizer adds BOS to texts
+//! ([`Tokenizer::prefix`]), an empty context is replaced by BOS, or by EOS without a BOS, and special tokens in texts are
+//! parsed. Two behaviors of the harness (0.4.13) are defects. They are reproduced, with a note, unless [`Task::fix_harness`]
+//! is set:
 //!
 //! | the harness | with `fix_harness` |
 //! |---|---|
-//! | takes as the tokens of a choice those after the length of the tokenized context, although a token may cross the boundary: a choice without tokens has the log-likelihood 0, and wins; other choices follow a context that the tokenizer does not write | scores context and choice tokenized as one text, from the first token in which any choice of the row differs from the context |
-//! | adds BOS to a text to which the tokenizer has added BOS, and scores the second one | has one BOS, which is not scored |
+//! | cuts the tokens of context and choice after as many tokens as the context alone has, although a token may cross the boundary: a choice that is left without tokens has the log-likelihood 0 and wins; the others are scored after a context that differs from the tokenized text | context and choice are tokenized as one text, and scored from the first token in which any choice of the row differs from the context |
+//! | adds BOS to a text to which the tokenizer has already added BOS, and scores the second BOS | there is one BOS, which is not scored |
 
 mod conversations;
 mod multiple_choice;
@@ -46,16 +47,16 @@ pub use statistics::Estimate;
 pub use task::TaskFormat;
 use task::read_rows;
 
-/// What to evaluate, and how.
+/// A file to evaluate, and the options of the evaluation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Task {
     /// The file, of any [kind](crate::records).
     pub path: PathBuf,
     /// The format of its rows; `None` to detect it from the keys of the first row.
     pub format: Option<TaskFormat>,
-    /// Few-shot examples before each question.
+    /// The number of few-shot examples before each question.
     pub shots: usize,
-    /// The file of the examples; without it the other rows of the task.
+    /// The file with the examples; `None` for the other rows of the task.
     pub shots_from: Option<PathBuf>,
     /// The number of rows to evaluate; 0 for all.
     pub limit: usize,
@@ -72,11 +73,11 @@ pub struct Evaluation {
     pub format: TaskFormat,
     /// The number of rows that were evaluated.
     pub rows: usize,
-    /// Few-shot examples before each question.
+    /// The number of few-shot examples before each question.
     pub shots: usize,
     /// The metrics, in the order of [the table](self).
     pub metrics: Vec<Metric>,
-    /// Where a defect of the harness affects the metrics.
+    /// A note for each defect of the harness that affects the metrics.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// A record for each row, in order: its line, scores and choice.
@@ -101,7 +102,7 @@ pub struct EvalModel<'a> {
     pub model: &'a CausalLm,
     /// The tokenizer of the model.
     pub tokenizer: &'a Tokenizer,
-    /// The directory with the chat template; without it the template next to the tokenizer.
+    /// The directory with the chat template; `None` for the template next to the tokenizer.
     pub dir: Option<&'a Path>,
 }
 
@@ -109,8 +110,8 @@ pub struct EvalModel<'a> {
 ///
 /// # Errors
 ///
-/// [`InferError`]: a file that cannot be read, a row that is not of the format (with file and line), a conversation that does
-/// not fit into the model's context, conversations for a model without a chat template.
+/// [`InferError`]: a file that cannot be read, a row that does not have the format (with file and line), a conversation that
+/// does not fit into the model's context, or conversations for a model without a chat template.
 pub fn evaluate(model: EvalModel<'_>, task: &Task) -> Result<Evaluation, InferError> {
     let rows = read_rows(&task.path, task.limit)?;
     let format = match task.format {

@@ -29,8 +29,8 @@ pub(super) fn evaluate_choices(
     };
     let encoder = TextEncoder::new(model.tokenizer)?;
     let context_length = model.model.config().max_position_embeddings;
-    // All requests; the index of the first of each row; the lines of rows in which a token crosses the boundary.
-    let (mut requests, mut first, mut crossing) = (Vec::new(), Vec::new(), Vec::new());
+    // `starts` has the index of each row's first request, and `crossing` the lines in which a token crosses the boundary.
+    let (mut requests, mut starts, mut crossing) = (Vec::new(), Vec::new(), Vec::new());
     for (question, row) in questions.iter().zip(rows) {
         let usable = examples.iter().filter(|example| example.subject == question.subject && *example != question);
         let shots: Vec<String> = usable.take(task.shots).map(|example| example.with_answer() + "\n\n").collect();
@@ -38,7 +38,7 @@ pub(super) fn evaluate_choices(
             return Err(InferError::TooFewExamples { examples: shots.len(), shots: task.shots });
         }
         let context = format!("{}{}{}", question.description, shots.concat(), question.context);
-        first.push(requests.len());
+        starts.push(requests.len());
         let here = |problem: String, hint: Option<String>| InferError::line(&task.path, row.line, problem, hint);
         let choices: Vec<String> = question.choices.iter().map(|choice| format!(" {choice}")).collect();
         let encoded = match task.fix_harness {
@@ -61,9 +61,9 @@ pub(super) fn evaluate_choices(
     let scores = score_requests(model.model, &requests)?;
     let mut correct: [Vec<f64>; 3] = Default::default();
     let mut records = Vec::with_capacity(rows.len());
-    for ((question, row), start) in questions.iter().zip(rows).zip(first) {
-        let of_choice = &scores[start..start + question.choices.len()];
-        let sums: Vec<f64> = of_choice.iter().map(|scored| log_likelihood(scored)).collect();
+    for ((question, row), start) in questions.iter().zip(rows).zip(starts) {
+        let choice_scores = &scores[start..start + question.choices.len()];
+        let sums: Vec<f64> = choice_scores.iter().map(|scored| log_likelihood(scored)).collect();
         let best = |length: &dyn Fn(&str) -> f64| {
             let values = sums.iter().zip(&question.choices).map(|(sum, choice)| sum / length(choice));
             first_largest(values)
@@ -83,7 +83,7 @@ pub(super) fn evaluate_choices(
     Ok(TaskResult { metrics, records, notes: boundary_note(&crossing, task.fix_harness).into_iter().collect() })
 }
 
-/// The note on rows in which a token crosses the boundary between context and choice, by their lines.
+/// The note about rows in which a token crosses the boundary between context and choice; `lines` are those of the rows.
 fn boundary_note(lines: &[usize], fixed: bool) -> Option<String> {
     let first = lines.first()?;
     let count = lines.len();
@@ -98,7 +98,7 @@ fn boundary_note(lines: &[usize], fixed: bool) -> Option<String> {
     })
 }
 
-/// NumPy's `argmax`: the first of the largest values, and NaN is larger than all.
+/// The index that NumPy's `argmax` returns: the first of the largest values, where NaN is larger than any number.
 fn first_largest(values: impl Iterator<Item = f64>) -> usize {
     let mut best = (0, f64::NEG_INFINITY);
     for (index, value) in values.enumerate() {

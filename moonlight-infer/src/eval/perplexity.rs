@@ -1,4 +1,4 @@
-//! Perplexity of texts, per word, byte and token.
+//! The perplexity of texts per word, byte and token.
 
 use std::borrow::Cow;
 
@@ -16,11 +16,12 @@ use crate::tokenizer::TokenizerError;
 pub(super) fn evaluate_perplexity(model: EvalModel<'_>, task: &Task, rows: &[Row]) -> Result<TaskResult, InferError> {
     let context = model.model.config().max_position_embeddings;
     let encoder = TextEncoder::new(model.tokenizer)?;
-    let (mut requests, mut twice) = (Vec::new(), Vec::new());
+    // `doubled`: the lines whose text would start with BOS twice.
+    let (mut requests, mut doubled) = (Vec::new(), Vec::new());
     let mut documents = Vec::new();
     for row in rows {
         let field = |name: &str| row.fields.get(name).and_then(Value::as_str);
-        // The harness scores a page of WikiText detokenized, and divides by the words and bytes of the original.
+        // The harness scores the detokenized text of a WikiText page, but divides by the words and bytes of the original.
         let (text, scored) = match (row.fields.contains_key("text"), field("page")) {
             (false, Some(page)) => (Some(page), Cow::Owned(python_str::wikitext_detokenizer(page))),
             _ => (field("text"), Cow::Borrowed(field("text").unwrap_or_default())),
@@ -30,7 +31,7 @@ pub(super) fn evaluate_perplexity(model: EvalModel<'_>, task: &Task, rows: &[Row
         let tokens = encoder.encode(&scored).map_err(here)?;
         let has_first = encoder.first_token().is_some_and(|first| tokens.first() == Some(&first));
         if has_first && !task.fix_harness {
-            twice.push(row.line);
+            doubled.push(row.line);
         }
         let tokens = if has_first && task.fix_harness { &tokens[1..] } else { &tokens };
         let windows = windows(tokens, encoder.first_token(), context);
@@ -59,18 +60,18 @@ pub(super) fn evaluate_perplexity(model: EvalModel<'_>, task: &Task, rows: &[Row
         ("bits_per_byte", bits),
         ("token_perplexity", perplexity(&tokens)),
     ];
-    let note = twice.first().map(|first| {
+    let note = doubled.first().map(|first| {
         format!(
             "{} texts (the first on line {first}) start with the token that lm-evaluation-harness adds to a text, so that it is \
              scored as predicted by itself; `--fix-harness` has it once, and with `--no-bos` the tokenizer does not add it",
-            twice.len()
+            doubled.len()
         )
     });
     Ok(TaskResult { metrics, records, notes: note.into_iter().collect() })
 }
 
-/// The number of words as the harness counts them, by Python's `re.split(r"\s+", text)`: one more than there are runs of white
-/// space.
+/// The number of words as the harness counts them, with Python's `re.split(r"\s+", text)`: one more than the number of runs of
+/// white space.
 pub(super) fn count_words(text: &str) -> usize {
     let white: Vec<bool> = text.chars().map(python_str::is_space).collect();
     1 + white.chunk_by(|a, b| a == b).filter(|run| run[0]).count()

@@ -1,8 +1,8 @@
-//! Python's string methods where Rust's differ, and the harness's detokenizer of WikiText.
+//! Python's string methods that differ from Rust's, and the harness's detokenizer for WikiText.
 
 use regex::Regex;
 
-/// `str.isspace` of one character: Unicode's white space and the four ASCII separators.
+/// `str.isspace` for one character: Unicode's white space and the four ASCII separators.
 pub(super) fn is_space(character: char) -> bool {
     character.is_whitespace() || ('\x1c'..='\x1f').contains(&character)
 }
@@ -17,12 +17,12 @@ pub(super) fn rstrip(text: &str) -> &str {
     text.trim_end_matches(is_space)
 }
 
-/// `str.capitalize`: the first character in title case, the others in lower case as in the whole text (a sigma at the end of
+/// `str.capitalize`: the first character in title case, the others as in the lower case of the whole text (a sigma at the end of
 /// a word is `ς`).
 pub(super) fn capitalize(text: &str) -> String {
     let Some(first) = text.chars().next() else { return String::new() };
     let lower = text.to_lowercase();
-    // The lower case of the first character has this length in the whole text, too.
+    // The first character has the same lower case, and so the same length, alone and in the text.
     let first_length: usize = first.to_lowercase().map(char::len_utf8).sum();
     title(first) + &lower[first_length..]
 }
@@ -30,12 +30,12 @@ pub(super) fn capitalize(text: &str) -> String {
 /// `str.title` of one character, by Unicode's title-case mappings (SpecialCasing and UnicodeData).
 fn title(first: char) -> String {
     let one = match first {
-        // Digraphs have a title-case form of their own.
+        // Digraphs have a separate title-case form.
         'Ǆ' | 'ǅ' | 'ǆ' => 'ǅ',
         'Ǉ' | 'ǈ' | 'ǉ' => 'ǈ',
         'Ǌ' | 'ǋ' | 'ǌ' => 'ǋ',
         'Ǳ' | 'ǲ' | 'ǳ' => 'ǲ',
-        // Georgian capitals are for whole words only.
+        // Georgian capitals are only used for whole words.
         '\u{10d0}'..='\u{10fa}' | '\u{10fd}'..='\u{10ff}' => first,
         // Greek letters with iota subscript.
         '\u{1f80}'..='\u{1faf}' => char::from_u32(u32::from(first) | 8).unwrap_or(first),
@@ -44,7 +44,8 @@ fn title(first: char) -> String {
         'ῳ' | 'ῼ' => 'ῼ',
         'ŉ' => return "ʼN".into(),
         _ => {
-            // Only the first letter is upper case where one character becomes several (`ß`); an iota subscript stays one.
+            // If the upper case has several letters (`ß`), only the first one remains upper case. An iota subscript remains a
+            // subscript.
             let mut large = first.to_uppercase();
             let mut text: String = large.next().into_iter().collect();
             let greek = ('\u{1f00}'..='\u{1fff}').contains(&first);
@@ -106,7 +107,7 @@ pub(super) fn wikitext_detokenizer(page: &str) -> String {
     text
 }
 
-/// Whether a step of [`wikitext_detokenizer`] searches for a string or a regular expression.
+/// What a step of [`wikitext_detokenizer`] searches for: a string or a regular expression.
 #[derive(Clone, Copy)]
 enum Step {
     Plain,

@@ -54,7 +54,7 @@ impl std::fmt::Display for TaskFormat {
 }
 
 impl TaskFormat {
-    /// The format of a row, by its keys.
+    /// Detects the format of a row from its keys.
     pub(super) fn detect(row: &Map<String, Value>) -> Option<Self> {
         let has = |key: &str| row.contains_key(key);
         if has("endings") {
@@ -130,7 +130,7 @@ pub(super) struct Question {
 }
 
 impl Question {
-    /// Parses a row; the error is what is wrong with it.
+    /// Parses a row. The error names what is wrong with the row, as a sentence.
     pub(super) fn parse(format: TaskFormat, row: &Map<String, Value>) -> Result<Self, String> {
         let text =
             |key: &str| row.get(key).and_then(Value::as_str).ok_or_else(|| format!("the row has no string `{key}`"));

@@ -5,7 +5,7 @@ use super::*;
 use crate::chat::{ChatEncoder, ChatTemplate};
 use crate::score::score_batch;
 
-/// A small model of bytes with random weights.
+/// A small model with random weights and the vocabulary of `bytes`.
 fn model() -> CausalLm {
     let shape = serde_json::json!({
         "model_type": "llama", "vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -141,7 +141,7 @@ fn long_texts_are_scored_in_windows() {
     }
 }
 
-/// As the harness's task `wikitext`: the detokenized text is scored, and the words and bytes of the original are counted.
+/// As in the harness's task `wikitext`, the detokenized text is scored, and the words and bytes of the original are counted.
 #[test]
 fn a_page_of_wikitext_is_scored_detokenized() {
     let model = model();
@@ -186,7 +186,7 @@ fn an_answer_matches_exactly_if_greedy_decoding_gives_it() {
     let evaluation = run(&model, "x.jsonl", &format!("{line}\n"), |_| {}).unwrap();
     let nll = value(&evaluation, "nll").value;
     assert!((nll - learned.iter().sum::<f64>() / 4.0).abs() < 1e-4, "{nll}");
-    // What greedy decoding generates is greedy in every token, and another first token is not.
+    // Every token that greedy decoding generates is greedy, and a different first token is not.
     let prompt = encoder.tokens(&conversation.messages()[..2], true).unwrap();
     let sampling = crate::generate::Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
     let generated = crate::generate::generate(&model, &prompt, 3, sampling, &[], |_| {}).unwrap().tokens;
@@ -220,7 +220,7 @@ fn invalid_rows_are_errors_with_their_line() {
     );
 }
 
-/// A tokenizer of ASCII characters, `<s>`, and `merges`; with `bos` it adds `<s>` before each text.
+/// A tokenizer with ASCII characters, `<s>` and `merges`; with `bos` it adds `<s>` before each text.
 fn tokenizer_with(merges: &[[&str; 2]], bos: bool) -> (tempfile::TempDir, Tokenizer) {
     let mut vocab: Map<String, Value> = (b' '..=b'~')
         .map(char::from)
@@ -259,7 +259,7 @@ fn run_with(model: &CausalLm, tokenizer: &Tokenizer, lines: &str, fix_harness: b
     evaluate(EvalModel { model, tokenizer, dir: None }, &task)
 }
 
-/// The log-likelihood of the tokens from `from` on.
+/// The log-likelihood of the tokens from index `from`.
 fn sum_from(model: &CausalLm, tokens: &[u32], from: usize) -> f64 {
     let scores = crate::score::score(model, tokens).unwrap();
     scores[from..].iter().map(|score| f64::from(score.unwrap())).sum()
@@ -296,7 +296,7 @@ fn a_choice_that_is_merged_with_the_context() {
     let from = alone.len() - 1;
     assert_likelihoods(&fixed, &["A", "B", "C", "D"].map(|letter| sum_from(&model, &whole(letter), from)));
     assert!(fixed.notes[0].contains("scored with the choice"));
-    // Without such a token both give the same, and no note.
+    // Without such a token both yield the same scores, and no note.
     let (_dir, plain) = tokenizer_with(&[], false);
     let [a, b] = [false, true].map(|fix| run_with(&model, &plain, &row, fix).unwrap());
     assert_eq!((&a.records, a.notes.len(), b.notes.len()), (&b.records, 0, 0));
@@ -317,12 +317,12 @@ fn a_context_has_bos_if_the_tokenizer_adds_it_to_texts() {
     assert_likelihoods(&run_with(&model, &tokenizer, &row("Q?"), false).unwrap(), &expected(true));
     let without = tokenizer.clone().with_bos(crate::tokenizer::AddBos::Never).unwrap();
     assert_likelihoods(&run_with(&model, &without, &row("Q?"), false).unwrap(), &expected(false));
-    // A context that spells BOS gets no second one.
+    // A context that itself starts with BOS gets no second one.
     let spelled = ["A", "B"].map(|letter| by_hand(&format!("{} {letter}", text.replace("Q?", "Q")), true));
     assert_likelihoods(&run_with(&model, &tokenizer, &row("<s>Q"), false).unwrap(), &spelled);
 }
 
-/// The harness adds BOS to a text that has it already, and scores the second one.
+/// The harness adds BOS to a text that already has it, and scores the second one.
 #[test]
 fn a_text_with_bos_has_it_twice_unless_that_is_fixed() {
     let model = model();

@@ -1,4 +1,4 @@
-//! Batched generation: many prompts, of which several are generated at a time (continuous batching).
+//! Batched generation: continues many prompts, several at a time (continuous batching).
 
 use moonlight_model::CausalLm;
 
@@ -73,8 +73,7 @@ pub fn generate_many(
             if waiting.len() == 0 {
                 return Ok(());
             }
-            // All sequences ended without a forward pass, because their prompts fill the context or no tokens are requested.
-            continue;
+            continue; // every sequence of the batch has just ended: start the next prompts
         }
         let needed = cache.lengths().iter().zip(&inputs).map(|(length, input)| length + input.len()).max();
         grow_cache(&mut cache, needed.unwrap_or(0), max_tokens);

@@ -14,7 +14,7 @@ pub enum FileKind {
     JsonLines,
     /// The elements of one array.
     JsonArray,
-    /// A sequence of objects, each of which spans several lines.
+    /// A sequence of objects that each span several lines.
     JsonObjects,
     /// A header and a row for each record, with fields separated by this byte.
     Delimited(u8),

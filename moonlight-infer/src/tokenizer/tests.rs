@@ -14,7 +14,7 @@ fn streamed(tokenizer: &Tokenizer, tokens: &[u32]) -> Vec<String> {
     parts
 }
 
-/// Writes a byte-level BPE with two merges and an added special token, and the files next to it.
+/// Writes a byte-level BPE with two merges and an added special token, and a `tokenizer_config.json` next to it.
 fn write_tokenizer_json(dir: &Path) {
     let bytes = Tokenizer::bytes();
     let ours: serde_json::Value = serde_json::from_slice(&bytes.files()[0].contents).unwrap();
@@ -55,7 +55,7 @@ fn parsed(contents: &[u8]) -> HuggingFace {
     HuggingFace::parse(contents, &SpecialNames::default(), &mut Vec::new()).unwrap()
 }
 
-/// The `tokenizers` crate, and so transformers, reads the saved file as the same tokenizer.
+/// The `tokenizers` crate, and therefore transformers, reads the saved file as the same tokenizer.
 #[test]
 fn the_file_of_the_byte_tokenizer_has_the_same_tokens() {
     let tokenizer = parsed(&Tokenizer::bytes().files()[0].contents);
@@ -69,7 +69,7 @@ fn the_file_of_the_byte_tokenizer_has_the_same_tokens() {
     }
 }
 
-/// The same tokens as `bytes`, except for five bytes that texts never contain.
+/// `bytes-chat` has the same tokens as `bytes`, except for five bytes that never occur in UTF-8.
 #[test]
 fn the_chat_variant_of_the_byte_tokenizer() {
     let tokenizer = Tokenizer::open("bytes-chat").unwrap();
@@ -83,7 +83,7 @@ fn the_chat_variant_of_the_byte_tokenizer() {
     let again = Tokenizer::from_model_dir(dir.path()).unwrap().unwrap();
     assert_eq!(again.fingerprint(), tokenizer.fingerprint());
     assert_ne!(again.fingerprint(), Tokenizer::bytes().fingerprint());
-    // As the `tokenizers` crate, and so transformers, reads the file.
+    // The `tokenizers` crate, and therefore transformers, reads the file as the same tokenizer.
     let theirs = Tokenizer::from_json(&tokenizer.files()[0].contents).unwrap();
     assert!(matches!(theirs.kind, Kind::HuggingFace(_)));
     assert_eq!(theirs.encode(TEXT).unwrap(), tokenizer.encode(TEXT).unwrap());
@@ -228,7 +228,7 @@ fn hostile_tokenizers_are_refused_before_the_library_parses_them() {
 
 #[test]
 fn a_text_that_the_normalizer_expands_too_much_is_an_error() {
-    // Each step is harmless, and twelve of them make a text 10^12 times as long.
+    // Each step is harmless, but twelve of them make a text 10^12 times as long.
     let steps = vec![replace("a", "aaaaaaaaaa"); 12];
     let refused = with_normalizer(json!({"type": "Sequence", "normalizers": steps}));
     match refused {
@@ -238,7 +238,7 @@ fn a_text_that_the_normalizer_expands_too_much_is_an_error() {
         }
         Err(error) => assert!(error.contains("its normalizer makes"), "{error}"),
     }
-    // The same for an added token, which is normalized when the file is parsed.
+    // An added token is normalized when the file is parsed.
     let steps = vec![replace("a", "aaaaaaaaaa"); 12];
     let refused = with(|json| {
         json["normalizer"] = json!({"type": "Sequence", "normalizers": steps});
@@ -315,7 +315,7 @@ fn links_out_of_the_directory_and_devices_are_refused() {
     }
 }
 
-/// A `tiktoken.model` of the bytes and some merges, and the `tokenizer.json` that is converted from it.
+/// The tokenizers of a `tiktoken.model` with the bytes and some merges, and of the `tokenizer.json` converted from it.
 fn tiktoken_and_json(home: &Path, config: &serde_json::Value) -> [Tokenizer; 2] {
     use base64::Engine;
     use base64::engine::general_purpose::STANDARD;
@@ -337,7 +337,7 @@ fn tiktoken_and_json(home: &Path, config: &serde_json::Value) -> [Tokenizer; 2] 
     tokenizers
 }
 
-/// Added tokens of each kind: special and not, whole words, with white space, normalized, one a prefix of another.
+/// Added tokens of each kind: special and not, whole words, with white space, normalized, and one that is a prefix of another.
 fn added_tokens(first: u32) -> serde_json::Value {
     let token = |content: &str, special: bool, flags: &[&str]| {
         let flag = |name: &str| flags.contains(&name);
@@ -463,7 +463,7 @@ fn conversations_have_the_same_tokens_in_both_kinds_of_file() {
     let spelled = both[0].decode_with_special(&encoded[0]);
     // The white space around the special token belongs to it, as in transformers.
     assert!(spelled.starts_with("<|im_user|>user<|im_middle|>  a <think> b<|im_end|><|both|>a <think> b"), "{spelled}");
-    // The generation prompt opens reasoning, which no turn has, so that the text of the turn is searched for.
+    // The generation prompt opens a reasoning block that no turn has, so that no turn starts with the prompt.
     let template = "{%- for m in messages -%}<|im_user|>{{ m['role'] }}<|im_middle|> {{ m['content'] }}<|beyond|>\n{%- endfor -%}\
          {%- if add_generation_prompt -%}<|im_user|>assistant<|im_middle|> <think>{%- endif -%}";
     for tokenizer in both {
@@ -536,7 +536,7 @@ fn bos_is_added_on_request() {
     assert!(error.to_string().contains("has no BOS token") && error.hint().is_some(), "{error}");
     let unset = open(json!({"bos_token": "<end>"}));
     assert_eq!(unset.bos_conflict(), None);
-    // DeepSeek's: the config says so, and the post-processor does not do it.
+    // As in DeepSeek's files, the config asks for BOS and the post-processor does not add it.
     let tokenizer = open(json!({"bos_token": "<end>", "add_bos_token": true}));
     assert_eq!(tokenizer.encode_text("a").unwrap(), [97]);
     assert!(tokenizer.bos_conflict().unwrap().contains("says `add_bos_token: true`, but the post-processor"));
@@ -575,7 +575,7 @@ fn files_next_to_a_tokenizer_json_name_tokens() {
     let config = |token: serde_json::Value| {
         [("tokenizer_config.json", json!({"eos_token": "<e>", "added_tokens_decoder": {"257": token}}))]
     };
-    // A token in both files, one in the config only, with its flags, and one that another key names.
+    // A token in both files; one only in the config, with its flags; and one that another key names.
     let alone = [end.clone()];
     let both = [end.clone(), (257, added("<t>", true, false))];
     let plain = [end.clone(), (257, added("<t>", false, false))];
@@ -592,7 +592,7 @@ fn files_next_to_a_tokenizer_json_name_tokens() {
         (open(&plain, &eos("<t>")), "a <t> b", 257, false, "a  b"),
         (open(&plain, &map), "a <t> b", 257, false, "a  b"),
         (open(&alone, &legacy), "a <t> b", 257, true, "a <t> b"),
-        // A gap before the id: the crate, and so transformers, assigns another one.
+        // There is a gap before the id, so the crate, and therefore transformers, assigns a different id.
         (open(&[end.clone(), (300, added("<t>", false, false))], &[]), "a <t> b", 257, true, "a <t> b"),
     ] {
         let tokens = tokenizer.clone().with_parse_special(true).encode_text(text).unwrap();
@@ -602,7 +602,7 @@ fn files_next_to_a_tokenizer_json_name_tokens() {
     }
     let kept = |tokenizer: &Tokenizer| tokenizer.files().iter().any(|file| file.name == "added_tokens.json");
     assert!(kept(&open(&alone, &legacy)));
-    // With an `added_tokens_decoder` the file is ignored, and not kept.
+    // With an `added_tokens_decoder` the file is ignored, and is not part of the tokenizer's files.
     let [current] = config(added("<t>", false, false));
     assert!(!kept(&open(&plain, &[current, ("added_tokens.json", json!({"<x>": 257}))])));
     // A damaged file is an error, and not treated as absent.
@@ -624,7 +624,7 @@ fn the_fingerprint_changes_with_the_tokens_of_a_text() {
     assert_eq!(after, prints(false));
 }
 
-/// As transformers encodes the text of a template (Llama 2, Mistral).
+/// transformers encodes the text of a template in the same way (Llama 2, Mistral).
 #[test]
 fn a_space_is_added_before_the_first_word_of_a_text_only() {
     use crate::chat::{ChatEncoder, ChatTemplate, Message};
