@@ -125,6 +125,7 @@ fn device(kind: &str, index: Option<usize>) -> Device {
         "metal" => Device::metal(gpu),
         #[cfg(feature = "cpu")]
         "cpu" => Device::flex(),
+        // Not reached: `open` passes only backends that are compiled in.
         _ => Device::default(),
     }
 }

@@ -19,6 +19,7 @@ fn expand_with(text: &str, variable: impl Fn(&str) -> Option<String>) -> Result<
     };
     let mut rest = text;
     let mut expanded = String::with_capacity(text.len());
+    // `~name` is another user's home directory, and is not expanded.
     if let Some(after) = text.strip_prefix('~')
         && (after.is_empty() || after.starts_with(['/', '\\']))
     {

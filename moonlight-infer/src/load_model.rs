@@ -41,6 +41,7 @@ pub fn load_model(
         (true, None) => (base_of(dir)?, Some(dir)),
         (false, adapter) => (dir.to_owned(), adapter),
     };
+    // The base model of an adapter may be the folder of a run. Its checkpoint is locked as long as the returned `dir` exists.
     let base = resolve_weights(&base)?;
     let checkpoint = Checkpoint::open(&base)?;
     let model = load_opened(&checkpoint, device, dtype, bits)?;

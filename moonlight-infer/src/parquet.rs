@@ -20,7 +20,7 @@ pub enum ParquetError {
         path: PathBuf,
         /// The rest of the sentence.
         problem: String,
-        /// What to do, where it is known.
+        /// What to do, if it is known.
         hint: Option<String>,
     },
     /// A row that cannot be decoded.
@@ -41,7 +41,7 @@ impl ParquetError {
         Self::File { path: path.to_owned(), problem: problem.into(), hint: hint.map(Into::into) }
     }
 
-    /// What to do, where it is known.
+    /// What to do, if it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::File { hint, .. } => hint.clone(),

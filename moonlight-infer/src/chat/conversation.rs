@@ -676,11 +676,11 @@ mod tests {
         let dolly = hint(r#"{"instruction": "Q", "context": "C", "response": "A", "category": "x"}"#);
         assert_eq!(dolly, "rename `response` to `output` and `context` to `input`");
         let (list, text) = (r#"[{"role": "user", "content": "Q"}]"#, "\"A\"");
-        let of =
+        let hint_for =
             |prompt: &str, completion: &str| hint(&format!(r#"{{"prompt": {prompt}, "completion": {completion}}}"#));
-        assert!(of(text, text).contains("`instruction`"));
-        assert_eq!(of(list, text), "write it as messages: [{\"role\": \"assistant\", \"content\": \"...\"}]");
-        assert_eq!(of(text, list), "write it as messages: [{\"role\": \"user\", \"content\": \"...\"}]");
+        assert!(hint_for(text, text).contains("`instruction`"));
+        assert_eq!(hint_for(list, text), "write it as messages: [{\"role\": \"assistant\", \"content\": \"...\"}]");
+        assert_eq!(hint_for(text, list), "write it as messages: [{\"role\": \"user\", \"content\": \"...\"}]");
     }
 
     #[test]

@@ -60,7 +60,7 @@ pub(super) struct Budget {
     time: Duration,
 }
 
-/// The limits that a budget chooses from; few, because each needs an environment of its own.
+/// The limits that a budget chooses from; few, because each needs a separate environment.
 ///
 /// The first limit covers what does not depend on the messages: published templates take a few hundred steps for their
 /// preamble, and about ten thousand to write 100 kB of tools as JSON. At 64 bytes a step it allows 32 MB.

@@ -179,12 +179,12 @@ impl ChatTemplate {
         });
         let parsed = parsed.map_err(|overrun| overrun.to_string()).flatten();
         let (environment, variables) = parsed.map_err(invalid)?;
-        let with = |&steps: &u64| {
+        let with_limit = |&steps: &u64| {
             let mut environment = environment.clone();
             environment.set_fuel(Some(steps));
             Arc::new(environment)
         };
-        let environments = STEP_LIMITS.iter().map(with).collect();
+        let environments = STEP_LIMITS.iter().map(with_limit).collect();
         let timed_out = AtomicBool::new(false);
         Ok(Self { environments, timed_out, source, text, names, variables, tool_template: None })
     }

@@ -127,7 +127,7 @@ pub fn generate(
 /// The number of tokens for which a cache is allocated at first, because a context may be far longer than the generated text.
 const INITIAL_CACHE_TOKENS: usize = 512;
 
-/// Grows a cache to `needed` tokens, at least doubling it, and never beyond `max_tokens`.
+/// Grows a cache to at least `needed` tokens, but never beyond `max_tokens`. It doubles, because each growth copies it.
 fn grow_cache(cache: &mut KvCache, needed: usize, max_tokens: usize) {
     if needed > cache.capacity() {
         cache.grow(needed.max(2 * cache.capacity()).min(max_tokens));

@@ -132,6 +132,7 @@ pub fn extension(path: &Path) -> String {
 /// Detects the kind of a file from the first bytes of its contents, after decompression.
 pub(super) fn detect_kind(path: &Path, head: &[u8]) -> Result<FileKind, RecordError> {
     let extension = extension(path);
+    // A damaged file that is named `.parquet` is left to the parquet reader, which reports it.
     if head.starts_with(b"PAR1") || extension == "parquet" && detect_binary(head).is_none() {
         return Ok(FileKind::Parquet);
     }

@@ -69,6 +69,7 @@ impl Source {
         let file = Cursor::new(start).chain(file);
         let mut rest: Box<dyn Read + Send> = match compression {
             None => Box::new(file),
+            // A gzip file may have several members, for example if files were concatenated.
             Some(Compression::Gzip) => Box::new(MultiGzDecoder::new(file)),
             Some(Compression::Zstandard) => Box::new(ZstdFrames::new(file)),
         };
