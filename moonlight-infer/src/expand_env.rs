@@ -1,7 +1,7 @@
 //! Environment variables in paths.
 
-/// Expands a leading `~` and every `$NAME` or `${NAME}` from the environment. If `CARGO_HOME` is not set, it has cargo's default,
-/// `~/.cargo`.
+/// Expands a leading `~` and every `$NAME` or `${NAME}` from the environment. If `CARGO_HOME` is not set, it has cargo's
+/// default, `~/.cargo`.
 ///
 /// # Errors
 ///

@@ -19,8 +19,8 @@ pub struct LoadedModel {
     pub dir: ModelDir,
 }
 
-/// Loads a checkpoint, and `adapter` if there is one. If `dir` is itself the directory of an adapter, loads the base model that
-/// its `adapter_config.json` names, and that adapter.
+/// Loads a checkpoint, and `adapter` if there is one. If `dir` is itself the directory of an adapter, loads the base model
+/// that its `adapter_config.json` names, and that adapter.
 ///
 /// The weights are loaded as `dtype`; `None` keeps the dtype of the checkpoint. With `bits` the projections are quantized as
 /// they are read, so that the complete unquantized model is never in memory.

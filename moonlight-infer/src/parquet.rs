@@ -199,8 +199,8 @@ mod reader {
         if value.is_finite() { value.into() } else { non_finite_to_json(value) }
     }
 
-    /// A field as JSON. Bytes must be UTF-8 text, times become the numbers that the file stores, and a decimal becomes the string
-    /// of its digits.
+    /// A field as JSON. Bytes must be UTF-8 text, times become the numbers that the file stores, and a decimal becomes the
+    /// string of its digits.
     fn value(field: Field) -> Result<Value, String> {
         Ok(match field {
             Field::Null => Value::Null,

@@ -133,7 +133,8 @@ impl Conversation {
             .filter(|(_, value)| !value.is_null())
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
-        // An empty list counts as absent: a table with a column for each format has one in the columns that a row does not use.
+        // An empty list counts as absent: a table with a column for each format has one in the columns that a row does not
+        // use.
         let has = |key: &str| fields.get(key).is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty()));
         if let Some(key) = preference_field(&fields, has("messages")) {
             return Err(ConversationError::Preference { key });

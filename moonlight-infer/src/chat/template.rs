@@ -277,8 +277,8 @@ impl ChatTemplate {
         self.render_input(&input, &input.values, add_generation_prompt, ["", ""])
     }
 
-    /// Does the same as [`render`](ChatTemplate::render) for `messages` with the variables of `input`, and with `marks` around the
-    /// output of `{% generation %}` blocks.
+    /// Does the same as [`render`](ChatTemplate::render) for `messages` with the variables of `input`, and with `marks`
+    /// around the output of `{% generation %}` blocks.
     pub(super) fn render_input(
         &self,
         input: &TemplateInput,

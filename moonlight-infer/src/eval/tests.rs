@@ -278,7 +278,8 @@ fn assert_likelihoods(evaluation: &Evaluation, expected: &[f64]) {
     assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-4), "{found:?} is not {expected:?}");
 }
 
-/// lm_eval 0.4.13 returns (0.0, True) for a choice whose only token is merged with the context; see `scripts/parity/check_eval.py`.
+/// lm_eval 0.4.13 returns (0.0, True) for a choice whose only token is merged with the context; see
+/// `scripts/parity/check_eval.py`.
 #[test]
 fn a_choice_that_is_merged_with_the_context() {
     let model = model();

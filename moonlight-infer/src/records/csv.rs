@@ -159,8 +159,8 @@ impl<R: Truncated> CsvRows<R> {
                     Err(error) => return Err(error.into()),
                 };
                 let end = bytes.is_empty();
-                // A line break is appended to the file to end the last row. If a quotation mark is open, the line break is part
-                // of a field, and the row remains incomplete.
+                // A line break is appended to the file to end the last row. If a quotation mark is open, the line break is
+                // part of a field, and the row remains incomplete.
                 let bytes = if end { &b"\n"[..] } else { bytes };
                 let (result, consumed, written, ended) =
                     self.core.read_record(bytes, &mut self.texts[length..], &mut self.ends[columns..]);

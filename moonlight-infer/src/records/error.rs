@@ -41,8 +41,8 @@ impl fmt::Display for FilePosition {
     }
 }
 
-/// Why the records of a file cannot be read. A single broken record is a [`JsonError`](super::JsonError) of its parser instead,
-/// and may be skipped.
+/// Why the records of a file cannot be read. A single broken record is a [`JsonError`](super::JsonError) of its parser
+/// instead, and may be skipped.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecordError {

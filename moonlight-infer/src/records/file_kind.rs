@@ -58,8 +58,8 @@ const ARROW: &str = "save it as parquet or JSON Lines (datasets: `load_from_disk
 const EXPORT: &str = "export its rows as JSON Lines, CSV or parquet";
 const UTF_8: &str = "convert it to UTF-8 (`iconv -f UTF-16 -t UTF-8`)";
 
-/// The offset, the magic bytes, what the file is, and a hint. Each magic contains a byte that text does not have, or is too long
-/// to occur in text by chance.
+/// The offset, the magic bytes, what the file is, and a hint. Each magic contains a byte that text does not have, or is too
+/// long to occur in text by chance.
 const MAGIC: &[(usize, &[u8], &str, &str)] = &[
     (
         0,

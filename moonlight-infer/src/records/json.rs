@@ -133,8 +133,8 @@ pub fn lone_surrogates(json: &[u8]) -> usize {
     }
 }
 
-/// The JSON that represents `NaN`, `Infinity` or `-Infinity`, which standard JSON lacks: an object with a reserved key, so that
-/// it is not mistaken for a string, a number or a list.
+/// The JSON that represents `NaN`, `Infinity` or `-Infinity`, which standard JSON lacks: an object with a reserved key, so
+/// that it is not mistaken for a string, a number or a list.
 pub fn non_finite_to_json(number: f64) -> Value {
     let name = if number.is_nan() {
         "NaN"
@@ -215,8 +215,8 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
     }
 }
 
-/// The fields of a record of tokens. `Deserialize` is not derived, because that would refuse a repeated key. Here the last value
-/// counts, as in Python.
+/// The fields of a record of tokens. `Deserialize` is not derived, because that would refuse a repeated key. Here the last
+/// value counts, as in Python.
 #[derive(Default)]
 struct TokensFields {
     tokens: Option<Vec<u32>>,
@@ -388,8 +388,8 @@ impl<'a> StandardJson<'a> {
         &self.text
     }
 
-    /// The number that a string in `text` replaces; `None` for an ordinary string. The parser must have borrowed the string from
-    /// `text`.
+    /// The number that a string in `text` replaces; `None` for an ordinary string. The parser must have borrowed the string
+    /// from `text`.
     fn number(&self, text: &str) -> Option<Value> {
         // Looked up by address, because the record may contain an equal string. The range starts at the quotation mark.
         let at = (text.as_ptr() as usize).checked_sub(self.text.as_ptr() as usize)?.checked_sub(1)?;

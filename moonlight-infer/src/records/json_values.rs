@@ -171,7 +171,8 @@ impl<R: Truncated> JsonValues<R> {
             return Err(self.syntax_error("expected a value"));
         }
         let mut nesting = JsonNesting::default();
-        // A number or a literal ends before the next delimiter. Any other value ends with its closing bracket or quotation mark.
+        // A number or a literal ends before the next delimiter. Any other value ends with its closing bracket or quotation
+        // mark.
         let bare = !matches!(first, b'{' | b'[' | b'"');
         loop {
             let bytes = match self.reader.fill_buf() {

@@ -375,8 +375,8 @@ impl Tokenizer {
         self.encode_with(text, false)
     }
 
-    /// The tokens of a text that continues another. They differ from those of [`encode`](Tokenizer::encode) for a SentencePiece
-    /// tokenizer that adds a space only before the first word of a text (`prepend_scheme = "first"`).
+    /// The tokens of a text that continues another. They differ from those of [`encode`](Tokenizer::encode) for a
+    /// SentencePiece tokenizer that adds a space only before the first word of a text (`prepend_scheme = "first"`).
     ///
     /// # Errors
     ///
