@@ -35,8 +35,8 @@ const CONFIG: &str = include_str!("../../fixtures/compat/pretrain/checkpoints/st
 /// The message of the last panic, on any thread.
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
 
-/// Runs once, before the first input. Replaces the panic hook of `libfuzzer-sys`, which would abort before the library can catch
-/// a panic.
+/// Runs once, before the first input. Replaces the panic hook of `libfuzzer-sys`, which would abort before the library can
+/// catch a panic.
 pub fn begin() {
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = std::backtrace::Backtrace::capture();

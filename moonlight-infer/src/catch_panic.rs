@@ -4,7 +4,8 @@ use std::cell::Cell;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Once;
 
-/// The result of `call`; `None` if it panics. A panic is an expected reaction to a damaged file, so its message is not printed.
+/// The result of `call`; `None` if it panics. A panic is an expected reaction to a damaged file, so its message is not
+/// printed.
 ///
 /// After a `None`, whatever `call` borrowed mutably may be in any state, and must not be used again.
 pub(crate) fn catch_panic<T>(call: impl FnOnce() -> T) -> Option<T> {

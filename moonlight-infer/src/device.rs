@@ -96,8 +96,8 @@ impl ComputeDevice {
     }
 }
 
-/// The name of the device for the rank at `offset` on one machine, if `name` is the device of the rank at 0: for `cuda` and 3 it
-/// is `cuda:3`. All ranks share the CPU, or the only Metal device.
+/// The name of the device for the rank at `offset` on one machine, if `name` is the device of the rank at 0: for `cuda` and
+/// 3 it is `cuda:3`. All ranks share the CPU, or the only Metal device.
 pub fn nth_device_name(name: &str, offset: usize) -> String {
     let first = KINDS.iter().find(|(_, built)| *built).map_or("cpu", |(kind, _)| *kind);
     let name = if name == "auto" { first } else { name };
@@ -125,6 +125,7 @@ fn device(kind: &str, index: Option<usize>) -> Device {
         "metal" => Device::metal(gpu),
         #[cfg(feature = "cpu")]
         "cpu" => Device::flex(),
+        // Not reached: `open` passes only backends that are compiled in.
         _ => Device::default(),
     }
 }

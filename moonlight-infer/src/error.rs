@@ -116,7 +116,7 @@ pub enum InferError {
         place: FilePosition,
         /// The sentence.
         problem: String,
-        /// What to do, where it is known.
+        /// What to do, if it is known.
         hint: Option<String>,
     },
     /// A file that cannot be read or written.
@@ -125,7 +125,7 @@ pub enum InferError {
 }
 
 impl InferError {
-    /// What to do, where it is known.
+    /// What to do, if it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Checkpoint(error) => error.hint(),

@@ -1,7 +1,7 @@
 //! Environment variables in paths.
 
-/// Expands a leading `~` and every `$NAME` or `${NAME}` from the environment. If `CARGO_HOME` is not set, it has cargo's default,
-/// `~/.cargo`.
+/// Expands a leading `~` and every `$NAME` or `${NAME}` from the environment. If `CARGO_HOME` is not set, it has cargo's
+/// default, `~/.cargo`.
 ///
 /// # Errors
 ///
@@ -19,6 +19,7 @@ fn expand_with(text: &str, variable: impl Fn(&str) -> Option<String>) -> Result<
     };
     let mut rest = text;
     let mut expanded = String::with_capacity(text.len());
+    // `~name` is another user's home directory, and is not expanded.
     if let Some(after) = text.strip_prefix('~')
         && (after.is_empty() || after.starts_with(['/', '\\']))
     {

@@ -19,8 +19,8 @@ pub struct LoadedModel {
     pub dir: ModelDir,
 }
 
-/// Loads a checkpoint, and `adapter` if there is one. If `dir` is itself the directory of an adapter, loads the base model that
-/// its `adapter_config.json` names, and that adapter.
+/// Loads a checkpoint, and `adapter` if there is one. If `dir` is itself the directory of an adapter, loads the base model
+/// that its `adapter_config.json` names, and that adapter.
 ///
 /// The weights are loaded as `dtype`; `None` keeps the dtype of the checkpoint. With `bits` the projections are quantized as
 /// they are read, so that the complete unquantized model is never in memory.
@@ -41,6 +41,7 @@ pub fn load_model(
         (true, None) => (base_of(dir)?, Some(dir)),
         (false, adapter) => (dir.to_owned(), adapter),
     };
+    // The base model of an adapter may be the folder of a run. Its checkpoint is locked as long as the returned `dir` exists.
     let base = resolve_weights(&base)?;
     let checkpoint = Checkpoint::open(&base)?;
     let model = load_opened(&checkpoint, device, dtype, bits)?;

@@ -20,7 +20,7 @@ pub enum ParquetError {
         path: PathBuf,
         /// The rest of the sentence.
         problem: String,
-        /// What to do, where it is known.
+        /// What to do, if it is known.
         hint: Option<String>,
     },
     /// A row that cannot be decoded.
@@ -41,7 +41,7 @@ impl ParquetError {
         Self::File { path: path.to_owned(), problem: problem.into(), hint: hint.map(Into::into) }
     }
 
-    /// What to do, where it is known.
+    /// What to do, if it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::File { hint, .. } => hint.clone(),
@@ -199,8 +199,8 @@ mod reader {
         if value.is_finite() { value.into() } else { non_finite_to_json(value) }
     }
 
-    /// A field as JSON. Bytes must be UTF-8 text, times become the numbers that the file stores, and a decimal becomes the string
-    /// of its digits.
+    /// A field as JSON. Bytes must be UTF-8 text, times become the numbers that the file stores, and a decimal becomes the
+    /// string of its digits.
     fn value(field: Field) -> Result<Value, String> {
         Ok(match field {
             Field::Null => Value::Null,

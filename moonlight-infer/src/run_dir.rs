@@ -135,8 +135,8 @@ pub fn is_checkpoint_name(name: &str) -> bool {
     name.strip_prefix(PREFIX).is_some_and(|step| !step.is_empty() && step.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// The directories of all checkpoints, complete or damaged, in `dir` (the `checkpoints` of a run), with the highest step first.
-/// Empty if `dir` does not exist.
+/// The directories of all checkpoints, complete or damaged, in `dir` (the `checkpoints` of a run), with the highest step
+/// first. Empty if `dir` does not exist.
 ///
 /// # Errors
 ///
@@ -186,8 +186,8 @@ impl ReadLock {
     }
 }
 
-/// The newest complete checkpoint of a training run, locked for reading; `None` if `run` has none. Each newer checkpoint that is
-/// damaged is logged as a warning.
+/// The newest complete checkpoint of a training run, locked for reading; `None` if `run` has none. Each newer checkpoint
+/// that is damaged is logged as a warning.
 ///
 /// # Errors
 ///

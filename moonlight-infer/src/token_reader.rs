@@ -31,8 +31,8 @@ impl TokenReader {
     ///
     /// # Errors
     ///
-    /// [`InferError::Line`] for a record that has neither, and for text without a tokenizer; [`InferError::Records`] for a file
-    /// whose next record cannot be read.
+    /// [`InferError::Line`] for a record that has neither, and for text without a tokenizer; [`InferError::Records`] for a
+    /// file whose next record cannot be read.
     pub fn next_tokens(&mut self, tokenizer: Option<&Tokenizer>) -> Result<Option<Vec<u32>>, InferError> {
         let Some(Record { json, place }) = self.records.next_record()? else { return Ok(None) };
         self.place = place;
@@ -46,8 +46,8 @@ impl TokenReader {
     ///
     /// # Errors
     ///
-    /// Those of [`next_tokens`](Self::next_tokens), and those of `each`. Errors of `each` about the tokens get the file and line of
-    /// the record ([`InferError::with_position`]).
+    /// Those of [`next_tokens`](Self::next_tokens), and those of `each`. Errors of `each` about the tokens get the file and
+    /// line of the record ([`InferError::with_position`]).
     pub fn for_each(
         mut self,
         tokenizer: Option<&Tokenizer>,

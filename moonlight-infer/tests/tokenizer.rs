@@ -1,5 +1,5 @@
-//! A `tiktoken.model` and the `tokenizer.json` converted from it yield the tokens of tiktoken. The files have the real ranks of
-//! `cl100k_base` (which the `tiktoken-rs` crate contains), Moonlight's pattern, and added tokens, special and not.
+//! A `tiktoken.model` and the `tokenizer.json` converted from it yield the tokens of tiktoken. The files have the real
+//! ranks of `cl100k_base` (which the `tiktoken-rs` crate contains), Moonlight's pattern, and added tokens, special and not.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;

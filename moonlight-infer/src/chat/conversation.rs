@@ -133,7 +133,8 @@ impl Conversation {
             .filter(|(_, value)| !value.is_null())
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
-        // An empty list counts as absent: a table with a column for each format has one in the columns that a row does not use.
+        // An empty list counts as absent: a table with a column for each format has one in the columns that a row does not
+        // use.
         let has = |key: &str| fields.get(key).is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty()));
         if let Some(key) = preference_field(&fields, has("messages")) {
             return Err(ConversationError::Preference { key });
@@ -676,11 +677,11 @@ mod tests {
         let dolly = hint(r#"{"instruction": "Q", "context": "C", "response": "A", "category": "x"}"#);
         assert_eq!(dolly, "rename `response` to `output` and `context` to `input`");
         let (list, text) = (r#"[{"role": "user", "content": "Q"}]"#, "\"A\"");
-        let of =
+        let hint_for =
             |prompt: &str, completion: &str| hint(&format!(r#"{{"prompt": {prompt}, "completion": {completion}}}"#));
-        assert!(of(text, text).contains("`instruction`"));
-        assert_eq!(of(list, text), "write it as messages: [{\"role\": \"assistant\", \"content\": \"...\"}]");
-        assert_eq!(of(text, list), "write it as messages: [{\"role\": \"user\", \"content\": \"...\"}]");
+        assert!(hint_for(text, text).contains("`instruction`"));
+        assert_eq!(hint_for(list, text), "write it as messages: [{\"role\": \"assistant\", \"content\": \"...\"}]");
+        assert_eq!(hint_for(text, list), "write it as messages: [{\"role\": \"user\", \"content\": \"...\"}]");
     }
 
     #[test]

@@ -310,8 +310,8 @@ impl EncoderCore {
             };
             template.render(&messages, false).ok()
         };
-        let of_parts = rendered(json!([{"type": "text", "text": PROBE}]));
-        let handles = match (of_parts, rendered(PROBE.into())) {
+        let list_output = rendered(json!([{"type": "text", "text": PROBE}]));
+        let handles = match (list_output, rendered(PROBE.into())) {
             (Some(parts), Some(text)) => {
                 // `'type'` or `"type"` in the output is from a list that was printed, as Python or as JSON.
                 parts == text || (parts.contains(PROBE) && !parts.contains("'type'") && !parts.contains("\"type\""))

@@ -80,7 +80,7 @@ pub enum ChatError {
 }
 
 impl ChatError {
-    /// What to do, where it is known.
+    /// What to do, if it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NoTemplate { .. } => {
@@ -183,7 +183,7 @@ pub enum ConversationError {
 }
 
 impl ConversationError {
-    /// What to do, where it is known.
+    /// What to do, if it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Json(error) => error.hint(),

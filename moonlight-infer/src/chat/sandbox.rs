@@ -60,7 +60,7 @@ pub(super) struct Budget {
     time: Duration,
 }
 
-/// The limits that a budget chooses from; few, because each needs an environment of its own.
+/// The limits that a budget chooses from; few, because each needs a separate environment.
 ///
 /// The first limit covers what does not depend on the messages: published templates take a few hundred steps for their
 /// preamble, and about ten thousand to write 100 kB of tools as JSON. At 64 bytes a step it allows 32 MB.
@@ -358,8 +358,9 @@ fn begins_a_value(before: &Token<'_>) -> bool {
     }
 }
 
-/// Whether a filter after the left operand of the operator at `index` applies to the whole operand: if it is a name, a constant
-/// or a bracket with calls and filters on it. In an operand with other operators the filter would apply to the last part only.
+/// Whether a filter after the left operand of the operator at `index` applies to the whole operand: if it is a name, a
+/// constant or a bracket with calls and filters on it. In an operand with other operators the filter would apply to the
+/// last part only.
 fn is_whole_operand(tag: &[Lexed<'_>], index: usize) -> bool {
     let mut at = index;
     let mut depth = 0_usize;

@@ -11,7 +11,7 @@
 //! | U+F8000 to U+FFEFF, U+FFF00 to U+FFFFF | escapes of characters of the first two rows in a message |
 //!
 //! A message that already contains one of these escapes could not be restored, and is refused. No known font assigns anything
-//! to them. Apple's has symbols from U+100000, so characters of the first two rows do occur in messages.
+//! to them, whereas characters of the first row do occur in messages: Apple's font has symbols from U+100000.
 
 use std::borrow::Cow;
 use std::ops::Range;

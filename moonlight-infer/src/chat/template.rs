@@ -179,12 +179,12 @@ impl ChatTemplate {
         });
         let parsed = parsed.map_err(|overrun| overrun.to_string()).flatten();
         let (environment, variables) = parsed.map_err(invalid)?;
-        let with = |&steps: &u64| {
+        let with_limit = |&steps: &u64| {
             let mut environment = environment.clone();
             environment.set_fuel(Some(steps));
             Arc::new(environment)
         };
-        let environments = STEP_LIMITS.iter().map(with).collect();
+        let environments = STEP_LIMITS.iter().map(with_limit).collect();
         let timed_out = AtomicBool::new(false);
         Ok(Self { environments, timed_out, source, text, names, variables, tool_template: None })
     }
@@ -277,8 +277,8 @@ impl ChatTemplate {
         self.render_input(&input, &input.values, add_generation_prompt, ["", ""])
     }
 
-    /// Does the same as [`render`](ChatTemplate::render) for `messages` with the variables of `input`, and with `marks` around the
-    /// output of `{% generation %}` blocks.
+    /// Does the same as [`render`](ChatTemplate::render) for `messages` with the variables of `input`, and with `marks`
+    /// around the output of `{% generation %}` blocks.
     pub(super) fn render_input(
         &self,
         input: &TemplateInput,

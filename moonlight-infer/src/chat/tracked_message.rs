@@ -61,6 +61,7 @@ impl FieldUsage {
 
     fn mark_read(&self, index: usize) {
         if let Some(read) = self.read.get(index) {
+            // The flags are read after the rendering thread has sent its result, which synchronizes them.
             read.store(true, Ordering::Relaxed);
         }
     }

@@ -32,6 +32,7 @@ pub(super) fn evaluate_choices(
     // `starts` has the index of each row's first request, and `crossing` the lines in which a token crosses the boundary.
     let (mut requests, mut starts, mut crossing) = (Vec::new(), Vec::new(), Vec::new());
     for (question, row) in questions.iter().zip(rows) {
+        // Without `shots_from` the examples include the question itself.
         let usable = examples.iter().filter(|example| example.subject == question.subject && *example != question);
         let shots: Vec<String> = usable.take(task.shots).map(|example| example.with_answer() + "\n\n").collect();
         if shots.len() < task.shots {
@@ -40,6 +41,7 @@ pub(super) fn evaluate_choices(
         let context = format!("{}{}{}", question.description, shots.concat(), question.context);
         starts.push(requests.len());
         let here = |problem: String, hint: Option<String>| InferError::line(&task.path, row.line, problem, hint);
+        // The space is the harness's `target_delimiter`.
         let choices: Vec<String> = question.choices.iter().map(|choice| format!(" {choice}")).collect();
         let encoded = match task.fix_harness {
             true => encoder.choices(&context, &choices)?,

@@ -17,8 +17,8 @@ pub(super) fn rstrip(text: &str) -> &str {
     text.trim_end_matches(is_space)
 }
 
-/// `str.capitalize`: the first character in title case, the others as in the lower case of the whole text (a sigma at the end of
-/// a word is `ς`).
+/// `str.capitalize`: the first character in title case, the others as in the lower case of the whole text (a sigma at the
+/// end of a word is `ς`).
 pub(super) fn capitalize(text: &str) -> String {
     let Some(first) = text.chars().next() else { return String::new() };
     let lower = text.to_lowercase();
@@ -61,8 +61,8 @@ fn title(first: char) -> String {
     one.into()
 }
 
-/// `wikitext_detokenizer` of lm-evaluation-harness (0.4.13, `tasks/wikitext/preprocess_wikitext.py`), step by step: removes the
-/// spaces around punctuation.
+/// `wikitext_detokenizer` of lm-evaluation-harness (0.4.13, `tasks/wikitext/preprocess_wikitext.py`), step by step: removes
+/// the spaces around punctuation.
 pub(super) fn wikitext_detokenizer(page: &str) -> String {
     // Python's `\s` also matches the four ASCII separators.
     const STEPS: [(Step, &str, &str); 24] = {

@@ -38,7 +38,8 @@ impl Request {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct EncodedChoice {
     pub(super) request: Request,
-    /// Whether a token crosses the boundary: the tokens of context and choice as one text do not start with those of the context.
+    /// Whether a token crosses the boundary: the tokens of context and choice as one text do not start with those of the
+    /// context.
     pub(super) crosses_boundary: bool,
 }
 
@@ -99,8 +100,8 @@ impl TextEncoder {
         choices.iter().map(encode).collect()
     }
 
-    /// Encodes a context with each of its choices as one text. All are scored from the first token in which any of them differs
-    /// from the context, so that the scored part starts at the same character for every choice.
+    /// Encodes a context with each of its choices as one text. All are scored from the first token in which any of them
+    /// differs from the context, so that the scored part starts at the same character for every choice.
     pub(super) fn choices(&self, context: &str, choices: &[String]) -> Result<Vec<EncodedChoice>, InferError> {
         if context.is_empty() {
             return self.choices_as_harness(context, choices);

@@ -27,8 +27,8 @@ pub(super) fn mean(values: &[f64]) -> Estimate {
     Estimate { value: mean, stderr }
 }
 
-/// The value `of(sum of a, sum of b)`, where the sums are over rows `(a, b)`, and its standard deviation over bootstrap resamples
-/// of the rows.
+/// The value `of(sum of a, sum of b)`, where the sums are over rows `(a, b)`, and its standard deviation over bootstrap
+/// resamples of the rows.
 pub(super) fn ratio(rows: &[(f64, f64)], of: impl Fn(f64, f64) -> f64) -> Estimate {
     let sum = |rows: &mut dyn Iterator<Item = (f64, f64)>| rows.fold((0.0, 0.0), |(a, b), (c, d)| (a + c, b + d));
     let (a, b) = sum(&mut rows.iter().copied());

@@ -201,21 +201,24 @@ fn an_answer_matches_exactly_if_greedy_decoding_gives_it() {
 #[test]
 fn invalid_rows_are_errors_with_their_line() {
     let model = model();
-    let fault = |lines: &str, change: fn(&mut Task)| {
+    let message_of = |lines: &str, change: fn(&mut Task)| {
         let error = run(&model, "x.jsonl", lines, change).unwrap_err();
         error.to_string().split("x.jsonl").last().unwrap().to_owned()
     };
-    assert_eq!(fault("{}\n", |_| {}), ":1: the keys of the row are not those of any format");
-    assert_eq!(fault("{\"text\": \"a\"}\n{\"text\": 3}\n", |_| {}), ":2: the row has no `text`");
-    assert_eq!(fault("{\"text\": \"a\"}\n\n{\n", |_| {}), ":3:1: the record is not JSON: EOF while parsing an object");
-    assert_eq!(fault("\n", |_| {}), "` has no rows");
-    assert_eq!(fault("{\"messages\": []}\n", |_| {}), ":1: the conversation has no assistant message");
+    assert_eq!(message_of("{}\n", |_| {}), ":1: the keys of the row are not those of any format");
+    assert_eq!(message_of("{\"text\": \"a\"}\n{\"text\": 3}\n", |_| {}), ":2: the row has no `text`");
+    assert_eq!(
+        message_of("{\"text\": \"a\"}\n\n{\n", |_| {}),
+        ":3:1: the record is not JSON: EOF while parsing an object"
+    );
+    assert_eq!(message_of("\n", |_| {}), "` has no rows");
+    assert_eq!(message_of("{\"messages\": []}\n", |_| {}), ":1: the conversation has no assistant message");
     let as_arc: fn(&mut Task) = |task| task.format = Some(TaskFormat::Arc);
-    assert_eq!(fault("{\"text\": \"a\"}\n", as_arc), ":1: the row has no `choices`");
+    assert_eq!(message_of("{\"text\": \"a\"}\n", as_arc), ":1: the row has no `choices`");
     let long = json!({"instruction": "x".repeat(100), "output": "y"}).to_string();
-    assert!(fault(&long, |_| {}).contains("are more than the model's context of 64"));
+    assert!(message_of(&long, |_| {}).contains("are more than the model's context of 64"));
     assert!(
-        fault("{\"text\": \"a\"}\n", |task| task.shots = 1)
+        message_of("{\"text\": \"a\"}\n", |task| task.shots = 1)
             .contains("few-shot examples are not supported for rows of `perplexity`")
     );
 }
@@ -275,7 +278,8 @@ fn assert_likelihoods(evaluation: &Evaluation, expected: &[f64]) {
     assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-4), "{found:?} is not {expected:?}");
 }
 
-/// lm_eval 0.4.13 returns (0.0, True) for a choice whose only token is merged with the context; see `scripts/parity/check_eval.py`.
+/// lm_eval 0.4.13 returns (0.0, True) for a choice whose only token is merged with the context; see
+/// `scripts/parity/check_eval.py`.
 #[test]
 fn a_choice_that_is_merged_with_the_context() {
     let model = model();

@@ -156,8 +156,8 @@ mod tests {
         assert_eq!(ended, [(0, 0, StopReason::Length), (1, 0, StopReason::Length), (2, 0, StopReason::Length)]);
     }
 
-    /// Even with the largest context that a config can have, memory grows only with the tokens, and a cache that grows keeps its
-    /// contents.
+    /// Even with the largest context that a config can have, memory grows only with the tokens, and a cache that grows
+    /// keeps its contents.
     #[test]
     fn a_cache_grows_with_its_tokens() {
         let shape = json!({

@@ -49,15 +49,16 @@ pub struct Session<'m> {
 }
 
 impl<'m> Session<'m> {
-    /// An empty session for up to `capacity` tokens, or the model's context if that is shorter. The cache grows with the tokens.
+    /// An empty session for up to `capacity` tokens, or the model's context if that is shorter. The cache grows with the
+    /// tokens.
     pub fn new(model: &'m CausalLm, capacity: usize) -> Self {
         let max_tokens = capacity.min(model.config().max_position_embeddings);
         let cache = new_cache(model, 1, max_tokens.min(INITIAL_CACHE_TOKENS));
         Self { model, cache, max_tokens, cached: Vec::new() }
     }
 
-    /// Continues `prompt`, and calls `each` with every new token. Tokens that the prompt shares with the start of the cache are
-    /// not computed again.
+    /// Continues `prompt`, and calls `each` with every new token. Tokens that the prompt shares with the start of the cache
+    /// are not computed again.
     ///
     /// Stops after `max_new_tokens`, at a token of `eos`, when the cache is full, or when `each` breaks.
     ///
@@ -127,7 +128,7 @@ pub fn generate(
 /// The number of tokens for which a cache is allocated at first, because a context may be far longer than the generated text.
 const INITIAL_CACHE_TOKENS: usize = 512;
 
-/// Grows a cache to `needed` tokens, at least doubling it, and never beyond `max_tokens`.
+/// Grows a cache to at least `needed` tokens, but never beyond `max_tokens`. It doubles, because each growth copies it.
 fn grow_cache(cache: &mut KvCache, needed: usize, max_tokens: usize) {
     if needed > cache.capacity() {
         cache.grow(needed.max(2 * cache.capacity()).min(max_tokens));

@@ -37,8 +37,8 @@ impl Sampler {
         Self { sampling, random: ChaCha8Rng::seed_from_u64(sampling.seed) }
     }
 
-    /// Chooses a token from logits `[vocab]`. Temperature, `top_k` and `top_p` are applied in this order, as in transformers. Of
-    /// equal logits, the one with the lower token id comes first.
+    /// Chooses a token from logits `[vocab]`. Temperature, `top_k` and `top_p` are applied in this order, as in
+    /// transformers. Of equal logits, the one with the lower token id comes first.
     ///
     /// # Errors
     ///

@@ -159,8 +159,8 @@ impl<R: Truncated> CsvRows<R> {
                     Err(error) => return Err(error.into()),
                 };
                 let end = bytes.is_empty();
-                // A line break is appended to the file to end the last row. If a quotation mark is open, the line break is part
-                // of a field, and the row remains incomplete.
+                // A line break is appended to the file to end the last row. If a quotation mark is open, the line break is
+                // part of a field, and the row remains incomplete.
                 let bytes = if end { &b"\n"[..] } else { bytes };
                 let (result, consumed, written, ended) =
                     self.core.read_record(bytes, &mut self.texts[length..], &mut self.ends[columns..]);
@@ -248,15 +248,15 @@ mod tests {
     use super::*;
 
     fn rows_of(bytes: &[u8], delimiter: u8, buffer: usize) -> Result<Vec<(usize, Value)>, String> {
-        let fault = |fault| match fault {
+        let message = |error| match error {
             CsvError::Row(line, problem, _) => format!("{line}: {problem}"),
             CsvError::TooLong(line) => format!("{line}: too long"),
             CsvError::Io(error) => error.to_string(),
         };
         let reader = BufReader::with_capacity(buffer, Cursor::new(bytes.to_owned()));
-        let mut file = CsvRows::new(reader, delimiter).map_err(fault)?;
+        let mut file = CsvRows::new(reader, delimiter).map_err(message)?;
         let (mut rows, mut record) = (Vec::new(), Vec::new());
-        while let Some(line) = file.next(&mut record, 1 << 16).map_err(fault)? {
+        while let Some(line) = file.next(&mut record, 1 << 16).map_err(message)? {
             rows.push((line, serde_json::from_slice(&record).unwrap()));
         }
         Ok(rows)

@@ -41,8 +41,8 @@ impl fmt::Display for FilePosition {
     }
 }
 
-/// Why the records of a file cannot be read. A single broken record is a [`JsonError`](super::JsonError) of its parser instead,
-/// and may be skipped.
+/// Why the records of a file cannot be read. A single broken record is a [`JsonError`](super::JsonError) of its parser
+/// instead, and may be skipped.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecordError {
@@ -53,7 +53,7 @@ pub enum RecordError {
         path: PathBuf,
         /// The rest of the sentence.
         problem: String,
-        /// What to do, where it is known.
+        /// What to do, if it is known.
         hint: Option<String>,
     },
     /// A position after which the file cannot be split into records.
@@ -65,7 +65,7 @@ pub enum RecordError {
         place: FilePosition,
         /// The sentence.
         problem: String,
-        /// What to do, where it is known.
+        /// What to do, if it is known.
         hint: Option<String>,
     },
     /// A parquet file or row.
@@ -74,7 +74,7 @@ pub enum RecordError {
 }
 
 impl RecordError {
-    /// What to do, where it is known.
+    /// What to do, if it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::File { hint, .. } | Self::Record { hint, .. } => hint.clone(),

@@ -58,8 +58,8 @@ const ARROW: &str = "save it as parquet or JSON Lines (datasets: `load_from_disk
 const EXPORT: &str = "export its rows as JSON Lines, CSV or parquet";
 const UTF_8: &str = "convert it to UTF-8 (`iconv -f UTF-16 -t UTF-8`)";
 
-/// The offset, the magic bytes, what the file is, and a hint. Each magic contains a byte that text does not have, or is too long
-/// to occur in text by chance.
+/// The offset, the magic bytes, what the file is, and a hint. Each magic contains a byte that text does not have, or is too
+/// long to occur in text by chance.
 const MAGIC: &[(usize, &[u8], &str, &str)] = &[
     (
         0,
@@ -132,6 +132,7 @@ pub fn extension(path: &Path) -> String {
 /// Detects the kind of a file from the first bytes of its contents, after decompression.
 pub(super) fn detect_kind(path: &Path, head: &[u8]) -> Result<FileKind, RecordError> {
     let extension = extension(path);
+    // A damaged file that is named `.parquet` is left to the parquet reader, which reports it.
     if head.starts_with(b"PAR1") || extension == "parquet" && detect_binary(head).is_none() {
         return Ok(FileKind::Parquet);
     }

@@ -79,7 +79,7 @@ impl JsonError {
         }
     }
 
-    /// What to do, where it is known.
+    /// What to do, if it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NotUtf8 { .. } => {
@@ -133,8 +133,8 @@ pub fn lone_surrogates(json: &[u8]) -> usize {
     }
 }
 
-/// The JSON that represents `NaN`, `Infinity` or `-Infinity`, which standard JSON lacks: an object with a reserved key, so that
-/// it is not mistaken for a string, a number or a list.
+/// The JSON that represents `NaN`, `Infinity` or `-Infinity`, which standard JSON lacks: an object with a reserved key, so
+/// that it is not mistaken for a string, a number or a list.
 pub fn non_finite_to_json(number: f64) -> Value {
     let name = if number.is_nan() {
         "NaN"
@@ -215,8 +215,8 @@ pub fn parse_tokens(json: &[u8]) -> Result<TokensRecord, JsonError> {
     }
 }
 
-/// The fields of a record of tokens. `Deserialize` is not derived, because that would refuse a repeated key. Here the last value
-/// counts, as in Python.
+/// The fields of a record of tokens. `Deserialize` is not derived, because that would refuse a repeated key. Here the last
+/// value counts, as in Python.
 #[derive(Default)]
 struct TokensFields {
     tokens: Option<Vec<u32>>,
@@ -388,8 +388,8 @@ impl<'a> StandardJson<'a> {
         &self.text
     }
 
-    /// The number that a string in `text` replaces; `None` for an ordinary string. The parser must have borrowed the string from
-    /// `text`.
+    /// The number that a string in `text` replaces; `None` for an ordinary string. The parser must have borrowed the string
+    /// from `text`.
     fn number(&self, text: &str) -> Option<Value> {
         // Looked up by address, because the record may contain an equal string. The range starts at the quotation mark.
         let at = (text.as_ptr() as usize).checked_sub(self.text.as_ptr() as usize)?.checked_sub(1)?;
@@ -540,7 +540,7 @@ mod tests {
         parse(json.as_bytes()).unwrap().value
     }
 
-    fn fault(json: &[u8]) -> (String, Option<(usize, usize)>) {
+    fn error_of(json: &[u8]) -> (String, Option<(usize, usize)>) {
         let error = parse(json).unwrap_err();
         (error.to_string(), error.at())
     }
@@ -623,20 +623,20 @@ mod tests {
 
     #[test]
     fn errors_have_their_line_and_column() {
-        assert_eq!(fault(b"{"), ("the record is not JSON: EOF while parsing an object".into(), Some((1, 1))));
+        assert_eq!(error_of(b"{"), ("the record is not JSON: EOF while parsing an object".into(), Some((1, 1))));
         assert_eq!(
-            fault("{\"ü\": \"é\" x".as_bytes()),
+            error_of("{\"ü\": \"é\" x".as_bytes()),
             ("the record is not JSON: expected `,` or `}`".into(), Some((1, 11)))
         );
-        assert_eq!(fault(b"{\n  \"a\": x}"), ("the record is not JSON: expected value".into(), Some((2, 8))));
-        assert_eq!(fault(b"{} {}"), ("the record is not JSON: trailing characters".into(), Some((1, 4))));
-        assert_eq!(fault(b"{\n\"\xff"), ("the record is not UTF-8: byte 4 is invalid".into(), Some((2, 2))));
+        assert_eq!(error_of(b"{\n  \"a\": x}"), ("the record is not JSON: expected value".into(), Some((2, 8))));
+        assert_eq!(error_of(b"{} {}"), ("the record is not JSON: trailing characters".into(), Some((1, 4))));
+        assert_eq!(error_of(b"{\n\"\xff"), ("the record is not UTF-8: byte 4 is invalid".into(), Some((2, 2))));
         let deep = "[".repeat(1000) + &"]".repeat(1000);
-        assert_eq!(fault(deep.as_bytes()).0, "the record is not JSON: recursion limit exceeded");
+        assert_eq!(error_of(deep.as_bytes()).0, "the record is not JSON: recursion limit exceeded");
         let deep = format!("[NaN,{deep}]");
-        assert_eq!(fault(deep.as_bytes()).0, "the record is not JSON: recursion limit exceeded");
+        assert_eq!(error_of(deep.as_bytes()).0, "the record is not JSON: recursion limit exceeded");
         let many = format!("[{}1]", "1,".repeat(MAX_VALUES));
-        assert_eq!(fault(many.as_bytes()), (format!("the record has more than {MAX_VALUES} values"), None));
+        assert_eq!(error_of(many.as_bytes()), (format!("the record has more than {MAX_VALUES} values"), None));
         let text = format!("[\"\\\"{}\"]", "1,".repeat(MAX_VALUES));
         assert!(parse(text.as_bytes()).is_ok());
     }

@@ -85,7 +85,7 @@ impl<R: Truncated> JsonValues<R> {
                     self.reader.consume(1);
                     let next = self.skip_white_space()?;
                     return match next {
-                        Some(b']' | b',') => Err(self.fault("expected a value after `,`")),
+                        Some(b']' | b',') => Err(self.syntax_error("expected a value after `,`")),
                         None if self.reader.reached_limit() => Ok(None),
                         None => Err(self.unclosed()),
                         Some(byte) => self.value(byte, record, max_bytes),
@@ -95,11 +95,11 @@ impl<R: Truncated> JsonValues<R> {
                     return self.value(byte, record, max_bytes);
                 }
                 (State::AfterValue, Some(_)) => {
-                    return Err(self.fault("expected `,` or `]` after an element of the array"));
+                    return Err(self.syntax_error("expected `,` or `]` after an element of the array"));
                 }
-                (State::Start, _) => return Err(self.fault("expected `[`")),
+                (State::Start, _) => return Err(self.syntax_error("expected `[`")),
                 (State::End, Some(_)) => {
-                    return Err(self.fault(
+                    return Err(self.syntax_error(
                         "the file continues after the end of the array: a file is one array, or has a record in each line",
                     ));
                 }
@@ -115,12 +115,12 @@ impl<R: Truncated> JsonValues<R> {
     }
 
     /// An error at the next character.
-    fn fault(&self, problem: &str) -> JsonSplitError {
+    fn syntax_error(&self, problem: &str) -> JsonSplitError {
         JsonSplitError::Syntax(FilePosition { line: self.line, column: self.column + 1 }, problem.into())
     }
 
     fn unclosed(&self) -> JsonSplitError {
-        self.fault("the array is not closed: the file ends too early")
+        self.syntax_error("the array is not closed: the file ends too early")
     }
 
     fn advance(&mut self, characters: usize, line_break: bool) {
@@ -168,10 +168,11 @@ impl<R: Truncated> JsonValues<R> {
     ) -> Result<Option<FilePosition>, JsonSplitError> {
         let place = FilePosition { line: self.line, column: self.column + 1 };
         if matches!(first, b']' | b'}' | b',' | b':') {
-            return Err(self.fault("expected a value"));
+            return Err(self.syntax_error("expected a value"));
         }
         let mut nesting = JsonNesting::default();
-        // A number or a literal ends before the next delimiter. Any other value ends with its closing bracket or quotation mark.
+        // A number or a literal ends before the next delimiter. Any other value ends with its closing bracket or quotation
+        // mark.
         let bare = !matches!(first, b'{' | b'[' | b'"');
         loop {
             let bytes = match self.reader.fill_buf() {

@@ -66,7 +66,7 @@ impl RecordReader {
             FileKind::JsonObjects => Rows::JsonValues(Box::new(JsonValues::new(source.into_reader(limit), false))),
             FileKind::Delimited(delimiter) => {
                 let file = CsvRows::new(source.into_reader(limit), delimiter);
-                Rows::Delimited(Box::new(file.map_err(|fault| csv_error(&path, kind, fault))?))
+                Rows::Delimited(Box::new(file.map_err(|error| csv_error(&path, kind, error))?))
             }
             FileKind::Parquet => {
                 let rows = Box::new(parquet::rows(&path, required)?);
@@ -116,6 +116,7 @@ impl RecordReader {
 
     fn advance(&mut self) -> Result<Option<Record>, RecordError> {
         let result = self.read();
+        // Nothing is read after the end or an error, so the file is closed.
         if !matches!(result, Ok(Some(_))) {
             self.blank = self.blank_rows();
             self.rows = Rows::End;
@@ -133,13 +134,13 @@ impl RecordReader {
                 let found = read.map_err(|TooLong| too_long(path, kind, FilePosition::line(lines.line())))?;
                 found.then(|| FilePosition::line(lines.line()))
             }
-            Rows::JsonValues(values) => values.next(&mut json, MAX_RECORD_BYTES).map_err(|fault| match fault {
+            Rows::JsonValues(values) => values.next(&mut json, MAX_RECORD_BYTES).map_err(|error| match error {
                 json_values::JsonSplitError::Io(error) => RecordError::io(path, &error),
                 json_values::JsonSplitError::TooLong(place) => too_long(path, kind, place),
                 json_values::JsonSplitError::Syntax(place, problem) => RecordError::at(path, place, problem, None),
             })?,
             Rows::Delimited(file) => {
-                let row = file.next(&mut json, MAX_RECORD_BYTES).map_err(|fault| csv_error(path, kind, fault))?;
+                let row = file.next(&mut json, MAX_RECORD_BYTES).map_err(|error| csv_error(path, kind, error))?;
                 row.map(FilePosition::line)
             }
             Rows::Parquet { rows, row, left } => {
@@ -175,8 +176,8 @@ fn too_long(path: &Path, kind: FileKind, place: FilePosition) -> RecordError {
     RecordError::at(path, place, problem, hint)
 }
 
-fn csv_error(path: &Path, kind: FileKind, fault: csv::CsvError) -> RecordError {
-    match fault {
+fn csv_error(path: &Path, kind: FileKind, error: csv::CsvError) -> RecordError {
+    match error {
         csv::CsvError::Io(error) => RecordError::io(path, &error),
         csv::CsvError::TooLong(line) => too_long(path, kind, FilePosition::line(line)),
         csv::CsvError::Row(line, problem, hint) => RecordError::at(path, FilePosition::line(line), problem, hint),

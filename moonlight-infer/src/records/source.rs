@@ -15,8 +15,8 @@ const HEAD_BYTES: usize = 64 << 10;
 /// The UTF-8 byte order mark.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Reads the first [`HEAD_BYTES`] bytes. From a pipe it does not wait for more than the first line, because the writer may wait
-/// for the answer to each record before it writes the next.
+/// Reads the first [`HEAD_BYTES`] bytes. From a pipe it does not wait for more than the first line, because the writer may
+/// wait for the answer to each record before it writes the next.
 fn read_head(reader: &mut impl Read, is_pipe: bool) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
     if !is_pipe {
@@ -69,6 +69,7 @@ impl Source {
         let file = Cursor::new(start).chain(file);
         let mut rest: Box<dyn Read + Send> = match compression {
             None => Box::new(file),
+            // A gzip file may have several members, for example if files were concatenated.
             Some(Compression::Gzip) => Box::new(MultiGzDecoder::new(file)),
             Some(Compression::Zstandard) => Box::new(ZstdFrames::new(file)),
         };

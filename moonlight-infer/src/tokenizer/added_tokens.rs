@@ -38,6 +38,7 @@ struct Finder {
 impl Finder {
     fn new<'a>(tokens: impl Iterator<Item = (u32, &'a AddedToken)>) -> Result<Self, String> {
         let (ids, texts): (Vec<u32>, Vec<&str>) = tokens.map(|(id, token)| (id, token.content.as_str())).unzip();
+        // The match kind of `tokenizers`: of two tokens that start at the same position, the longer one is found.
         let build = || AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(&texts);
         let finder = (!ids.is_empty()).then(build).transpose().map_err(|error| error.to_string())?;
         Ok(Self { finder, ids })
@@ -105,6 +106,7 @@ impl AddedTokens {
         let mut end = 0;
         for found in finder.iter().flat_map(|finder| finder.find_iter(text)) {
             let id = ids[found.pattern().as_usize()];
+            // As in `tokenizers`, a token that is not wanted is text, even if a shorter one that is wanted is part of it.
             let Some(token) = self.tokens.get(&id).filter(|token| wanted(token)) else { continue };
             let (before, after) = (&text[..found.start()], &text[found.end()..]);
             if token.single_word && (self.is_word(before.chars().next_back()) || self.is_word(after.chars().next())) {

@@ -91,6 +91,7 @@ impl ByteTokenizer {
                     at = start + name.len();
                     end = at;
                 }
+                // A name may start within the text that was just compared: `<|<|eos|>`.
                 None => at = start + 1,
             }
         }

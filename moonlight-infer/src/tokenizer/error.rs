@@ -41,7 +41,7 @@ pub enum TokenizerError {
 }
 
 impl TokenizerError {
-    /// What to do, where it is known.
+    /// What to do, if it is known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NotFound(_) => Some(

@@ -40,8 +40,8 @@ pub(super) struct HuggingFace {
 const ANCHOR: char = '\u{10FFFF}';
 
 impl HuggingFace {
-    /// Parses the bytes of a file; `names` are the tokens that the files next to it name. Contradictions between the files that
-    /// are not errors are added to `notes`.
+    /// Parses the bytes of a file; `names` are the tokens that the files next to it name. Contradictions between the files
+    /// that are not errors are added to `notes`.
     pub(super) fn parse(contents: &[u8], names: &SpecialNames, notes: &mut Vec<String>) -> Result<Self, String> {
         // The limits are checked before the crate parses the file: a huge allocation or a stack overflow aborts the process,
         // which cannot be caught.
@@ -108,7 +108,8 @@ impl HuggingFace {
         Ok(tokenizer)
     }
 
-    /// The tokens of a text, with special tokens parsed if `parse_special`. The error is the rest of a sentence about the text.
+    /// The tokens of a text, with special tokens parsed if `parse_special`. The error is the rest of a sentence about the
+    /// text.
     pub(super) fn encode(&self, text: &str, parse_special: bool) -> Result<Vec<u32>, String> {
         let inner = if parse_special { self.parsing() } else { &self.inner };
         catch_panic(|| self.tokens(inner, text)).unwrap_or_else(|| Err(LIBRARY_FAILED.into()))

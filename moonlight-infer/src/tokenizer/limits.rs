@@ -1,5 +1,5 @@
-//! Limits of a `tokenizer.json`. They are checked before the `tokenizers` crate parses the file, because the crate allocates and
-//! repeats as much as the file asks for.
+//! Limits of a `tokenizer.json`. They are checked before the `tokenizers` crate parses the file, because the crate
+//! allocates and repeats as much as the file asks for.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -33,8 +33,8 @@ const MAX_WORD_CHARS: u64 = 10_000;
 
 /// A file that is within the limits.
 pub(super) struct CheckedFile {
-    /// The JSON for the crate, without the post-processor. It is serialized from the parsed sections, so that the crate sees the
-    /// same values as the checks.
+    /// The JSON for the crate, without the post-processor. It is serialized from the parsed sections, so that the crate
+    /// sees the same values as the checks.
     pub(super) json: Vec<u8>,
     /// Whether the normalizer can make a text more than [`MAX_GROWTH`] times as long.
     pub(super) may_expand: bool,
@@ -195,8 +195,8 @@ fn step_growth(name: &str, step: &Map<String, Value>) -> Result<usize, String> {
     })
 }
 
-/// The factor of SentencePiece's table of characters, whose bytes are the length of a trie, the trie, and the replacements, each
-/// terminated by a zero byte.
+/// The factor of SentencePiece's table of characters, whose bytes are the length of a trie, the trie, and the replacements,
+/// each terminated by a zero byte.
 fn charsmap(name: &str, map: &Value) -> Result<usize, String> {
     let damaged = || format!("its {name} has a damaged table of characters (`precompiled_charsmap`)");
     let bytes = STANDARD.decode(map.as_str().ok_or_else(damaged)?).map_err(|_| damaged())?;

@@ -178,6 +178,7 @@ impl Tokenizer {
         if spec == BYTES_CHAT_TOKENIZER {
             return Ok(Self::bytes_chat());
         }
+        // A variable that is not set remains in the path, so that the error shows it.
         let path = PathBuf::from(expand_env(spec).unwrap_or_else(|_| spec.to_owned()));
         let path = hub::resolve(&path).unwrap_or(path);
         let unreadable = |problem: String| TokenizerError::Read { path: path.clone(), problem };
@@ -312,6 +313,7 @@ impl Tokenizer {
             AddBos::Never => self.prefix = Arc::default(),
             AddBos::Always => {
                 let token = self.bos.ok_or_else(|| TokenizerError::NoBos(self.name().to_owned()))?;
+                // The post-processor may already add it.
                 if !self.prefix.contains(&token) {
                     self.prefix = std::iter::once(token).chain(self.prefix.iter().copied()).collect();
                 }
@@ -373,8 +375,8 @@ impl Tokenizer {
         self.encode_with(text, false)
     }
 
-    /// The tokens of a text that continues another. They differ from those of [`encode`](Tokenizer::encode) for a SentencePiece
-    /// tokenizer that adds a space only before the first word of a text (`prepend_scheme = "first"`).
+    /// The tokens of a text that continues another. They differ from those of [`encode`](Tokenizer::encode) for a
+    /// SentencePiece tokenizer that adds a space only before the first word of a text (`prepend_scheme = "first"`).
     ///
     /// # Errors
     ///
@@ -573,8 +575,10 @@ fn name(path: &Path) -> Arc<str> {
 }
 
 fn fingerprint(kind: &str, contents: &[u8], added: &AddedTokens) -> String {
+    // `DefaultHasher::new` has fixed keys, so the hash is the same in every process.
     let mut hasher = DefaultHasher::new();
     contents.hash(&mut hasher);
+    // The files next to the tokenizer may change its added tokens.
     for (id, token) in added.all() {
         let AddedToken { content, special, single_word, lstrip, rstrip, normalized } = token;
         (id, content, special, single_word, lstrip, rstrip, normalized).hash(&mut hasher);

@@ -1,7 +1,7 @@
 //! The `post_processor` of a `tokenizer.json`: the tokens that it adds before and after a text.
 //!
-//! It is not parsed by the `tokenizers` crate, which panics or allocates without bound for some files: those with two templates
-//! in a sequence, or with a template that contains the text twice.
+//! It is not parsed by the `tokenizers` crate, which panics or allocates without bound for some files: those with two
+//! templates in a sequence, or with a template that contains the text twice.
 
 use serde_json::Value;
 

@@ -161,9 +161,9 @@ fn errors_name_the_file_that_is_not_a_tokenizer() {
 fn with(change: impl FnOnce(&mut serde_json::Value)) -> Result<Tokenizer, String> {
     let mut json: serde_json::Value = serde_json::from_slice(&Tokenizer::bytes().files()[0].contents).unwrap();
     change(&mut json);
-    let began = std::time::Instant::now();
+    let started = std::time::Instant::now();
     let tokenizer = Tokenizer::from_json(json.to_string().as_bytes());
-    assert!(began.elapsed().as_secs() < 5);
+    assert!(started.elapsed().as_secs() < 5);
     tokenizer.map_err(|error| error.to_string())
 }
 
@@ -265,9 +265,9 @@ fn a_text_that_the_normalizer_expands_too_much_is_an_error() {
             "behavior": "Isolated", "invert": false});
     });
     if let Ok(tokenizer) = tokenizer {
-        let began = std::time::Instant::now();
+        let started = std::time::Instant::now();
         let _ = tokenizer.encode(&"a".repeat(5_000));
-        assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+        assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
     }
 }
 

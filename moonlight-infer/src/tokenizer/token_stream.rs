@@ -74,8 +74,8 @@ impl<'a> TokenStream<'a> {
         }
     }
 
-    /// The text that the tokens after the emitted ones add. It is found by comparison, because the decoder may change the end of
-    /// the earlier text.
+    /// The text that the tokens after the emitted ones add. It is found by comparison, because the decoder may change the
+    /// end of the earlier text.
     fn new_text(&self) -> String {
         if self.emitted == self.tokens.len() {
             return String::new();

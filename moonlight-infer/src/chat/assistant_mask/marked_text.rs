@@ -34,11 +34,11 @@ impl SpanFinder<'_> {
             return Err(span_not_found(turn, &problem));
         }
         let last = turn + 1 == input.messages.len();
-        let here: Vec<Region> = regions.found.iter().filter(|region| region.message == turn).cloned().collect();
-        let unwritten = here.is_empty();
-        let here = match unwritten {
+        let turn_regions: Vec<Region> = regions.found.iter().filter(|region| region.message == turn).cloned().collect();
+        let unwritten = turn_regions.is_empty();
+        let turn_regions = match unwritten {
             true => self.content_end(input, input.messages.len(), text, turn).unwrap_or_default(),
-            false => here,
+            false => turn_regions,
         };
         let as_last = up_to_turn.filter(|_| !last).and_then(|up_to_turn| match unwritten {
             true => self.content_end(input, turn + 1, up_to_turn, turn),
@@ -48,7 +48,7 @@ impl SpanFinder<'_> {
         // that was called. Only as many occurrences as there are when the turn is the last belong to the turn.
         let mut occurrences: HashMap<usize, usize> = HashMap::new();
         let mut own: Vec<(&Region, usize)> = Vec::new();
-        for region in &here {
+        for region in &turn_regions {
             let occurrence = occurrences.entry(region.text).or_default();
             *occurrence += 1;
             let is_own =

@@ -40,6 +40,7 @@ pub(super) struct Marker<'a> {
 
 impl Marker<'_> {
     pub(super) fn mark(&mut self, message: &mut Fields) {
+        // The content comes last, because blank content is marked only if there is no other text.
         let first = self.next;
         for (name, value) in message.iter_mut().filter(|(name, _)| name.as_str() != "content") {
             let wanted = match self.fields {
@@ -56,7 +57,7 @@ impl Marker<'_> {
                 *text = with_marks(text, std::slice::from_ref(&end), |_| encode_number(self.next));
                 self.next += 1;
             }
-            // Blank content is marked only if the message has no other text: templates test whether it is blank.
+            // Templates test whether content is blank, and a mark would change the answer.
             Some(Value::String(text)) if self.next == first || !text.trim().is_empty() => self.mark_text(text, wanted),
             Some(parts @ Value::Array(_)) => self.mark_value(parts, wanted),
             _ => {}
@@ -153,8 +154,8 @@ fn with_marks(text: &str, pieces: &[Range<usize>], number: impl Fn(usize) -> Str
     marked
 }
 
-/// The parts of a text between `split_markers`, without the white space around them, which templates trim. A blank text has
-/// one empty piece.
+/// The parts of a text between `split_markers`, without the white space around them, which templates trim. A text of nothing
+/// but white space and markers has one empty piece, at its end.
 pub(super) fn split_pieces(text: &str, split_markers: &[String]) -> Vec<Range<usize>> {
     let mut pieces = Vec::new();
     let mut start = 0;
@@ -171,8 +172,7 @@ pub(super) fn split_pieces(text: &str, split_markers: &[String]) -> Vec<Range<us
         start = end + length;
     }
     if pieces.is_empty() {
-        let end = if text.trim().is_empty() { text.len() - text.trim_start().len() } else { text.len() };
-        pieces.push(end..end);
+        pieces.push(text.len()..text.len());
     }
     pieces
 }

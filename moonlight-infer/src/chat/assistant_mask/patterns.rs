@@ -36,6 +36,7 @@ impl SpanFinder<'_> {
         text: &str,
         regions: &Regions,
     ) -> Result<Option<Vec<Range<usize>>>, ChatError> {
+        // Ids are marked if possible; some templates compare or measure them.
         let marked = self.mark_turns(input, turns, text, true).or_else(|| self.mark_turns(input, turns, text, false));
         let Some(marked) = marked else { return Ok(None) };
         let mut spans: Vec<Option<Range<usize>>> = vec![None; turns.len()];

@@ -57,8 +57,8 @@ impl SpanFinder<'_> {
                 return Regions { found, unmarkable: Vec::new() };
             }
         }
-        // Some message cannot be marked, because the template inspects its text. The others are marked one at a time. Each
-        // takes up to eight renderings or so, as several sets of fields are tried; with too many messages none is marked.
+        // Some message cannot be marked, because the template inspects its text. The others are marked one at a time, unless
+        // that takes too many renderings. Each message takes several, one for each set of fields that is tried.
         if messages.saturating_mul(messages) > MAX_RENDERED_MESSAGES / 8 {
             return Regions { found: Vec::new(), unmarkable: all };
         }

@@ -20,6 +20,7 @@ pub(super) fn tojson(state: &State, value: Value, arguments: Rest<ValueOrKwargs>
         None => None,
         Some(indent) => Some(match indent.as_str() {
             Some(text) => text.to_owned(),
+            // Clamped before the allocation; a value above the limit is reported below.
             None => " ".repeat(i64::try_from(indent)?.clamp(0, MAX_INDENT + 1) as usize),
         }),
     };

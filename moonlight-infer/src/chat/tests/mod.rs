@@ -280,9 +280,14 @@ mod hostile {
 
     /// The output of a template, within five seconds.
     fn answer(text: &str) -> Result<String, String> {
-        let began = Instant::now();
+        let started = Instant::now();
         let rendered = ChatTemplate::from_source(text).and_then(|template| template.render(&messages(4), true));
-        assert!(began.elapsed() < Duration::from_secs(5), "{:?} for {}", began.elapsed(), &text[..text.len().min(100)]);
+        assert!(
+            started.elapsed() < Duration::from_secs(5),
+            "{:?} for {}",
+            started.elapsed(),
+            &text[..text.len().min(100)]
+        );
         rendered.map_err(|error| error.to_string())
     }
 
@@ -532,12 +537,12 @@ fn ten_thousand_turns_take_seconds() {
         .collect();
     let turns = Conversation::from(turns);
     for text in [MOONLIGHT_TEMPLATE, CHATML] {
-        let began = std::time::Instant::now();
+        let started = std::time::Instant::now();
         let WeightedTokens { weights, .. } = encoder(text).weighted_tokens(&turns).unwrap();
         let learned = weights.iter().filter(|&&weight| weight > 0.0).count();
         let expected: usize = (0..10_000).map(|index: usize| format!("answer {index} \n").len() + 1).sum();
         assert_eq!(learned, expected);
-        assert!(began.elapsed().as_secs() < 15, "{:?}", began.elapsed());
+        assert!(started.elapsed().as_secs() < 15, "{:?}", started.elapsed());
     }
     // This template writes into each turn how many follow, so that every turn needs a separate rendering.
     let counts = "{% for m in messages %}{{ m.role }}{{ loop.revindex }}{{ m.content|reverse }}<|im_end|>{% endfor %}";

@@ -80,13 +80,13 @@ fn every_field_of_a_message_reaches_the_template() {
 fn a_call_that_the_template_does_not_write_is_refused() {
     let encoder = encoder(&CHATML.replace("m.content", "(m.content or '')"));
     let call = json!([{"type": "function", "function": {"name": "w", "arguments": {}}}]);
-    let of = |content: Value| json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": content, "tool_calls": call}]});
+    let record_with = |content: Value| json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": content, "tool_calls": call}]});
     for content in [json!(""), json!(null)] {
-        let error = read(&encoder, &of(content)).unwrap_err();
+        let error = read(&encoder, &record_with(content)).unwrap_err();
         let expected = "message 2 has only tool calls, and the chat template does not read `tool_calls`";
         assert_eq!(error, expected);
     }
-    assert_eq!(read(&encoder, &of("I look".into())).unwrap().2, ["messages[].tool_calls"]);
+    assert_eq!(read(&encoder, &record_with("I look".into())).unwrap().2, ["messages[].tool_calls"]);
     let thinks = json!({"messages": [{"role": "user", "content": "Q"},
         {"role": "assistant", "content": "", "reasoning_content": "so"}]});
     assert_eq!(
@@ -122,28 +122,28 @@ fn sharegpt_is_converted_to_openais_format() {
     );
     assert_eq!(learned, "<call> w {'town': 'Celle'}</call><|im_end|>|Seven.<|im_end|>");
     assert!(unread.is_empty(), "{unread:?}");
-    let with = |from: &str, value: &str| json!({"conversations": [{"from": "human", "value": "Q"}, {"from": from, "value": value}]});
+    let record_with = |from: &str, value: &str| json!({"conversations": [{"from": "human", "value": "Q"}, {"from": from, "value": value}]});
     assert!(
-        read(&encoder, &with("function_call", "<think>so</think>\n[{\"name\": \"a\"}, {\"name\": \"b\"}]"))
+        read(&encoder, &record_with("function_call", "<think>so</think>\n[{\"name\": \"a\"}, {\"name\": \"b\"}]"))
             .unwrap()
             .1
             .starts_with("<think>so</think><call> a </call><call> b </call>")
     );
-    let error = read(&encoder, &with("function_call", "w(1)")).unwrap_err();
+    let error = read(&encoder, &record_with("function_call", "w(1)")).unwrap_err();
     assert!(error.starts_with("`conversations[1]` is a call that is not JSON"), "{error}");
     // A system message of the conversation takes precedence over that of the record, which is reported.
-    let mut both = with("gpt", "A");
+    let mut both = record_with("gpt", "A");
     both["system"] = "other".into();
     both["conversations"].as_array_mut().unwrap().insert(0, json!({"from": "system", "value": "S"}));
     let (text, _, unread) = read(&encoder, &both).unwrap();
     assert!(text.starts_with("<|im_system|>system<|im_middle|>S<|im_end|><|im_user|>"), "{text}");
     assert_eq!(unread, ["system"]);
     // A template without tools does not know the role of a tool's result.
-    let plain = encoder_of_moonlight();
+    let plain = moonlight_encoder();
     assert!(read(&plain, &record).unwrap_err().contains("unknown role `observation`"));
 }
 
-fn encoder_of_moonlight() -> ChatEncoder {
+fn moonlight_encoder() -> ChatEncoder {
     encoder(MOONLIGHT_TEMPLATE)
 }
 
@@ -152,7 +152,7 @@ fn a_system_prompt_of_the_record_becomes_the_first_message() {
     for key in ["messages", "conversations"] {
         let record = json!({"system": "Answer in one word.", key: [
             {"role": "user", "content": "Capital of Spain?"}, {"role": "assistant", "content": "Madrid."}]});
-        let (text, learned, unread) = read(&encoder_of_moonlight(), &record).unwrap();
+        let (text, learned, unread) = read(&moonlight_encoder(), &record).unwrap();
         assert!(text.starts_with("<|im_system|>system<|im_middle|>Answer in one word.<|im_end|>"), "{text}");
         assert_eq!((learned.as_str(), unread.len()), ("Madrid.<|im_end|>", 0));
     }
@@ -160,7 +160,7 @@ fn a_system_prompt_of_the_record_becomes_the_first_message() {
 
 #[test]
 fn turns_with_a_weight_of_zero_are_not_learned() {
-    let of = |mark: Value| {
+    let record_with = |mark: Value| {
         let mut old = json!({"role": "assistant", "content": "old"});
         old.as_object_mut().unwrap().extend(mark.as_object().unwrap().clone());
         json!({"messages": [{"role": "user", "content": "Q"}, old, {"role": "user", "content": "R", "train": false},
@@ -175,16 +175,16 @@ fn turns_with_a_weight_of_zero_are_not_learned() {
         json!({"train": false, "weight": 1}),
         json!({"train": false, "loss_mask": 0}),
     ] {
-        let (_, learned, unread) = read(&encoder_of_moonlight(), &of(mark.clone())).unwrap();
+        let (_, learned, unread) = read(&moonlight_encoder(), &record_with(mark.clone())).unwrap();
         assert_eq!((learned.as_str(), unread.len()), ("new<|im_end|>", 0), "{mark}");
     }
-    let (_, learned, _) = read(&encoder_of_moonlight(), &of(json!({"train": null, "weight": null}))).unwrap();
+    let (_, learned, _) = read(&moonlight_encoder(), &record_with(json!({"train": null, "weight": null}))).unwrap();
     assert_eq!(learned, "old<|im_end|>|new<|im_end|>");
-    let detail = of(json!({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": false}]}));
-    assert!(read(&encoder_of_moonlight(), &detail).unwrap_err().contains("`messages[1]` has `train_detail`"));
-    let mut user = of(json!({}));
+    let detail = record_with(json!({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": false}]}));
+    assert!(read(&moonlight_encoder(), &detail).unwrap_err().contains("`messages[1]` has `train_detail`"));
+    let mut user = record_with(json!({}));
     user["messages"][0]["train"] = true.into();
-    let error = read(&encoder_of_moonlight(), &user).unwrap_err();
+    let error = read(&moonlight_encoder(), &user).unwrap_err();
     assert!(error.contains("`messages[0]` is marked as learned by `train`"), "{error}");
 }
 
@@ -194,7 +194,7 @@ fn only_the_completion_of_a_prompt_is_learned() {
         "prompt": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "R"}],
         "completion": [{"role": "assistant", "content": "B"}],
     });
-    let (text, learned, _) = read(&encoder_of_moonlight(), &record).unwrap();
+    let (text, learned, _) = read(&moonlight_encoder(), &record).unwrap();
     assert!(text.contains("A<|im_end|>"), "{text}");
     assert_eq!(learned, "B<|im_end|>");
     for (key, value, problem) in [
@@ -205,19 +205,19 @@ fn only_the_completion_of_a_prompt_is_learned() {
     ] {
         let mut other = record.clone();
         other[key] = value;
-        let error = read(&encoder_of_moonlight(), &other).unwrap_err();
+        let error = read(&moonlight_encoder(), &other).unwrap_err();
         assert!(error.contains(problem), "{error}");
     }
     // With `messages`, the preference fields are only reported.
     let both = json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
         "chosen": [{"role": "assistant", "content": "A"}], "prompt": "Q"});
-    assert_eq!(read(&encoder_of_moonlight(), &both).unwrap().2, ["chosen", "prompt"]);
+    assert_eq!(read(&moonlight_encoder(), &both).unwrap().2, ["chosen", "prompt"]);
 }
 
 #[test]
 fn nulls_and_empty_lists_count_as_absent() {
     let expected = read(
-        &encoder_of_moonlight(),
+        &moonlight_encoder(),
         &json!({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}),
     )
     .unwrap();
@@ -231,11 +231,11 @@ fn nulls_and_empty_lists_count_as_absent() {
             {"role": "assistant", "content": "A", "from": "assistant", "value": "A"}]}),
         json!({"conversations": null, "instruction": "Q", "input": null, "output": "A", "history": null, "system": null}),
     ] {
-        assert_eq!(read(&encoder_of_moonlight(), &record).unwrap(), expected, "{record}");
+        assert_eq!(read(&moonlight_encoder(), &record).unwrap(), expected, "{record}");
     }
     let differ =
         json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "value": "B"}]});
-    let error = read(&encoder_of_moonlight(), &differ).unwrap_err();
+    let error = read(&moonlight_encoder(), &differ).unwrap_err();
     assert_eq!(error, "`messages[1]` has both `content` and `value`, and they differ");
 }
 
@@ -266,15 +266,15 @@ fn fields_that_the_template_reads_are_variables() {
     let text = "{{ mode | default('none') }}{{ tools is defined }}{{ tools is none }}{{ documents is none }}"
         .to_owned()
         + CHATML;
-    let of = |more: Value| {
+    let read_with = |more: Value| {
         let mut record = json!({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]});
         record.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         read(&encoder(&text), &record)
     };
-    let (plain, _, _) = of(json!({})).unwrap();
+    let (plain, _, _) = read_with(json!({})).unwrap();
     assert!(plain.starts_with("noneTrueTrueTrue<"), "{plain}");
     for more in [json!({"mode": "fast"}), json!({"chat_template_kwargs": {"mode": "fast"}})] {
-        let (text, learned, unread) = of(more).unwrap();
+        let (text, learned, unread) = read_with(more).unwrap();
         assert!(text.starts_with("fastTrueTrueTrue<"), "{text}");
         assert_eq!((learned.as_str(), unread.len()), ("A<|im_end|>", 0));
     }
@@ -288,17 +288,17 @@ fn fields_that_the_template_reads_are_variables() {
     assert_eq!(given(json!({"mode": "fast"})), ["mode"]);
     assert!(given(json!({"chat_template_kwargs": {"mode": "fast"}})).is_empty());
     assert_eq!(
-        of(json!({"chat_template_kwargs": {"other": 1}, "other": 2, "add_generation_prompt": true})).unwrap().2,
+        read_with(json!({"chat_template_kwargs": {"other": 1}, "other": 2, "add_generation_prompt": true})).unwrap().2,
         ["chat_template_kwargs.other", "other", "add_generation_prompt"]
     );
     for name in ["messages", "tools", "bos_token", "add_generation_prompt", "moonlight_generation_begin"] {
-        let error = of(json!({"chat_template_kwargs": {name: "x"}})).unwrap_err();
+        let error = read_with(json!({"chat_template_kwargs": {name: "x"}})).unwrap_err();
         assert_eq!(error, format!("`chat_template_kwargs` sets the reserved variable `{name}`"));
     }
-    assert_eq!(of(json!({"documents": ["x"]})).unwrap_err(), "`documents` is not a list of objects");
-    assert_eq!(of(json!({"tools": "x"})).unwrap_err(), "`tools` is a string that is not JSON");
-    assert_eq!(of(json!({"tools": {"a": 1}})).unwrap_err(), "`tools` is not a list of tools");
-    let (text, ..) = of(json!({"tools": ""})).unwrap();
+    assert_eq!(read_with(json!({"documents": ["x"]})).unwrap_err(), "`documents` is not a list of objects");
+    assert_eq!(read_with(json!({"tools": "x"})).unwrap_err(), "`tools` is a string that is not JSON");
+    assert_eq!(read_with(json!({"tools": {"a": 1}})).unwrap_err(), "`tools` is not a list of tools");
+    let (text, ..) = read_with(json!({"tools": ""})).unwrap();
     assert!(text.contains("TrueTrueTrue"));
 }
 
@@ -349,7 +349,7 @@ fn private_use_characters_of_messages_are_kept() {
         assert_eq!(learned, format!("{words}<|im_end|>"));
     }
     let record = json!({"messages": [{"role": "user", "content": "\u{f8001}"}, {"role": "assistant", "content": "A"}]});
-    let error = read(&encoder_of_moonlight(), &record).unwrap_err();
+    let error = read(&moonlight_encoder(), &record).unwrap_err();
     assert!(error.starts_with("the conversation contains the character U+F8001"), "{error}");
 }
 
@@ -391,15 +391,15 @@ fn turns_that_are_rewritten_are_learned_as_they_are_written() {
         {"role": "user", "content": "R"},
         {"role": "assistant", "content": "", "reasoning_content": "second", "tool_calls": call},
     ]});
-    let of = |text: &str| read(&encoder(text), &record).unwrap().1;
+    let learned_with = |text: &str| read(&encoder(text), &record).unwrap().1;
     let written =
         "<call>{\"name\": \"w\", \"arguments\": {\"n\": 3, \"town\": \"Celle\", \"x\": 1.5e-07}}</call><|im_end|>";
-    assert_eq!(of(reasons), format!("{written}|<think>\nsecond\n</think>{written}"));
+    assert_eq!(learned_with(reasons), format!("{written}|<think>\nsecond\n</think>{written}"));
     // The prompt opens a reasoning block, which no earlier turn has.
     let opens = reasons.replace("<|im_user|>assistant<|im_middle|>", "<|im_user|>assistant<|im_middle|><think>\n");
-    assert_eq!(of(&opens), format!("{written}|\nsecond\n</think>{written}"));
+    assert_eq!(learned_with(&opens), format!("{written}|\nsecond\n</think>{written}"));
     let never = opens.replace("loop.index0 > ns.last", "false");
-    assert_eq!(of(&never), format!("{written}|{written}"));
+    assert_eq!(learned_with(&never), format!("{written}|{written}"));
 }
 
 #[test]
