@@ -16,8 +16,8 @@ const DOCTESTS: &str = "docs/doctests/src/lib.rs";
 /// Writes the pages of claims and of errors, or with `check` compares them; checks the form, links, commands and keys of all
 /// pages; and builds the manual if `mdbook` is installed.
 ///
-/// The pages of recipe keys and of commands are written by tests of the crates that they are made from: see `UPDATE_...` in
-/// the manual's page of environment variables.
+/// The pages of recipe keys and of commands are written by tests of the crates that define them: see `UPDATE_...` on the
+/// manual's page of environment variables.
 pub(crate) fn run(root: &Path, check: bool) -> Result<()> {
     evidence::run(root, check)?;
     errors::run(root, check)?;
@@ -25,7 +25,7 @@ pub(crate) fn run(root: &Path, check: bool) -> Result<()> {
     links::run(root, check)?;
     commands::run(root)?;
     if !shell::is_installed("mdbook") {
-        eprintln!("SKIPPED: building the manual, for want of `mdbook` (cargo install mdbook --locked)");
+        eprintln!("SKIPPED: building the manual: `mdbook` is not installed (cargo install mdbook --locked)");
         return Ok(());
     }
     shell::run(&mut shell::command(root, "mdbook build docs"))
@@ -46,7 +46,7 @@ fn check_form(root: &Path) -> Result<()> {
         if !listed.contains(&page.path) {
             problems.push(format!("`{}` is not in SUMMARY.md", page.path.display()));
         }
-        // Their code is compiled there.
+        // A page's Rust code is compiled only if the doctests include the page.
         if page.blocks.iter().any(|block| block.is("rust"))
             && !doctests.contains(&format!("../../{}", page.path.strip_prefix("docs")?.display()))
         {

@@ -8,14 +8,14 @@ use anyhow::{Context, Result, bail};
 use crate::shell::{cargo, command, is_installed, metadata, output, run as call, succeeds};
 use crate::{book, package, scripts, words};
 
-/// Examples that teach; each asserts what it shows.
+/// The examples of the manual; each asserts what it shows.
 const EXAMPLES: [&str; 5] = ["own_burn_program", "custom_model", "generate", "lora", "custom_loop"];
 
 /// Features in addition to the default ones, except MPI.
 const FEATURES: &str =
     "moonlight-train/cuda,moonlight-train/wgpu,moonlight-train/vulkan,moonlight-train/metal,moonlight-train/parquet";
 
-/// Everything that a change must pass. The order is that of the time from a change to its most likely error.
+/// Everything that a change must pass, ordered so that the most likely errors show first.
 pub(crate) fn run(root: &Path) -> Result<()> {
     let start = Instant::now();
     fmt(root)?;
@@ -31,17 +31,17 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     let has_deny = succeeds(&mut cargo(root, "deny --version"));
     optional("licenses of dependencies", has_deny, "cargo-deny is not installed", || deny(root, false))?;
 
-    // The default build and all tests above need no MPI; where it can be had, it is tried.
+    // The default build and all tests above need no MPI. This check runs if MPI is installed or can be.
     let has_mpi = has_mpi() || install_mpi(root);
     optional("two ranks on MPI", has_mpi, "there is no MPI here and it cannot be installed", || mpi(root))?;
     lint_all(root, has_mpi)?;
 
-    // Its build is the longest of all.
+    // This build takes longest, so it is skipped if the checks before it were slow.
     let seconds = start.elapsed().as_secs();
     let late = format!("the checks before it took {seconds} seconds");
     optional("the GPU kernels on WGPU", seconds < 2700, &late, || wgpu(root))?;
 
-    // The build of the fuzz targets, with a sanitizer, takes half an hour where it was not made before.
+    // The fuzz targets have a sanitizer and share no build with the rest: without a cached build they take half an hour.
     let seconds = start.elapsed().as_secs();
     let late = format!("the checks before them took {seconds} seconds");
     optional("the fuzz targets", seconds < 1800, &late, || fuzz(root, 15))
@@ -64,7 +64,7 @@ pub(crate) fn typos(root: &Path) -> Result<()> {
     call(&mut command(root, "typos"))
 }
 
-/// All tests. Those that this machine cannot run add a line to a file, which is shown at the end.
+/// All tests. A test that this machine cannot run adds a line to a file, which is printed at the end.
 pub(crate) fn test(root: &Path) -> Result<()> {
     let skipped = std::env::temp_dir().join(format!("moonlight-skipped-{}", std::process::id()));
     std::fs::write(&skipped, "").with_context(|| format!("`{}` cannot be written", skipped.display()))?;
@@ -86,8 +86,8 @@ pub(crate) fn lint(root: &Path) -> Result<()> {
     call(&mut cargo(root, "clippy --workspace --all-targets -- -D warnings"))
 }
 
-/// All backends and options. With `DOCS_RS`, the build script of CubeCL's compiler does not fetch LLVM, so nothing of CUDA
-/// need be installed.
+/// All backends and options. With `DOCS_RS` the build script of CubeCL's compiler does not download LLVM, and CUDA need not be
+/// installed.
 pub(crate) fn lint_all(root: &Path, mpi: bool) -> Result<()> {
     let features = if mpi { format!("{FEATURES},moonlight-train/mpi") } else { FEATURES.into() };
     let line = format!("clippy --workspace --all-targets --features {features} -- -D warnings");
@@ -98,7 +98,7 @@ pub(crate) fn doc(root: &Path) -> Result<()> {
     call(cargo(root, "doc --workspace --no-deps").env("RUSTDOCFLAGS", "-D warnings"))
 }
 
-/// Examples are run from where they were built: `cargo run -p` would choose other features and build Burn a second time.
+/// Runs the built programs directly: `cargo run -p` would select other features and build Burn a second time.
 pub(crate) fn examples(root: &Path) -> Result<()> {
     let targets = EXAMPLES.map(|name| format!("--example={name}")).join(" ");
     call(&mut cargo(root, &format!("build --workspace {targets}")))?;
@@ -110,7 +110,7 @@ pub(crate) fn examples(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Advisories are fetched from GitHub; the rest needs no network.
+/// Only advisories need a network: they are fetched from GitHub.
 pub(crate) fn deny(root: &Path, advisories: bool) -> Result<()> {
     let what = if advisories { "all" } else { "bans licenses sources" };
     call(&mut cargo(root, &format!("deny --all-features check {what}")))
@@ -124,7 +124,7 @@ pub(crate) fn wgpu(root: &Path) -> Result<()> {
     call(&mut command(root, "scripts/parity/wgpu_smoke.sh"))
 }
 
-/// The same inputs each time: new ones are for long runs by hand.
+/// The seed is fixed, so that a failure can be repeated; run `scripts/fuzz.sh` for new inputs.
 pub(crate) fn fuzz(root: &Path, seconds: u32) -> Result<()> {
     let has_fuzz = || succeeds(&mut cargo(root, "fuzz --version"));
     if !has_fuzz() && succeeds(&mut command(root, "cargo +nightly --version")) {

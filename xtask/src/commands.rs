@@ -1,7 +1,7 @@
-//! Checks what pages write against what the programs have: commands and options, recipe keys, and files of this repository.
+//! Checks that the commands, options, recipe keys and files that pages name exist.
 //!
-//! The pages of commands and of recipe keys are made from the code, and tests in `moonlight-train` and `moonlight-convert`
-//! hold them to it. So a page that agrees with those two agrees with the code, and this program need not be built with Burn.
+//! The pages of commands and of recipe keys are generated from the code, and tests in `moonlight-train` and `moonlight-convert`
+//! keep them current. Other pages are compared with these, so this program need not be built with Burn.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,10 +15,10 @@ use crate::pages::{self, Page};
 use crate::shell;
 
 const PROGRAMS: [&str; 2] = ["moonlight", "moonlight-convert"];
-/// What starts another program.
+/// Programs that start another program.
 const LAUNCHERS: [&str; 5] = ["mpirun", "srun", "sudo", "nohup", "time"];
 const RECIPE: &str = "docs/src/reference/recipe.md";
-/// Words after a section's name that are extensions of files or parameters, not keys.
+/// Words after a section's name and a dot that are file extensions or parameters, not keys.
 const NOT_KEYS: [&str; 12] = [
     "txt",
     "json",
@@ -33,7 +33,7 @@ const NOT_KEYS: [&str; 12] = [
     "norm",
     "language_model",
 ];
-/// Pages that name what there is not: a changelog earlier names, the page of errors mistakes.
+/// Pages that name things which do not exist: earlier names in the changelog, mistakes on the page of errors.
 const EXAMPLES: [&str; 2] = ["CHANGELOG.md", "errors.md"];
 
 /// Options by command: `moonlight data inspect` has `--json`, ...
@@ -94,7 +94,7 @@ fn check(page: &Page, root: &Path, known: &Known, keys: &Keys, problems: &mut Ve
     }
 }
 
-/// The commands of a block, each in words, with the number of its line from 0.
+/// The commands of a block, each split into words, with its line number from 0.
 fn commands(text: &str) -> Vec<(usize, Vec<String>)> {
     let mut commands = Vec::new();
     let mut lines = text.lines().enumerate();
@@ -113,7 +113,7 @@ fn commands(text: &str) -> Vec<(usize, Vec<String>)> {
     commands
 }
 
-/// The words from the program on; `None` where it is none of ours.
+/// The words from the program's name on; `None` if it is not one of this project's programs.
 fn program(words: &[String]) -> Option<&[String]> {
     let is_program = |word: &String| PROGRAMS.iter().any(|program| word.rsplit('/').next() == Some(program));
     let words = &words[words.iter().position(|word| !is_assignment(word))?..];
@@ -136,7 +136,7 @@ fn is_assignment(word: &str) -> bool {
 fn check_command(words: &[String], known: &Known, keys: &Keys) -> Result<(), String> {
     let Some(words) = program(words) else { return Ok(()) };
     let mut command = match words[0].as_str() {
-        // After `cargo run --bin NAME --`: only `moonlight` is run so.
+        // After `cargo run --bin NAME --`; the pages run only `moonlight` this way.
         "--" => "moonlight".to_owned(),
         word => word.rsplit('/').next().unwrap_or_default().to_owned(),
     };
@@ -146,14 +146,14 @@ fn check_command(words: &[String], known: &Known, keys: &Keys) -> Result<(), Str
         (command, rest) = (next, &rest[1..]);
     }
     let options = known.get(&command).ok_or_else(|| format!("there is no program `{command}`"))?;
-    // Those of the program are those of its commands as well.
+    // A program's options are valid for all its commands.
     let global = command.split(' ').next().and_then(|program| known.get(program));
     if PROGRAMS.contains(&command.as_str())
         && let Some(word) = rest.first()
         && !word.starts_with('-')
         && word != "help"
     {
-        // Placeholders stand for any command.
+        // A placeholder such as `COMMAND` is accepted.
         let is_placeholder = word.chars().all(|c| c.is_ascii_uppercase() || "…<>[]|.".contains(c));
         return if is_placeholder { Ok(()) } else { Err(format!("`{command}` has no command `{word}`")) };
     }
@@ -173,12 +173,12 @@ fn check_command(words: &[String], known: &Known, keys: &Keys) -> Result<(), Str
     Ok(())
 }
 
-/// `train.steps`, `train.steps=200`, `train.steps = 200`: an error where the section has no such key.
+/// Checks `train.steps`, `train.steps=200` or `train.steps = 200`: an error if the section has no such key.
 fn check_key(code: &str, keys: &Keys) -> Result<(), String> {
     let Some((section, rest)) = code.split_once('.') else { return Ok(()) };
     let Some(known) = keys.get(section) else { return Ok(()) };
     let key: String = rest.chars().take_while(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || *c == '_').collect();
-    // `data.` in front of something else, such as a path or a glob.
+    // Otherwise it may be a path or a glob, such as `data.d/*.txt`.
     let follows = rest[key.len()..].chars().next();
     let is_key = follows.is_none_or(|next| " =.".contains(next));
     match key.is_empty() || !is_key || NOT_KEYS.contains(&key.as_str()) || known.contains(&key) {
@@ -187,11 +187,11 @@ fn check_key(code: &str, keys: &Keys) -> Result<(), String> {
     }
 }
 
-/// A block of TOML, if its sections are those of recipes.
+/// Checks a block of TOML if all its sections are those of recipes.
 fn check_recipe(text: &str, keys: &Keys) -> Vec<String> {
     let table: toml::Table = match toml::from_str(text) {
         Ok(table) => table,
-        Err(error) => return vec![format!("no TOML: {}", error.message())],
+        Err(error) => return vec![format!("not TOML: {}", error.message())],
     };
     if !table.keys().all(|section| keys.contains_key(section)) {
         return Vec::new();
@@ -203,7 +203,7 @@ fn check_recipe(text: &str, keys: &Keys) -> Vec<String> {
         .collect()
 }
 
-/// Files of this repository that words name and that are not there.
+/// Files of this repository that the words name and that do not exist.
 fn missing_files<'a>(words: &'a [String], root: &'a Path) -> impl Iterator<Item = String> + 'a {
     const FOLDERS: [&str; 8] = [
         "scripts",
@@ -261,7 +261,7 @@ fn recipe_keys(root: &Path) -> Result<Keys> {
             let into = keys.entry(section.clone()).or_default();
             match rest.starts_with('`') {
                 true => into.extend(code.captures(rest).map(|found| found[1].to_owned())),
-                // A list of keys that have no docs.
+                // A line that lists keys without descriptions.
                 false => into.extend(code.captures_iter(rest).map(|found| found[1].to_owned())),
             }
         }
@@ -293,7 +293,7 @@ pub(crate) fn run_blocks(root: &Path, programs: &Path) -> Result<()> {
     remove_traces(root)
 }
 
-/// Removes what earlier blocks have written: their runs and files are named `book-...`.
+/// Removes the output of earlier blocks, whose runs and files are named `book-...`.
 fn remove_traces(root: &Path) -> Result<()> {
     for pattern in ["runs/book-*", "target/book-*"] {
         for path in glob::glob(&root.join(pattern).to_string_lossy())? {

@@ -1,4 +1,4 @@
-//! Writes the manual's page of errors from the snapshots that hold the messages.
+//! Writes the manual's page of errors from the snapshots of the messages.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -56,7 +56,7 @@ fn entries(root: &Path) -> Result<BTreeMap<(String, String), Vec<Entry>>> {
     Ok(entries)
 }
 
-/// The source file that a snapshot names, and its messages: lines `error: ...`, each perhaps with a line `hint: ...`.
+/// The source file that a snapshot names, and its messages: lines `error: ...`, each optionally followed by a line `hint: ...`.
 fn parse(snapshot: &str) -> Result<(&str, Vec<Entry>)> {
     let rest = snapshot.strip_prefix("---\n").context("it has no head")?;
     let (head, body) = rest.split_once("\n---\n").context("its head does not end")?;
@@ -99,7 +99,7 @@ fn page(entries: &BTreeMap<(String, String), Vec<Entry>>) -> Result<String> {
     Ok(page)
 }
 
-/// A message as Markdown: what stands in backticks stays code, and outside of it no sign is markup.
+/// A message as Markdown: text in backticks remains code, and markup characters outside of it are escaped.
 fn markdown(text: &str) -> String {
     let mut made = String::new();
     let mut parts = text.split('`').enumerate().peekable();

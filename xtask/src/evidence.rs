@@ -119,11 +119,11 @@ impl Claim {
         let is_date = date.len() == 10 && date.split('-').map(str::len).eq([4, 2, 2]);
         ensure!(
             is_date && date.chars().all(|c| c == '-' || c.is_ascii_digit()),
-            "claim `{claim}`: `{date}` is no date"
+            "claim `{claim}`: `{date}` is not a date"
         );
         ensure!(
             commit.len() >= 7 && commit.chars().all(|c| c.is_ascii_hexdigit()),
-            "claim `{claim}`: `{commit}` is no commit"
+            "claim `{claim}`: `{commit}` is not a commit"
         );
         ensure!(!command.is_empty() && !measured.is_empty(), "claim `{claim}` is incomplete");
         Ok(())
@@ -135,7 +135,7 @@ fn cell(text: &str) -> String {
     text.replace('|', "\\|")
 }
 
-/// Commands are separated by `; `. One that is no command is text.
+/// Commands are separated by `; `. A part that is not a command remains text.
 fn command_cell(commands: &str) -> String {
     let is_command = |command: &str| {
         let program = command.split_whitespace().next().unwrap_or_default();

@@ -1,5 +1,5 @@
-//! Checks the links of all pages: files within the repository, and the anchors of their headings. Links to the web are
-//! not followed, so that the check does not depend on a network.
+//! Checks the links of all pages to files of the repository and to headings. Links to the web are not followed, so that the
+//! check does not depend on a network.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::pages;
 ///
 /// # Errors
 ///
-/// A link that leads nowhere; all of them are printed first.
+/// A broken link; all of them are printed first.
 pub(crate) fn run(root: &Path, _check: bool) -> Result<()> {
     let pages = pages::all(root)?;
     let by_path: BTreeMap<&Path, &pages::Page> = pages.iter().map(|page| (page.path.as_path(), page)).collect();
@@ -43,14 +43,14 @@ pub(crate) fn run(root: &Path, _check: bool) -> Result<()> {
         }
     }
     if broken > 0 {
-        bail!("{broken} of {checked} links lead nowhere");
+        bail!("{broken} of {checked} links are broken");
     }
     eprintln!("{checked} links in {} pages", pages.len());
     Ok(())
 }
 
 fn is_elsewhere(link: &str) -> bool {
-    // A link in doc comments that a README shares with its crate names an item of the code.
+    // A README that is also a crate's documentation contains links to items of the code.
     link.contains("://") || link.starts_with("mailto:") || link.contains("::")
 }
 

@@ -1,5 +1,5 @@
-//! The checks of this repository, as `cargo xtask COMMAND`. Continuous integration and `.ci/run` call these commands and
-//! no others, so that a failure there can be repeated by one line.
+//! The checks of this repository, as `cargo xtask COMMAND`. Continuous integration and `.ci/run` call only these commands, so
+//! that a failure there can be repeated with one command.
 
 mod book;
 mod ci;
@@ -28,11 +28,11 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Everything that a change must pass, in order; what this machine cannot run is skipped with a word
+    /// Run all checks in order; a check that this machine cannot run is reported as SKIPPED
     Ci,
-    /// Look for words that STYLE.md does not use
+    /// Find words that STYLE.md excludes
     Words {
-        /// Files or folders; everything when there is none
+        /// Files or folders [default: the whole repository]
         paths: Vec<String>,
     },
     /// Check the spelling with `typos`
@@ -49,19 +49,19 @@ enum Task {
     },
     /// Run all tests
     Test,
-    /// Build the documentation of the code; a warning is an error
+    /// Build the code's documentation; warnings are errors
     Doc,
-    /// Build and run the examples that teach
+    /// Build and run the examples of the manual, which assert their results
     Examples,
     /// Lint and compile the scripts, and run the quick ones
     Scripts,
     /// Write the generated pages of the manual and build it
     Book {
-        /// Write nothing; fail where a page is out of date
+        /// Write nothing; fail if a page is out of date
         #[arg(long)]
         check: bool,
     },
-    /// Run the blocks of the manual that are marked for it
+    /// Run the manual's blocks of commands that are marked with `run`
     Blocks {
         /// The folder with the programs
         #[arg(default_value = "target/release")]
@@ -71,7 +71,7 @@ enum Task {
     Links,
     /// Write the evidence page from its data file
     Evidence {
-        /// Write nothing; fail where the page is out of date
+        /// Write nothing; fail if the page is out of date
         #[arg(long)]
         check: bool,
     },
@@ -89,10 +89,11 @@ enum Task {
     },
     /// Train on two ranks with MPI
     Mpi,
-    /// Run the GPU kernels on a Vulkan device in software
+    /// Run the GPU kernels on a software Vulkan driver
     Wgpu,
     /// Run each fuzz target for some seconds
     Fuzz {
+        /// Seconds for each target
         #[arg(default_value_t = 15)]
         seconds: u32,
     },

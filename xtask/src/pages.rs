@@ -12,18 +12,18 @@ use crate::shell;
 /// The folder of the manual's pages.
 pub(crate) const MANUAL: &str = "docs/src";
 
-/// What the checks need to know of a page.
+/// The parts of a page that the checks use.
 pub(crate) struct Page {
     /// Relative to the root of the repository.
     pub(crate) path: PathBuf,
     pub(crate) text: String,
-    /// Anchors, as mdBook and GitHub make them of headings.
+    /// Anchors of headings, as mdBook and GitHub make them.
     pub(crate) anchors: BTreeSet<String>,
     /// Targets of links and pictures, each with its line.
     pub(crate) links: Vec<(usize, String)>,
     /// Blocks of code.
     pub(crate) blocks: Vec<Block>,
-    /// Code within text, each with its line.
+    /// Inline code, each with its line.
     pub(crate) codes: Vec<(usize, String)>,
     /// The text of the first heading, and of the first paragraph.
     pub(crate) opening: (String, String),
@@ -32,7 +32,7 @@ pub(crate) struct Page {
 /// A block of code.
 pub(crate) struct Block {
     pub(crate) line: usize,
-    /// The words after the fence: the language, and what is marked.
+    /// The words after the fence: the language, then marks such as `run`.
     pub(crate) info: Vec<String>,
     pub(crate) text: String,
 }
@@ -139,7 +139,7 @@ impl Page {
     }
 }
 
-/// The anchor of a heading: lower case, blanks as hyphens, signs left out.
+/// The anchor of a heading: lower case, with hyphens for blanks and without punctuation.
 fn slug(heading: &str) -> String {
     let kept = heading.trim().chars().filter_map(|character| match character {
         ' ' | '-' => Some('-'),

@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::shell::{command, is_installed, output, run as call, succeeds};
 
-/// Modules that scripts import, which are not scripts themselves.
+/// Modules that scripts import; they have no `--help`.
 const MODULES: [&str; 3] = ["scripts/common.py", "scripts/parity/models.py", "scripts/cluster/tiny_run.py"];
 
-/// Checks all scripts. Their packages need not be installed, because a script imports them after it has read its arguments.
+/// Checks all scripts. Their packages need not be installed, because a script imports them only after it has parsed its arguments.
 pub(crate) fn run(root: &Path) -> Result<()> {
     let Some(python) = ["python3", "python"].into_iter().find(|name| is_installed(name)) else {
         println!("SKIPPED: the scripts: Python is not installed");
@@ -27,7 +27,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
         check(root, python, file)?;
     }
     println!("{} scripts can be compiled and print their help", files.lines().count());
-    // The one comparison that takes seconds and needs nothing built.
+    // The only comparison that takes seconds and needs no build.
     let versions = "import transformers, jinja2; assert transformers.__version__.startswith('5.24.')";
     if succeeds(Command::new(python).args(["-c", versions])) {
         call(&mut command(root, &format!("{python} scripts/parity/check_templates.py --check")))?;
@@ -37,13 +37,12 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Compiles a script and runs it with `--help`, in another folder than the repository: no script may depend on the working
-/// directory.
+/// Compiles a script and runs it with `--help` outside of the repository, because no script may depend on the working directory.
 fn check(root: &Path, python: &str, file: &str) -> Result<()> {
     let elsewhere = std::env::temp_dir();
     let source = root.join(file);
     let mut compile = Command::new(python);
-    // `compile`, and not the module py_compile, which writes a file.
+    // `compile` and not the module `py_compile`, which would write a file.
     compile.args(["-c", "import sys; compile(open(sys.argv[1], encoding='utf-8').read(), sys.argv[1], 'exec')"]);
     if !compile.arg(&source).status().context("Python cannot be started")?.success() {
         bail!("`{file}` cannot be compiled");

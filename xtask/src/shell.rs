@@ -1,4 +1,4 @@
-//! Commands of other programs: shown before they run, an error when they fail.
+//! Runs other programs: prints each command first, and returns an error if it fails.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -18,7 +18,7 @@ pub(crate) fn command(root: &Path, line: &str) -> Command {
 pub(crate) fn cargo(root: &Path, arguments: &str) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(arguments.split_whitespace()).current_dir(root);
-    // Cargo sets these for the program that it runs. A cargo that sees them believes that it is part of xtask.
+    // Cargo sets these for xtask. A nested cargo must not inherit them, because they would describe xtask as its package.
     for (name, _) in std::env::vars_os() {
         let Some(text) = name.to_str() else { continue };
         if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
@@ -59,7 +59,7 @@ pub(crate) fn metadata(root: &Path) -> Result<serde_json::Value> {
     serde_json::from_str(&text).context("the output of `cargo metadata`")
 }
 
-/// Whether a command runs and ends with status 0. Its output is dropped.
+/// Whether a command runs and ends with status 0. Its output is discarded.
 pub(crate) fn succeeds(command: &mut Command) -> bool {
     command
         .stdin(Stdio::null())

@@ -1,4 +1,4 @@
-//! Finds words that this project does not use: the patterns of `xtask/words.toml` in every text file that git tracks.
+//! Finds words that STYLE.md excludes, by the patterns of `xtask/words.toml`, in every text file that git tracks.
 
 use std::fs;
 use std::path::Path;
@@ -10,11 +10,11 @@ use serde::Deserialize;
 
 use crate::shell;
 
-/// What `words.toml` contains.
+/// The contents of `words.toml`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Rules {
-    /// Globs of files that are not read: data, and what earlier versions wrote.
+    /// Globs of files that are not read: data, and files from earlier versions.
     except: Vec<String>,
     /// A regular expression of lines that are not read.
     except_lines: String,
@@ -26,16 +26,16 @@ struct Rules {
 struct Word {
     /// A regular expression that ignores case.
     pattern: String,
-    /// What to write, or why not.
+    /// What to write instead, or the reason.
     instead: String,
-    /// A text that the pattern finds, for the test.
+    /// A text that the pattern matches, for the test.
     #[cfg_attr(not(test), expect(dead_code, reason = "read by the test alone"))]
     finds: String,
-    /// A text that the pattern does not find, for the test.
+    /// A text that the pattern does not match, for the test.
     #[serde(default)]
     #[cfg_attr(not(test), expect(dead_code, reason = "read by the test alone"))]
     passes: String,
-    /// Globs of files where the word is used rightly.
+    /// Globs of files in which the word is correct.
     #[serde(default)]
     except: Vec<String>,
 }
@@ -46,7 +46,7 @@ struct Rule {
     except: Vec<Pattern>,
 }
 
-/// Prints each word that is not used as `file:line: word: what instead`.
+/// Prints each excluded word as `file:line: word: what to write instead`.
 ///
 /// # Errors
 ///
@@ -60,7 +60,7 @@ pub(crate) fn run(root: &Path, paths: &[String]) -> Result<()> {
     let files = shell::output(list.args(paths))?;
     let mut count = 0;
     for name in files.split('\0').filter(|name| !name.is_empty() && !is_in(&except, name)) {
-        // A link, a file that was deleted since, or bytes that are no text.
+        // Symbolic links to folders, deleted files and binary files are skipped.
         let Ok(text) = fs::read_to_string(root.join(name)) else { continue };
         count += check_file(name, &text, &rules, &except_lines);
     }

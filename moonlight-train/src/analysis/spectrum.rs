@@ -54,18 +54,18 @@ impl MatrixGroup {
     }
 }
 
-/// What the singular values of one matrix say.
+/// Statistics of the singular values of one matrix.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct MatrixSpectrum {
     /// The decoder layer, from 0.
     pub layer: usize,
     /// The path inside the layer, with the index of a routed expert in brackets.
     pub path: String,
-    /// The group in whose mean it counts.
+    /// The group whose mean includes it.
     pub group: MatrixGroup,
     /// `[rows, columns]`.
     pub shape: [usize; 2],
-    /// `-1 / log(n) sum_i p_i log p_i`, `p_i = sigma_i^2 / sum_j sigma_j^2`: 1 where all singular values are equal.
+    /// `-1 / log(n) sum_i p_i log p_i` with `p_i = sigma_i^2 / sum_j sigma_j^2`: 1 if all `n` singular values are equal.
     pub entropy: f64,
     /// `sum_i sigma_i^2 / max_i sigma_i^2`.
     pub stable_rank: f64,
@@ -73,7 +73,7 @@ pub struct MatrixSpectrum {
     pub largest: f64,
 }
 
-/// Means of a group: over its matrices in each layer, then over the layers that have any.
+/// Means of a group: first over its matrices in each layer, then over the layers that have any.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct GroupSpectrum {
     /// One of the report's six.
@@ -161,7 +161,7 @@ pub fn by_group(matrices: &[MatrixSpectrum]) -> Vec<GroupSpectrum> {
         .collect()
 }
 
-/// Singular values in f64, `None` for a non-finite matrix. By faer: for 2048 x 1408 its blocked SVD takes a second, Burn's minutes.
+/// Singular values in f64; `None` for a non-finite matrix. For 2048 x 1408 faer's blocked SVD takes a second, Burn's takes minutes.
 fn singular_values(matrix: Tensor<2>) -> Option<Spectrum> {
     let [rows, columns] = matrix.dims();
     let values: Vec<f64> = matrix.into_data().iter::<f64>().collect();
@@ -173,7 +173,7 @@ fn singular_values(matrix: Tensor<2>) -> Option<Spectrum> {
     Some(Spectrum { singular_values })
 }
 
-/// Collects the matrices of a layer that are to be measured, with their paths.
+/// Collects the matrices of a layer to measure, with their paths.
 struct Collector {
     path: Vec<String>,
     /// The group of each matrix of the layer, by path.
@@ -203,7 +203,7 @@ impl ModuleVisitor for Collector {
                     0 => experts,
                     wanted => wanted.min(experts),
                 };
-                // Seeded by the layer alone, so that gate, up and down are measured for the same experts.
+                // The seed depends only on the layer, so that gate, up and down are measured for the same experts.
                 let mut random = ChaCha8Rng::seed_from_u64(self.selection.seed.wrapping_add(self.layer as u64));
                 let mut chosen = sample(&mut random, experts, wanted).into_vec();
                 chosen.sort_unstable();

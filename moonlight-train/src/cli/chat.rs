@@ -56,12 +56,12 @@ struct Conversation<'a> {
     answering: Arc<Answering>,
 }
 
-/// What the signal handler needs to know of the conversation.
+/// The state that the signal handler shares with the conversation.
 #[derive(Default)]
 struct Answering {
     /// Whether an answer is being generated.
     now: AtomicBool,
-    /// Whether it must stop.
+    /// Whether the answer must stop.
     interrupted: AtomicBool,
 }
 
@@ -95,12 +95,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     signals::handle(move |signal| {
         let response = handle.respond(signal);
         if response == Response::End {
-            terminal::restore_mode(); // rustyline has it in raw mode at the prompt
+            terminal::restore_mode(); // at the prompt rustyline has set raw mode, which would outlive the program
         }
         response
     });
-    let talking = std::io::stdin().is_terminal();
-    if talking {
+    let interactive = std::io::stdin().is_terminal();
+    if interactive {
         tracing::info!("chat template: {}; /help for commands", encoder.template().source());
     }
     let mut conversation = Conversation {
@@ -113,10 +113,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
         messages: system(arguments.system.as_deref()),
         answering,
     };
-    let failed = |error| unreadable(&error, talking);
+    let failed = |error| unreadable(&error, interactive);
     let mut editor = DefaultEditor::new().map_err(failed)?;
     loop {
-        match editor.readline(if talking { "> " } else { "" }) {
+        match editor.readline(if interactive { "> " } else { "" }) {
             Ok(line) if line.trim().is_empty() => {}
             Ok(line) => {
                 let _ = editor.add_history_entry(&line);
@@ -124,7 +124,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
                     return Ok(ExitCode::SUCCESS);
                 }
             }
-            // In raw mode Ctrl-C is a key, not a signal.
+            // In raw mode Ctrl-C arrives as a key, not as a signal.
             Err(ReadlineError::Interrupted) => return Ok(ExitCode::from(INTERRUPTED)),
             Err(ReadlineError::Eof) => return Ok(ExitCode::SUCCESS),
             Err(error) => return Err(failed(error)),
@@ -132,10 +132,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     }
 }
 
-/// The error of an input that cannot be read.
-fn unreadable(error: &ReadlineError, talking: bool) -> TrainError {
+/// The error for input that cannot be read.
+fn unreadable(error: &ReadlineError, interactive: bool) -> TrainError {
     let is_text = !matches!(error, ReadlineError::Io(error) if error.kind() == std::io::ErrorKind::InvalidData);
-    let from = if talking { "the terminal" } else { "standard input" };
+    let from = if interactive { "the terminal" } else { "standard input" };
     let (problem, hint) = match is_text {
         true => (format!("{from} cannot be read: {error}"), None),
         false => (
@@ -159,7 +159,7 @@ impl Conversation<'_> {
             "/help" => reply!("{HELP}"),
             "/reset" => self.messages.retain(|message| message.role() == "system"),
             "/system" => self.messages = system(Some(rest.trim()).filter(|text| !text.is_empty())),
-            // An error in a conversation is reported and does not end it.
+            // An error is reported and does not end the conversation.
             "/save" => match self.save(Path::new(rest.trim())) {
                 Ok(()) => reply!("wrote `{}`", rest.trim()),
                 Err(error) => error.report(),
@@ -170,7 +170,7 @@ impl Conversation<'_> {
                 let answered = self.answer(line);
                 self.answering.end();
                 if let Err(error) = answered {
-                    self.messages.pop();
+                    self.messages.pop(); // the user's message, so that the next one does not follow it unanswered
                     match error {
                         TrainError::File(FileError { access: Access::Write, .. }) => return Err(error),
                         error => error.report(),

@@ -112,7 +112,7 @@ fn describe(key: &str, stats: &SplitStats) -> String {
     text.push_str(&format!("  tokens of a document: {shortest} to {longest}, median {median}\n"));
     let most = histogram.iter().map(|(_, count)| *count).max().unwrap_or(0).max(1);
     for (bound, count) in histogram {
-        // Rare lengths get a bar of one character.
+        // A length that occurs has a bar of at least one character.
         let bar = if *count == 0 { 0 } else { (count * BAR / most).max(1) };
         let line = format!("  up to {bound:>7} {count:>8} {}", "#".repeat(bar as usize));
         text.push_str(line.trim_end());
@@ -125,7 +125,7 @@ fn describe(key: &str, stats: &SplitStats) -> String {
 struct Show<'a> {
     tokenizer: Option<&'a Tokenizer>,
     specials: Vec<(String, u32)>,
-    /// Put before and after tokens without loss.
+    /// Printed before and after tokens that the loss does not count.
     dim: [&'static str; 2],
     longest: usize,
 }

@@ -13,9 +13,9 @@ use super::units;
 use crate::error::TrainError;
 use crate::plan::{Threads, available_memory};
 
-/// Less free memory than this is worth a warning, bytes.
+/// Less free memory than this gives a warning, bytes.
 const LITTLE_MEMORY: u64 = 2_000_000_000;
-/// Less free disk space than this is worth a warning, bytes: a checkpoint of a small model with its optimizer state.
+/// Less free disk space than this gives a warning, bytes: a checkpoint of a small model with its optimizer state.
 const LITTLE_DISK: u64 = 5_000_000_000;
 
 /// Check this machine and this build, and say what to set
@@ -30,7 +30,7 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-/// The environment variables that the programs of this project read, and what for.
+/// The environment variables that the programs of this project read, and their purpose.
 const VARIABLES: &[(&str, &str)] = &[
     ("MOONLIGHT_SIMD", "the highest level of vector instructions that kernels use"),
     ("RAYON_NUM_THREADS", "the number of CPU threads"),
@@ -88,7 +88,7 @@ struct Processor {
     /// The level of vector instructions that kernels use; `None` in a build without the cpu backend.
     vectors: Option<String>,
     best_vectors: Option<String>,
-    /// What the processor has of the instructions that matter to kernels.
+    /// The instruction sets of the processor that matter to kernels.
     features: Vec<&'static str>,
 }
 
@@ -101,7 +101,7 @@ struct Memory {
 
 #[derive(Debug, Serialize)]
 struct FoundDevice {
-    /// As `--device` names it; `None` for a GPU that this build cannot use.
+    /// The value for `--device`; `None` for a GPU that this build cannot use.
     device: Option<String>,
     description: String,
 }
@@ -112,7 +112,7 @@ struct HubCache {
     exists: bool,
     bytes: u64,
     models: usize,
-    /// The variable or file that has the token; the token itself is never read.
+    /// The variable or file that has the token; the token itself is not part of the report.
     token_from: Option<String>,
 }
 
@@ -364,7 +364,7 @@ fn features() -> Vec<&'static str> {
 fn memory() -> Memory {
     let mut system = sysinfo::System::new();
     system.refresh_memory();
-    // A container's limit counts as its memory.
+    // In a container, its limit is the total memory.
     let limit = system.cgroup_limits().map(|limits| limits.total_memory).filter(|&limit| limit > 0);
     let total_bytes = limit.map_or(system.total_memory(), |limit| limit.min(system.total_memory()));
     Memory { total_bytes, free_bytes: available_memory().unwrap_or_else(|| system.available_memory()) }
@@ -417,7 +417,7 @@ fn gpus() -> Vec<(&'static str, usize)> {
     found
 }
 
-/// The number of devices of a kind. Without its driver a backend panics, which counts as none.
+/// The number of devices of a kind. A backend without its driver panics, which counts as none; the panic is not printed.
 #[cfg(any(feature = "cuda", feature = "metal", feature = "vulkan", feature = "wgpu"))]
 fn count(kind: burn::tensor::DeviceType) -> usize {
     let hook = std::panic::take_hook();
@@ -486,7 +486,7 @@ fn is_writable(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|metadata| !metadata.permissions().readonly())
 }
 
-/// Bytes that may still be written below a directory; `None` if the system does not say.
+/// Bytes that can still be written in a directory; `None` if the system does not report them.
 #[cfg(unix)]
 fn free_disk(path: &Path) -> Option<u64> {
     let volume = rustix::fs::statvfs(path).ok()?;
@@ -498,7 +498,7 @@ fn free_disk(_path: &Path) -> Option<u64> {
     None
 }
 
-/// Under a launcher of several processes a build without MPI refuses to train.
+/// Reports a launcher of several processes if the build has no MPI: such a build refuses to train.
 fn launcher(problems: &mut Vec<Problem>) {
     let launched = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].into_iter().find_map(|name| {
         let number = std::env::var(name).ok()?.parse::<usize>().ok()?;

@@ -178,14 +178,14 @@ impl Arguments {
     }
 }
 
-/// Adds the token that ends a turn if every prompt contains it: then the prompts are conversations, and an answer ends like a turn.
+/// Adds the token that ends a turn if every prompt contains it: the prompts are then conversations, and an answer ends like a turn.
 fn with_end_of_turn(mut eos: Vec<u32>, end_of_turn: Option<u32>, prompts: &[Vec<u32>]) -> Vec<u32> {
     let in_chat = |token: &u32| !prompts.is_empty() && prompts.iter().all(|prompt| prompt.contains(token));
     eos.extend(end_of_turn.filter(in_chat));
     eos
 }
 
-/// Continues the prompts of a file. Continuations finish in any order; each is printed once all before it are.
+/// Continues the prompts of a file. Continuations finish in any order; each is printed when all earlier ones are.
 fn run_many(file: TokenReader, mut output: JsonLines, arguments: &Arguments) -> Result<(), TrainError> {
     let Opened { model, tokenizer, eos, end_of_turn } = arguments.open()?;
     let config = model.config();

@@ -15,7 +15,7 @@ use crate::error::TrainError;
 use crate::plan::{MemoryPlan, Threads, available_memory};
 use crate::recipe::{Draft, ShapedRecipe};
 
-/// Sequences are not made shorter than this to fit into memory.
+/// The shortest sequences that are tried to fit into memory, tokens.
 const SHORTEST: usize = 256;
 
 /// Write a recipe, from options or by asking
@@ -109,7 +109,7 @@ fn request(problem: impl Into<String>, hint: &str) -> TrainError {
     TrainError::Request { problem: problem.into(), hint: Some(hint.into()) }
 }
 
-/// What the recipe is made of.
+/// What the user chose, by options or on the terminal.
 #[derive(Debug)]
 struct Answers {
     task: Task,
@@ -163,7 +163,7 @@ impl Answers {
         }
         let on_cpu = match ComputeDevice::open(&arguments.device) {
             Ok(device) => device.is_cpu,
-            // The recipe may be for another machine.
+            // The recipe may be for another machine, so a backend that this build lacks counts as a GPU.
             Err(DeviceError::NotBuilt { .. }) => false,
             Err(error) => return Err(error.into()),
         };
@@ -216,7 +216,7 @@ impl Answers {
         }
     }
 
-    /// The recipe before it is made to fit, with sequences of at most `longest` tokens.
+    /// The recipe before it is changed to fit, with sequences of at most `longest` tokens.
     fn recipe(&self, path: &Path, longest: usize) -> Result<Sections, TrainError> {
         let mut recipe = Sections::default();
         let name = match path.file_stem().and_then(|stem| stem.to_str()) {
@@ -251,7 +251,7 @@ impl Answers {
         Ok(recipe)
     }
 
-    /// The shape of the model that the recipe so far names.
+    /// The shape of the model in the recipe so far, from a probe with the other required keys.
     fn shape(&self, recipe: &mut Sections) -> Result<ModelConfig, TrainError> {
         let mut probe = recipe.clone();
         probe.section("data");
@@ -362,7 +362,7 @@ impl Answers {
         Self::ending(recipe, 100);
     }
 
-    /// The rest of `[train]`.
+    /// The keys of `[train]` that all tasks share.
     fn ending(recipe: &mut Sections, every: u64) {
         recipe.add("gradient_clip", "1.0".into(), "The largest global norm of the gradient; 0 for no limit.");
         recipe.add("validate_every", every.to_string(), "Steps between validations.");
@@ -371,7 +371,7 @@ impl Answers {
         recipe.add("keep", "2".into(), "The newest checkpoints that are kept.");
     }
 
-    /// Whether the weights are Moonlight's, or of a run of this program with its default optimizer.
+    /// Whether Muon probably trained the weights: Moonlight's, recognized by name, and those of a run, because Muon is the default.
     fn is_trained_by_muon(&self) -> bool {
         let model = self.model.as_deref().unwrap_or_default();
         let is_run = resolve_model(model).is_ok_and(|dir| dir.join("trainer.json").exists());
@@ -379,7 +379,7 @@ impl Answers {
     }
 }
 
-/// Asks on stderr until there is an answer.
+/// Asks on stderr until a line is not empty.
 fn answer(input: &mut dyn BufRead, question: &str) -> Result<String, TrainError> {
     loop {
         let mut stderr = io::stderr();
@@ -397,7 +397,7 @@ fn answer(input: &mut dyn BufRead, question: &str) -> Result<String, TrainError>
     }
 }
 
-/// The preset that a repository is named after: `moonlight-16b-a3b` of `moonshotai/Moonlight-16B-A3B`.
+/// The preset with the name of a repository: `moonlight-16b-a3b` for `moonshotai/Moonlight-16B-A3B`.
 fn preset_of(model: &str) -> Option<String> {
     let name = model.rsplit('/').next()?.to_ascii_lowercase();
     ModelConfig::preset(&name).is_ok().then_some(name)
@@ -439,7 +439,7 @@ impl Sections {
         }
     }
 
-    /// Sets `section.key`, which may be new. The comment is added to the one that is there.
+    /// Sets `section.key`, which may be new. The comment is appended to that of an existing key.
     fn set(&mut self, path: &'static str, value: String, comment: &str) {
         let Some((section, key)) = path.split_once('.') else { return };
         let index = match self.0.iter().position(|(name, _)| *name == section) {

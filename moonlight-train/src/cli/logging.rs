@@ -19,10 +19,10 @@ use tracing_subscriber::{Layer, fmt as layer};
 pub(super) enum Verbosity {
     /// Errors, warnings, and replies to the user.
     Quiet,
-    /// In addition what the program does, a line for each step of a run.
+    /// In addition the progress of the program, with a line for each step of a run.
     #[default]
     Normal,
-    /// In addition details, and for each line the time since the start and the module.
+    /// In addition details; each line begins with the time since the start and the module.
     Verbose,
 }
 
@@ -39,18 +39,18 @@ impl Verbosity {
 /// The target of events that answer the user and are printed even by `--quiet`.
 pub(super) const REPLY: &str = "moonlight::reply";
 
-/// Prints a line to stderr that the user has asked for, as `/help` in a chat does.
+/// Prints a line to stderr that the user has asked for, for example by `/help` in a chat.
 macro_rules! reply {
     ($($message:tt)*) => { ::tracing::info!(target: $crate::cli::logging::REPLY, $($message)*) };
 }
 pub(super) use reply;
 
-/// From now on prints what the crates of this workspace log: the message, with `warning: ` or `error: ` in front if it is one, and
-/// with control sequences escaped. Does nothing if the process has a subscriber already.
+/// Installs the subscriber that prints the log of this workspace's crates: each message, after `warning: ` or `error: ` for these
+/// levels, with control sequences escaped. Does nothing if the process already has a subscriber.
 ///
-/// Output to a stderr that is closed or full is lost and changes nothing else: the work of a command is worth more than its log.
+/// If stderr is closed or full, the output is lost and nothing else changes: the work of a command is worth more than its log.
 pub(super) fn install(verbosity: Verbosity) {
-    // Errors of its own would be printed by `eprintln!`, which panics on a closed stderr.
+    // The layer would print its internal errors by `eprintln!`, which panics if stderr is closed; so they are turned off.
     let lines = PlainLines { start: (verbosity == Verbosity::Verbose).then(Instant::now) };
     let layer = layer::layer().event_format(lines).log_internal_errors(false).with_writer(|| Stderr);
     let targets = Targets::new().with_target("moonlight", verbosity.level()).with_target(REPLY, Level::INFO);

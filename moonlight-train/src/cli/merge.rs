@@ -41,16 +41,16 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
         Some(model) => resolve_model(model)?,
         None => resolve_weights(&base_of(&adapter)?)?,
     };
-    // The sum is computed in f32 and rounded once. To write f32, load f32: else it would be rounded to the stored dtype first.
+    // The sum is computed in f32 and rounded once, to the dtype of the loaded model. To write f32, the model must be loaded as f32.
     let loaded = dtype.filter(|&dtype| dtype == DType::F32);
     let LoadedModel { model, dir: base } = load_model(&base, Some(&adapter), &target.device, loaded, None)?;
     let options = SaveOptions { dtype, sidecars_from: Some(base.to_path_buf()), ..SaveOptions::default() };
     let count = model.adapters().len();
-    // Tensors of the base that the model does not have, and so the merged model will lack.
+    // Tensors of the base that the model does not use; the merged model lacks them.
     let skipped = Checkpoint::open(&base)?.skipped_notes();
     let mut unfinished = None;
     replace_directory(output, |new| {
-        // A signal that ends the program now removes the new directory.
+        // From now on, a signal that ends the program removes the new directory.
         unfinished = Some(Unfinished::new(new));
         write_into(&model.merge(), new, &options)
     })?;

@@ -66,7 +66,7 @@ impl LogArguments {
     }
 }
 
-// The doc comments of the `Arguments` are the help of the commands.
+// The doc comment of each `Arguments` is the help of its command.
 #[derive(Debug, Subcommand)]
 enum Command {
     Init(init::Arguments),
@@ -86,14 +86,15 @@ enum Command {
 }
 
 /// Runs the program and returns its exit code: 0 for success, also if the reader of stdout closes it early; 1 for a failure; 2 for
-/// wrong usage; 130 for a run that was interrupted or a chat that was left by Ctrl-C.
+/// wrong usage; 130 for an interrupted run, or a chat that was ended by Ctrl-C.
 pub fn main() -> ExitCode {
     let Arguments { command, log } = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(usage) => return print_usage(&usage),
     };
     logging::install(log.verbosity());
-    // A vector level that the processor lacks is an error, not ignored: the user would measure something else. `doctor` reports it.
+    // A vector level that the processor lacks is an error: if it were ignored, the user would measure something else. `doctor` runs
+    // and reports it.
     #[cfg(feature = "cpu")]
     if !matches!(command, Command::Doctor(_))
         && let Err(error) = moonlight_model::simd::from_environment()
@@ -134,7 +135,7 @@ pub fn main() -> ExitCode {
 /// Prints help and version to stdout, wrong usage to stderr.
 fn print_usage(usage: &clap::Error) -> ExitCode {
     match usage.print() {
-        // Help that could not be printed is a failure; wrong usage has its exit code in any case.
+        // Help that could not be printed is a failure. Wrong usage keeps its exit code, printed or not.
         Err(error) if !usage.use_stderr() && error.kind() != ErrorKind::BrokenPipe => ExitCode::FAILURE,
         _ => u8::try_from(usage.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from),
     }

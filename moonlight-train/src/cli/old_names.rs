@@ -1,4 +1,4 @@
-//! Names of options that an earlier version had. They keep working and are not shown in the help.
+//! Names that options had in an earlier version. They keep working, but the help does not show them.
 
 /// `plan --gpus`.
 pub(super) const GPUS: &str = "workers";

@@ -11,10 +11,10 @@ use crate::error::TrainError;
 use crate::file_id::FileId;
 use crate::output_file::OutputFile;
 
-/// The name of the standard output in messages, in the place of a path.
+/// The name of standard output in messages, in place of a path.
 const STDOUT: &str = "stdout";
 
-/// Prints to stdout and flushes, so that a failure is an error of the command.
+/// Prints to stdout and flushes, so that a failed write is an error of the command.
 pub(super) fn print(text: &str) -> Result<(), TrainError> {
     print_bytes(text.as_bytes())
 }
@@ -25,7 +25,7 @@ pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), TrainError> {
     stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(TrainError::write(STDOUT))
 }
 
-/// Text that a model wrote, for stdout. Control sequences are escaped if stdout is a terminal: a model must not command it.
+/// Text from a model, for stdout. If stdout is a terminal, control sequences are escaped, so that a model cannot control it.
 pub(super) fn model_text(text: &str) -> std::borrow::Cow<'_, str> {
     match io::stdout().is_terminal() {
         true => moonlight_convert::printable_lines(text),
@@ -33,7 +33,7 @@ pub(super) fn model_text(text: &str) -> std::borrow::Cow<'_, str> {
     }
 }
 
-/// Whether the only problem is that the reader of stdout has closed it, as in `moonlight generate ... | head`.
+/// Whether the error is only that the reader of stdout has closed it, as in `moonlight generate ... | head`.
 pub(super) fn is_closed_pipe(error: &TrainError) -> bool {
     match error {
         TrainError::File(FileError { path, source, .. })
@@ -78,7 +78,7 @@ impl JsonLines {
         Ok(Self { path: path.to_owned(), to: To::File(file) })
     }
 
-    /// Writes a line. The error type is what the library's functions expect of a callback.
+    /// Writes a line. The error type is the one that the library's functions expect from a callback.
     pub(super) fn line(&mut self, value: &Value) -> Result<(), InferError> {
         let line = format!("{value}\n");
         let written = match &mut self.to {

@@ -81,11 +81,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     print(&text)
 }
 
-/// The plan of a recipe, with what the arguments ask in addition.
+/// The plan of a recipe, with the results that the arguments ask for.
 struct RunPlan {
     plan: MemoryPlan,
     threads: Threads,
-    /// Where the shape is from, if not from the recipe.
+    /// Where the shape comes from, if not from the recipe.
     assumed: Option<String>,
     /// Micro-batches of a step.
     gradient_accumulation: usize,
@@ -158,6 +158,7 @@ impl RunPlan {
         }
         if let Some(multi_gpu) = &self.multi_gpu {
             value["scale"] = json!(multi_gpu);
+            // Earlier versions wrote the world size under this name.
             value["scale"][old_names::GPUS] = json!(multi_gpu.world_size);
         }
         value
@@ -193,7 +194,7 @@ impl RunPlan {
         text
     }
 
-    /// The phase that needs the most memory, part by part; the smallest GPU; the budget, and what would make the run fit.
+    /// The phase that needs the most memory, part by part; the smallest GPU; and the budget with the changes that make the run fit.
     fn memory(&self) -> String {
         let plan = &self.plan;
         let mut text = format!("\npeak memory of a step ({})\n", plan.largest_phase().name);
@@ -241,7 +242,7 @@ fn heading(config: &ModelConfig, flops: TokenFlops) -> String {
     )
 }
 
-/// The configuration of a model to run. A checkpoint that opens has the last word: its files say whether the head is tied.
+/// The configuration of a model to run. A checkpoint that opens takes precedence, because only its files show whether the head is tied.
 fn config_of(model: &Path) -> Result<ModelConfig, TrainError> {
     let dir = resolve_model(model);
     if let Ok(dir) = &dir
@@ -265,7 +266,7 @@ fn config_of(model: &Path) -> Result<ModelConfig, TrainError> {
     }
 }
 
-/// What it takes to run a model: weights and KV cache.
+/// The memory to run a model: weights and KV cache.
 fn plan_inference(model: &Path, as_json: bool) -> Result<String, TrainError> {
     let config = config_of(model)?;
     let weights = config.parameter_count().total;

@@ -1,7 +1,7 @@
 //! Ctrl-C, SIGTERM and SIGHUP.
 //!
-//! A thread of its own waits for signals, so that they are received whatever the other threads do. A command may [handle] them.
-//! If it does not, or its handler says so, the program removes half-written files and ends at once.
+//! A separate thread waits for signals, so that they are received even if all other threads are busy. A command may [handle] them.
+//! If it does not, or if its handler returns [`Response::End`], the program removes half-written files and ends at once.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -20,7 +20,7 @@ pub(super) enum Signal {
     Terminate,
 }
 
-/// Whether a handler has handled a signal; else the program ends.
+/// Whether a handler has handled a signal, or the program ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Response {
     Handled,
@@ -31,7 +31,7 @@ type Handler = Box<dyn FnMut(Signal) -> Response + Send>;
 
 static HANDLER: Mutex<Option<Handler>> = Mutex::new(None);
 
-/// From now on `handler` decides about signals.
+/// Passes all signals from now on to `handler`.
 pub(super) fn handle(handler: impl FnMut(Signal) -> Response + Send + 'static) {
     *HANDLER.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(handler));
 }
@@ -41,7 +41,7 @@ fn respond(signal: Signal) -> Response {
     handler.as_mut().map_or(Response::End, |handler| handler(signal))
 }
 
-/// Ends the program with an exit code, after it has removed half-written files.
+/// Removes half-written files, and ends the program with an exit code.
 pub(super) fn exit(code: u8) -> ! {
     remove_unfinished();
     std::process::exit(code.into())
@@ -51,7 +51,7 @@ pub(super) fn exit(code: u8) -> ! {
 #[cfg(unix)]
 pub(super) fn install() -> Result<(), TrainError> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    // Under `nohup` SIGHUP is ignored from the start, and a handler would undo that.
+    // `nohup` starts the program with SIGHUP ignored; installing a handler would undo that.
     let handled = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| signal != SIGHUP || !hangup_is_ignored());
     let mut signals = signal_hook::iterator::Signals::new(handled).map_err(failed)?;
     let listen = move || {
@@ -59,7 +59,7 @@ pub(super) fn install() -> Result<(), TrainError> {
             let asked = if signal == SIGINT { Signal::Interrupt } else { Signal::Terminate };
             if respond(asked) == Response::End {
                 remove_unfinished();
-                // Dies of the signal itself, so that the parent process sees which one it was.
+                // The process ends by the signal itself, so that its parent sees which one it was.
                 let _ = signal_hook::low_level::emulate_default_handler(signal);
                 exit(super::INTERRUPTED);
             }

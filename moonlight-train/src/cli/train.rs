@@ -52,8 +52,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
     Ok(ExitCode::from(INTERRUPTED))
 }
 
-/// In the training loop the first signal stops the run after the current step, with a checkpoint. A second signal, and any signal
-/// outside the loop, ends the program at once.
+/// During the training loop the first signal stops the run after the current step, with a checkpoint. A second signal, and any signal
+/// outside the loop, end the program at once.
 fn stop_on_signals() -> Interrupter {
     let interrupter = Interrupter::new();
     let handle = interrupter.clone();

@@ -16,7 +16,7 @@ pub(super) fn flops(flops: f64) -> String {
 }
 
 fn scaled(number: f64, units: &[&str]) -> String {
-    // 999.5 would be shown as 1000 of the smaller unit.
+    // From 999.5 on, rounding would show 1000 of the smaller unit; 9.995 and 99.95 below are the same limits for fewer digits.
     let mut scale = 0;
     let mut value = number;
     while value >= 999.5 && scale + 1 < units.len() {

@@ -4,7 +4,7 @@ use moonlight_model::QuantBits;
 
 use super::{MemoryPlan, MemorySettings};
 
-/// One change of a recipe, and the peak memory with it and all changes before it.
+/// A change of a recipe, and the peak memory with it and all changes before it in the list.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Advice {
     /// The keys and their new values, as in a recipe: `train.fuse_update = true, train.gradient_clip = 0`.
@@ -20,7 +20,7 @@ type Sets = Vec<(&'static str, String)>;
 /// A change that needs less memory: the keys to set, and the settings with them; `None` if it does not apply.
 type Change = fn(&MemorySettings) -> Option<(Sets, MemorySettings)>;
 
-/// From the cheapest change to the dearest: first those that cost nothing, then time, then quality of the result.
+/// From the cheapest change to the most expensive: first those that cost nothing, then time, then quality of the result.
 const LADDER: &[Change] = &[
     |settings| {
         settings
@@ -30,8 +30,8 @@ const LADDER: &[Change] = &[
     |settings| {
         let chunk = 1024;
         let tokens = settings.batch * settings.sequence;
-        let all = settings.loss_chunk_tokens == 0 || settings.loss_chunk_tokens > chunk;
-        (all && tokens > chunk).then(|| {
+        let larger = settings.loss_chunk_tokens == 0 || settings.loss_chunk_tokens > chunk;
+        (larger && tokens > chunk).then(|| {
             let sets = vec![("train.loss_chunk_tokens", chunk.to_string())];
             (sets, MemorySettings { loss_chunk_tokens: chunk, ..settings.clone() })
         })
@@ -43,7 +43,7 @@ const LADDER: &[Change] = &[
         })
     },
     |settings| {
-        // The same sequences in each step: micro-batches of one, and as many more of them.
+        // A step keeps its number of sequences: micro-batches of one, and correspondingly more of them.
         (settings.batch > 1 && !settings.fuse_update).then(|| {
             let gradient_accumulation = settings.batch * settings.gradient_accumulation;
             let sets = vec![
@@ -74,7 +74,8 @@ const LADDER: &[Change] = &[
         })
     },
     |settings| {
-        // The keys that `train.fuse_update` excludes are set as well: it has no global norm to clip by, and no sum to wait for.
+        // A fused update has neither a global norm to clip by nor a sum of gradients over micro-batches, so the recipe would be refused
+        // without these two keys.
         (!settings.fuse_update).then(|| {
             let sets = vec![
                 ("train.fuse_update", "true".into()),
@@ -94,15 +95,15 @@ fn quoted(text: &str) -> String {
 
 /// Only projections that `[lora]` freezes can be quantized.
 fn quantized(settings: &MemorySettings, bits: QuantBits, name: &str) -> Option<(Sets, MemorySettings)> {
-    let narrower = settings.quantization.is_none_or(|now| now == QuantBits::Eight && bits == QuantBits::Four);
-    (settings.lora.is_some() && narrower).then(|| {
+    let fewer_bits = settings.quantization.is_none_or(|now| now == QuantBits::Eight && bits == QuantBits::Four);
+    (settings.lora.is_some() && fewer_bits).then(|| {
         let sets = vec![("model.quantize", quoted(name))];
         (sets, MemorySettings { quantization: Some(bits), ..settings.clone() })
     })
 }
 
 impl MemoryPlan {
-    /// The fewest changes, cheapest first, with which the run fits into `budget` bytes; all that help if it fits with none.
+    /// The fewest changes, cheapest first, with which the run fits into `budget` bytes; if it fits with none, all changes that help.
     pub fn advice(&self, budget: u64) -> Vec<Advice> {
         let peak = |taken: &[Change]| self.with(taken).last().map_or(self.peak(), |advice| advice.peak);
         let mut taken: Vec<Change> = Vec::new();
@@ -112,7 +113,7 @@ impl MemoryPlan {
             }
             taken.push(*change);
         }
-        // A dear change may make cheaper ones needless: drop those, the dearest first.
+        // An expensive change may make cheaper ones unnecessary. Drop those, beginning with the most expensive.
         let least = peak(&taken).max(budget);
         for index in (0..taken.len()).rev() {
             let mut fewer = taken.clone();

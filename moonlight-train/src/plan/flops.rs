@@ -8,7 +8,7 @@ use serde::Serialize;
 /// Floating-point operations of one token. A multiplication and an addition count as two.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct TokenFlops {
-    /// Products with weights: twice the activated parameters, without the embedding, which is a lookup.
+    /// Products with weights: two for each activated parameter, without the embedding, which is a lookup.
     pub weights: u64,
     /// Attention scores and weighted sums, averaged over the positions of a causal sequence.
     pub attention: u64,
@@ -19,9 +19,10 @@ impl TokenFlops {
     pub fn for_sequence(config: &ModelConfig, sequence: usize) -> Self {
         let count = config.parameter_count();
         let embedding = (config.vocab_size * config.hidden_size) as u64;
+        // A tied embedding is counted once, and the head multiplies by it.
         let looked_up = if config.tie_word_embeddings { 0 } else { embedding };
         let per_pair = config.attention_widths().products_per_pair() as u64;
-        // A query attends to (sequence + 1) / 2 keys on average, and each pair costs a product in the scores and one in the sum.
+        // A query attends to (sequence + 1) / 2 keys on average; a multiplication and an addition count as two, which cancels the half.
         let attention = config.num_hidden_layers as u64 * per_pair * (sequence as u64 + 1);
         Self { weights: 2 * (count.activated - looked_up), attention }
     }
@@ -56,8 +57,8 @@ pub fn newton_schulz_flops(config: &ModelConfig, steps: usize, symmetric: bool) 
     shapes.iter().filter(|shape| is_muon_parameter(shape)).map(of).sum()
 }
 
-/// The fewest tokens per step at which an optimizer of `optimizer` operations costs at most `share` of all operations, if a token
-/// costs `token`.
+/// The fewest tokens per step for which the optimizer is at most `share` of all operations. `optimizer` is its operations in a step,
+/// `token` those of a token's forward and backward pass.
 pub fn tokens_for_share(share: f64, optimizer: f64, token: f64) -> u64 {
     (optimizer * (1.0 - share) / (share * token)).ceil() as u64
 }

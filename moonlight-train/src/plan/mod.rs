@@ -49,6 +49,7 @@ impl MemorySettings {
     ///
     /// A pattern of `train.freeze` that matches no parameter.
     pub fn for_recipe(recipe: &Recipe, config: &ModelConfig, cpu: bool, threads: Threads) -> Result<Self, TrainError> {
+        // `auto` trains in f32 on the CPU and in the dtype of the files on a GPU.
         let half = match recipe.model.dtype {
             ModelDtype::Bf16 | ModelDtype::F16 => true,
             ModelDtype::Auto if !cpu => config.dtype.as_deref().is_some_and(|dtype| dtype != "float32"),
@@ -100,7 +101,8 @@ impl MemoryPlan {
         Self { config, settings, phases }
     }
 
-    /// The plan of a resolved recipe, for the device that it names. A device that this build cannot open counts as a GPU.
+    /// The plan of a resolved recipe, for the device that it names. A device that this build cannot open is treated as a GPU, so that
+    /// a CPU build can plan for one.
     ///
     /// # Errors
     ///
@@ -111,7 +113,7 @@ impl MemoryPlan {
         Self::for_shape(recipe, config, threads)
     }
 
-    /// [`for_recipe`](Self::for_recipe) with a shape that is known already: reads no file.
+    /// Like [`for_recipe`](Self::for_recipe), with a known shape; reads no file.
     ///
     /// # Errors
     ///
@@ -137,8 +139,8 @@ impl MemoryPlan {
         TokenFlops::for_sequence(&self.config, self.settings.sequence)
     }
 
-    /// Floating-point operations of an optimizer step's Newton-Schulz, with so many iterations. `None` unless Muon updates every
-    /// matrix: with LoRA or frozen parameters the sum over all of them would be wrong.
+    /// Floating-point operations of Newton-Schulz in an optimizer step, with `steps` iterations. `None` unless Muon updates every
+    /// matrix: with LoRA or frozen parameters the sum over all matrices would be wrong.
     pub fn newton_schulz_flops(&self, steps: usize) -> Option<f64> {
         let MemorySettings { muon, cpu, frozen, lora, .. } = &self.settings;
         let whole = *muon && lora.is_none() && !frozen.contains(&true);

@@ -1,7 +1,7 @@
 //! A run on several GPUs: memory of each, bytes sent in a step, and time from given rates.
 //!
-//! All of it is arithmetic on shapes, and each number comes with its formula. The design is that of `moonlight_optim::distributed`:
-//! every rank has the whole model, all gradients of a micro-batch, and its shard of the optimizer state. `P` is the number of
+//! Everything is computed from shapes, and each number comes with its formula. The model of a run is `moonlight_optim::distributed`:
+//! every rank has all weights, all gradients of a micro-batch, and its shard of the optimizer state. `P` is the number of
 //! trained parameters, `M` the number that Muon updates, `N` the world size, `b` the bytes of a weight.
 
 use moonlight_model::config::ParameterKind;
@@ -10,14 +10,14 @@ use serde::Serialize;
 use super::flops::{is_muon_parameter, newton_schulz_flops};
 use super::{MemoryPart, MemoryPlan, StepPhase};
 
-/// The GPUs, and what a step asks of them.
+/// The GPUs, their rates, and the size of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Cluster {
     /// The number of ranks, each with a GPU.
     pub world_size: u64,
     /// The slowest link between two ranks, bytes per second in one direction.
     pub link: f64,
-    /// A GPU's rate of matrix products in the dtype of the weights, operations per second.
+    /// A GPU's rate for matrix products in the dtype of the weights, operations per second.
     pub matmul: f64,
     /// Tokens in a step, over all ranks.
     pub tokens: u64,
@@ -48,12 +48,12 @@ pub struct MultiGpuPlan {
     pub memory: Vec<Quantity>,
     /// What each rank sends in a step, bytes.
     pub sent: Vec<Quantity>,
-    /// Time of a step, seconds; no part overlaps with another here.
+    /// Time of a step, seconds, without overlap of computing and sending.
     pub time: Vec<Quantity>,
 }
 
 impl MultiGpuPlan {
-    /// Computes it from the plan of one GPU.
+    /// Computes the prediction from the plan of one GPU.
     pub fn new(plan: &MemoryPlan, cluster: Cluster) -> Self {
         let settings = &plan.settings;
         let shapes = plan.config.parameter_shapes();
@@ -66,7 +66,7 @@ impl MultiGpuPlan {
         let (billion, share) = (trained as f64 / 1e9, (ranks - 1.0) / ranks);
         let master = if settings.master_weights && settings.bytes_per_value < 4 { 4.0 } else { 0.0 };
         let momentum = (settings.momentum_bytes + settings.second_moment_bytes) as f64;
-        // Their own peak: the largest phase on one GPU is often the update of all parameters, which the ranks share.
+        // The peak of activations alone: the largest phase on one GPU is often the update of all parameters, which is sharded here.
         let parts = [MemoryPart::LayerInputs, MemoryPart::Activations, MemoryPart::Logits];
         let activations = |phase: &StepPhase| parts.iter().map(|&part| phase.bytes(part)).sum::<u64>();
         let activations = plan.phases().iter().map(activations).max().unwrap_or(0);
@@ -95,7 +95,7 @@ impl MultiGpuPlan {
             ),
             item(
                 "buckets",
-                // Two buckets are in flight, each with a send and a receive buffer. A bucket is never smaller than its largest parameter.
+                // Two buckets are in flight, each with a send and a receive buffer. A bucket is at least as large as its largest parameter.
                 {
                     let parameter = shapes.iter().map(|shape| shape.count()).max().unwrap_or(0).max(1 << 22);
                     4.0 * bytes * parameter as f64

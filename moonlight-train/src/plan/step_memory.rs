@@ -1,7 +1,7 @@
 //! The memory of a training step: each phase, part by part.
 //!
-//! The phases follow the trainer (`trainer/backward.rs`, `trainer/step.rs`) and the optimizer. At each the live tensors are added
-//! up; the largest phase is the peak that must fit. `tests/plan_memory.rs` holds the result within a tenth of what a run allocates.
+//! The phases follow the trainer (`trainer/backward.rs`, `trainer/step.rs`) and the optimizer. In each phase the live tensors are added
+//! up, and the largest sum is the peak. `tests/plan_memory.rs` asserts that it is within a tenth of what a run allocates.
 
 use moonlight_model::ModelConfig;
 use moonlight_model::QuantBits;
@@ -142,16 +142,17 @@ pub struct MemorySettings {
     pub probes: bool,
 }
 
-/// A parameter, as far as memory is concerned.
+/// The properties of a parameter that memory depends on.
 struct Parameter {
     stage: BackwardStage,
     /// `[stack, rows, columns]`; the stack is 1 except for experts.
     shape: [u64; 3],
     values: u64,
+    /// Bytes of a value that is not quantized.
     bytes: u64,
     /// Bits of a value, if it is quantized.
     quantization: Option<QuantBits>,
-    by: UpdatedBy,
+    updated_by: UpdatedBy,
 }
 
 /// The stage of the backward pass that makes a parameter's gradient, in order.
@@ -193,10 +194,10 @@ impl Parameter {
         let stage = match shape.layer {
             Some(layer) => BackwardStage::Layer(layer),
             None if shape.kind == ParameterKind::Embedding && !config.tie_word_embeddings => BackwardStage::Embedding,
-            // A tied embedding gets its first gradient from the head.
+            // A tied embedding gets its first gradient from the head, and keeps it until the end of the backward pass.
             None => BackwardStage::Head,
         };
-        let by = match shape.kind {
+        let updated_by = match shape.kind {
             ParameterKind::CorrectionBias => UpdatedBy::Nothing,
             _ if frozen => UpdatedBy::Nothing,
             ParameterKind::Matrix | ParameterKind::Experts | ParameterKind::Router if settings.muon => UpdatedBy::Muon,
@@ -211,7 +212,7 @@ impl Parameter {
         let bytes = if shape.kind == ParameterKind::CorrectionBias { 4 } else { bytes };
         let projection = matches!(shape.kind, ParameterKind::Matrix | ParameterKind::Experts);
         let quantization = settings.quantization.filter(|_| frozen && projection);
-        Self { stage, shape: shape3, values: shape.count(), bytes, quantization, by }
+        Self { stage, shape: shape3, values: shape.count(), bytes, quantization, updated_by }
     }
 
     /// Bytes of the stored parameter.
@@ -230,13 +231,13 @@ impl Parameter {
     }
 
     fn gradient(&self) -> u64 {
-        if self.by == UpdatedBy::Nothing { 0 } else { self.weight() }
+        if self.updated_by == UpdatedBy::Nothing { 0 } else { self.weight() }
     }
 
     fn state(&self, settings: &MemorySettings) -> u64 {
         let master = if settings.master_weights && self.bytes < 4 { 4 } else { 0 };
         self.values
-            * match self.by {
+            * match self.updated_by {
                 UpdatedBy::Muon => settings.momentum_bytes + settings.second_moment_bytes + master,
                 UpdatedBy::AdamW => 8 + master,
                 UpdatedBy::Nothing => 0,
@@ -244,7 +245,7 @@ impl Parameter {
     }
 }
 
-/// The step that is followed.
+/// A step of training, as the phases need it.
 struct Step<'a> {
     config: &'a ModelConfig,
     settings: &'a MemorySettings,
@@ -259,7 +260,7 @@ impl Step<'_> {
             phases.extend(self.update(|_| true, 0, &mut 0));
         }
         if self.settings.probes {
-            let trained = || self.parameters.iter().filter(|parameter| parameter.by != UpdatedBy::Nothing);
+            let trained = || self.parameters.iter().filter(|parameter| parameter.updated_by != UpdatedBy::Nothing);
             let largest = trained().map(|parameter| parameter.values).max().unwrap_or_default();
             let phase = self
                 .always_live("measuring the update")
@@ -276,6 +277,7 @@ impl Step<'_> {
         let phase = StepPhase { name: name.to_owned(), bytes: [0; MemoryPart::ALL.len()] };
         phase
             .with(MemoryPart::Weights, self.parameters.iter().map(Parameter::weight).sum())
+            // Matrices are dequantized one at a time, so the largest one counts.
             .with(MemoryPart::Weights, self.parameters.iter().map(Parameter::dequantized).max().unwrap_or_default())
             .with(
                 MemoryPart::OptimizerState,
@@ -300,8 +302,8 @@ impl Step<'_> {
         self.parameters.iter().filter(|parameter| of(parameter)).map(Parameter::gradient).sum()
     }
 
-    /// Forward and backward pass of the last micro-batch, which has the sums of the others in memory; with `fuse_update` also the
-    /// updates.
+    /// Forward and backward pass of the last micro-batch, with the summed gradients of the earlier ones in memory; with `fuse_update`
+    /// also the updates.
     fn forward_backward(&self) -> Vec<StepPhase> {
         let Self { config, settings, .. } = self;
         let bytes = settings.bytes_per_value;
@@ -314,7 +316,7 @@ impl Step<'_> {
             .collect();
         let summed = if settings.accumulates { self.gradients(|_| true) } else { 0 };
         // Gradients of the stages that are done. With recomputation and accumulation each stage adds its gradients to the sums and
-        // frees them; with `fuse_update` they are consumed at once.
+        // frees them; with `fuse_update` its update consumes them at once.
         let kept = |of: &dyn Fn(&Parameter) -> bool| match (
             settings.fuse_update,
             settings.accumulates && settings.recompute,
@@ -323,7 +325,7 @@ impl Step<'_> {
             _ => self.gradients(of),
         };
         let mut phases = Vec::new();
-        // With probes: the old values of parameters that `fuse_update` has updated already.
+        // With probes, bytes of the old values of parameters that `fuse_update` has already updated.
         let mut copied = 0;
 
         let inputs = |layer: usize| if settings.recompute { (layer as u64 + 1) * stream } else { 0 };
@@ -331,7 +333,7 @@ impl Step<'_> {
         let chunk = if settings.loss_chunk_tokens == 0 { n } else { n.min(settings.loss_chunk_tokens as u64) };
         let (head_kept, logits) = head_activations(config, chunk, settings.lora.is_some());
         let head = self.gradients(|parameter| parameter.stage == BackwardStage::Head);
-        // The head's gradient is made after that of the logits; with several chunks a sum exists from the first on.
+        // The head's gradient is computed after that of the logits. With several chunks the sum over earlier chunks exists next to it.
         let chunks = if chunk < n { 2 } else { 1 };
         let at_head = || {
             self.always_live("head and loss")
@@ -347,7 +349,7 @@ impl Step<'_> {
             phases.extend(self.update(|parameter| parameter.stage == BackwardStage::Head, live, &mut copied));
         }
         for layer in (0..layers).rev() {
-            let (own, transient) = activations[layer];
+            let (of_layer, transient) = activations[layer];
             let later = |parameter: &Parameter| match parameter.stage {
                 BackwardStage::Head => true,
                 BackwardStage::Layer(other) => other > layer,
@@ -355,7 +357,7 @@ impl Step<'_> {
             };
             let of_this = |parameter: &Parameter| parameter.stage == BackwardStage::Layer(layer);
             let alive = if settings.recompute {
-                own
+                of_layer
             } else {
                 activations[..=layer].iter().map(|(kept, _)| kept + stream).sum()
             };
@@ -365,14 +367,15 @@ impl Step<'_> {
                 .with(MemoryPart::LayerInputs, inputs(layer))
                 .with(MemoryPart::Activations, alive + stream)
                 .with(MemoryPart::ProbeCopy, copied);
-            // Two candidates for the peak: gradients of activations at the start, gradients of parameters at the end.
+            // Two candidates for the peak: the start, when nothing is freed and gradients of activations are added; and the end, when
+            // about a quarter of the layer's values are left and the gradients of its parameters exist.
             phases.push(phase.clone().with(MemoryPart::Activations, transient));
-            let left = alive.saturating_sub(own);
+            let left = alive.saturating_sub(of_layer);
             let end = self
                 .always_live(&format!("backward of layer {layer}"))
                 .with(MemoryPart::Gradients, summed + kept(&later) + self.gradients(of_this))
                 .with(MemoryPart::LayerInputs, inputs(layer))
-                .with(MemoryPart::Activations, left + own / 4 + 3 * stream)
+                .with(MemoryPart::Activations, left + of_layer / 4 + 3 * stream)
                 .with(MemoryPart::ProbeCopy, copied);
             phases.push(end);
             if settings.fuse_update && settings.recompute {
@@ -381,6 +384,7 @@ impl Step<'_> {
             }
         }
         if settings.fuse_update {
+            // Without recomputation the layers' gradients are only complete when the whole graph has run.
             let rest = |parameter: &Parameter| match parameter.stage {
                 BackwardStage::Head => false,
                 BackwardStage::Layer(_) => !settings.recompute,
@@ -400,15 +404,15 @@ impl Step<'_> {
         phases
     }
 
-    /// The phases in which the selected parameters are updated, each freeing its gradients. `live` is the bytes of activations that
-    /// remain; `copied` grows by the old values that probes keep.
+    /// The phases that update the selected parameters; each frees its gradients. `live` is the bytes of activations that remain, and
+    /// `copied` grows by the old values that probes keep.
     fn update(&self, of: impl Fn(&Parameter) -> bool, live: u64, copied: &mut u64) -> Vec<StepPhase> {
         let mut waiting: Vec<&Parameter> = self.parameters.iter().filter(|parameter| of(parameter)).collect();
-        waiting.retain(|parameter| parameter.by != UpdatedBy::Nothing);
+        waiting.retain(|parameter| parameter.updated_by != UpdatedBy::Nothing);
         let mut gradients: u64 = waiting.iter().map(|parameter| parameter.gradient()).sum();
-        let (muon, adamw): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|one| one.by == UpdatedBy::Muon);
+        let (muon, adamw): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|one| one.updated_by == UpdatedBy::Muon);
         let mut phases = Vec::new();
-        let mut note = |what: &str, gradients: u64, workspace: u64, weights: u64| {
+        let mut push = |what: &str, gradients: u64, workspace: u64, weights: u64| {
             let phase =
                 self.always_live(what).with(MemoryPart::Gradients, gradients).with(MemoryPart::ProbeCopy, *copied);
             phases.push(phase.with(MemoryPart::Update, workspace).with(MemoryPart::Activations, live));
@@ -417,11 +421,11 @@ impl Step<'_> {
         let elements = |parameter: &&Parameter| parameter.values as usize;
         for batch in step_batches(muon, elements, |one, other| one.shape == other.shape) {
             let weights = batch.iter().map(|parameter| parameter.weight()).sum();
-            note("Muon", gradients, self.muon_workspace(&batch), weights);
+            push("Muon", gradients, self.muon_workspace(&batch), weights);
             gradients -= batch.iter().map(|parameter| parameter.gradient()).sum::<u64>();
         }
         for parameter in adamw {
-            note("AdamW", gradients, ADAMW_COPIES * parameter.values * 4, parameter.weight());
+            push("AdamW", gradients, ADAMW_COPIES * parameter.values * 4, parameter.weight());
             gradients -= parameter.gradient();
         }
         phases
@@ -434,20 +438,21 @@ impl Step<'_> {
         let [stack, rows, columns] = first.shape;
         let values = batch.len() as u64 * first.values;
         let short = rows.min(columns);
-        // During Newton-Schulz three f32 values exist for each element: new momentum, input, output (12 bytes). The old momentum and the
-        // gradient are freed by then. A parameter in half precision exists in f32, in place of itself or of its master.
+        // During Newton-Schulz each element has three f32 values: new momentum, input and output (12 bytes). The old momentum and the
+        // gradient, which other parts of the phase still count, are freed by then. A parameter in half precision exists in f32, in place
+        // of itself or of its master.
         let narrow = first.bytes < 4;
         let widened = if narrow { 4 - first.bytes } else { 0 };
         let replaced = if narrow && settings.master_weights { 4 } else { 0 };
-        let gone = settings.momentum_bytes + if settings.probes { 0 } else { first.bytes } + replaced;
-        let stack_bytes = (12 + widened - gone) * values;
+        let freed = settings.momentum_bytes + if settings.probes { 0 } else { first.bytes } + replaced;
+        let stack_bytes = (12 + widened - freed) * values;
         // X and the next X; five short-by-short matrices: the Gram matrix, its polynomial, and three more of the Gram form.
         let matrix = 2 * rows * columns + 5 * short * short;
         let threads = settings.threads as u64;
         if settings.cpu {
             let many = batch.len() as u64 >= 2 * threads && settings.momentum_bytes == 4 && !narrow;
             let at_once = if many || stack * batch.len() as u64 >= 2 * threads { threads } else { 1 };
-            // Many matrices are updated in place, unless the copy for probes shares their memory.
+            // Many matrices are updated in place, unless the probes' copy shares their memory, which makes the update copy them first.
             let shared = if settings.probes { 4 * values } else { 0 };
             let copies = if many { shared } else { stack_bytes };
             copies + 4 * at_once * matrix
@@ -458,7 +463,7 @@ impl Step<'_> {
     }
 }
 
-/// f32 copies of the largest parameter for the RMS of its update: the change, the decay, and their difference.
+/// f32 tensors of the size of the largest parameter for the RMS of its update: the change, the decay, and their difference.
 const MEASURED_COPIES: u64 = 3;
-/// f32 copies in an AdamW update: both moments without their bias, and the new parameter.
+/// f32 tensors in an AdamW update: both bias-corrected moments, and the new parameter.
 const ADAMW_COPIES: u64 = 3;

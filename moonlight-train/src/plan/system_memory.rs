@@ -1,7 +1,6 @@
 //! The memory that is free on this machine.
 
-/// Bytes that can be allocated without swapping: Linux's `MemAvailable`, or what is left of the control group's limit if that
-/// is less. `None` on other systems.
+/// Bytes that can be allocated without swapping: Linux's `MemAvailable`, or the rest of the control group's limit if that is less. `None` on other systems.
 pub fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
@@ -9,7 +8,7 @@ pub fn available_memory() -> Option<u64> {
     Some(control_group_left().map_or(available, |left| available.min(left)))
 }
 
-/// What is left of the limit of a control group (version 2), as containers have one.
+/// The bytes left of the limit of a control group (version 2), which containers have.
 fn control_group_left() -> Option<u64> {
     let number =
         |file: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();

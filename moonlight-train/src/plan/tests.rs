@@ -1,4 +1,4 @@
-//! The manual's tables of memory are what the code computes.
+//! Compares the manual's tables of memory with what the code computes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ const PAGE: &str = "docs/src/concepts/memory.md";
 const TABLE: &str = "docs/src/guides/what-fits.md";
 const MODEL: &str = "path = \"moonshotai/Moonlight-16B-A3B\"";
 
-/// A way to fine-tune Moonlight-16B: the name in the table, the recipe, and the keys to set.
+/// A way to fine-tune Moonlight-16B: its name in the table, the recipe, and the keys to set.
 type Way = (&'static str, &'static str, &'static [&'static str]);
 
 const WAYS: [Way; 6] = [
@@ -82,7 +82,7 @@ fn the_tables_of_the_pages_are_what_the_code_computes() {
             }
             both.push(format!("{:.1}", plan.peak() as f64 / 1e9));
         }
-        // The table has two ways in one line, with one decimal.
+        // This table has one decimal, and some of its lines contain two ways.
         let line =
             |text: &str| table.lines().any(|line| both.iter().all(|of| line.contains(of)) && line.contains(text));
         if !line("GB |") {

@@ -9,13 +9,13 @@ use plotters::style::register_font;
 /// Width and height, pixels.
 const SIZE: (u32, u32) = (900, 540);
 
-/// Larger values are drawn at this one: the span of an axis, its end minus its start, must be finite.
+/// Values are clamped to this, because the length of an axis, its end minus its start, must be finite.
 const LIMIT: f64 = 1e300;
 
-/// Up to so many points of a curve are marked with dots.
+/// Curves with at most so many points mark each with a dot.
 const MARKED_POINTS: usize = 50;
 
-/// The default palette of matplotlib since 2.0 ("tab10"), whose colors are easy to distinguish.
+/// matplotlib's default palette ("tab10"), whose colors are easy to distinguish.
 const COLORS: [RGBColor; 10] = [
     RGBColor(31, 119, 180),
     RGBColor(255, 127, 14),
@@ -32,7 +32,7 @@ const COLORS: [RGBColor; 10] = [
 /// The format of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
-    /// Vectors.
+    /// Vector graphics.
     Svg,
     /// 8-bit RGB pixels.
     Png,

@@ -45,7 +45,7 @@ impl Axis {
     }
 }
 
-/// Runs, and the metric to draw of each.
+/// Runs, and the metric to draw.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunComparison {
     /// Folders of runs, or their `metrics.jsonl`.
@@ -56,8 +56,8 @@ pub struct RunComparison {
     pub axis: Axis,
 }
 
-/// Draws a metric of several runs into one file, `.svg` or `.png`. If validation has the metric too, its curve is drawn in full and
-/// that of training pale.
+/// Draws a metric of several runs into one file, `.svg` or `.png`. If validation has the metric too, its curve is drawn strong and the
+/// one of training pale.
 ///
 /// # Errors
 ///
@@ -90,7 +90,7 @@ pub fn plot_runs(comparison: &RunComparison, output: &Path) -> Result<(), TrainE
         let known = known.into_iter().filter(|key| key != "step").collect::<Vec<_>>().join(", ");
         return Err(TrainError::UnknownMetric { metric: metric.clone(), known });
     }
-    // Later curves cover earlier ones: the pale ones of all runs come first.
+    // Later curves are drawn over earlier ones, so the pale ones of all runs come first.
     curves.sort_by_key(|curve| curve.strong);
     let has_pale = curves.iter().any(|curve| !curve.strong);
     let title = if has_pale { format!("{metric} (validation; training pale)") } else { metric.clone() };
@@ -103,7 +103,7 @@ pub fn plot_runs(comparison: &RunComparison, output: &Path) -> Result<(), TrainE
 fn read(run: &Path) -> Result<Vec<Value>, TrainError> {
     let path = if run.is_dir() { run.join("metrics.jsonl") } else { run.to_owned() };
     let text = fs::read_to_string(&path).map_err(TrainError::read(&path))?;
-    // The last line may be half written: by a run that still trains, or by one that was killed.
+    // The last line may be incomplete, if the run is still training or was killed.
     Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 
