@@ -86,12 +86,14 @@ pub(crate) fn lint(root: &Path) -> Result<()> {
     call(&mut cargo(root, "clippy --workspace --all-targets -- -D warnings"))
 }
 
-/// All backends and options. With `DOCS_RS` the build script of CubeCL's compiler does not download LLVM, and CUDA need not be
+/// All backends and options, and the fuzz targets. With `DOCS_RS` the build script of CubeCL's compiler does not download LLVM, and CUDA need not be
 /// installed.
 pub(crate) fn lint_all(root: &Path, mpi: bool) -> Result<()> {
     let features = if mpi { format!("{FEATURES},moonlight-train/mpi") } else { FEATURES.into() };
     let line = format!("clippy --workspace --all-targets --features {features} -- -D warnings");
-    call(cargo(root, &line).env("DOCS_RS", "1"))
+    call(cargo(root, &line).env("DOCS_RS", "1"))?;
+    // A workspace of its own, which no other command compiles.
+    call(&mut cargo(root, "check --locked --manifest-path fuzz/Cargo.toml"))
 }
 
 pub(crate) fn doc(root: &Path) -> Result<()> {

@@ -41,7 +41,7 @@ enum Task {
     Fmt,
     /// Lint the default features
     Lint,
-    /// Lint all features; needs no CUDA, and MPI only with `--mpi`
+    /// Lint all features and compile the fuzz targets; needs no CUDA, and MPI only with `--mpi`
     LintAll {
         /// Lint the feature `mpi` as well, which needs an MPI with its headers
         #[arg(long)]
