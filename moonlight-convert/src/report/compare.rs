@@ -391,7 +391,7 @@ mod tests {
         let found = sums_of::<f32, bf16>(&wide, &narrow).distance(3);
         assert_eq!((found.largest, found.mean), (1.0, 1.0 / 3.0));
         assert!((found.cosine - 5.75 / (5.25f64 * 7.25).sqrt()).abs() < 1e-12);
-        // Two chunks, one of which is equal.
+        // Two chunks: the second is equal in both tensors.
         let equal: Vec<u8> = (0..11u8).flat_map(|value| f32::from(value).to_le_bytes()).collect();
         let mut both = sums_of::<f32, bf16>(&wide, &narrow);
         both.add(&sums_of_equal::<f32>(&equal));
