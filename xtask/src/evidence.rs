@@ -100,7 +100,9 @@ impl Evidence {
                 )?;
             }
         }
-        page.push_str("\n## Not shown\n\nWhat should not be concluded from a claim:\n\n| claim | not shown |\n|---|---|\n");
+        page.push_str(
+            "\n## Not shown\n\nWhat should not be concluded from a claim:\n\n| claim | not shown |\n|---|---|\n",
+        );
         for claim in self.claim.iter().filter(|claim| !claim.not_shown.is_empty()) {
             writeln!(page, "| {} | {} |", cell(&claim.claim), cell(&claim.not_shown))?;
         }
