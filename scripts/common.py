@@ -1,7 +1,7 @@
-"""What the scripts share: arguments, programs, measurements in turns, checks. It imports nothing but the standard library, so
-that `--help` of every script works without its packages.
+"""Code that the scripts share: arguments, running programs, measurements in turns, checks. It imports only the standard library,
+so that `--help` of every script works without its packages.
 
-A script finds this file by its own place, whatever the working directory:
+A script finds this file relative to itself, in any working directory:
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 """
@@ -21,7 +21,7 @@ FIXTURES = ROOT / "fixtures"
 
 
 def parser(description):
-    """A parser of arguments that shows a script's docstring as it is."""
+    """An argument parser whose help is the script's docstring, unchanged."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -34,7 +34,7 @@ def program(path):
 
 
 class Late:
-    """A module, or something in it, that is imported when it is first used."""
+    """A module, or a name of it, that is imported when it is first used."""
 
     def __init__(self, module, name):
         self._module, self._name = module, name
@@ -56,7 +56,7 @@ class Late:
 
 
 def late(module, name=None):
-    """`import module`, or `from module import name`, done when it is first used."""
+    """`import module`, or `from module import name`, delayed until it is first used."""
     return Late(module, name)
 
 
@@ -94,9 +94,9 @@ def measure(*command, **options):
 
 
 def in_turns(names, rounds):
-    """Rounds over several ways of doing something, as pairs of a round's number and a name.
+    """Rounds over several alternatives, as pairs of the number of a round and a name.
 
-    Every second round takes them in reverse order, so that a drift of the machine does not favor one of them."""
+    Every second round has the reverse order, so that a drift of the machine's speed does not favor one of them."""
     names = list(names)
     for number in range(1, rounds + 1):
         for name in names if number % 2 else reversed(names):
@@ -104,7 +104,7 @@ def in_turns(names, rounds):
 
 
 def thread_settings(threads):
-    """The environment of a program that uses so many threads; unchanged for `None`."""
+    """The environment for a program that uses that many threads; unchanged for `None`."""
     environment = dict(os.environ)
     if threads:
         environment |= {"RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
@@ -118,17 +118,17 @@ def memory_mib(key="VmHWM"):
 
 
 def print_progress(text):
-    """Prints to stderr: stdout has the result alone."""
+    """Prints to stderr, because stdout contains only the result."""
     print(text, file=sys.stderr, flush=True)
 
 
 def print_versions(*packages):
-    """Prints the versions of packages, which a result depends on."""
+    """Prints the versions of the packages that a result depends on."""
     print(", ".join(f"{name} {importlib.import_module(name).__version__}" for name in packages), flush=True)
 
 
 class Checks:
-    """Comparisons, each printed as a line; `finish` ends the script with 1 where one failed."""
+    """Comparisons, each printed as a line; `finish` ends the script with 1 if one failed."""
 
     def __init__(self):
         self.count, self.failures = 0, []

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs every fuzz target of fuzz/ in turn: the readers of untrusted files, and the CPU kernels, on mutated inputs, under AddressSanitizer.
-# An abort, an input that takes more than five seconds, and more than 1 GiB of memory are findings.
+# Runs every fuzz target of fuzz/ in turn (the readers of untrusted files, and the CPU kernels) on mutated inputs, under AddressSanitizer.
+# Findings are aborts, inputs that take more than five seconds, and inputs that need more than 1 GiB of memory.
 #
 #     scripts/fuzz.sh [SECONDS] [TARGET...]          seconds for each target [default: 20]
 #
-# Findings are written to fuzz/artifacts/TARGET; give one to the target's program to repeat it. Inputs that reached new code are kept in
+# Findings are written to fuzz/artifacts/TARGET; pass one to the target's program to repeat it. Inputs that reached new code are kept in
 # $FUZZ_TARGET_DIR/corpus. The corpus in the repository is made by scripts/fixtures/make_fuzz_corpus.py.
 #
 # Needs a nightly compiler and cargo-fuzz (`cargo install cargo-fuzz`); where one is not installed, prints a line `SKIPPED: ...` and ends
@@ -51,7 +51,7 @@ for target in "${targets[@]}"; do
     mkdir -p "$corpus" "fuzz/artifacts/$target"
     log="$home/$target.log"
     code=0
-    # Twice the time and a minute: only a target that hangs needs longer.
+    # Twice the time plus a minute: only a target that hangs takes longer.
     timeout "$((2 * seconds + 60))" "$programs/$target" "$corpus" "fuzz/corpus/$target" "${seed[@]}" \
         -max_total_time="$seconds" -timeout=5 -rss_limit_mb=1024 -max_len=16384 -print_final_stats=1 \
         -artifact_prefix="fuzz/artifacts/$target/" > "$log" 2>&1 || code=$?

@@ -95,7 +95,7 @@ def transformers_run(options):
     rotary = deepseek.DeepseekV3RotaryEmbedding(config)
     torch.set_default_dtype(torch.float32)
     with torch.no_grad():
-        # A layer alone is not initialized by the model's rule: the memory of its experts would be arbitrary.
+        # A layer without its model is not initialized: the experts would contain arbitrary memory.
         for name, parameter in layer.named_parameters():
             parameter.fill_(1.0) if "layernorm" in name else parameter.normal_(0.0, 0.02)
         layer.mlp.gate.e_score_correction_bias.zero_()

@@ -6,8 +6,8 @@
     python scripts/bench/bench_load.py target/release/examples/load_time DIR [--dtype f32]
 
 Reading is `cat FILES > /dev/null`. Rates are bytes of the files per second, the median over rounds; one line of JSON on stdout.
-The host of a virtual machine may take back free memory, and returns it far more slowly than a disk reads: `--touch N` writes to
-N GiB and frees them before each run, so that the memory is present. `--other` names another build to compare.
+The host of a virtual machine may reclaim free memory, and returns it far more slowly than a disk reads. `--touch N` writes to
+N GiB and frees them before each run, so that the memory is there. `--other` names another build to compare.
 
 Needs: only Python, the example `load_time`; root for the cold cache. Takes: some minutes for 2.7 GB.
 """
@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--dtype", choices=("f32", "bf16"), help="in memory (default: as stored)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--touch", type=int, default=0, metavar="GIB", help="memory to touch and free before each run")
-    parser.add_argument("--other", metavar="PROGRAM", help="another `load_time`, such as that of the commit before")
+    parser.add_argument("--other", metavar="PROGRAM", help="another `load_time`, for example of the previous commit")
     options = parser.parse_args()
     files = sorted(options.dir.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)

@@ -6,10 +6,10 @@
 
 The workloads are those of `moonlight-optim/examples/muon_bench.rs`. torch.optim.Muon takes one matrix at a time, with as many threads
 as there are processors. It computes its products in bf16; its f32 column is the same code with that dtype replaced. Each value is the
-fastest step of each round's process, the better of the rounds.
+fastest step of all rounds; every round is a new process.
 
-FLOPs are those of each formula: PyTorch's products are computed in full, ours by half where they are symmetric, and in the Gram form
-where that is cheaper. The share is of the rate of a [2048, 2048] matmul of the same dtype in PyTorch, measured in the same run. Memory
+FLOPs are those that each program computes: PyTorch all of each product, ours half of the symmetric ones, and in the Gram form where
+that is cheaper. The share is relative to a [2048, 2048] matmul of the same dtype in PyTorch, measured in the same run. Memory
 is the peak of the process.
 
 Needs: torch 2.9 or newer (group `bench`), the example `muon_bench`. Takes: some minutes.

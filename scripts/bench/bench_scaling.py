@@ -5,8 +5,8 @@
     python scripts/bench/bench_scaling.py target/release/examples/bench experts     # 4 x 512 tokens, top-4 of 8 to 256
     python scripts/bench/bench_scaling.py target/release/examples/bench sequence    # one sequence of 512 to 8,192 tokens
 
-The activated weights of a step, and so its products, do not depend on the number of experts; its weights and their gradients do. The
-table has the bytes of both. Each run is a process; the settings are run `--rounds` times, in reverse order in every second round, and
+The activated weights of a step, and therefore its operations, do not depend on the number of experts; all weights and gradients do. The
+table has the bytes of both. Each run is a process. The settings run `--rounds` times, in reverse order in every second round, and
 each time is the median over rounds of a run's median. Prints a Markdown table.
 
 Needs: only Python, the example `bench`. Takes: a quarter of an hour for `experts`, more for `sequence`.

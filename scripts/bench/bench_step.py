@@ -6,9 +6,9 @@
     python scripts/bench/bench_step.py --ours target/release/examples/bench_step --micro-batches 8    # more tokens per step
 
 The other program is DeepseekV3ForCausalLM with grouped experts (`grouped_mm`, or `--experts eager`), torch.optim.Muon on every hidden
-matrix and torch.optim.AdamW on embedding, head and norms. torch.optim.Muon takes only matrices, so each expert's matrices are given as
-views of the stacked weights, gate and up apart; routers are matrices too, as in ours. It iterates in bf16 and has no option for
-that: `--newton-schulz f32` replaces the dtype, `bf16` leaves it, and ours is set to the same. Everything else is f32.
+matrix and torch.optim.AdamW on embedding, head and norms. torch.optim.Muon takes only matrices, so each expert's matrices are passed
+as views of the stacked weights, with gate and up separate; routers are matrices too, as in ours. It iterates in bf16 and has no
+option to change that: `--newton-schulz f32` replaces the dtype, `bf16` keeps it, and ours is set to the same. Everything else is f32.
 
 In a round each program runs once, in its own process, in an order that is reversed in every second round. A value is the median of a
 run's repeats after one step to warm up, a ratio the median over rounds. The optimizer's share is its time over that of its step. Memory
@@ -99,7 +99,7 @@ def summary(runs, options):
 
 
 def muon_matrices(model):
-    """The matrices of Muon, each a parameter that shares the model's memory, with what its gradient is a part of."""
+    """The matrices of Muon, each a parameter that shares the model's memory, with the parameter whose gradient contains its own."""
     import torch
 
     views, rest = [], []

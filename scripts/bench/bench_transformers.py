@@ -11,10 +11,10 @@ token, which is 12 GB here.
 
 In a round each program runs once, in its own process, so that neither sees the other's memory; the order is reversed in every
 second round. Tokens per second are the tokens of a batch over the median of a run's repeats, after one step to warm up. A ratio is
-the median over rounds of ours over theirs. Memory is the peak of the process (VmHWM); what the process holds before it has a model
-is printed as well. One line of JSON on stdout, progress on stderr.
+the median over rounds of ours over theirs. Memory is the peak of the process (VmHWM); its memory before the model is loaded is
+printed as well. One line of JSON on stdout, progress on stderr.
 
-Both programs take 2,048 random tokens and the number of threads that their libraries choose. Neither updates weights.
+Both programs process 2,048 random tokens with the number of threads that their libraries choose. Neither updates weights.
 
 Needs: torch, transformers (group `bench`), the example `bench`. Takes: some minutes.
 """
@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--dtype", choices=DTYPES, default="f32")
     parser.add_argument("--experts", choices=EXPERTS, help="only this `experts_implementation` of transformers")
-    parser.add_argument("--threads", type=int, help="threads of torch and of Rayon [default: what each chooses]")
+    parser.add_argument("--threads", type=int, help="threads of torch and of Rayon [default: each library's own]")
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
@@ -91,7 +91,7 @@ def way_name(way):
 
 
 def run_in_turns(programs, rounds, threads=None):
-    """What each program measures in each round, by name."""
+    """The measurements of each program in each round, by name."""
     runs = {name: [] for name in programs}
     for number, name in common.in_turns(programs, rounds):
         result = common.measure(*programs[name], env=common.thread_settings(threads))
@@ -164,7 +164,7 @@ def torch_dtype(name):
 
 
 def timed(step, repeats, tokens, before):
-    """Runs a step over that many tokens, once to warm up and then `repeats` times; the result is what `run_in_turns` reads."""
+    """Runs a step over that many tokens, once to warm up and then `repeats` times, and returns the dictionary that `run_in_turns` reads."""
     import torch
     import transformers
 

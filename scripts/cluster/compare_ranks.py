@@ -4,13 +4,13 @@
     cargo build --release --features moonlight-train/mpi --bin moonlight
     python3 scripts/cluster/compare_ranks.py target/release/moonlight [--before PROGRAM]
 
-For each world size `N` a step has `N` micro-batches of `12 / N` sequences. One rank takes them one after the other; `N` threads of a
-process, and `N` processes under `mpirun`, take one each. Losses are compared at every step, and the weights at the end, relative to the
+For each world size `N` a step has `N` micro-batches of `12 / N` sequences. One rank runs them one after the other; `N` threads of a
+process, and `N` processes under `mpirun`, run one each. Losses are compared at every step, and the weights at the end, relative to the
 largest of each tensor. The flat form (Algorithm 1 of the report) rounds momentum to bf16 at every world size, so it is compared with one
 rank of the same form.
 
-With `--before`, the time of a step on one rank is measured in turns with that of another build. One rank is the ordinary case of the
-distributed step; commit f3ae5f9 is the last one that had a separate step for it.
+With `--before`, the time of a step on one rank is measured in turns with that of another build. One rank runs the same
+distributed step; commit f3ae5f9 is the last one with a separate step for it.
 
 Needs: only Python, `mpirun` (or `--no-mpi`). Takes: half an hour on two cores.
 """
@@ -104,12 +104,12 @@ class Runs:
 
 
 def compare_time(runs, before, turns):
-    """Processor time of one thread, in turns; the least of each build, which other programs on the machine influence least."""
+    """CPU time of one thread, in turns; the minimum of each build, which other programs on the machine influence least."""
     sets = {"data.sequence_length": 256, "train.validate_batches": 1, "train.probe_every": 0}
     sets |= {"schedule.warmup_steps": 0, "schedule.decay_steps": 0}
     programs = {"before": before, "now": runs.program}
 
-    # A run of one step has everything that a run needs besides its steps.
+    # A run of one step measures the time of a run besides its steps.
     def seconds(program, steps):
         return runs.processor_seconds({**sets, "train.steps": steps}, program)
 
@@ -127,7 +127,7 @@ def main():
     parser.add_argument("--turns", type=int, default=5, help="runs of each build for the time of a step")
     parser.add_argument("--no-mpi", action="store_true")
     parser.add_argument(
-        "--before", type=lambda path: Path(path).resolve(), help="another build, to measure the time of a step with"
+        "--before", type=lambda path: Path(path).resolve(), help="another build to compare the time of a step with"
     )
     parser.add_argument("--only-time", action="store_true", help="with --before, only the time")
     arguments = parser.parse_args()

@@ -6,10 +6,10 @@
 
 Each host is a network namespace with its own address and host name, joined by a bridge. MPI between them uses TCP, and `ip netns exec`
 replaces `ssh`. A run of four ranks is started, one on each host. During a step, or while a checkpoint is written, one host's link is
-taken down (no end of connection, no error), or its rank is killed (SIGKILL). Each time the script checks that
+taken down (connections neither close nor fail), or its rank is killed (SIGKILL). Each time the script checks that
 
 * every process of the run ends, and how long that takes;
-* there is an error that names a rank, or one of the launcher that names the rank or its host;
+* an error names a rank, or an error of the launcher names the rank or its host;
 * every folder with a step's name contains a complete checkpoint;
 * `--resume` ends with the weights of the undisturbed run, bit for bit.
 
@@ -103,7 +103,7 @@ class Network:
             run("ip", "-n", space, "addr", "add", f"{NETWORK}.{host}/24", "dev", "eth0")
             run("ip", "-n", space, "link", "set", "eth0", "up")
             run("ip", "-n", space, "link", "set", "lo", "up")
-            # Linux tries a dead connection for a quarter of an hour, and `mpirun` with it. The ranks do not wait for that.
+            # Linux retries a dead connection for a quarter of an hour, and `mpirun` waits for it. The ranks do not.
             run("ip", "netns", "exec", space, "sysctl", "-w", "net.ipv4.tcp_retries2=5")
         return self
 
@@ -141,7 +141,7 @@ def kill(pid):
 
 
 def launcher(home):
-    """What stands for ssh: `agent ADDRESS COMMAND...` runs the command on that host."""
+    """The replacement of ssh: `agent ADDRESS COMMAND...` runs the command on that host."""
     agent = home / "agent"
     agent.write_text(
         "#!/bin/sh\n"
@@ -265,10 +265,10 @@ class Trial:
         left = ranks(self.program)
         if how == "cut":
             self.network.cable(host, "up")
-        # Processes of the launcher remain on hosts that it could not reach. They would be counted in the next trial.
+        # Processes of the launcher remain on hosts that it could not reach, and would be counted in the next trial.
         self.network.clear()
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
-        # The launcher names the rank that was killed, or the host that does not answer if it notices that first.
+        # The launcher names the killed rank, or the host that does not answer, whichever it notices first.
         noticed = [
             line.strip() for line in output.splitlines() if "exited on signal" in line or "Remote daemon:" in line
         ]

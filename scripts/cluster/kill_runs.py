@@ -5,7 +5,7 @@ trainer state and metrics must equal those of an uninterrupted run, bit for bit.
     scripts/cluster/kill_runs.py --moonlight target/debug/moonlight --kills 1000
 
 Four of five kills are SIGKILL, the others SIGTERM, after which a run must end with a checkpoint. Prints one JSON object; the exit code is 1
-for any fault.
+if a check fails.
 
 Needs: only Python. Takes: a few minutes for 1,000 kills with a release build.
 """
@@ -34,7 +34,7 @@ class Killer:
         self.faults = []
 
     def prepare(self):
-        """The uninterrupted run, and how long it takes; how long it takes to start, which a resume after the last step shows."""
+        """Makes the uninterrupted run; measures how long it takes, and how long it takes to start, by a resume after the last step."""
         recipe, seconds = self.home.recipe("uninterrupted", self.steps), []
         for more in ([], ["--resume"]):
             begun = time.monotonic()
@@ -46,7 +46,7 @@ class Killer:
         self.expected = tiny_run.final(self.home.run("uninterrupted"))
 
     def longest(self, run):
-        """The latest time to kill a run that is resumed now, so that most kills are before its end."""
+        """The latest time to kill a run that resumes now, chosen so that most kills are before its end."""
         done = [int(path.name.removeprefix("step-")) for path in tiny_run.checkpoints(run)[-1:]]
         left = 1 - (done[0] if done else 0) / self.steps
         return self.start + 0.9 * left * (self.whole - self.start)

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 
 program="${1:-}"
 if [ -z "$program" ]; then
-    # As the program of a test, so that cargo uses the dependencies that the tests have built; a plain build has other features.
+    # Built together with a test, so that cargo reuses the dependencies of the tests; a plain build has other features.
     cargo test --workspace --features moonlight-train/mpi --test kill --no-run
     program="${CARGO_TARGET_DIR:-target}/debug/moonlight"
 fi
@@ -84,7 +84,7 @@ cmp "$home/runs/alone/$weights" "$home/runs/two/$weights"
 echo "mpi: two ranks and one have the same weights, bit for bit"
 grep -A2 '^sent by a rank' "$home/two.log"
 
-# More steps than it can take before it is killed.
+# More steps than the run can take before it is killed.
 more=(--set train.steps=100000 --set train.validate_every=0)
 train killed "${mpirun[@]}" -n 2 &
 launcher=$!

@@ -4,9 +4,9 @@
 
     scripts/cluster/readers_during_run.py --moonlight target/debug/moonlight --convert target/debug/moonlight-convert
 
-The run and every reader must end without an error, and the run must leave what a run without readers leaves. `inspect` and `verify` get
-a checkpoint by name, which the run may remove before they are done; only then may they report an error. Prints one JSON object; the exit
-code is 1 for any fault.
+The run and every reader must end without an error, and the run must leave the same files as a run without readers. `inspect` and `verify`
+get a checkpoint by name, which the run may remove before they end; only then may they report an error. Prints one JSON object; the exit
+code is 1 if a check fails.
 
 Needs: only Python. Takes: half a minute with a release build.
 """
@@ -36,7 +36,7 @@ def main():
     begun = time.monotonic()
     alone = home.train(home.recipe("alone", arguments.steps, arguments.keep))
     if tiny_run.end(alone, 1800) != 0:
-        sys.exit(f"the run alone fails:\n{tiny_run.said(alone)}")
+        sys.exit(f"the run without readers fails:\n{tiny_run.said(alone)}")
 
     run = home.run("read")
     texts = home.path / "texts.jsonl"

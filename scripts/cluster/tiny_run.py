@@ -62,7 +62,7 @@ keep = {keep}
 plots = false
 """
 
-# Metrics that are measured, so that they differ between equal runs.
+# Metrics of time and memory, which differ between equal runs.
 MEASURED = ("tokens_per_second", "memory_mib")
 
 
@@ -146,7 +146,7 @@ def nameless(name, contents):
         return state
     if name == "manifest.json":
         manifest = json.loads(contents)
-        # The hash of the file that has the names.
+        # The manifest's hash of the file that contains these names.
         manifest["files"].pop("trainer.json", None)
         return manifest
     return contents

@@ -3,12 +3,12 @@
 
     scripts/cluster/two_runs.py --moonlight target/debug/moonlight
 
-* Two runs in one folder, new ones and resumed ones alternately: exactly one wins and ends as if it had been alone; the other ends with an
-  error that names the winner's process and host.
+* Two runs in one folder, new ones and resumed ones alternately: exactly one continues and ends as if it had been alone; the other ends with an
+  error that names the first one's process and host.
 * Two runs that tokenize the same texts into one cache, each as process 1 of its own PID namespace, as in containers: both end as if they
   had been alone.
 
-Prints one JSON object; the exit code is 1 for any fault.
+Prints one JSON object; the exit code is 1 if a check fails.
 
 Needs: only Python; `unshare` for the second part. Takes: a minute or two with a release build.
 """

@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-r"""Fine-tunes a small model on conversations in four ways, each at its own best learning rate, and compares the results.
+r"""Fine-tunes a small model on conversations in four ways, each at its best learning rate, and compares the results.
 
     cargo build --release --bin moonlight
     moonlight train configs/quickstart.toml --set train.steps=900 --set schedule.decay_steps=300 --set train.batch_size=8 \
         --set data.sequence_length=512 --set optimizer.learning_rate=8e-3 --set data.max_bytes=16000000      # the base
     python scripts/experiments/make_conversations.py runs/conversations
-    python scripts/experiments/compare_finetuning.py tune      # each way at each rate of a grid: one seed, a third of the steps
-    python scripts/experiments/compare_finetuning.py race      # each way at its best rate: three seeds, all steps, exact answers
+    python scripts/experiments/compare_finetuning.py tune      # each method at each rate of a grid: one seed, a third of the steps
+    python scripts/experiments/compare_finetuning.py race      # each method at its best rate: three seeds, all steps, exact answers
 
-The ways are all parameters or LoRA on everything (configs/sft-small.toml, configs/lora-small.toml), each with Muon and AdamW. All see the
-same conversations with the same schedule (ten steps of warm-up, then linear to zero); weight decay is the recipes' (0.1, and none for
-LoRA). The grid of rates has factors of two and grows until the best rate is inside. A seed orders the conversations and initializes the
-adapters; the base is the same.
+The methods are all parameters or LoRA on all projections (configs/sft-small.toml, configs/lora-small.toml), each with Muon and AdamW. All have
+the same conversations and the same schedule (ten steps of warm-up, then linear to zero); weight decay is the recipes' (0.1, and none for
+LoRA). The grid of rates has factors of two and grows until the best rate is not at its edge. A seed determines the order of the conversations and
+the initial adapters; the base model is the same.
 
 A complete run is not repeated, so an interrupted comparison continues. Each command prints a Markdown table. `+-` is the half width of a
-95 % interval of the mean over seeds (Student's t). The questions are the same for all seeds, so that interval does not contain the
-uncertainty of the choice of questions: the standard error over questions has its own column.
+95 % interval of the mean over seeds (Student's t). The questions are the same for all seeds, so that interval does not include the
+uncertainty from the choice of questions; the standard error over questions is a separate column.
 
 Needs: only Python. Takes: several hours on two cores.
 """
@@ -32,7 +32,7 @@ from compare_optimizers import best_rate, metrics, spread
 
 ROOT = common.ROOT
 SEEDS = (1, 2, 3)
-# Name in the table: recipe, optimizer, where the grid begins.
+# Name in the table: recipe, optimizer, first rate of the grid.
 WAYS = {
     "all parameters, Muon": ("configs/sft-small.toml", "muon", (1e-3, 2e-3, 4e-3)),
     "all parameters, AdamW": ("configs/sft-small.toml", "adamw", (5e-4, 1e-3, 2e-3)),
@@ -131,7 +131,9 @@ def race(options):
         loss = [held_out(folder) for folder in folders]
         rows.append(f"| {way} | {rate:g} | {spread(loss)} | {spread(exact, 3)} | {error:.3f} | {spread(nats, 3)} |")
     print(f"{options.steps} steps, {len(SEEDS)} seeds\n")
-    print("| how | rate | held-out loss | exact answers | over questions | nats a token of the answers |")
+    print(
+        "| method | rate | held-out loss | exact answers | standard error over questions | nats per token of the answers |"
+    )
     print("|---|---|---|---|---|---|")
     exact, nats = before["exact_match"], before["nll"]
     print(f"| before | | | {exact['value']:.3g} | {exact['stderr']:.3f} | {nats['value']:.3g} |")

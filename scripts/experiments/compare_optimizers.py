@@ -5,7 +5,7 @@
     python scripts/experiments/compare_optimizers.py tune --model dense    # each optimizer at each rate of a grid, one seed
     python scripts/experiments/compare_optimizers.py race --model dense    # Muon and AdamW, each at its best rate, three seeds
     python scripts/experiments/compare_optimizers.py table1                # Baseline, Update Norm, Adjusted LR (report, Table 1)
-    python scripts/experiments/compare_optimizers.py table8                # the update's RMS held at a value (report, Table 8)
+    python scripts/experiments/compare_optimizers.py table8                # a fixed RMS of the update (report, Table 8)
     python scripts/experiments/compare_optimizers.py time --model dense    # seconds per step, in turns, on an idle machine
 
 A complete run is not repeated, so an interrupted comparison continues. Each command prints a Markdown table; `race` also draws loss over
@@ -14,8 +14,8 @@ steps and over seconds into an SVG (`--plot FILE`), where the seconds are the st
 
 The model is the quick start's (`--model moe`, configs/quickstart.toml) or a dense one (configs/dense-small.toml). The text is the Rust source
 in cargo's registry on this machine, so results differ a little between machines. Both optimizers get the same text, order, schedule,
-steps, clipping, weight decay and grid of rates. What differs from the report: the size (2 M parameters, not 800 M), the text, and in Table 1
-the MLP (SwiGLU here, two matrices of [H, 4H] there).
+steps, clipping, weight decay and grid of rates. The report has another size (800 M parameters, 2 M here), another text, and in Table 1
+another MLP (two matrices of [H, 4H], SwiGLU here).
 
 Needs: torch and safetensors for the weights' RMS, matplotlib for `--plot` (group `experiments`). Takes: several hours on two cores.
 """
@@ -169,7 +169,7 @@ def race(options):
 
 
 def steps_to(folder, target):
-    """Where the validation loss first falls to `target`, between two validations on a straight line."""
+    """The step at which the validation loss first falls to `target`, interpolated linearly between validations."""
     before = None
     for line in metrics(folder, "valid"):
         if line["loss"] <= target:
@@ -251,7 +251,7 @@ def rms(folder, part):
 
 
 def time_steps(options):
-    """The median of the seconds per step: the optimizers in turns, three times ten steps each after two to warm up."""
+    """The median seconds per step: the optimizers in turns, three times ten steps each after two to warm up."""
     seconds = {"muon": [], "adamw": []}
     for turn, optimizer in common.in_turns(seconds, 3):
         timing = argparse.Namespace(**{**vars(options), "steps": 12, "runs": os.path.join(options.runs, "time")})

@@ -4,14 +4,14 @@
 
 There are four kinds of question, each about a documented function in a crate's source:
 
-* what it does: the first sentence of its documentation (it can only be memorized, so only its loss is of interest);
+* what it does: the first sentence of its documentation (which can only be memorized, so only the loss matters);
 * the name of the function in a line of code;
 * the type that a signature returns;
 * how many parameters a signature has.
 
-The last three have one right answer that can be read from the question, so an exact match is meaningful. Crates are divided between
-training and validation by a hash of their names, so no line of a crate is in both. The last three kinds are also written alone
-(`exact.jsonl`, held-out crates), for `moonlight eval --format chat`. The same source gives the same files.
+The last three have one right answer that can be read from the question, so an exact match is meaningful. Crates are assigned to
+training or validation by a hash of their names, so no line of a crate is in both. The last three kinds, from held-out crates, are also
+written to `exact.jsonl`, for `moonlight eval --format chat`. The same source gives the same files.
 
 Needs: only Python. Takes: a minute.
 """
@@ -136,7 +136,7 @@ def main():
             for line, match, sentence in functions(path):
                 for kind, question, answer in questions(crate, line, match, sentence):
                     asked[split].setdefault((kind, question), answer)
-    # A line that crates of both parts have belongs to training.
+    # A line that occurs in crates of both parts belongs to training.
     lines = {question.split("\n", 1)[1] for _, question in asked["train"]}
     valid = {key: answer for key, answer in asked["valid"].items() if key[1].split("\n", 1)[1] not in lines}
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compares what `moonlight` computes from a config.json with transformers.
+"""Compares the results of `moonlight` with transformers for variants of config.json.
 
     python scripts/parity/check_config.py --program target/release/moonlight --convert target/release/moonlight-convert
 
 For each supported variant of a config (rope scalings in both spellings, biases, heads, routers, tied and partly tied heads, sliding
 windows, absent keys) transformers saves a tiny random model, and its log-probabilities are compared with those of `moonlight score` (1e-4).
-For each unsupported variant `moonlight score` must refuse and name the key; the script prints how far the result of transformers is
-from that of the same model without the key. FP8 matrices with one scale per tensor, row and block go through `moonlight-convert convert` and
+For each unsupported variant `moonlight score` must end with an error that names the key; the script prints how much the key changes the
+result of transformers. FP8 matrices with one scale per tensor, row and block go through `moonlight-convert convert` and
 are compared with torch's product bit by bit.
 
 Run it with each release of transformers that matters; it prints the version. The exit code is 0 if every comparison holds.
@@ -130,7 +130,7 @@ SUPPORTED = {
     "deepseek_v2, q_lora_rank and attention_bias": V2 | {"q_lora_rank": 15, "attention_bias": True},
 }
 
-# Models with the defaults of their classes, and the keys that are then taken out of config.json.
+# Models with the defaults of their classes, and the keys that are then removed from config.json.
 V3_DEFAULTS = {
     "n_group": 8,
     "topk_group": 4,
@@ -168,7 +168,7 @@ ABSENT = {
     ),
 }
 
-# The base, the keys that are changed, and the key that the error must name.
+# The base config, the changed keys, and the key that the error must name.
 REFUSED = [
     (LLAMA, {"sliding_window": 3}, "sliding_window"),
     (QWEN2, {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
@@ -283,7 +283,7 @@ def supported(program, name, config, folder):
         return checks.expect(name, False, message)
     checks.expect(name, distance(ours, expected) < BUDGET, f"{distance(ours, expected):.1e}")
     greedy(program, name, folder)
-    # The same in the spelling of transformers 4, and as it is above.
+    # The same in the spelling of transformers 4, and unchanged.
     saved = json.loads((folder / "config.json").read_text())
     rope = saved.pop("rope_parameters", None) or {}
     theta = rope.pop("rope_theta", 10000.0)
@@ -337,7 +337,7 @@ def partly_tied(program, convert, home):
 def refused(program, base, over, key, folder):
     build(base, folder)
     plain = theirs(folder)
-    # A key that the file has already would take precedence.
+    # A key that the file already has would take precedence.
     change(folder, over, without=["rope_parameters"] if "rope_scaling" in over else ["layer_types"])
     try:
         moved = f"transformers moves by {distance(theirs(folder), plain):.1e}"

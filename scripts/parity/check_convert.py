@@ -6,11 +6,11 @@
 For each architecture of fixtures/:
 
 * what `moonlight-convert` writes (from Hugging Face's files, through a burnpack file and back, and in shards of 30 kB) opens with
-  `AutoModelForCausalLM.from_pretrained`, no key missing, unexpected or of another shape, and has the logits of the original bit for bit;
+  `AutoModelForCausalLM.from_pretrained`, without missing, unexpected or mismatched keys, and gives the logits of the original bit for bit;
 * what transformers saves (as stored and in bf16, in one file and in shards) is bitwise equal for `verify`.
 
-For fixtures/quantized (FP8, and INT4 of compressed-tensors), what is written opens in the same way, and every weight is bitwise the one that
-torch, or the compressed-tensors package, dequantizes to.
+For fixtures/quantized (FP8, and INT4 of compressed-tensors), the output opens in the same way, and every weight is bitwise equal to
+the result of dequantizing with torch or the compressed-tensors package.
 
 Run it with each release of transformers that matters; it prints the version. The exit code is 0 if every comparison holds.
 
@@ -119,7 +119,7 @@ def check_quantized(program, layout, home):
     checks.expect(
         f"{layout}: through burnpack", ok and run(program, "verify", home / "pack", home / "plain")[0], message
     )
-    # The forward pass with torch's weights, in f32, must equal the one with the weights that we wrote.
+    # The forward pass in f32 with torch's weights must equal the one with our weights.
     model = load_strictly(home / "plain")[0]
     ours = logits(model)
     for key, value in model.state_dict().items():

@@ -5,11 +5,11 @@
 
 The script makes the rows, in the layouts of MMLU, ARC, HellaSwag and plain text, some of them awkward: letters beyond ASCII, WikiHow's marks,
 contexts and texts longer than the model's context, empty ones, ones that spell BOS. It makes the models, too: byte-level Llamas whose
-tokenizers begin texts with BOS, or have tokens that reach from the end of a context into a choice. DIR adds a checkpoint of a byte-level
+tokenizers begin texts with BOS, or have tokens that span the end of a context and the start of a choice. DIR adds a checkpoint of a byte-level
 model with `bytes-chat` tokenizer files, as `moonlight train` writes them.
 
 Every metric, every standard error that the harness gives, and every choice's log-likelihood must agree; the harness's own tasks are run over
-these rows, with f32 weights. The result of `--fix-harness` is compared with torch. The mask (of DIR): for a template with
+these rows, with f32 weights. The result of `--fix-harness` is compared with torch. The mask is compared for DIR: for a template with
 `{% generation %}` blocks, the tokens that `moonlight data inspect` reports as learned must be those of
 `apply_chat_template(return_assistant_tokens_mask=True)`. Prints the largest differences; the exit code is 0 if every comparison holds.
 
@@ -68,7 +68,7 @@ def rows():
         )
         endings = [f"{c}. [title] More [step] x" for c in choices]
         if n % 5 == 0:
-            # Choices that begin with what a token joins to the context, and others.
+            # Some choices begin with characters that a token joins to the end of the context.
             endings = ["C", "Cat", "dog", ": C"]
         hellaswag.append(
             {
@@ -209,8 +209,8 @@ def check_eval(moonlight, directory, folder, *more, **options):
 
 @common.no_grad
 def check_fixed(moonlight, directory, folder, model, result, *more):
-    """`--fix-harness` against torch: whole texts, scored from the first token that any choice has otherwise than the
-    context; texts with one BOS."""
+    """`--fix-harness` against torch: whole texts, scored from the first token in which any choice differs from the context;
+    texts with one BOS."""
 
     def score(tokens, start):
         tokens = tokens[-(model.max_length + 1) :]

@@ -4,7 +4,7 @@
     moonlight score --model DIR --data tokens.jsonl --output scores.jsonl --dtype f32 --device cpu
     python scripts/parity/check_export.py DIR --scores scores.jsonl
 
-DIR must load into transformers' own class (no remote code) with no key missing, none unexpected and none of another shape. With `--scores`,
+DIR must load into transformers' own class (no remote code) without missing, unexpected or mismatched keys. With `--scores`,
 every sequence of that file is scored again in f32 with eager attention, and the largest difference of a token's log-probability must be
 within the budget. Prints one line of JSON; the exit code is 0 if every comparison holds.
 

@@ -6,7 +6,7 @@
 
 For each architecture of fixtures/ the first form trains adapters of every projection for some steps (`[lora]`), and then
 
-* opens the base and the adapter in peft, checks that every tensor of the file has its place, and compares the log-probabilities with those
+* opens the base and the adapter in peft, checks that every tensor of the file is loaded, and compares the log-probabilities with those
   of `moonlight score` (1e-4);
 * merges them (`moonlight merge`) and compares the merged model in transformers with the same;
 * lets peft save the adapter again, and compares `moonlight score` of that.
@@ -17,8 +17,8 @@ script prints the largest difference, or the error with which the program refuse
 
 The second form makes the fixtures of moonlight-convert/tests/peft_kinds.rs (DIR/kinds: an adapter of each kind with the log-probabilities
 that peft gives) and of moonlight-train/tests/parity_lora.rs: an adapter as peft initializes and saves it, and the loss over forty steps of
-torch's AdamW (attention, dense and shared MLPs, and the experts' down projections; the experts' gate and up share one A in peft and have
-one each here, so they train differently).
+torch's AdamW (attention, dense and shared MLPs, and the experts' down projections; gate and up of an expert share one A in peft and have
+one each here, so they would train differently).
 
 Run it with each release of peft and transformers that matters; it prints the versions. The exit code is 0 if every comparison holds.
 
@@ -269,7 +269,7 @@ def base_of_kind(family, home):
 
 
 def make_kind(name, home):
-    """Lets peft make the adapter and changes all that it trains; returns the log-probabilities of peft with a new base."""
+    """Lets peft make the adapter and changes all its trained values; returns the log-probabilities of peft with a new base."""
     family, change = KINDS[name][:2]
     base = base_of_kind(family, home)
     torch.manual_seed(SEED)
@@ -333,7 +333,7 @@ def write_reference(out):
         r=4,
         lora_alpha=8,
         target_modules=["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
-        # The module name `gate_proj` would match the experts, too: the other MLPs are named by their parameters.
+        # The module name `gate_proj` would match the experts, too, so the other MLPs are named by their parameters.
         target_parameters=[
             f"mlp.{where}{which}_proj.weight" for where in ("", "shared_experts.") for which in ("gate", "up", "down")
         ]

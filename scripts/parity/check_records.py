@@ -3,10 +3,10 @@
 
     python scripts/parity/check_records.py --moonlight target/release/moonlight [--records 200] [--seed 0]
 
-One table (texts with quotes, line breaks, separators, emoji) is written in every way that these libraries have: JSON Lines, arrays, indented,
-with a byte order mark, with CRLF, compressed, CSV and TSV, parquet (where the program reads it). The program reads them as training does
-(`data inspect`, `format = "text"`, the tokenizer of bytes), so that each document is the text of a record. Prints a line for each file, and
-the sums. A library that refuses a file is named and not counted. The exit code is 0 if nothing differs.
+One table (texts with quotes, line breaks, separators, emoji) is written in every format of these libraries: JSON Lines, arrays, indented,
+with a byte order mark, with CRLF, compressed, CSV and TSV, parquet (if the program reads it). The program reads them as in training
+(`data inspect`, `format = "text"`, the tokenizer `bytes`), so that each document is the text of a record. Prints a line for each file, and
+totals. A library that refuses a file is named and not counted. The exit code is 0 if nothing differs.
 
 Needs: datasets, pandas, pyarrow (group `parity`). Takes: seconds.
 """
@@ -223,7 +223,7 @@ def main():
                 sums[reader][0 if same else 1] += 1
                 notes.append(f"{reader} {'same' if same else 'OTHER'}")
                 if not same:
-                    # The table decides which of the two is right.
+                    # Where they differ, the table shows which one is right.
                     whole = [row["text"] for row in rows]
                     notes.append(
                         f"(ours {'as written' if mine == whole else 'not as written'}, theirs {'as written' if theirs == whole else 'not as written'})"

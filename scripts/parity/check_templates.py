@@ -4,14 +4,14 @@
     python scripts/parity/check_templates.py [--check]
 
 `fixtures/templates` contains templates in the manner of published ones (`*.jinja`) and expressions, one per line (`expressions.txt`). Each template is
-rendered with transformers' `apply_chat_template` machinery over the conversations below, with and without the prompt for the assistant, and
+rendered with transformers' `apply_chat_template` machinery over the conversations below, with and without the generation prompt, and
 with the mask of its `{% generation %}` blocks; each expression with the variables below. The results are written to `rendered.json` in the
 same folder: texts, spans of the mask in characters, or the error. `cargo test -p moonlight-infer --lib chat::tests::templates` then renders
-all of it without Python, and prints how much agrees. With `--check` nothing is written: the exit code is 1 where the file differs from what
-transformers gives now.
+all of it without Python, and prints how many agree. With `--check` nothing is written, and the exit code is 1 if the file differs from the
+current results of transformers.
 
 A line of `expressions.txt` that begins with `~refused ` is one that `moonlight-infer` refuses and transformers renders; one with `~differs ` is
-rendered differently. The test fails where a mark is no longer true.
+rendered differently. The test fails if a mark is no longer true.
 
 Needs: transformers (group `parity`). Takes: seconds.
 """

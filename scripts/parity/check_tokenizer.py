@@ -8,10 +8,10 @@
     python scripts/parity/check_tokenizer.py --post-processors --tokenize tokenize
 
 RANKS is a file in tiktoken's form; the crate `tiktoken-rs` contains OpenAI's (`assets/o200k_base.tiktoken`). The script makes a folder from
-it, with the special tokens of the family, some that are not special (`<think>`, tools), some with flags, and a post-processor. DIR is a folder
-of your own with `tiktoken.model` and `tokenizer.json`. Each text (built in, random, or from the files and folders of `--text`) is encoded as
+it, with the special tokens of the family, some that are not special (`<think>`, tools), some with flags, and a post-processor. DIR is any folder
+with `tiktoken.model` and `tokenizer.json`. Each text (built in, random, or from the files and folders of `--text`) is encoded as
 plain text, encoded with special tokens parsed, and decoded with and without them, as a whole and token by token. `--post-processors` checks
-what begins and ends a text. The exit code is 0 if everything is equal.
+the tokens that begin and end a text. The exit code is 0 if everything is equal.
 
 Needs: tiktoken, transformers, tokenizers (group `parity`). Takes: a minute for every 20 MB of text, and the built-in texts half a minute.
 """
@@ -91,11 +91,11 @@ def main():
     parser.add_argument("directory", type=pathlib.Path, nargs="?", help="a folder with both files of a tokenizer")
     parser.add_argument("--ranks", type=pathlib.Path, help="a file of ranks in tiktoken's form")
     parser.add_argument("--convert", default="moonlight-convert", help="the program, for --ranks and --post-processors")
-    parser.add_argument("--tokenize", help="the example `tokenize` of moonlight-infer, to compare ours as well")
+    parser.add_argument("--tokenize", help="the example `tokenize` of moonlight-infer, to compare our readers as well")
     parser.add_argument("--text", type=pathlib.Path, action="append", default=[], help="a text file, or a folder")
     parser.add_argument("--most", type=int, default=20_000_000, help="the most bytes of text that are compared")
     parser.add_argument(
-        "--post-processors", action="store_true", help="what begins and ends a text, against transformers"
+        "--post-processors", action="store_true", help="the tokens that begin and end a text, against transformers"
     )
     options = parser.parse_args()
     if options.post_processors:

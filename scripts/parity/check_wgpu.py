@@ -5,10 +5,10 @@
     python3 scripts/parity/check_wgpu.py target/debug/moonlight [--device wgpu] [--steps 3]
 
 Any Vulkan driver works; without a GPU, Mesa's llvmpipe runs it in software (Debian: `mesa-vulkan-drivers`, 25.0 from bookworm-backports). There the
-first step takes minutes, because each shader is compiled when it is first used, and again in each process.
+first step takes minutes, because each process compiles each shader when it is first used.
 
 The model is the quick start's after six steps on the CPU, on texts of this repository. Everything must agree within 1e-3 relative. Prints one
-line for each comparison; the exit code is 1 where one fails.
+line for each comparison; the exit code is 1 if one fails.
 
 Needs: only Python, and a Vulkan driver. Takes: half a minute with a release build, minutes with a debug build.
 """

@@ -17,7 +17,7 @@ def load_strictly(directory, dtype=None):
     if transformers.__version__.startswith("4"):
         rope = json.loads((directory / "config.json").read_text()).get("rope_parameters")
         if rope:
-            # This is the spelling of transformers 5, which 4 ignores silently.
+            # The spelling of transformers 5; transformers 4 ignores it silently.
             settings["rope_theta"] = rope["rope_theta"]
     else:
         # The plain loop over experts: torch's grouped product refuses rows that are not a multiple of 16 bytes.
@@ -52,12 +52,12 @@ def read_scores(text):
 
 
 def score(program, data, *arguments):
-    """What `moonlight score` gives for the sequences of a file. Ends the script where it fails."""
+    """The results of `moonlight score` for the sequences of a file. Ends the script if it fails."""
     return read_scores(call(program, "score", "--data", data, *arguments))
 
 
 def try_score(program, data, *arguments):
-    """The same, and what was printed to stderr; `None` where `moonlight score` refuses."""
+    """The same with the output on stderr; `None` if `moonlight score` fails."""
     done = attempt(program, "score", "--data", data, *arguments)
     message = " ".join(done.stderr.split())
     return (None if done.returncode else read_scores(done.stdout)), message

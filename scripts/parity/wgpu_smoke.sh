@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The program and its CubeCL kernels on a WGPU device that needs no GPU: llvmpipe, Mesa's Vulkan in software. The kernels are compared
+# Tests the program and its CubeCL kernels on a WGPU device that needs no GPU: llvmpipe, Mesa's software Vulkan driver. The kernels are compared
 # with the reference on the CPU, then scores, a continuation and training steps of the program with the same on the CPU.
 #
 #     scripts/parity/wgpu_smoke.sh
@@ -51,13 +51,13 @@ install() {
     [ "$(mesa)" -ge 25 ] || skip "the newest available llvmpipe is of Mesa $(mesa), which is older than 25"
 }
 
-# A driver that the user names is used.
+# A driver that the user has chosen takes precedence.
 if [ -z "${VK_DRIVER_FILES:-}" ]; then
     version="$(mesa)"
     if [ -z "$(driver)" ] || [ "${version:-0}" -lt 25 ]; then
         install
     fi
-    # The loader then uses no other, whatever else the machine has.
+    # With this variable the loader uses no other driver of the machine.
     VK_DRIVER_FILES="$(driver)"
     export VK_DRIVER_FILES
 fi
@@ -73,9 +73,9 @@ run() {
 # One build for both: the program of a test is built with the same features as the other tests.
 tests=(cargo test --workspace --features moonlight-train/wgpu --lib --test packing --test hostile_kernels)
 "${tests[@]}" --no-run
-# All but the one that compares times, which a busy machine would fail.
+# All except the one that compares times, which would fail on a busy machine.
 run "${tests[@]}" -- --ignored cube --skip kernels_of_one_pass_are_faster_than_the_reference | tee "$log.tests"
-# Cargo succeeds where a filter matches no test, so the output is checked.
+# Cargo succeeds even if a filter matches no test, so the output is checked.
 grep -q '^test kernels::cube::tests::attention \.\.\. ok' "$log.tests"
 grep -q '^test cube_hostile_arguments_are_refused_or_give_what_the_reference_gives \.\.\. ok' "$log.tests"
 run python3 scripts/parity/check_wgpu.py "$CARGO_TARGET_DIR/debug/moonlight"

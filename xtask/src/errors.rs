@@ -19,8 +19,8 @@ const HEAD: &str = "\
 
 You will be able to look up an error message, and know what to do about it.
 
-A program that fails prints one line, `error: ...`, and often a second, `hint: ...`, on stderr, and ends with the code of [Exit codes](exit-codes.md). Names, numbers and paths below are examples: search for the words around them. A message that is not here, or a hint that did not help, is worth an
-issue.
+A program that fails prints one line, `error: ...`, and often a second, `hint: ...`, on stderr, and ends with the code of [Exit codes](exit-codes.md). Names, numbers and paths below are examples: search for the words around them. Open an issue for a message that is
+missing here, or a hint that did not help.
 ";
 
 /// A message and its hint.

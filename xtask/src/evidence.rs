@@ -65,10 +65,10 @@ const HEAD: &str = "\
 
 # Claims
 
-You will be able to check every claim of this project: what was compared, the limit, what was seen, the command that repeats it, and what was not shown.
+You will be able to check every claim of this project: what was compared, the limit, the measured value, the command that repeats the measurement, and what it does not show.
 
-\"Six families\" are small models, Moonlight-like, DeepSeek-V3-like (groups, query compression, YaRN), V2-Lite-like (softmax, greedy), V2-like (group-limited), Llama and Qwen2. They are made with transformers and torch, and awkward on purpose: odd sizes, more experts than tokens,
-experts without a token, a sequence of one token. \"None\" as a limit means that the value is reported, not asserted. The commit is the one that recorded the measurement.
+\"Six families\" are small models: Moonlight-like, DeepSeek-V3-like (groups, query compression, YaRN), V2-Lite-like (softmax, greedy), V2-like (group-limited), Llama and Qwen2. They are made with transformers and torch, and deliberately awkward: odd sizes, more experts than tokens,
+experts without a token, a sequence of one token. A limit of \"none\" means that the value is reported and not asserted. The commit is the one that recorded the measurement.
 ";
 
 impl Evidence {
@@ -100,12 +100,14 @@ impl Evidence {
                 )?;
             }
         }
-        page.push_str("\n## Not shown\n\nWhat a reader might assume and should not, by claim:\n\n| claim | not shown |\n|---|---|\n");
+        page.push_str(
+            "\n## Not shown\n\nWhat should not be concluded from a claim:\n\n| claim | not shown |\n|---|---|\n",
+        );
         for claim in self.claim.iter().filter(|claim| !claim.not_shown.is_empty()) {
             writeln!(page, "| {} | {} |", cell(&claim.claim), cell(&claim.not_shown))?;
         }
         page.push_str(
-            "\nNor: Moonlight's published weights; CUDA, Metal and any physical GPU; NCCL; MPI between real machines; vLLM, SGLang and \
+            "\nNo claim covers Moonlight's published weights; CUDA, Metal and any physical GPU; NCCL; MPI between real machines; vLLM, SGLang and \
              llama.cpp (the layout is transformers'); training longer than minutes; any run of a Moonlight-16B recipe.\n",
         );
         Ok(page)

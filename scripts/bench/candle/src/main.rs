@@ -1,9 +1,9 @@
 //! Times candle's DeepSeek-V2 with random weights, reading a prompt and decoding, and prints one JSON line;
 //! `scripts/bench/bench_candle.py` runs it in turns with ours.
 //!
-//! candle knows softmax routing alone (greedy, or limited to groups), so the shapes are ours in DeepSeek-V2's terms: the same
-//! products, chosen by another rule. It keeps keys and values of every head instead of latents, copies them at every token, and
-//! loops over experts. Its prompt gives the last token's logits alone.
+//! candle has only softmax routing (greedy, or limited to groups), so our shapes are expressed as DeepSeek-V2: the same products,
+//! with experts chosen by another rule. Its cache contains keys and values of every head instead of latents and is copied at every
+//! token, and it loops over experts. For a prompt it computes only the last token's logits.
 
 use std::time::Instant;
 
@@ -18,23 +18,23 @@ struct Options {
     /// Which shape.
     #[arg(long, default_value = "bench-small")]
     shape: ShapeName,
-    /// Tokens of the prompt whose reading is timed.
+    /// Tokens of the timed prompt.
     #[arg(long, default_value_t = 512)]
     tokens: usize,
-    /// How often it is read.
+    /// How often the prompt is timed.
     #[arg(long, default_value_t = 3)]
     repeats: usize,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum ShapeName {
-    /// The whole model that our speed is measured at.
+    /// The preset `bench-small`.
     BenchSmall,
     /// One mixture layer of Moonlight, between an embedding and a head of 64 tokens.
     MoonlightBlock,
 }
 
-/// Tokens that are in the cache before decoding is timed, and those that are decoded.
+/// Tokens in the cache before decoding is timed, and tokens that are decoded.
 const PROMPT: usize = 16;
 const DECODED: usize = 48;
 
@@ -99,7 +99,7 @@ fn shape(name: ShapeName) -> Value {
     shape
 }
 
-/// candle's routers begin at zero, where every token would choose the same experts.
+/// candle initializes routers with zeros, with which every token would choose the same experts.
 fn spread_routers(weights: &VarMap) -> Result<()> {
     let vars = weights.data().lock().expect("no thread panicked with it");
     for (name, var) in vars.iter().filter(|(name, _)| name.ends_with("mlp.gate.weight")) {
@@ -114,7 +114,7 @@ fn median(mut seconds: Vec<f64>) -> f64 {
     seconds[seconds.len() / 2]
 }
 
-/// The most memory that the process ever held, in MiB; `None` where `/proc` does not say.
+/// The peak memory of the process in MiB; `None` if `/proc` does not have it.
 fn peak_rss_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
