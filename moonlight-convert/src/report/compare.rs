@@ -347,7 +347,7 @@ fn sums_of<S: Weight, T: Weight>(a: &[u8], b: &[u8]) -> Sums {
 /// [`sums_of`] the same bytes twice. The cosine of a tensor that differs elsewhere needs the norm of this part, too.
 fn sums_of_equal<S: Weight>(bytes: &[u8]) -> Sums {
     const VALUES: usize = 4096;
-    let mut values = vec![S::default(); VALUES];
+    let mut values = [S::default(); VALUES];
     // Independent sums, so that the additions do not wait for each other.
     let mut lanes = [0.0f64; 8];
     for bytes in bytes.chunks(VALUES * size_of::<S>()) {
