@@ -303,9 +303,10 @@ mod tests {
             let iteration = NewtonSchulz { epsilon, form, ..NewtonSchulz::new(&coefficients, steps) };
             let error = against_reference(&matrices, &iteration);
             // A rounding error is multiplied by the slope of the composed polynomial. CANS is steepest at a singular value of 1,
-            // which a matrix of rank one has; DeepSeek-V4's ten steps are steepest at 0, where they multiply by 8e4.
+            // which a matrix of rank one has: the slope is 4.9e4 there, and the norm may be off by 4 units in the last place.
+            // DeepSeek-V4's ten steps are steepest at 0, where they multiply by 8e4.
             let tolerance = match coefficients {
-                Coefficients::Cans => 1e-2,
+                Coefficients::Cans => 4.9e4 * 4.0 * f64::from(f32::EPSILON),
                 Coefficients::DeepseekV4 => 5e-3,
                 _ => 5e-4,
             };
