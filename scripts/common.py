@@ -7,6 +7,7 @@ A script finds this file relative to itself, in any working directory:
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -71,6 +72,19 @@ def no_grad(function):
             return function(*arguments, **keywords)
 
     return without_gradients
+
+
+@contextlib.contextmanager
+def full_precision_products():
+    """torch.optim.Muon always iterates in `torch.bfloat16`; within this context that name means f32."""
+    import torch
+
+    original = torch.bfloat16
+    torch.bfloat16 = torch.float32
+    try:
+        yield
+    finally:
+        torch.bfloat16 = original
 
 
 def attempt(*command, **options):
