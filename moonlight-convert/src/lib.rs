@@ -34,6 +34,7 @@ pub mod tokenizer;
 pub use checkpoint::{Checkpoint, StoredTensor, TiedHead, WeightFile};
 pub use dtype::conversion::WeightDtype;
 pub use error::CheckpointError;
+pub use format::gguf;
 pub use format::sidecars::sidecars_in;
 #[doc(hidden)]
 pub use hangup::hangup_is_ignored;

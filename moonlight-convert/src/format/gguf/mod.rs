@@ -1,5 +1,13 @@
-//! GGUF, the file format of llama.cpp.
+//! GGUF, the file format of llama.cpp: metadata with tokenizer and template, and tensors in blocks.
+//!
+//! The container is described at <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. Versions 2 and 3, which
+//! are the same byte for byte in little-endian files, are read; version 3 is written.
 
-#![allow(dead_code, reason = "connected step by step")]
-
+mod block;
+mod header;
 pub(crate) mod names;
+mod value;
+
+pub use block::BlockType;
+pub use header::{GgufHeader, TensorInfo, write_header};
+pub use value::{Array, Metadata, Value};
