@@ -15,6 +15,7 @@ use crate::error::CheckpointError;
 use crate::format::burnpack::BURNPACK;
 use crate::format::index::{Index, SINGLE};
 use crate::format::shard::{FileRange, Shard};
+use crate::format::tensor_entry::StoredDtype;
 use crate::hub;
 use crate::io::atomic_dir;
 use crate::io::confined_dir::ConfinedDir;
@@ -98,8 +99,8 @@ pub struct WeightFile {
 pub struct StoredTensor {
     /// Its name in the file; in a burnpack file, the parameter's path.
     pub name: String,
-    /// Its dtype in the terms of safetensors: `BF16`, `F32`, `F8_E4M3`, ….
-    pub dtype: safetensors::Dtype,
+    /// Its dtype in the terms of safetensors (`BF16`, `F32`, `F8_E4M3`, …) or of llama.cpp (`Q4_K`, …).
+    pub dtype: StoredDtype,
     /// Its shape: `[out, in]` for a projection (`[in, out]` in a burnpack file).
     pub shape: Vec<usize>,
     /// The name of its file.
@@ -207,7 +208,7 @@ impl Checkpoint {
     fn equal_values(&self, a: &StoredTensor, b: &StoredTensor) -> Result<bool, CheckpointError> {
         /// Values read at a time.
         const CHUNK: usize = 1 << 19;
-        let dtypes = [a, b].map(|tensor| WeightDtype::from_safetensors(tensor.dtype));
+        let dtypes = [a, b].map(|tensor| tensor.dtype.weight_dtype());
         let ([Some(first), Some(second)], true) = (dtypes, a.shape == b.shape) else { return Ok(false) };
         let count: usize = a.shape.iter().product();
         let read = |tensor: &StoredTensor, dtype: WeightDtype, values: Range<usize>| {

@@ -201,7 +201,7 @@ pub(crate) fn read_header(header: &[u8], held: u64) -> Result<(Vec<TensorEntry>,
         .filter_map(|name| {
             let info = metadata.info(&name)?;
             let (start, end) = info.data_offsets;
-            Some(TensorEntry { dtype: info.dtype, shape: info.shape.clone(), range: start..end, name })
+            Some(TensorEntry { dtype: info.dtype.into(), shape: info.shape.clone(), range: start..end, name })
         })
         .collect();
     Ok((tensors, note))
@@ -276,7 +276,7 @@ mod tests {
         let (tensors, note) = read_header(header.as_bytes(), 8).unwrap();
         assert_eq!(note, None);
         assert_eq!((tensors[0].name.as_str(), &tensors[0].shape, &tensors[0].range), ("a", &vec![1, 2], &(0..4)));
-        assert_eq!((tensors[1].name.as_str(), tensors[1].dtype), ("b", Dtype::F32));
+        assert_eq!((tensors[1].name.as_str(), tensors[1].dtype), ("b", Dtype::F32.into()));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::dtype::dequantize::{Encoding, Layout, SourceTensor};
 use crate::dtype::quant::{NIBBLES_PER_WORD, QuantScheme};
 use crate::error::CheckpointError;
 use crate::format::shard::FileRange;
+use crate::format::tensor_entry::StoredDtype;
 use crate::mapping::names::{self, HfTensor, SkipReason, Stacked};
 use crate::report::validation::{Problem, ProblemList};
 
@@ -319,7 +320,7 @@ impl<'a> TensorMatcher<'a> {
     /// The dtype of an unquantized tensor; adds a problem if weights cannot have it.
     fn plain_dtype(&mut self, stored_index: usize) -> Option<WeightDtype> {
         let found = self.stored(stored_index);
-        let dtype = WeightDtype::from_safetensors(found.dtype);
+        let dtype = found.dtype.weight_dtype();
         if dtype.is_none() {
             self.wrong_dtype(found);
         }
@@ -486,8 +487,8 @@ impl<'a> TensorMatcher<'a> {
         self.used[stored_index] = true;
         let found = self.stored(stored_index);
         let size = match found.dtype {
-            Dtype::I32 => 4,
-            Dtype::I64 => 8,
+            StoredDtype::Plain(Dtype::I32) => 4,
+            StoredDtype::Plain(Dtype::I64) => 8,
             _ => return self.wrong_dtype(found),
         };
         if found.shape != [2] {

@@ -4,6 +4,7 @@
 //! are the same byte for byte in little-endian files, are read; version 3 is written.
 
 mod block;
+pub(crate) mod dequantize;
 mod header;
 pub(crate) mod names;
 mod value;
