@@ -6,6 +6,7 @@
 mod block;
 mod header;
 pub(crate) mod names;
+pub mod tokenizer;
 mod value;
 
 pub use block::BlockType;
