@@ -83,6 +83,16 @@ pub enum CheckpointError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A tokenizer cannot be stored in a GGUF file, or the one in a GGUF file cannot be read.
+    #[error("the tokenizer in `{}` {}", Printable(path.display()), Printable(problem))]
+    GgufTokenizer {
+        /// The directory or the GGUF file.
+        path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        problem: String,
+        /// What to do, where something helps.
+        hint: Option<String>,
+    },
     /// The directory contains neither `model.safetensors` nor an index of shards nor `model.bpk`.
     #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", Printable(dir.display()))]
     NoWeights {
@@ -259,6 +269,7 @@ impl CheckpointError {
                 }
                 other => Some(format!("only safetensors files are read; convert `{other}` with transformers")),
             },
+            Self::GgufTokenizer { hint, .. } => hint.clone(),
             Self::Mismatch { problems, .. } => problems.hint(),
             Self::Config { source, .. } => source.hint().map(str::to_owned),
             Self::Overflow { .. } => Some("use bf16 or f32, which have a larger range".into()),
@@ -348,6 +359,14 @@ mod tests {
                 path: "model/tiktoken.model".into(),
                 problem: "no token stands for the byte 0".into(),
             }],
+            E::GgufTokenizer { .. } => [
+                E::GgufTokenizer {
+                    path: "model.gguf".into(),
+                    problem: "has the pre-tokenizer `viking`, which is not known".into(),
+                    hint: Some("put the model's `tokenizer.json` and `tokenizer_config.json` next to the file".into()),
+                },
+                E::GgufTokenizer { path: "model".into(), problem: "has no token for the byte 0x41".into(), hint: None },
+            ],
             E::NoWeights { .. } => [
                 E::NoWeights { dir: "model".into(), others: vec![] },
                 E::NoWeights { dir: "model".into(), others: vec!["pytorch_model.bin".into()] },

@@ -7,6 +7,7 @@ mod block;
 pub(crate) mod dequantize;
 mod header;
 pub(crate) mod names;
+pub mod tokenizer;
 mod value;
 
 pub use block::BlockType;
