@@ -109,6 +109,14 @@ pub enum CheckpointError {
         /// What is wrong with it, as the rest of a sentence.
         problem: String,
     },
+    /// A GGUF file is invalid, or contains something that is not supported.
+    #[error("`{}` {}", Printable(path.display()), Printable(problem))]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        problem: String,
+    },
     /// A list of digests is invalid.
     #[error("`{}` {problem}", Printable(path.display()))]
     Digests {
@@ -267,6 +275,7 @@ impl CheckpointError {
                 shard if shard.ends_with(".safetensors") => {
                     Some(format!("download `model.safetensors.index.json`, the index of `{shard}`, too"))
                 }
+                file if file.ends_with(".gguf") => Some(format!("name one GGUF file, for example `{file}`")),
                 other => Some(format!("only safetensors files are read; convert `{other}` with transformers")),
             },
             Self::GgufTokenizer { hint, .. } => hint.clone(),
@@ -375,6 +384,10 @@ mod tests {
             E::Index { .. } => [E::Index {
                 path: "model/model.safetensors.index.json".into(),
                 problem: "lists no tensors".into(),
+            }],
+            E::Gguf { .. } => [E::Gguf {
+                path: "model.gguf".into(),
+                problem: "has GGUF version 1, which is not supported; versions 2 and 3 are".into(),
             }],
             E::Digests { .. } => [E::Digests { path: "SHA256SUMS".into(), problem: "lists no files".into() }],
             E::OutsideDirectory { .. } => [E::OutsideDirectory {

@@ -6,10 +6,13 @@
 mod block;
 pub(crate) mod dequantize;
 mod header;
+pub(crate) mod metadata;
 pub(crate) mod names;
+pub(crate) mod read;
 pub mod tokenizer;
 mod value;
 
 pub use block::BlockType;
 pub use header::{GgufHeader, TensorInfo, write_header};
+pub use read::{gguf_file, is_gguf, read_header, sidecar_files};
 pub use value::{Array, Metadata, Value};
