@@ -50,6 +50,8 @@ pub struct Checkpoint {
     burnpack: bool,
     /// The metadata, if the weights are a GGUF file.
     gguf: Option<Metadata>,
+    /// The directory whose only weights are the GGUF file, if the checkpoint was opened by it.
+    pub(crate) gguf_folder: Option<PathBuf>,
     /// Tensors of a GGUF file, by their index, whose values the dtype of the matrices represents exactly.
     narrowed: HashMap<usize, WeightDtype>,
     /// The keys of tensors in files that cannot be read, according to the index; `None` if that may be any tensor.
@@ -159,7 +161,7 @@ impl Checkpoint {
             && let Some(name) = file.file_name().and_then(OsStr::to_str)
             && confined.file(name)?.is_some()
         {
-            return Self::open_gguf(file);
+            return Ok(Self { gguf_folder: Some(dir), ..Self::open_gguf(file)? });
         }
         let config = read_config(&confined, &dir)?;
         let mut checkpoint = Self::new(dir, config);
@@ -218,6 +220,7 @@ impl Checkpoint {
             file_problems: Vec::new(),
             burnpack: false,
             gguf: None,
+            gguf_folder: None,
             narrowed: HashMap::new(),
             unreadable_keys: Some(HashSet::new()),
             tied_head: TiedHead::Absent,
@@ -304,7 +307,13 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// The model's config, as read from `config.json`.
+    /// The path of a weight file.
+    pub fn file_path(&self, name: &str) -> PathBuf {
+        // The parts of a GGUF file are next to the first.
+        if self.is_gguf() { self.dir.with_file_name(name) } else { self.dir.join(name) }
+    }
+
+    /// The model's config, as read from `config.json`, or from the metadata of a GGUF file.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }

@@ -22,7 +22,7 @@ use super::names::{self, Architecture};
 use super::value::{Metadata, Value};
 
 /// The key for what the standard keys do not express.
-const OWN: &str = "moonlight.config";
+pub(super) const OWN: &str = "moonlight.config";
 /// Below this, an epsilon has no effect on a norm of values of usual size.
 const SMALL_EPSILON: f64 = 1e-5;
 /// Keys of `config.json` that are not compared: they are restored from elsewhere, or describe the files.
@@ -429,7 +429,8 @@ impl<'a> Reader<'a> {
 }
 
 /// Keys of an architecture without effect on the model.
-const IGNORED: [&str; 4] = ["tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.causal"];
+pub(super) const IGNORED: [&str; 4] =
+    ["tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.causal"];
 
 /// The keys of `config.json` that follow from the standard keys and the tensors.
 fn standard(metadata: &Metadata, tensors: &[TensorInfo], rope_factors: Option<&[f32]>) -> Result<Json, String> {

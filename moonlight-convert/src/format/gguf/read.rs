@@ -142,6 +142,35 @@ pub fn sidecar_files(path: &Path) -> Result<Vec<(String, Vec<u8>)>, CheckpointEr
     Ok(tokenizer_texts(path, &read_header(path)?.metadata)?.unwrap_or_default().files)
 }
 
+/// The keys that have no effect on what the model computes: descriptions of the model and of how the file was made.
+pub(crate) fn ignored_keys(metadata: &Metadata) -> Vec<String> {
+    const READ: [&str; 4] = ["general.architecture", "general.alignment", "general.type", metadata::OWN];
+    let architecture = metadata.get("general.architecture").and_then(Value::as_str).unwrap_or_default();
+    let ignored = |key: &&str| match key.strip_prefix(architecture).and_then(|key| key.strip_prefix('.')) {
+        Some(key) => metadata::IGNORED.contains(&key),
+        // The keys of the tokenizer are checked when its files are made.
+        None => !READ.contains(key) && !key.starts_with("tokenizer.") && !key.starts_with("split."),
+    };
+    metadata.iter().map(|(key, _)| key).filter(ignored).map(str::to_owned).collect()
+}
+
+/// Remarks on what the metadata lacks.
+pub(crate) fn notes(metadata: &Metadata, config: &ModelConfig) -> Vec<String> {
+    let is_present = |key: &str| {
+        let architecture = metadata.get("general.architecture").and_then(Value::as_str).unwrap_or_default();
+        metadata.get(&format!("{architecture}.{key}")).and_then(Value::as_u64).is_some_and(|value| value != 0)
+    };
+    let mut notes = Vec::new();
+    if config.moe.is_some() && !is_present("expert_gating_func") {
+        notes.push(
+            "the metadata has no `expert_gating_func`: experts are chosen by softmax, as in llama.cpp (a converter that did \
+             not know the model may have omitted it)"
+                .to_owned(),
+        );
+    }
+    notes
+}
+
 /// Reads and validates the header of a file.
 ///
 /// # Errors
