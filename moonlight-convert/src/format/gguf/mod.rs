@@ -5,9 +5,15 @@
 
 mod block;
 mod header;
+pub(crate) mod metadata;
+mod mixture;
 pub(crate) mod names;
+pub(crate) mod quantize;
+mod quantize_k;
 mod value;
+mod write;
 
 pub use block::BlockType;
 pub use header::{GgufHeader, TensorInfo, write_header};
 pub use value::{Array, Metadata, Value};
+pub use write::{GgufOptions, GgufReport};
