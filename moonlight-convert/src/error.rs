@@ -84,6 +84,16 @@ pub enum CheckpointError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A tokenizer cannot be stored in a GGUF file, or the one in a GGUF file cannot be read.
+    #[error("the tokenizer in `{}` {}", Printable(path.display()), Printable(problem))]
+    GgufTokenizer {
+        /// The directory or the GGUF file.
+        path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        problem: String,
+        /// What to do, where something helps.
+        hint: Option<String>,
+    },
     /// The directory contains neither `model.safetensors` nor an index of shards nor `model.bpk`.
     #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", Printable(dir.display()))]
     NoWeights {
@@ -95,6 +105,14 @@ pub enum CheckpointError {
     /// The index of shards is invalid.
     #[error("`{}` {}", Printable(path.display()), Printable(problem))]
     Index {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        problem: String,
+    },
+    /// A GGUF file is invalid, or contains something that is not supported.
+    #[error("`{}` {}", Printable(path.display()), Printable(problem))]
+    Gguf {
         /// The file.
         path: PathBuf,
         /// What is wrong with it, as the rest of a sentence.
@@ -284,8 +302,10 @@ impl CheckpointError {
                 shard if shard.ends_with(".safetensors") => {
                     Some(format!("download `model.safetensors.index.json`, the index of `{shard}`, too"))
                 }
+                file if file.ends_with(".gguf") => Some(format!("name one GGUF file, for example `{file}`")),
                 other => Some(format!("only safetensors files are read; convert `{other}` with transformers")),
             },
+            Self::GgufTokenizer { hint, .. } => hint.clone(),
             Self::Mismatch { problems, .. } => problems.hint(),
             Self::Config { source, .. } => source.hint().map(str::to_owned),
             Self::Overflow { .. } | Self::BlockOverflow { .. } => {
@@ -378,6 +398,14 @@ mod tests {
                 path: "model/tiktoken.model".into(),
                 problem: "no token stands for the byte 0".into(),
             }],
+            E::GgufTokenizer { .. } => [
+                E::GgufTokenizer {
+                    path: "model.gguf".into(),
+                    problem: "has the pre-tokenizer `viking`, which is not known".into(),
+                    hint: Some("put the model's `tokenizer.json` and `tokenizer_config.json` next to the file".into()),
+                },
+                E::GgufTokenizer { path: "model".into(), problem: "has no token for the byte 0x41".into(), hint: None },
+            ],
             E::NoWeights { .. } => [
                 E::NoWeights { dir: "model".into(), others: vec![] },
                 E::NoWeights { dir: "model".into(), others: vec!["pytorch_model.bin".into()] },
@@ -386,6 +414,10 @@ mod tests {
             E::Index { .. } => [E::Index {
                 path: "model/model.safetensors.index.json".into(),
                 problem: "lists no tensors".into(),
+            }],
+            E::Gguf { .. } => [E::Gguf {
+                path: "model.gguf".into(),
+                problem: "has GGUF version 1, which is not supported; versions 2 and 3 are".into(),
             }],
             E::Digests { .. } => [E::Digests { path: "SHA256SUMS".into(), problem: "lists no files".into() }],
             E::OutsideDirectory { .. } => [E::OutsideDirectory {

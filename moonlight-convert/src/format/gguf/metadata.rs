@@ -22,7 +22,7 @@ use super::names::{self, Architecture};
 use super::value::{Metadata, Value};
 
 /// The key for what the standard keys do not express.
-const OWN: &str = "moonlight.config";
+pub(super) const OWN: &str = "moonlight.config";
 /// Below this, an epsilon has no effect on a norm of values of usual size.
 const SMALL_EPSILON: f64 = 1e-5;
 /// Keys of `config.json` that are not compared: they are restored from elsewhere, or describe the files.
@@ -249,7 +249,9 @@ fn add_scaling(keys: &mut Keys<'_>, config: &ModelConfig) -> Result<(), String> 
         }
         Some(RopeScaling::Yarn(yarn)) => {
             if !yarn.truncate {
-                return Err("llama.cpp rounds the ends of YaRN's ramp, and the model does not (`truncate` is false)".into());
+                return Err(
+                    "llama.cpp rounds the ends of YaRN's ramp, and the model does not (`truncate` is false)".into()
+                );
             }
             keys.put("rope.scaling.type", "yarn");
             keys.number("rope.scaling.factor", yarn.factor);
@@ -266,7 +268,10 @@ fn add_scaling(keys: &mut Keys<'_>, config: &ModelConfig) -> Result<(), String> 
                     };
                     keys.number("rope.scaling.yarn_log_multiplier", multiplier);
                 } else if on_rotation != 1.0 {
-                    return Err("an `attention_factor` has no place in the architecture `deepseek2` with a `factor` of 1".into());
+                    return Err(
+                        "an `attention_factor` has no place in the architecture `deepseek2` with a `factor` of 1"
+                            .into(),
+                    );
                 }
                 if on_rotation != 1.0 {
                     keys.number("rope.scaling.attn_factor", on_rotation);
@@ -424,14 +429,18 @@ impl<'a> Reader<'a> {
 }
 
 /// Keys of an architecture without effect on the model.
-const IGNORED: [&str; 4] = ["tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.causal"];
+pub(super) const IGNORED: [&str; 4] =
+    ["tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.causal"];
 
 /// The keys of `config.json` that follow from the standard keys and the tensors.
 fn standard(metadata: &Metadata, tensors: &[TensorInfo], rope_factors: Option<&[f32]>) -> Result<Json, String> {
     let name = match metadata.get("general.architecture") {
         Some(Value::String(name)) => name,
         Some(other) => {
-            return Err(format!("has invalid metadata: `general.architecture` is of type {}, not string", other.kind()));
+            return Err(format!(
+                "has invalid metadata: `general.architecture` is of type {}, not string",
+                other.kind()
+            ));
         }
         None => return Err("lacks the metadata key `general.architecture`".into()),
     };
@@ -450,7 +459,9 @@ fn standard(metadata: &Metadata, tensors: &[TensorInfo], rope_factors: Option<&[
         return Err("has no tensor `token_embd.weight` with two dimensions".into());
     };
     if let Some(other) = keys.size("vocab_size")?.filter(|size| *size != vocabulary) {
-        return Err(format!("has the vocabulary size {other} in its metadata, and {vocabulary} rows in `token_embd.weight`"));
+        return Err(format!(
+            "has the vocabulary size {other} in its metadata, and {vocabulary} rows in `token_embd.weight`"
+        ));
     }
     put("vocab_size", json!(vocabulary));
     let layers = keys.required("block_count")?;
@@ -506,9 +517,12 @@ fn standard(metadata: &Metadata, tensors: &[TensorInfo], rope_factors: Option<&[
             keys.size("expert_used_count")?;
             if architecture == Architecture::Llama {
                 put("model_type", json!("llama"));
-                let [query, output] = ["attn_q", "attn_output"].map(|name| find(&format!("blk.0.{name}.bias")).is_some());
+                let [query, output] =
+                    ["attn_q", "attn_output"].map(|name| find(&format!("blk.0.{name}.bias")).is_some());
                 if query != output {
-                    return Err("has biases for only some of the projections of attention, which is not supported".into());
+                    return Err(
+                        "has biases for only some of the projections of attention, which is not supported".into()
+                    );
                 }
                 put("attention_bias", json!(query));
                 if find("blk.0.ffn_gate.bias").is_some() {
@@ -519,12 +533,17 @@ fn standard(metadata: &Metadata, tensors: &[TensorInfo], rope_factors: Option<&[
             }
         }
     }
-    put("intermediate_size", json!(intermediate.ok_or_else(|| format!("lacks the metadata key `{name}.feed_forward_length`"))?));
+    put(
+        "intermediate_size",
+        json!(intermediate.ok_or_else(|| format!("lacks the metadata key `{name}.feed_forward_length`"))?),
+    );
     let theta = keys.number("rope.freq_base")?.unwrap_or(10_000.0);
     let scaling = read_scaling(&mut keys)?;
     match (scaling, rope_factors, rotated_by_default) {
         (None, Some(factors), Some(dim)) => put("rope_scaling", llama3(theta, dim as usize, factors)?),
-        (Some(_), Some(_), _) => return Err(keys.unsupported("rope.scaling.type", "is set in addition to `rope_freqs.weight`")),
+        (Some(_), Some(_), _) => {
+            return Err(keys.unsupported("rope.scaling.type", "is set in addition to `rope_freqs.weight`"));
+        }
         (Some(scaling), None, _) => put("rope_scaling", scaling),
         _ => {}
     }
@@ -552,7 +571,11 @@ fn read_latent(keys: &mut Reader<'_>, rotated: Option<u64>, put: &mut impl FnMut
     let kv_heads = keys.size("attention.head_count_kv")?;
     let (key, value) = match (absorbed, cached) {
         ([Some(key), Some(value)], cached) => {
-            if cached.iter().zip([rank + rope, rank]).any(|(found, expected)| found.is_some_and(|found| found != expected)) {
+            if cached
+                .iter()
+                .zip([rank + rope, rank])
+                .any(|(found, expected)| found.is_some_and(|found| found != expected))
+            {
                 return Err(keys.unsupported("attention.key_length", "is not the width of a row of the cache"));
             }
             if kv_heads.is_some_and(|heads| heads != 1) {
@@ -561,7 +584,11 @@ fn read_latent(keys: &mut Reader<'_>, rotated: Option<u64>, put: &mut impl FnMut
             (key, value)
         }
         ([None, None], [Some(key), Some(value)]) => (key, value),
-        _ => return Err(keys.unsupported("attention.kv_lora_rank", "needs `attention.key_length_mla` and `value_length_mla`")),
+        _ => {
+            return Err(
+                keys.unsupported("attention.kv_lora_rank", "needs `attention.key_length_mla` and `value_length_mla`")
+            );
+        }
     };
     let Some(nope) = key.checked_sub(rope) else {
         return Err(keys.unsupported("rope.dimension_count", "is larger than a head"));
@@ -605,7 +632,10 @@ fn read_experts(
     put("moe_intermediate_size", json!(width));
     put("n_shared_experts", json!(shared));
     put("n_routed_experts", json!(count));
-    put("num_experts_per_tok", json!(used.ok_or_else(|| keys.unsupported("expert_count", "needs `expert_used_count`"))?));
+    put(
+        "num_experts_per_tok",
+        json!(used.ok_or_else(|| keys.unsupported("expert_count", "needs `expert_used_count`"))?),
+    );
     put("routed_scaling_factor", json!(scale));
     put("norm_topk_prob", json!(normalized));
     put("scoring_func", json!(if scoring == SIGMOID { "sigmoid" } else { "softmax" }));
@@ -720,6 +750,8 @@ fn file_type_code(file_type: BlockType) -> u32 {
         BlockType::F32 => 0,
         BlockType::F16 => 1,
         BlockType::Q4_0 => 2,
+        BlockType::Q4_1 => 3,
+        BlockType::Q5_1 => 9,
         BlockType::Q8_0 => 7,
         BlockType::Q5_0 => 8,
         BlockType::Q4K => 15, // Q4_K_M

@@ -29,7 +29,7 @@ pub(crate) fn quantize(block_type: BlockType, values: &[f32], target: &mut [u8])
         BlockType::Q5_0 => blocks::<22>(values, target, q5_0),
         BlockType::Q8_0 => blocks::<34>(values, target, q8_0),
         BlockType::Q4K | BlockType::Q5K | BlockType::Q6K => quantize_k::quantize(block_type, values, target),
-        BlockType::F32 | BlockType::F16 | BlockType::Bf16 => panic!("{block_type} has no scales"),
+        other => panic!("{other} is not written"),
     }
 }
 
