@@ -14,13 +14,15 @@ use super::metadata::{self, General};
 use super::mixture;
 use super::names::{self, GgufTensor, HeadRows, RowOrder, Values};
 use super::quantize::quantize;
+use super::tokenizer::{TokenizerMetadata, tokenizer_metadata};
 use super::value::Metadata;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{Outcome, Weight, WeightDtype, all_finite};
 use crate::dtype::dequantize::{Layout, SourceTensor};
 use crate::error::CheckpointError;
+use crate::io::confined_dir::ConfinedDir;
 use crate::io::disk_space;
-use crate::io::parallel_copy::{Buffers, ChunkReader, RowChunk, in_order, threads, values};
+use crate::io::parallel_copy::{Buffers, ChunkReader, RowChunk, in_order, values};
 use crate::io::storage::{self, Call};
 use crate::io::temporary::new_file;
 use crate::io::writer::{write_all_at, write_failure};
@@ -55,6 +57,17 @@ pub struct GgufReport {
     pub notes: Vec<String>,
 }
 
+/// The kind of the tokenizer; `none` for a model without one.
+const TOKENIZER_MODEL: &str = "tokenizer.ggml.model";
+/// Keys about the file itself, which are not copied from one GGUF file to another.
+const OWN_GENERAL_KEYS: [&str; 6] = [
+    "general.alignment",
+    "general.architecture",
+    "general.file_type",
+    "general.quantization_version",
+    "general.size_label",
+    "general.type",
+];
 /// The types of files that can be written.
 const FILE_TYPES: [BlockType; 6] =
     [BlockType::F32, BlockType::F16, BlockType::Bf16, BlockType::Q8_0, BlockType::Q4_0, BlockType::Q4K];
@@ -85,6 +98,7 @@ impl Checkpoint {
         let file_type = match options.block_type {
             Some(wanted) if FILE_TYPES.contains(&wanted) => wanted,
             Some(other) => return Err(not_in_gguf(format!("files of type {other} are not written"))),
+            None if self.has_blocks() => BlockType::Bf16,
             None => match stored_dtype(&plan) {
                 WeightDtype::F32 => BlockType::F32,
                 WeightDtype::F16 => BlockType::F16,
@@ -98,8 +112,8 @@ impl Checkpoint {
             tensors.iter().map(|tensor| mixture::block_type(file_type, config, tensor, tied)).collect();
         let mut metadata = Metadata::default();
         let mut notes = metadata::notes(config);
-        notes.extend(self.tokenizer_metadata(&mut metadata)?);
-        metadata::add(&mut metadata, config, &general(self.dir()), file_type).map_err(not_in_gguf)?;
+        notes.extend(self.other_metadata(&mut metadata)?);
+        metadata::add(&mut metadata, config, &general(self)?, file_type).map_err(not_in_gguf)?;
         let infos = tensors.iter().zip(&types).map(|(tensor, &block_type)| TensorInfo {
             name: tensor.name.clone(),
             shape: tensor.shape.iter().map(|&size| size as u64).collect(),
@@ -123,10 +137,27 @@ impl Checkpoint {
         Ok(GgufReport { block_type: file_type, bytes, types: counts, notes })
     }
 
-    /// Adds the keys of the tokenizer and the chat template; returns notes.
-    fn tokenizer_metadata(&self, metadata: &mut Metadata) -> Result<Vec<String>, CheckpointError> {
-        metadata.insert("tokenizer.ggml.model", "none");
-        Ok(Vec::new())
+    /// Whether weights are stored in quantized blocks, as in a GGUF file.
+    fn has_blocks(&self) -> bool {
+        self.tensor_list().iter().filter_map(|tensor| tensor.dtype.block_type()).any(BlockType::is_quantized)
+    }
+
+    /// Adds the keys of the tokenizer and the chat template, from another GGUF file all keys that do not describe the weights;
+    /// returns notes.
+    fn other_metadata(&self, metadata: &mut Metadata) -> Result<Vec<String>, CheckpointError> {
+        if let Some(source) = self.gguf_metadata() {
+            let kept = source.iter().filter(|(key, _)| {
+                key.starts_with("tokenizer.") || key.starts_with("general.") && !OWN_GENERAL_KEYS.contains(key)
+            });
+            metadata.extend(kept.map(|(key, value)| (key.to_owned(), value.clone())));
+            return Ok(Vec::new());
+        }
+        let TokenizerMetadata { entries, notes } = tokenizer_metadata(self.dir(), self.config())?;
+        metadata.extend(entries);
+        if metadata.get(TOKENIZER_MODEL).is_none() {
+            metadata.insert(TOKENIZER_MODEL, "none");
+        }
+        Ok(notes)
     }
 
     /// Copies the values of all tensors on all threads.
@@ -420,9 +451,63 @@ fn check_target(path: &Path, overwrite: bool) -> Result<(), CheckpointError> {
     Ok(())
 }
 
-/// What the directory says about the model: its name, and the license in the front matter of the README.
-fn general(dir: &Path) -> General {
-    let name =
-        dir.canonicalize().ok().as_deref().unwrap_or(dir).file_name().map(|name| name.to_string_lossy().into_owned());
-    General { name, license: None }
+/// The longest README that is searched for a license, in bytes.
+const LONGEST_README: u64 = 1_000_000;
+
+/// What a checkpoint says about itself: its name is that of the repository or directory, and the license that of the front matter of
+/// its README. Those of a GGUF file have been copied.
+fn general(checkpoint: &Checkpoint) -> Result<General, CheckpointError> {
+    if checkpoint.is_gguf() {
+        return Ok(General::default());
+    }
+    let dir = checkpoint.dir();
+    let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
+    // A README that cannot be read is no reason not to write the file.
+    let readme = confined.read("README.md", LONGEST_README).ok().flatten().unwrap_or_default();
+    Ok(General { name: name_of(dir), license: license(&String::from_utf8_lossy(&readme)) })
+}
+
+/// The name of a model's directory; in the Hub's cache, `models--ORG--NAME/snapshots/COMMIT`, that of the repository.
+fn name_of(dir: &Path) -> Option<String> {
+    let dir = dir.canonicalize().ok()?;
+    let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let repository = dir.parent().filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent).and_then(name);
+    let repository = repository.as_deref().and_then(|name| name.strip_prefix("models--")?.rsplit("--").next());
+    repository.map(str::to_owned).or_else(|| name(&dir))
+}
+
+/// The `license` in the front matter of a README, as on the Hub.
+fn license(readme: &str) -> Option<String> {
+    let mut lines = readme.lines();
+    if lines.next()?.trim_end() != "---" {
+        return None;
+    }
+    let value = lines.take_while(|line| line.trim_end() != "---").find_map(|line| line.strip_prefix("license:"))?;
+    let value = value.trim().trim_matches(['"', '\'']);
+    let is_identifier = |c: char| c.is_ascii_alphanumeric() || "-.+_".contains(c);
+    (!value.is_empty() && value.len() < 100 && value.chars().all(is_identifier)).then(|| value.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_license_is_that_of_the_front_matter() {
+        assert_eq!(license("---\nlicense: mit\ntags: [a]\n---\n# Model"), Some("mit".into()));
+        assert_eq!(license("---\nlibrary_name: x\nlicense: \"apache-2.0\"\n---"), Some("apache-2.0".into()));
+        for other in ["", "# Model\nlicense: mit", "---\ntags: a\n---\nlicense: mit", "---\nlicense: [a, b]\n---"] {
+            assert_eq!(license(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_has_the_name_of_its_repository() {
+        let home = tempfile::tempdir().unwrap();
+        let snapshot = home.path().join("models--moonshotai--Moonlight-16B-A3B/snapshots/0123");
+        fs::create_dir_all(&snapshot).unwrap();
+        assert_eq!(name_of(&snapshot).as_deref(), Some("Moonlight-16B-A3B"));
+        fs::create_dir(home.path().join("fine-tuned")).unwrap();
+        assert_eq!(name_of(&home.path().join("fine-tuned")).as_deref(), Some("fine-tuned"));
+    }
 }
