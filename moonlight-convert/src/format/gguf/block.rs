@@ -11,8 +11,12 @@ pub enum BlockType {
     F16,
     /// 4 bits a value; 32 values share a scale.
     Q4_0,
+    /// 4 bits a value; 32 values share a scale and a minimum.
+    Q4_1,
     /// 5 bits a value; 32 values share a scale.
     Q5_0,
+    /// 5 bits a value; 32 values share a scale and a minimum.
+    Q5_1,
     /// 8 bits a value; 32 values share a scale.
     Q8_0,
     /// 4 bits a value; 32 values share a scale and a minimum of 6 bits each, 256 values the scales of those.
@@ -36,7 +40,9 @@ impl BlockType {
             Self::F32 => 0,
             Self::F16 => 1,
             Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
             Self::Q5_0 => 6,
+            Self::Q5_1 => 7,
             Self::Q8_0 => 8,
             Self::Q4K => 12,
             Self::Q5K => 13,
@@ -60,7 +66,7 @@ impl BlockType {
     pub fn values(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 => 32,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
     }
@@ -71,7 +77,9 @@ impl BlockType {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
             Self::Q4_0 => 2 + 16,
+            Self::Q4_1 => 4 + 16,
             Self::Q5_0 => 2 + 4 + 16,
+            Self::Q5_1 => 4 + 4 + 16,
             Self::Q8_0 => 2 + 32,
             Self::Q4K => 4 + 12 + 128,
             Self::Q5K => 4 + 12 + 32 + 128,
@@ -91,7 +99,9 @@ impl fmt::Display for BlockType {
             Self::F32 => "F32",
             Self::F16 => "F16",
             Self::Q4_0 => "Q4_0",
+            Self::Q4_1 => "Q4_1",
             Self::Q5_0 => "Q5_0",
+            Self::Q5_1 => "Q5_1",
             Self::Q8_0 => "Q8_0",
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
@@ -104,10 +114,8 @@ impl fmt::Display for BlockType {
 /// The names of ggml's other types (`enum ggml_type`), for messages.
 fn unsupported_name(code: u32) -> Option<&'static str> {
     Some(match code {
-        3 => "Q4_1",
         4 => "Q4_2",
         5 => "Q4_3",
-        7 => "Q5_1",
         9 => "Q8_1",
         10 => "Q2_K",
         11 => "Q3_K",

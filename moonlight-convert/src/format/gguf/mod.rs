@@ -4,11 +4,20 @@
 //! are the same byte for byte in little-endian files, are read; version 3 is written.
 
 mod block;
+pub(crate) mod dequantize;
 mod header;
+pub(crate) mod metadata;
+mod mixture;
 pub(crate) mod names;
+pub(crate) mod quantize;
+mod quantize_k;
+pub(crate) mod read;
 pub mod tokenizer;
 mod value;
+mod write;
 
 pub use block::BlockType;
 pub use header::{GgufHeader, TensorInfo, write_header};
+pub use read::{gguf_file, is_gguf, read_header, sidecar_files};
 pub use value::{Array, Metadata, Value};
+pub use write::{GgufOptions, GgufReport};

@@ -22,6 +22,8 @@ use moonlight_model::config::{
 
 /// The factors of Llama 3.1's frequencies.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// The end of the name of a router.
+pub(crate) const ROUTER: &str = ".ffn_gate_inp.weight";
 
 /// An architecture of llama.cpp, by the value of `general.architecture`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,7 +174,11 @@ pub(crate) fn tensors(config: &ModelConfig) -> Result<Vec<GgufTensor>, String> {
 }
 
 /// The tensors of one parameter.
-fn tensors_of(config: &ModelConfig, index: usize, parameter: &ParameterShape) -> Result<Vec<GgufTensor>, String> {
+pub(crate) fn tensors_of(
+    config: &ModelConfig,
+    index: usize,
+    parameter: &ParameterShape,
+) -> Result<Vec<GgufTensor>, String> {
     let tensor = |name: String, order: RowOrder, shape: Vec<usize>| GgufTensor {
         name,
         shape,
