@@ -163,6 +163,12 @@ impl Checkpoint {
         {
             return Ok(Self { gguf_folder: Some(dir), ..Self::open_gguf(file)? });
         }
+        if !dir.join(CONFIG).exists() {
+            let others = other_weights(&dir);
+            if others.first().is_some_and(|name| name.ends_with(".gguf")) {
+                return Err(CheckpointError::NoWeights { others, dir });
+            }
+        }
         let config = read_config(&confined, &dir)?;
         let mut checkpoint = Self::new(dir, config);
         // transformers, too, prefers the single file to an index.
