@@ -219,7 +219,7 @@ fn by_role(tensors: Vec<TensorEntry>) -> Result<AdapterTensors, String> {
             (_, &[rows, columns]) => (rows, columns),
             (_, shape) => return Err(format!("contains `{name}` of shape {shape:?}; it must be a matrix")),
         };
-        let Some(dtype) = WeightDtype::from_safetensors(tensor.dtype) else {
+        let Some(dtype) = tensor.dtype.weight_dtype() else {
             return Err(format!("contains `{name}` as {}; supported are f32, bf16 and f16", tensor.dtype));
         };
         let stored = StoredMatrix { rows, columns, dtype, range: tensor.range };
