@@ -156,3 +156,107 @@ fn q6_k(block: &[u8], group: usize) -> [f32; GROUP] {
         scales[at / 16] * f32::from(value as i8 - 32)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::format::gguf::header::GgufHeader;
+
+    /// The bytes of each row.
+    fn rows(header: &GgufHeader, file: &[u8], name: &str) -> (BlockType, Vec<Vec<u8>>) {
+        let info = header.tensors.iter().find(|tensor| tensor.name == name).unwrap();
+        let start = (header.data_start + info.offset) as usize;
+        let bytes = &file[start..start + info.bytes().unwrap() as usize];
+        let row = bytes.len() / info.shape[1] as usize;
+        (info.block_type, bytes.chunks(row).map(<[u8]>::to_vec).collect())
+    }
+
+    /// `scripts/fixtures/make_gguf_fixtures.py` made the file with the Python package `gguf`.
+    #[test]
+    fn values_are_those_of_the_python_package_bit_for_bit() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/gguf/blocks.gguf");
+        let file = std::fs::read(path).unwrap();
+        let header = GgufHeader::parse(file.as_slice(), file.len() as u64).unwrap();
+        let mut seen = Vec::new();
+        for info in header.tensors.iter().filter(|tensor| !tensor.name.ends_with(".values")) {
+            let (block_type, stored) = rows(&header, &file, &info.name);
+            let (_, expected) = rows(&header, &file, &format!("{}.values", info.name));
+            for (stored, expected) in stored.iter().zip(&expected) {
+                let expected: Vec<u32> =
+                    expected.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
+                let mut values = vec![f32::NAN; expected.len()];
+                assert!(dequantize(block_type, stored, 0, &mut values), "{block_type}: all values are finite");
+                let values: Vec<u32> = values.iter().map(|value| value.to_bits()).collect();
+                assert_eq!(values, expected, "{block_type}");
+            }
+            seen.push(block_type);
+        }
+        seen.push(BlockType::F32); // the type of the expected values
+        assert!(BlockType::ALL.iter().all(|block_type| seen.contains(block_type)), "{seen:?}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Any bytes are blocks: nothing panics, parts are parts of the whole, and other dtypes are rounded from f32.
+        #[test]
+        fn a_part_of_a_row_has_the_values_of_the_row(
+            kind in 0..BlockType::ALL.len(),
+            bytes in vec(any::<u8>(), 4096),
+            first in 0usize..512,
+            length in 0usize..512,
+        ) {
+            let block_type = BlockType::ALL[kind];
+            let row = &bytes[..512 / block_type.values() * block_type.bytes()];
+            let length = length.min(512 - first);
+            let mut whole = vec![0.0f32; 512];
+            let finite = dequantize(block_type, row, 0, &mut whole);
+            prop_assert_eq!(finite, whole.iter().all(|value| value.is_finite()));
+            let mut part = vec![0.0f32; length];
+            dequantize(block_type, row, first, &mut part);
+            for (at, value) in part.iter().enumerate() {
+                prop_assert_eq!(value.to_bits(), whole[first + at].to_bits());
+            }
+            let mut narrow = vec![bf16::ZERO; length];
+            dequantize(block_type, row, first, &mut narrow);
+            for (at, value) in narrow.iter().enumerate().filter(|(at, _)| whole[first + at].is_finite()) {
+                prop_assert_eq!(value.to_bits(), bf16::from_f32(whole[first + at]).to_bits());
+            }
+        }
+
+        /// A block whose quants are all one number is that number times the scale, plus the minimum.
+        #[test]
+        fn constant_blocks_have_constant_values(quant in 0u8..16, scale in -100i8..100, minimum in -100i8..100) {
+            let [scale, minimum] = [scale, minimum].map(|value| f16::from_f32(f32::from(value) / 64.0));
+            let nibbles = [quant << 4 | quant; 128];
+            let joined = |parts: &[&[u8]]| parts.concat();
+            let (d, m) = (scale.to_le_bytes(), minimum.to_le_bytes());
+            let ones = [1u8; 12]; // scales and minima 0..4 are 1, those of 4..8 are 1 and 0
+            let (q, s, m32) = (f32::from(quant), scale.to_f32(), minimum.to_f32());
+            let cases = [
+                (BlockType::Q4_0, joined(&[&d, &nibbles[..16]]), s * (q - 8.0)),
+                (BlockType::Q4_1, joined(&[&d, &m, &nibbles[..16]]), s * q + m32),
+                (BlockType::Q5_0, joined(&[&d, &[0xff; 4], &nibbles[..16]]), s * q),
+                (BlockType::Q5_1, joined(&[&d, &m, &[0; 4], &nibbles[..16]]), s * q + m32),
+                (BlockType::Q8_0, joined(&[&d, &[quant; 32]]), s * q),
+                (BlockType::Q6K, joined(&[&nibbles, &[0xaa; 64], &[1; 16], &d]), s * q),
+            ];
+            for (block_type, bytes, expected) in cases {
+                let mut values = vec![f32::NAN; block_type.values()];
+                dequantize(block_type, &bytes, 0, &mut values);
+                prop_assert!(values.iter().all(|value| *value == expected), "{block_type}: {values:?} {expected}");
+            }
+            let mut values = [f32::NAN; 256];
+            dequantize(BlockType::Q4K, &joined(&[&d, &m, &ones, &nibbles]), 0, &mut values);
+            prop_assert!(values[..128].iter().all(|value| *value == s * q - m32));
+            prop_assert!(values[128..].iter().all(|value| *value == s * q));
+            dequantize(BlockType::Q5K, &joined(&[&d, &m, &ones, &[0xff; 32], &nibbles]), 0, &mut values);
+            prop_assert!(values[..128].iter().all(|value| *value == s * (q + 16.0) - m32));
+        }
+    }
+}

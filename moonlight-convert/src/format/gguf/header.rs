@@ -289,3 +289,189 @@ pub fn write_header(header: &GgufHeader) -> Vec<u8> {
     output.resize((output.len() as u64).next_multiple_of(header.alignment) as usize, 0);
     output
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::{btree_map, vec};
+    use proptest::prelude::*;
+
+    use super::super::value::Array;
+    use super::*;
+
+    fn info(name: &str, shape: &[u64], block_type: BlockType) -> TensorInfo {
+        TensorInfo { name: name.into(), shape: shape.to_vec(), block_type, offset: 0 }
+    }
+
+    /// The bytes of a file with zeros as values.
+    fn file(metadata: &[(&str, Value)], tensors: Vec<TensorInfo>) -> Vec<u8> {
+        let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+        let header = GgufHeader::lay_out(metadata, tensors).unwrap();
+        let mut bytes = write_header(&header);
+        let end = header.tensors.last().map_or(0, |last| last.offset + last.bytes().unwrap());
+        bytes.resize(bytes.len() + end as usize, 0);
+        bytes
+    }
+
+    fn parse(bytes: &[u8]) -> Result<GgufHeader, String> {
+        GgufHeader::parse(bytes, bytes.len() as u64)
+    }
+
+    fn two_tensors() -> Vec<u8> {
+        let tensors = vec![info("a", &[4, 3], BlockType::F32), info("b", &[64], BlockType::Q8_0)];
+        file(&[("general.architecture", "llama".into())], tensors)
+    }
+
+    /// The bytes with those at the first occurrence of `from` replaced.
+    fn replaced(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+        let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
+        [&bytes[..at], to, &bytes[at + from.len()..]].concat()
+    }
+
+    #[test]
+    fn a_file_is_laid_out_with_padding() {
+        let bytes = two_tensors();
+        let header = parse(&bytes).unwrap();
+        assert_eq!((header.version, header.alignment, header.data_start % 32), (3, 32, 0));
+        // 48 bytes of the first tensor, and 16 of padding.
+        assert_eq!(header.tensors.iter().map(|tensor| tensor.offset).collect::<Vec<_>>(), [0, 64]);
+        assert_eq!(header.tensors[1].bytes(), Some(68));
+        // Version 2 has the same bytes; the padding after the last tensor may be absent or present.
+        let second = replaced(&bytes, &[b'F', 3, 0, 0, 0], &[b'F', 2, 0, 0, 0]);
+        assert_eq!(parse(&second).unwrap().version, 2);
+        assert!(parse(&[bytes.as_slice(), &[0; 28]].concat()).is_ok());
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_file_is_named() {
+        let bytes = two_tensors();
+        let wrong = |from: &[u8], to: &[u8]| parse(&replaced(&bytes, from, to)).unwrap_err();
+        let name = |name: &[u8]| [&(name.len() as u64).to_le_bytes(), name].concat();
+        let shape = |sizes: &[u64]| -> Vec<u8> {
+            let rank = (sizes.len() as u32).to_le_bytes();
+            rank.into_iter().chain(sizes.iter().flat_map(|size| size.to_le_bytes())).collect()
+        };
+        let offset = |kind: u32, offset: u64| [&kind.to_le_bytes()[..], &offset.to_le_bytes()].concat();
+        let key = |metadata: &[(&str, Value)]| parse(&file_with(metadata)).unwrap_err();
+        let text = [
+            parse(b"").unwrap_err(),
+            parse(b"GGUF\x03").unwrap_err(),
+            parse(b"PK\x03\x04 and more bytes").unwrap_err(),
+            wrong(&[b'F', 3, 0, 0, 0], &[b'F', 1, 0, 0, 0]),
+            wrong(&[b'F', 3, 0, 0, 0], &[b'F', 4, 0, 0, 0]),
+            wrong(&[b'F', 3, 0, 0, 0], &[b'F', 0, 0, 0, 3]),
+            wrong(&[b'F', 3, 0, 0, 0, 2], &[b'F', 3, 0, 0, 0, 3]),
+            wrong(&[b'F', 3, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0], &[b'F', 3, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0x80]),
+            wrong(&name(b"b"), &name(b"a")),
+            wrong(&name(b"b"), &name(b"\x1b")),
+            wrong(&name(b"b"), &name(b"")),
+            wrong(&name(b"b"), &name(b"\xff")),
+            wrong(&name(b"llama"), &[&u64::MAX.to_le_bytes()[..], b"llama"].concat()),
+            wrong(&shape(&[64]), &shape(&[65])),
+            wrong(&shape(&[64]), &shape(&[0])),
+            wrong(&shape(&[64]), &shape(&[1; 5])),
+            wrong(&shape(&[64]), &shape(&[1 << 32, 1 << 32])),
+            wrong(&shape(&[64]), &shape(&[1 << 32, 1 << 31])),
+            wrong(&shape(&[64]), &shape(&[96])),
+            wrong(&shape(&[64]), &shape(&[32])),
+            wrong(&shape(&[64]), &shape(&[])),
+            wrong(&offset(8, 64), &offset(8, 0)),
+            wrong(&offset(8, 64), &offset(8, 32)),
+            wrong(&offset(8, 64), &offset(8, 65)),
+            wrong(&offset(8, 64), &offset(8, 128)),
+            wrong(&offset(8, 64), &offset(8, u64::MAX - 31)),
+            wrong(&offset(8, 64), &offset(16, 64)),
+            wrong(&offset(8, 64), &offset(77, 64)),
+            key(&[("general.alignment", 48u32.into())]),
+            key(&[("general.alignment", 0u32.into())]),
+            key(&[("general.alignment", "32".into())]),
+            parse(&bytes[..bytes.len() - 1]).unwrap_err(),
+            parse(&[bytes.as_slice(), &[0; 60]].concat()).unwrap_err(),
+            parse(&nested(5)).unwrap_err(),
+        ];
+        assert!(parse(&nested(4)).is_ok());
+        insta::assert_snapshot!(text.join("\n"));
+    }
+
+    /// A file without tensors; its alignment may be invalid.
+    fn file_with(metadata: &[(&str, Value)]) -> Vec<u8> {
+        let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+        write_header(&GgufHeader { version: 3, metadata, tensors: vec![], alignment: 32, data_start: 0 })
+    }
+
+    fn nested(depth: usize) -> Vec<u8> {
+        let array = (1..depth).fold(Array::U8(vec![7]), |array, _| Array::Array(vec![array]));
+        file_with(&[("key", Value::Array(array))])
+    }
+
+    #[test]
+    fn a_file_of_vocabulary_without_tensors_is_read() {
+        let bytes = file_with(&[("tokenizer.ggml.model", "gpt2".into())]);
+        assert_eq!(parse(&bytes).unwrap().metadata.str("tokenizer.ggml.model"), Ok(Some("gpt2")));
+        // ggml writes no padding if no tensor follows.
+        let header = bytes.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+        assert!(parse(&bytes[..header]).is_ok());
+    }
+
+    fn numbers() -> impl Strategy<Value = Array> {
+        prop_oneof![
+            vec(any::<u8>(), 0..4).prop_map(Array::U8),
+            vec(any::<i8>(), 0..4).prop_map(Array::I8),
+            vec(any::<u16>(), 0..4).prop_map(Array::U16),
+            vec(any::<i16>(), 0..4).prop_map(Array::I16),
+            vec(any::<u32>(), 0..4).prop_map(Array::U32),
+            vec(any::<i32>(), 0..4).prop_map(Array::I32),
+            vec(-1e9f32..1e9, 0..4).prop_map(Array::F32),
+            vec(any::<bool>(), 0..4).prop_map(Array::Bool),
+            vec(".*", 0..4).prop_map(Array::String),
+            vec(any::<u64>(), 0..4).prop_map(Array::U64),
+            vec(any::<i64>(), 0..4).prop_map(Array::I64),
+            vec(-1e9f64..1e9, 0..4).prop_map(Array::F64),
+        ]
+    }
+
+    fn value() -> impl Strategy<Value = Value> {
+        prop_oneof![
+            any::<u8>().prop_map(Value::U8),
+            any::<i8>().prop_map(Value::I8),
+            any::<u16>().prop_map(Value::U16),
+            any::<i16>().prop_map(Value::I16),
+            any::<u32>().prop_map(Value::U32),
+            any::<i32>().prop_map(Value::I32),
+            (-1e9f32..1e9).prop_map(Value::F32),
+            any::<bool>().prop_map(Value::Bool),
+            ".*".prop_map(Value::String),
+            any::<u64>().prop_map(Value::U64),
+            any::<i64>().prop_map(Value::I64),
+            (-1e9f64..1e9).prop_map(Value::F64),
+            numbers().prop_map(Value::Array),
+            vec(numbers(), 0..3).prop_map(|arrays| Value::Array(Array::Array(arrays))),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        #[test]
+        fn parsing_is_the_inverse_of_writing(
+            metadata in btree_map("[a-z_.]{1,20}", value(), 0..6),
+            tensors in btree_map("[a-z0-9_.]{1,20}", (0..BlockType::ALL.len(), vec(1u64..4, 1..4)), 0..6),
+            alignment in proptest::option::of(0u32..8),
+        ) {
+            let mut metadata: Metadata = metadata.into_iter().collect();
+            if let Some(alignment) = alignment {
+                metadata.insert(ALIGNMENT_KEY, 1u32 << alignment);
+            }
+            let tensors = tensors.into_iter().map(|(name, (kind, mut shape))| {
+                let block_type = BlockType::ALL[kind];
+                shape[0] *= block_type.values() as u64;
+                TensorInfo { name, shape, block_type, offset: 0 }
+            });
+            let header = GgufHeader::lay_out(metadata, tensors.collect()).unwrap();
+            let mut bytes = write_header(&header);
+            let end = header.tensors.last().map_or(0, |last| last.offset + last.bytes().unwrap());
+            prop_assert_eq!(bytes.len() as u64, header.data_start);
+            bytes.resize(bytes.len() + end as usize, 0);
+            prop_assert_eq!(parse(&bytes).unwrap(), header);
+        }
+    }
+}
