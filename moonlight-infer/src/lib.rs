@@ -3,6 +3,8 @@
 mod catch_panic;
 pub mod chat;
 pub mod device;
+#[cfg(feature = "server")]
+pub mod engine;
 mod error;
 pub mod eval;
 mod expand_env;
