@@ -50,7 +50,7 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; i
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// The routes of the page: `/`, and its files under `/page/`. They need no API key: a user enters it on the page.
-pub fn routes() -> Router {
+pub(super) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
     ASSETS.iter().fold(Router::new(), |router, asset| {
         router.route(asset.path, get(move |headers: HeaderMap| async move { answer(asset, &headers) }))
     })
@@ -59,7 +59,8 @@ pub fn routes() -> Router {
 fn answer(asset: &Asset, request: &HeaderMap) -> Response {
     let tag = tag(asset.text);
     let known = request.get(header::IF_NONE_MATCH).and_then(|value| value.to_str().ok());
-    let is_known = known.is_some_and(|known| known.split(',').any(|known| known.trim().trim_start_matches("W/") == tag));
+    let is_known =
+        known.is_some_and(|known| known.split(',').any(|known| known.trim().trim_start_matches("W/") == tag));
     let headers = [
         (header::ETAG, HeaderValue::from_str(&tag).unwrap_or(HeaderValue::from_static("\"\""))),
         // Browsers ask each time, so that a page is never older than its server.
@@ -97,7 +98,7 @@ mod tests {
             if let Some(known) = known {
                 request = request.header(header::IF_NONE_MATCH, known);
             }
-            let answer = routes().oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+            let answer = router().oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
             let (parts, body) = answer.into_parts();
             let body = body.collect().await.unwrap().to_bytes();
             (parts.status, parts.headers, String::from_utf8(body.to_vec()).unwrap())
@@ -146,7 +147,8 @@ mod tests {
                 let addresses = asset.text.match_indices(at).map(|(start, _)| &asset.text[start..]);
                 assert!(addresses.clone().all(is_namespace), "{}", asset.path);
             }
-            for forbidden in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function"] {
+            for forbidden in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function"]
+            {
                 assert!(!asset.text.contains(forbidden), "{}: {forbidden}", asset.path);
             }
         }
@@ -159,7 +161,9 @@ mod tests {
                 let name: &str = rest.split(['"', '\'', ')', '#', ' ', '\n']).next().unwrap();
                 assert!(ASSETS.iter().any(|asset| asset.path == name), "{}: {name}", asset.path);
             }
-            for import in asset.text.match_indices(" from \"./").map(|(start, found)| &asset.text[start + found.len()..]) {
+            for import in
+                asset.text.match_indices(" from \"./").map(|(start, found)| &asset.text[start + found.len()..])
+            {
                 let name = import.split('"').next().unwrap();
                 assert!(ASSETS.iter().any(|asset| asset.path == format!("/page/{name}")), "{}: {name}", asset.path);
             }
