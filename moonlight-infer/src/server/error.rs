@@ -169,6 +169,7 @@ impl ApiError {
             Self::UnknownField { .. } => "unknown_parameter",
             Self::Field { .. } => "invalid_value",
             Self::Json { .. } => "invalid_json",
+            Self::NoChatTemplate => "no_chat_template",
             Self::Engine(EngineError::PromptTooLong { .. }) => "context_length_exceeded",
             Self::Engine(EngineError::UnknownModel(_)) => "model_not_found",
             Self::Engine(EngineError::QueueFull { .. }) => "queue_full",
