@@ -18,6 +18,8 @@ pub mod parquet;
 pub mod records;
 pub mod run_dir;
 pub mod score;
+#[cfg(feature = "server")]
+pub mod server;
 pub mod token_reader;
 pub mod tokenizer;
 
