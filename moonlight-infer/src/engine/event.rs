@@ -85,8 +85,8 @@ impl Events {
         self.checked(event)
     }
 
-    /// Ends the request because its text is complete, for example at a stop string. Dropping the events does the same, but is counted
-    /// as [`cancelled`](super::EndCounts::cancelled) and not as [`interrupted`](super::EndCounts::interrupted).
+    /// Ends the request because its text is complete, for example at a stop string. Dropping the events does the same, but is
+    /// counted as [`cancelled`](super::EndCounts::cancelled) and not as [`interrupted`](super::EndCounts::interrupted).
     pub fn complete(self) {
         self.is_complete.store(true, Ordering::Relaxed);
     }

@@ -15,7 +15,8 @@ use super::placement::{Placement, SlotView, choose_empty, choose_slot, share_bud
 use super::shared::{Job, Shared, State};
 use crate::generate::StopReason;
 
-/// After this many panics in a row an engine is [`Health::Failing`](super::Health::Failing), and a request that took part in as many ends.
+/// After this many panics in a row an engine is [`Health::Failing`](super::Health::Failing), and a request that took part in as
+/// many ends.
 const MAX_PANICS: u32 = 3;
 
 /// A sequence of the cache, and the request that has it.
