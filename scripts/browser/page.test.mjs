@@ -238,7 +238,7 @@ describe("chat", () => {
     withPage({}, async (page) => {
       await page.selectOption("#model", "base");
       await ask(page, "Once upon a time");
-      assert.deepEqual(await answers(page), ["and so on"]);
+      assert.deepEqual(await answers(page), [" and so on"]);
       assert.deepEqual([server.state.requests.at(-1).path, server.state.requests.at(-1).body.prompt], ["/v1/completions", "Once upon a time"]);
       await ask(page, "Then");
       assert.equal(server.state.requests.at(-1).body.prompt, "Once upon a time and so on\nThen");
@@ -337,10 +337,10 @@ describe("access", () => {
     withPage({}, async (page) => {
       const press = (key) => page.keyboard.press(key);
       const focus = () => page.evaluate(() => document.activeElement.id || document.activeElement.getAttribute("aria-label") || document.activeElement.textContent.trim());
-      await page.evaluate(() => document.activeElement.blur());
       const order = [];
+      await page.focus("#skip");
       for (let index = 0; index < 9; index++) {
-        await press("Tab");
+        if (index > 0) await press("Tab");
         order.push(await focus());
         const ring = await page.evaluate(() => {
           const style = getComputedStyle(document.activeElement);
@@ -349,7 +349,7 @@ describe("access", () => {
         });
         assert.ok(ring, `${order.at(-1)} shows its focus`);
       }
-      assert.deepEqual(order.slice(0, 9), ["skip", "view-chat", "view-runs", "new-chat", "theme", "model", "settings-open", "thread", "input"]);
+      assert.deepEqual(order, ["skip", "view-chat", "view-runs", "new-chat", "theme", "model", "settings-open", "thread", "input"]);
       await page.keyboard.type("by keyboard");
       await press("Shift+Enter");
       await page.keyboard.type("second line");
