@@ -163,7 +163,9 @@ def check_streaming(check):
         check.equal(f"stream of `{question}`: one finish_reason", reasons, {0: ["stop"]})
         check.expect(f"stream of `{question}`: several pieces", sum(map(bool, texts[0])) > 5, len(texts[0]))
         check.expect(f"stream of `{question}`: no broken letters", all("\ufffd" not in piece for piece in texts[0]))
-        check.equal(f"stream of `{question}`: the first chunk has the role", chunks[0].choices[0].delta.role, "assistant")
+        check.equal(
+            f"stream of `{question}`: the first chunk has the role", chunks[0].choices[0].delta.role, "assistant"
+        )
         check.expect(f"stream of `{question}`: one id", len({chunk.id for chunk in chunks}) == 1)
         check.expect(f"stream of `{question}`: usage is in a last chunk without choices", not chunks[-1].choices)
         counts = [(count.prompt_tokens, count.completion_tokens) for count in (usage, whole) if count]
@@ -299,7 +301,9 @@ def check_completions(check):
         found = [choice.text for choice in sorted(several.choices, key=lambda choice: choice.index)]
         check.equal(f"completions: two {name}, n=2", found, [COUNT_ANSWER] * 2 + [MOON_ANSWER] * 2)
     default = check.complete(text, max_tokens=openai.NOT_GIVEN).choices[0]
-    check.equal("completions: 16 tokens by default", (default.text, default.finish_reason), (COUNT_ANSWER[:16], "length"))
+    check.equal(
+        "completions: 16 tokens by default", (default.text, default.finish_reason), (COUNT_ANSWER[:16], "length")
+    )
 
 
 def check_tools(check):
@@ -335,7 +339,9 @@ def check_tools(check):
 
 def check_errors(check):
     long = "x" * 5000
-    check.fails("another model", "NotFoundError", lambda: check.chat(ask(COUNT), model="no-such-model"), "no-such-model")
+    check.fails(
+        "another model", "NotFoundError", lambda: check.chat(ask(COUNT), model="no-such-model"), "no-such-model"
+    )
     check.fails("no messages", "BadRequestError", lambda: check.chat([]), "messages")
     check.fails("temperature of 3", "BadRequestError", lambda: check.chat(ask(COUNT), temperature=3), "temperature")
     check.fails("temperature below 0", "BadRequestError", lambda: check.chat(ask(COUNT), temperature=-1), "temperature")
@@ -357,7 +363,10 @@ def check_errors(check):
     check.fails("an unknown token id", "BadRequestError", lambda: check.complete([1, 2, 99999]))
     check.fails("an empty prompt", "BadRequestError", lambda: check.complete([]))
     check.fails(
-        "an unknown field", "BadRequestError", lambda: check.chat(ask(COUNT), extra_body={"temprature": 1}), "temprature"
+        "an unknown field",
+        "BadRequestError",
+        lambda: check.chat(ask(COUNT), extra_body={"temprature": 1}),
+        "temprature",
     )
     check.fails("a wrong type", "BadRequestError", lambda: check.chat(ask(COUNT), extra_body={"temperature": "hot"}))
     check.fails(
@@ -372,12 +381,8 @@ def check_errors(check):
     check.fails("a picture", "BadRequestError", lambda: check.chat([{"role": "user", "content": picture}]), "image_url")
     check.fails("suffix", "BadRequestError", lambda: check.complete("a", suffix="b"), "suffix")
     check.fails("errors of a stream", "BadRequestError", lambda: check.chat(ask(COUNT), stream=True, temperature=3))
-    check.fails(
-        "responses", "NotFoundError", lambda: check.client.responses.create(model=check.model, input="hello")
-    )
-    check.fails(
-        "embeddings", "NotFoundError", lambda: check.client.embeddings.create(model=check.model, input="hello")
-    )
+    check.fails("responses", "NotFoundError", lambda: check.client.responses.create(model=check.model, input="hello"))
+    check.fails("embeddings", "NotFoundError", lambda: check.client.embeddings.create(model=check.model, input="hello"))
     if check.client.api_key == KEY:
         for name, key in (("a wrong key", "wrong"), ("an empty key", "")):
             other = check.client.with_options(api_key=key, default_headers={"Authorization": f"Bearer {key}"})
@@ -480,13 +485,13 @@ def main():
     with tempfile.TemporaryDirectory() as home:
         scores = None
         if options.url:
-            server = serving.Server(url=options.url)
+            server = serving.Server(url=options.url, key=options.api_key)
         else:
             model = tiny_model.make(options.moonlight, options.model or pathlib.Path(home, "tiny"))
             scores = scorer(options.moonlight, model)
-            server = serving.Server.moonlight(options.moonlight, model, "--api-key", options.api_key)
+            key = {"key": options.api_key}
+            server = serving.Server.moonlight(options.moonlight, model, "--api-key", options.api_key, **key)
         with server:
-            server.key = options.api_key
             print(f"openai {openai.__version__}", flush=True)
             check = run(server, options.api_key, scores)
             check.expect("the server lives", server.alive())

@@ -191,7 +191,9 @@ def flat(server, options, check):
     growth = line["memory_last_mib"] - line["memory_after_a_tenth_mib"]
     # Less than a twentieth: what is kept for each request would add up to more.
     limit = max(8, 0.05 * line["memory_after_a_tenth_mib"])
-    check.expect(f"flat: memory over {options.requests} requests", growth < limit, f"{growth:+.1f} MiB, limit {limit:.1f}")
+    check.expect(
+        f"flat: memory over {options.requests} requests", growth < limit, f"{growth:+.1f} MiB, limit {limit:.1f}"
+    )
     return line
 
 
@@ -231,7 +233,9 @@ def main():
     parser = common.parser(__doc__)
     serving.add_arguments(parser)
     add_load_arguments(parser)
-    parser.add_argument("--parts", nargs="+", choices=["speed", "flat", "hostile"], default=["speed", "flat", "hostile"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=["speed", "flat", "hostile"], default=["speed", "flat", "hostile"]
+    )
     parser.add_argument("--requests", type=int, default=10_000, help="of the part `flat`")
     parser.add_argument("--short", action="store_true", help="fewer rounds of the part `hostile`")
     parser.add_argument("--serve", nargs="*", default=[], help="more arguments of `moonlight serve`, without `--`")

@@ -36,8 +36,8 @@ class Server:
 
     `command` may contain `{port}`. Stderr goes to a file, because a pipe that is not read would block the server."""
 
-    def __init__(self, command=None, url=None, health="/health", environment=None):
-        self.process, self.health = None, health
+    def __init__(self, command=None, url=None, key=None, health="/health", environment=None):
+        self.process, self.key, self.health = None, key, health
         self.log = tempfile.TemporaryFile()
         if url:
             self.host, self.port = urllib.parse.urlsplit(url).hostname, urllib.parse.urlsplit(url).port
