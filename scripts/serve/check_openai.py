@@ -343,7 +343,6 @@ def check_errors(check):
         "another model", "NotFoundError", lambda: check.chat(ask(COUNT), model="no-such-model"), "no-such-model"
     )
     check.fails("no messages", "BadRequestError", lambda: check.chat([]), "messages")
-    check.fails("temperature of 3", "BadRequestError", lambda: check.chat(ask(COUNT), temperature=3), "temperature")
     check.fails("temperature below 0", "BadRequestError", lambda: check.chat(ask(COUNT), temperature=-1), "temperature")
     check.fails("top_p of 2", "BadRequestError", lambda: check.chat(ask(COUNT), top_p=2), "top_p")
     check.fails("n of 0", "BadRequestError", lambda: check.chat(ask(COUNT), n=0), "n")
@@ -379,8 +378,17 @@ def check_errors(check):
     )
     picture = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aa"}}]
     check.fails("a picture", "BadRequestError", lambda: check.chat([{"role": "user", "content": picture}]), "image_url")
+    named = {"type": "function", "function": {"name": tiny_model.CALL["name"]}}
+    for choice in ("required", named):
+        tools = {"tools": [tiny_model.TOOL], "tool_choice": choice}
+        check.fails(
+            "tool_choice that forces a call",
+            "BadRequestError",
+            lambda tools=tools: check.chat(ask(COUNT), **tools),
+            "tool_choice",
+        )
     check.fails("suffix", "BadRequestError", lambda: check.complete("a", suffix="b"), "suffix")
-    check.fails("errors of a stream", "BadRequestError", lambda: check.chat(ask(COUNT), stream=True, temperature=3))
+    check.fails("errors of a stream", "BadRequestError", lambda: check.chat(ask(COUNT), stream=True, temperature=-1))
     check.fails("responses", "NotFoundError", lambda: check.client.responses.create(model=check.model, input="hello"))
     check.fails("embeddings", "NotFoundError", lambda: check.client.embeddings.create(model=check.model, input="hello"))
     if check.client.api_key == KEY:

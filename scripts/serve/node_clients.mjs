@@ -55,7 +55,7 @@ const failed = async (call) => {
     return `${error.constructor.name} ${error.status}`;
   }
 };
-found.badRequest = await failed(() => client.chat.completions.create({ ...settings, messages: ask("count"), temperature: 9 }));
+found.badRequest = await failed(() => client.chat.completions.create({ ...settings, messages: ask("count"), temperature: -1 }));
 found.notFound = await failed(() => client.chat.completions.create({ ...settings, model: "no-such-model", messages: ask("count") }));
 const stranger = new OpenAI({ baseURL: `${url}/v1`, apiKey: "wrong", maxRetries: 0 });
 found.wrongKey = await failed(() => stranger.models.list());

@@ -31,6 +31,11 @@ def add_arguments(parser, model_help="the model to serve; without it a tiny one 
     parser.add_argument("--model", type=pathlib.Path, help=model_help)
 
 
+def busy(server):
+    """Sequences that run or wait for a place."""
+    return server.metric("moonlight_slots_busy") + server.metric("moonlight_requests_waiting")
+
+
 class Server:
     """`moonlight serve` in a process of its own, or any other OpenAI-compatible server by its command or URL.
 
@@ -97,7 +102,8 @@ class Server:
 
     def metrics(self):
         """The values of `/metrics`: a name with its labels, as it is printed, and its number."""
-        status, _, body = self.get("/metrics")
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        status, _, body = self.get("/metrics", headers=headers)
         assert status == 200, f"/metrics answered {status}"
         found = {}
         for line in body.decode().splitlines():
