@@ -88,7 +88,7 @@ def main():
     for number, name in common.in_turns(servers, options.rounds):
         with servers[name](options) as server:
             common.print_progress(f"round {number}, {name}")
-            for line in load_test.speed(server, options):
+            for line in load_test.speed(server, options, options.gguf):
                 line |= {"server": name, "round": number, "started_in_s": round(server.seconds_to_start, 2)}
                 results[name].append(line)
                 print(json.dumps(line), flush=True)

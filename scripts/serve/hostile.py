@@ -241,20 +241,23 @@ async def huge_bodies(hostile):
 
 
 async def slow_readers(hostile):
-    """Twenty clients that ask for streams and never read them, with the smallest receive buffers."""
+    """Clients that ask for more than fits into the buffers of their connection, and read none of it."""
+    value = hostile.long | {"logprobs": 20, "n": 4}
     connections = []
-    for _ in range(20):
-        connection = hostile.connection()
-        connection.limit = 1024
-        await connection.send("POST", COMPLETIONS, hostile.long)
+    for _ in range(12):
+        connection = Connection(hostile.server.host, hostile.server.port, hostile.server.key, receive_buffer=4096)
+        await connection.open()
         connection.writer.transport.pause_reading()
+        await connection.send("POST", COMPLETIONS, value)
         connections.append(connection)
     started = time.monotonic()
     hostile.check.expect("slow readers: another client is answered", await hostile.answers(PATIENCE))
     waited = time.monotonic() - started
     for connection in connections:
         connection.abort()
-    hostile.check.expect("slow readers: their places are free", await hostile.idle(), f"waited {waited:.1f} s")
+    hostile.check.expect(
+        "slow readers: their places are free", await hostile.idle(), f"the other waited {waited:.1f} s"
+    )
 
 
 async def trickled(hostile):
@@ -276,16 +279,15 @@ async def trickled(hostile):
             connection.abort()
 
     seconds = 8 if hostile.short else PATIENCE
-    full = hostile.head(Content_Length=100_000)
     drips = [drip(hostile.head() + b" " * 1000, seconds) for _ in range(40)]
 
-    async def drip_body():
+    async def drip_body(head, part):
         connection = hostile.connection()
         try:
             async with asyncio.timeout(seconds):
-                await connection.send_raw(full)
+                await connection.send_raw(head)
                 while True:
-                    await connection.send_raw(b" ")
+                    await connection.send_raw(part)
                     await asyncio.sleep(0.5)
         except OSError:
             return "closed"
@@ -294,7 +296,10 @@ async def trickled(hostile):
         finally:
             connection.abort()
 
-    group = asyncio.gather(*drips, *(drip_body() for _ in range(40)))
+    known = [drip_body(hostile.head(Content_Length=100_000), b" ") for _ in range(30)]
+    # Their length is not known in advance, so that room for the largest body might be kept.
+    unknown = [drip_body(hostile.head(Transfer_Encoding="chunked"), b"1\r\n \r\n") for _ in range(30)]
+    group = asyncio.gather(*drips, *known, *unknown)
     await asyncio.sleep(2)
     hostile.check.expect("trickled requests: another client is answered", await hostile.answers())
     results = await group

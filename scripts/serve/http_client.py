@@ -4,6 +4,7 @@ Ordinary clients repair or refuse what the hostile checks send, and their own wo
 
 import asyncio
 import json
+import socket
 import time
 
 
@@ -20,12 +21,22 @@ class Answer:
 class Connection:
     """One connection. `request` may be called again after a complete answer."""
 
-    def __init__(self, host, port, key=None, limit=1 << 20):
-        self.host, self.port, self.key, self.limit = host, port, key, limit
+    def __init__(self, host, port, key=None, receive_buffer=None):
+        self.host, self.port, self.key, self.receive_buffer = host, port, key, receive_buffer
         self.reader = self.writer = None
 
     async def open(self):
-        self.reader, self.writer = await asyncio.open_connection(self.host, self.port, limit=self.limit)
+        opened = socket.socket()
+        opened.setblocking(False)
+        if self.receive_buffer:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
+        try:
+            await asyncio.get_running_loop().sock_connect(opened, (self.host, self.port))
+        except BaseException:
+            opened.close()
+            raise
+        # A line of a stream with many log-probabilities is long.
+        self.reader, self.writer = await asyncio.open_connection(sock=opened, limit=self.receive_buffer or 1 << 20)
         return self
 
     def head(self, method, path, headers):

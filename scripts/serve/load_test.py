@@ -50,6 +50,13 @@ def requests_of(seed, count, words=(16, 512), tokens=(16, 128)):
     return found
 
 
+def lengths(model):
+    """Ranges of words of a prompt and of new tokens that fit the context of a model; its tokens may be bytes."""
+    config = pathlib.Path(model) / "config.json"
+    context = json.loads(config.read_text())["max_position_embeddings"] if config.is_file() else 8192
+    return {"words": (16, 512), "tokens": (16, 128)} if context > 4096 else {"words": (4, 64), "tokens": (16, 128)}
+
+
 def quantile(values, share):
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
@@ -120,14 +127,14 @@ def milliseconds(seconds):
     return None if seconds is None else round(1e3 * seconds, 1)
 
 
-def speed(server, options, extra=None):
+def speed(server, options, model):
     """One line for each number of clients, after a warm-up."""
-    extra = {"model": model_name(server), "ignore_eos": True} | (extra or {})
-    asyncio.run(measure(server, 2, requests_of(99, 4), extra))
+    extra, ranges = {"model": model_name(server), "ignore_eos": True}, lengths(model)
+    asyncio.run(measure(server, 2, requests_of(99, 4, **ranges), extra))
     lines = []
     for clients in options.clients:
         count = max(options.per_client * clients, options.least)
-        line = asyncio.run(measure(server, clients, requests_of(clients, count), extra))
+        line = asyncio.run(measure(server, clients, requests_of(clients, count, **ranges), extra))
         common.print_progress(json.dumps(line))
         lines.append(line)
     return lines
@@ -247,9 +254,11 @@ def main():
         more = [f"--{part}" if index % 2 == 0 else part for index, part in enumerate(options.serve)]
         with serving.Server.moonlight(options.moonlight, model, *more) as server:
             if "speed" in options.parts:
-                result["speed"] = speed(server, options)
+                result["speed"] = speed(server, options, model)
                 for line in result["speed"]:
-                    check.expect(f"{line['clients']} clients: every request", not line["failed"], line["failed"][:2])
+                    check.expect(
+                        f"{line['clients']} clients: every request", not line["failed"], line["failed"][:2] or ""
+                    )
             if "flat" in options.parts:
                 result["flat"] = flat(server, options, check)
             if "hostile" in options.parts:
