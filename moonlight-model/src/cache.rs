@@ -32,6 +32,13 @@ impl KvCache {
         Self { layers, lengths: vec![0; batch], capacity }
     }
 
+    /// Bytes of a cache of this size. Saturates, so that no size is taken for a small one.
+    pub fn bytes(config: &ModelConfig, batch: usize, capacity: usize, dtype: DType) -> u64 {
+        let [key_heads, row] = config.attention_widths().cache;
+        let factors = [config.num_hidden_layers, batch, key_heads, capacity, row, dtype.size()];
+        factors.into_iter().fold(1, |bytes: u64, factor| bytes.saturating_mul(factor as u64))
+    }
+
     /// The number of cached tokens of each sequence.
     pub fn lengths(&self) -> &[usize] {
         &self.lengths
