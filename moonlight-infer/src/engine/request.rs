@@ -1,6 +1,12 @@
 //! [`Request`]: a prompt and how to continue it.
 
-use crate::generate::Sampling;
+use super::error::EngineError;
+use crate::error::InferError;
+use crate::generate::{Sampling, check_prompt};
+
+/// The most alternatives of a token that a request can ask for, as in OpenAI's API and by default in vLLM. It bounds the memory of a
+/// response.
+pub const MAX_ALTERNATIVES: usize = 20;
 
 /// A prompt, and how to continue it.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +45,42 @@ impl Request {
             logprobs: None,
             prompt_logprobs: None,
         }
+    }
+}
+
+impl Request {
+    /// Checks the request for a model with this vocabulary and a slot of `capacity` tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::EmptyPrompt`], [`EngineError::PromptTooLong`], [`EngineError::UnknownToken`], [`EngineError::OutOfRange`].
+    pub(super) fn check(&self, vocab_size: usize, capacity: usize) -> Result<(), EngineError> {
+        // The last token of a prompt without a continuation is not read, so such a prompt may be one token longer.
+        let capacity = capacity + usize::from(self.max_new_tokens == 0);
+        check_prompt(&self.prompt, vocab_size, capacity).map_err(|error| match error {
+            InferError::EmptyPrompt => EngineError::EmptyPrompt,
+            InferError::UnknownToken { token, vocab_size } => EngineError::UnknownToken { token, vocab_size },
+            _ => EngineError::PromptTooLong { tokens: self.prompt.len(), context: capacity },
+        })?;
+        let require = |fits: bool, key, value: f64, range| {
+            if fits { Ok(()) } else { Err(EngineError::OutOfRange { key, value, range }) }
+        };
+        let Sampling { temperature, top_p, .. } = self.sampling;
+        // Comparisons with NaN are false.
+        require(temperature >= 0.0 && temperature.is_finite(), "temperature", temperature, "at least 0")?;
+        require((0.0..=1.0).contains(&top_p), "top_p", top_p, "between 0 and 1")?;
+        let alternatives = [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)];
+        for (key, alternatives) in alternatives {
+            let count = alternatives.unwrap_or(0);
+            require(count <= MAX_ALTERNATIVES, key, count as f64, "at most 20")?;
+        }
+        require(
+            self.stop_tokens.len() <= vocab_size,
+            "stop_tokens",
+            self.stop_tokens.len() as f64,
+            "at most as many as there are tokens",
+        )?;
+        self.penalties.check(vocab_size)
     }
 }
 
