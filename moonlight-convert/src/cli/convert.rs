@@ -4,15 +4,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use crate::{Checkpoint, Format, SaveOptions};
 use burn::tensor::DType;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
-use moonlight_convert::{Checkpoint, Format, SaveOptions};
 
+use super::Failure;
 use super::output::note;
 use super::progress::Bar;
 use super::units::plural;
-use crate::Failure;
 
 /// Arguments of `convert`.
 #[derive(Debug, Args)]
