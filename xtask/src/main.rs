@@ -7,6 +7,7 @@ mod commands;
 mod errors;
 mod evidence;
 mod links;
+mod notices;
 mod package;
 mod pages;
 mod scripts;
@@ -87,6 +88,12 @@ enum Task {
         #[arg(long)]
         no_advisories: bool,
     },
+    /// Write `THIRD-PARTY-LICENSES.txt`: the licenses of what is compiled into the programs
+    Notices {
+        /// The features of the build
+        #[arg(long, default_value = "converter")]
+        features: String,
+    },
     /// Train on two ranks with MPI
     Mpi,
     /// Run the GPU kernels on a software Vulkan driver
@@ -132,6 +139,7 @@ fn run(task: &Task, root: &Path) -> Result<()> {
         Task::Evidence { check } => evidence::run(root, *check),
         Task::Package { no_verify } => package::run(root, *no_verify),
         Task::Deny { no_advisories } => ci::deny(root, !no_advisories),
+        Task::Notices { features } => notices::run(root, features),
         Task::Mpi => ci::mpi(root),
         Task::Wgpu => ci::wgpu(root),
         Task::Fuzz { seconds } => ci::fuzz(root, *seconds),
