@@ -52,7 +52,9 @@ def pack(programs, home, output):
 
 
 def run(*command):
-    done = subprocess.run(list(map(str, command)), cwd=common.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        list(map(str, command)), cwd=common.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if done.returncode != 0:
         sys.exit(f"error: `{' '.join(map(str, command))}`\n{done.stdout}")
 
