@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use crate::{Checkpoint, Format, SaveOptions};
 use burn::tensor::DType;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, ValueEnum};
@@ -15,7 +16,6 @@ use super::adapter::{self, AdapterLayout};
 use super::output::note;
 use super::progress::Bar;
 use super::units::plural;
-use crate::Failure;
 
 /// Arguments of `convert`.
 #[derive(Debug, Args)]
