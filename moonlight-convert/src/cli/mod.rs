@@ -1,7 +1,7 @@
 //! The program `moonlight-convert`: one subcommand per file, and hints in terms of its options.
 
 mod adapter;
-pub(crate) mod convert;
+mod convert;
 #[cfg(feature = "download")]
 mod download;
 mod hint;
@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::CheckpointError;
+use crate::adapter::AdapterError;
 #[cfg(feature = "download")]
 use crate::hub::DownloadError;
 
@@ -47,9 +48,13 @@ enum Command {
     Tokenizer(tokenizer::Arguments),
 }
 
+/// The hint for an adapter without its base.
+const NAME_BASE: &str = "name the base model with `--base`";
+
 /// Why a command failed.
 enum Failure {
     Checkpoint(CheckpointError),
+    Adapter(AdapterError),
     #[cfg(feature = "download")]
     Download(DownloadError),
     /// Standard output could not be written.
@@ -59,6 +64,15 @@ enum Failure {
 impl From<CheckpointError> for Failure {
     fn from(error: CheckpointError) -> Self {
         Self::Checkpoint(error)
+    }
+}
+
+impl From<AdapterError> for Failure {
+    fn from(error: AdapterError) -> Self {
+        match error {
+            AdapterError::Checkpoint(error) => Self::Checkpoint(error),
+            error => Self::Adapter(error),
+        }
     }
 }
 
@@ -77,6 +91,13 @@ pub fn main() -> ExitCode {
             if matches!(error, CheckpointError::Interrupted) {
                 return ExitCode::from(signals::INTERRUPTED);
             }
+        }
+        Err(Failure::Adapter(error)) => {
+            let hint = match error {
+                AdapterError::NoBase { .. } => Some(NAME_BASE.to_owned()),
+                _ => error.hint(),
+            };
+            output::fail(&error, hint);
         }
         #[cfg(feature = "download")]
         Err(Failure::Download(error)) => output::fail(&error, hint::download(&error)),
