@@ -130,10 +130,7 @@ pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: 
             return Err(format!("the token {id}, `{content}`, would be decoded as other bytes"));
         }
     }
-    let added: Vec<Value> = special
-        .iter()
-        .map(|(&id, token)| token.to_json(id))
-        .collect();
+    let added: Vec<Value> = special.iter().map(|(&id, token)| token.to_json(id)).collect();
     // Older versions of `tokenizers` require one string for each pair. No spelled token contains a space.
     let merges: Vec<String> = merges(ranks)
         .into_iter()

@@ -11,7 +11,7 @@
 //! The layers with more bits are the first and last eighth, and every third between. Exceptions of models with eight experts, and of
 //! Llama's with 80 layers, are those of llama.cpp, too.
 //!
-//! Rows must have complete blocks. Where they do not, Q4_K becomes Q5_0, Q5_K and Q6_K become Q8_0, and rows that are no multiple
+//! Rows must have complete blocks. Where they do not, Q4_K becomes Q5_0, Q5_K Q5_1 and Q6_K Q8_0, and rows that are no multiple
 //! of 32 become F16. In Moonlight this concerns `attn_k_b` (rows of 128) and `ffn_down_exps` (1408).
 
 use moonlight_model::ModelConfig;
@@ -86,8 +86,8 @@ fn fitting(wanted: BlockType, row: usize) -> BlockType {
     }
     let smaller = match wanted {
         BlockType::Q4K => BlockType::Q5_0,
-        // llama.cpp has Q5_1 for Q5_K, which no other tensor needs.
-        BlockType::Q5K | BlockType::Q6K => BlockType::Q8_0,
+        BlockType::Q5K => BlockType::Q5_1,
+        BlockType::Q6K => BlockType::Q8_0,
         other => other,
     };
     if row.is_multiple_of(smaller.values()) { smaller } else { BlockType::F16 }
@@ -115,6 +115,28 @@ mod tests {
                     assert!(tensor.shape[0].is_multiple_of(block_type.values()), "{preset} {file} {}", tensor.name);
                     assert!(tensor.shape.len() > 1 || block_type == BlockType::F32);
                 }
+            }
+        }
+    }
+
+    /// The types that `llama_model_quantize` chose for some models (`scripts/fixtures/make_llama_cpp_fixtures.py`).
+    #[test]
+    fn the_types_are_those_of_llama_quantize() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/gguf/types.json");
+        let models: Vec<serde_json::Value> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        assert_eq!(models.len(), 9);
+        for model in models {
+            let config = ModelConfig::from_value(model["config"].clone()).unwrap();
+            let tensors = names::tensors(&config).unwrap();
+            for tensor in &tensors {
+                // The file without values has no vectors but norms.
+                let Some(expected) = model["types"].get(&tensor.name) else {
+                    assert!(tensor.name.ends_with(".bias"), "{}", tensor.name);
+                    continue;
+                };
+                let found = [BlockType::Q4_0, BlockType::Q8_0, BlockType::Q4K]
+                    .map(|file| block_type(file, &config, tensor, config.tie_word_embeddings).to_string());
+                assert_eq!(&found.join(" "), expected.as_str().unwrap(), "{} {}", model["name"], tensor.name);
             }
         }
     }

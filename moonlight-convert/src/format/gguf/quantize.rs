@@ -27,6 +27,7 @@ pub(crate) fn quantize(block_type: BlockType, values: &[f32], target: &mut [u8])
     match block_type {
         BlockType::Q4_0 => blocks::<18>(values, target, q4_0),
         BlockType::Q5_0 => blocks::<22>(values, target, q5_0),
+        BlockType::Q5_1 => blocks::<24>(values, target, q5_1),
         BlockType::Q8_0 => blocks::<34>(values, target, q8_0),
         BlockType::Q4K | BlockType::Q5K | BlockType::Q6K => quantize_k::quantize(block_type, values, target),
         other => panic!("{other} is not written"),
@@ -93,13 +94,35 @@ fn q5_0(values: &[f32; BLOCK], block: &mut [u8; 22]) -> bool {
     for (quant, value) in quants.iter_mut().zip(values) {
         *quant = ((value * inverse + 16.5) as i32 as u8).min(31);
     }
-    let high = quants.iter().enumerate().fold(0u32, |bits, (at, quant)| bits | u32::from(quant >> 4) << at);
-    block[2..6].copy_from_slice(&high.to_le_bytes());
+    put_5_bits(&quants, &mut block[2..]);
+    put_scale(scale, &mut block[..2])
+}
+
+/// As [`q5_0`], with the minimum in a second f16.
+fn q5_1(values: &[f32; BLOCK], block: &mut [u8; 24]) -> bool {
+    let (mut low, mut high) = (f32::MAX, f32::MIN);
+    for &value in values {
+        low = if value < low { value } else { low };
+        high = if value > high { value } else { high };
+    }
+    let scale = (high - low) / 31.0;
+    let inverse = inverse(scale);
+    let mut quants = [0u8; BLOCK];
+    for (quant, value) in quants.iter_mut().zip(values) {
+        *quant = ((value - low) * inverse + 0.5) as i32 as u8;
+    }
+    put_5_bits(&quants, &mut block[4..]);
+    put_scale(scale, &mut block[..2]) & put_scale(low, &mut block[2..4])
+}
+
+/// The 32 highest bits, then 16 bytes with the low bits of two values each.
+fn put_5_bits(quants: &[u8; BLOCK], target: &mut [u8]) {
+    let high = quants.iter().enumerate().fold(0u32, |bits, (at, quant)| bits | u32::from(quant >> 4 & 1) << at);
+    target[..4].copy_from_slice(&high.to_le_bytes());
     let (first, second) = quants.split_at(BLOCK / 2);
-    for ((target, low), high) in block[6..].iter_mut().zip(first).zip(second) {
+    for ((target, low), high) in target[4..].iter_mut().zip(first).zip(second) {
         *target = low & 15 | (high & 15) << 4;
     }
-    put_scale(scale, &mut block[..2])
 }
 
 /// In lanes, so that the compiler vectorizes it: the maximum does not depend on the order.
@@ -123,6 +146,7 @@ fn of_largest_magnitude(values: &[f32; BLOCK]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::gguf::dequantize::dequantize;
 
     fn quantized(block_type: BlockType, values: &[f32]) -> (Vec<u8>, bool) {
         let mut target = vec![0; values.len() / block_type.values() * block_type.bytes()];
@@ -130,8 +154,31 @@ mod tests {
         (target, finite)
     }
 
-    const QUANTIZED: [BlockType; 6] =
-        [BlockType::Q4_0, BlockType::Q5_0, BlockType::Q8_0, BlockType::Q4K, BlockType::Q5K, BlockType::Q6K];
+    const QUANTIZED: [BlockType; 7] = [
+        BlockType::Q4_0,
+        BlockType::Q5_0,
+        BlockType::Q5_1,
+        BlockType::Q8_0,
+        BlockType::Q4K,
+        BlockType::Q5K,
+        BlockType::Q6K,
+    ];
+
+    /// Usual and extreme rows, quantized by llama.cpp (`scripts/fixtures/make_llama_cpp_fixtures.py`).
+    #[test]
+    fn the_bytes_are_those_of_llama_cpp() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/gguf/blocks.safetensors");
+        let file = std::fs::read(path).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+        let values: Vec<f32> = bytemuck::pod_collect_to_vec(tensors.tensor("values").unwrap().data());
+        for block_type in QUANTIZED {
+            let expected = tensors.tensor(&block_type.to_string()).unwrap().data();
+            for (row, values) in values.chunks_exact(256).enumerate() {
+                let (found, _) = quantized(block_type, values);
+                assert_eq!(found, expected[row * found.len()..][..found.len()], "{block_type} row {row}");
+            }
+        }
+    }
 
     #[test]
     fn the_blocks_are_those_of_the_reference_by_hand() {
@@ -167,8 +214,9 @@ mod tests {
             let all = |value: f32| vec![value; 256];
             let (zero, finite) = quantized(block_type, &all(0.0));
             assert!(finite);
-            let scales = if block_type.values() == 256 { zero.len() } else { 2 };
-            assert!(zero[..scales].iter().all(|&byte| byte == 0) || block_type == BlockType::Q6K, "{block_type}");
+            let mut back = vec![1.0; 256];
+            assert!(dequantize(block_type, &zero, 0, &mut back));
+            assert_eq!(back, [0.0; 256], "{block_type}");
             for value in [1e-40f32, -1e-40, f32::MIN_POSITIVE, 1e-7, -1e-7, 65_504.0, -65_504.0] {
                 assert!(quantized(block_type, &all(value)).1, "{block_type} {value}");
             }

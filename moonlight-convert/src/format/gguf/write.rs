@@ -114,6 +114,7 @@ impl Checkpoint {
         let mut notes = metadata::notes(config);
         notes.extend(self.other_metadata(&mut metadata)?);
         metadata::add(&mut metadata, config, &general(self)?, file_type).map_err(not_in_gguf)?;
+        let metadata = in_usual_order(metadata);
         let infos = tensors.iter().zip(&types).map(|(tensor, &block_type)| TensorInfo {
             name: tensor.name.clone(),
             shape: tensor.shape.iter().map(|&size| size as u64).collect(),
@@ -224,6 +225,19 @@ impl Checkpoint {
             error => error,
         }
     }
+}
+
+/// The keys in the order of other programs: the file, the model, the tokenizer.
+fn in_usual_order(metadata: Metadata) -> Metadata {
+    let rank = |key: &str| match key {
+        _ if key.starts_with("general.architecture") => 0,
+        _ if key.starts_with("general.") => 1,
+        _ if key.starts_with("tokenizer.") => 3,
+        _ => 2,
+    };
+    let mut entries: Vec<_> = metadata.iter().map(|(key, value)| (key.to_owned(), value.clone())).collect();
+    entries.sort_by_key(|(key, _)| rank(key));
+    entries.into_iter().collect()
 }
 
 /// The chunks of all tensors.

@@ -138,7 +138,9 @@ fn sentence_piece_entries(
 ) -> Result<(), String> {
     let (prefix, splits_words) = SpacePrefix::read(&json.normalizer, &json.pre_tokenizer)?;
     if splits_words && !sentence_piece::no_token_crosses_words(vocabulary) {
-        return Err("splits words before pairs are joined, which llama.cpp does not, and has tokens of several words".into());
+        return Err(
+            "splits words before pairs are joined, which llama.cpp does not, and has tokens of several words".into()
+        );
     }
     entries.notes.extend(prefix.difference().map(str::to_owned));
     let mut bytes: HashSet<u8> = HashSet::new();
@@ -276,7 +278,9 @@ fn special_entries(
     }
     let rest: Vec<String> = ends.map(|id| format!("`{}`", text(id))).collect();
     if !rest.is_empty() {
-        entries.notes.push(format!("a GGUF file has room for three tokens that end a text; left out: {}", rest.join(", ")));
+        entries
+            .notes
+            .push(format!("a GGUF file has room for three tokens that end a text; left out: {}", rest.join(", ")));
     }
     // Always written, because llama.cpp's defaults depend on the kind of tokenizer.
     entries.put(keys::ADD_BOS, !affixes.prefix.is_empty());

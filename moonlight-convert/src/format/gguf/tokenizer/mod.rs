@@ -28,9 +28,7 @@ use moonlight_model::ModelConfig;
 use super::{Metadata, Value};
 use crate::error::CheckpointError;
 use crate::io::confined_dir::ConfinedDir;
-use crate::tokenizer::{
-    BosEos, Ranks, SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON, special_tokens, tokenizer_json,
-};
+use crate::tokenizer::{BosEos, Ranks, SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON, special_tokens, tokenizer_json};
 use settings::Settings;
 use vocabulary::TokenizerJson;
 
@@ -64,7 +62,8 @@ pub struct TokenizerTexts {
 /// that llama.cpp cannot run.
 pub fn tokenizer_metadata(dir: &Path, config: &ModelConfig) -> Result<TokenizerMetadata, CheckpointError> {
     let confined = ConfinedDir::new(dir).map_err(CheckpointError::read(dir))?;
-    let refused = |problem: String| CheckpointError::GgufTokenizer {
+    let refused = |problem: String| {
+        CheckpointError::GgufTokenizer {
         path: dir.to_path_buf(),
         problem,
         hint: Some(
@@ -72,6 +71,7 @@ pub fn tokenizer_metadata(dir: &Path, config: &ModelConfig) -> Result<TokenizerM
              pass token ids"
                 .into(),
         ),
+    }
     };
     let names = || SpecialNames::next_to(&dir.join(TOKENIZER_JSON));
     let invalid = |name: &str, problem: String| CheckpointError::Tokenizer { path: dir.join(name), problem };

@@ -62,7 +62,13 @@ impl SpacePrefix {
         }
         let scheme = match (&pre_tokenizer["prepend_scheme"], &pre_tokenizer["add_prefix_space"]) {
             // As written before `prepend_scheme` existed.
-            (Value::Null, add) => if *add == false { "never" } else { "always" },
+            (Value::Null, add) => {
+                if *add == false {
+                    "never"
+                } else {
+                    "always"
+                }
+            }
             (scheme, _) => scheme.as_str().unwrap_or_default(),
         };
         let prefix = match scheme {
@@ -78,9 +84,9 @@ impl SpacePrefix {
     pub(super) fn difference(self) -> Option<&'static str> {
         match self {
             Self::Always | Self::Never => None,
-            Self::Missing => {
-                Some("llama.cpp adds a space also before a text that begins with one, which the model's tokenizer does not")
-            }
+            Self::Missing => Some(
+                "llama.cpp adds a space also before a text that begins with one, which the model's tokenizer does not",
+            ),
             Self::First => Some(
                 "llama.cpp adds a space also before a text that begins with one, and after each special token, which the \
                  model's tokenizer does not",
@@ -190,9 +196,7 @@ mod tests {
         let read = |normalizer: Value, pre_tokenizer: Value| SpacePrefix::read(&normalizer, &pre_tokenizer);
         assert_eq!(read(sections(true).0, Value::Null), Ok((SpacePrefix::Always, false)));
         assert_eq!(read(sections(false).0, Value::Null), Ok((SpacePrefix::Never, false)));
-        let metaspace = |scheme: &str, split: bool| {
-            json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split})
-        };
+        let metaspace = |scheme: &str, split: bool| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split});
         assert_eq!(read(Value::Null, metaspace("always", true)), Ok((SpacePrefix::Missing, true)));
         assert_eq!(read(Value::Null, metaspace("first", false)), Ok((SpacePrefix::First, false)));
         assert_eq!(read(Value::Null, metaspace("never", false)), Ok((SpacePrefix::Never, false)));
@@ -211,7 +215,10 @@ mod tests {
 
     #[test]
     fn bytes_have_two_digits() {
-        assert_eq!((byte_of("<0x0A>"), byte_of("<0xff>"), byte_of("<0x1>"), byte_of("0x0A")), (Some(10), Some(255), None, None));
+        assert_eq!(
+            (byte_of("<0x0A>"), byte_of("<0xff>"), byte_of("<0x1>"), byte_of("0x0A")),
+            (Some(10), Some(255), None, None)
+        );
         // `from_str_radix` accepts a sign.
         assert_eq!(byte_of("<0x+1>"), None);
     }

@@ -213,13 +213,17 @@ mod tests {
         let list = json!([{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]);
         fs::write(dir.join(CONFIG), json!({"chat_template": list}).to_string()).unwrap();
         let read = || Settings::read(dir).unwrap();
-        let named = |settings: &Settings| settings.named_templates.iter().map(|(a, b)| format!("{a} {b}")).collect::<Vec<_>>();
+        let named =
+            |settings: &Settings| settings.named_templates.iter().map(|(a, b)| format!("{a} {b}")).collect::<Vec<_>>();
         assert_eq!((read().template.as_deref(), named(&read())), (Some("d"), vec!["tool_use t".to_owned()]));
         fs::write(dir.join(TEMPLATE), "file").unwrap();
         fs::create_dir(dir.join(MORE_TEMPLATES)).unwrap();
         fs::write(dir.join(MORE_TEMPLATES).join("tool_use.jinja"), "tools").unwrap();
         fs::write(dir.join(MORE_TEMPLATES).join("rag.jinja"), "rag").unwrap();
-        assert_eq!((read().template.as_deref(), named(&read())), (Some("file"), vec!["rag rag".into(), "tool_use tools".into()]));
+        assert_eq!(
+            (read().template.as_deref(), named(&read())),
+            (Some("file"), vec!["rag rag".into(), "tool_use tools".into()])
+        );
         fs::write(dir.join(CONFIG), "{").unwrap();
         assert!(Settings::read(dir).unwrap_err().to_string().contains("it is not JSON"));
     }
@@ -241,7 +245,9 @@ mod tests {
         assert_eq!(affixes(&roberta), Ok(Affixes { prefix: vec![1], suffix: vec![2] }));
         let twice = affixes(&template(json!([piece("<s>"), piece("</s>"), text()]))).unwrap_err();
         assert!(twice.contains("more than one token"), "{twice}");
-        assert!(affixes(&template(json!([piece("<x>"), text()]))).unwrap_err().contains("the token `<x>` without an id"));
+        assert!(
+            affixes(&template(json!([piece("<x>"), text()]))).unwrap_err().contains("the token `<x>` without an id")
+        );
         assert!(affixes(&json!({"type": "New"})).unwrap_err().contains("the post-processor `New`"));
     }
 }

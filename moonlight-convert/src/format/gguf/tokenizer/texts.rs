@@ -238,9 +238,25 @@ pub(super) fn texts(metadata: &Metadata) -> Result<Option<TokenizerTexts>, Probl
 /// Sentences on the keys of the tokenizer that were not used.
 fn ignored(metadata: &Metadata) -> Vec<String> {
     let used = [
-        keys::MODEL, keys::PRE, keys::TOKENS, keys::TYPES, keys::SCORES, keys::MERGES, keys::BOS, keys::EOS, keys::EOT,
-        keys::EOM, keys::UNKNOWN, keys::PAD, keys::ADD_BOS, keys::ADD_EOS, keys::ADD_SEPARATOR, keys::ADD_SPACE,
-        keys::REMOVE_SPACES, keys::TEMPLATE, keys::TEMPLATES,
+        keys::MODEL,
+        keys::PRE,
+        keys::TOKENS,
+        keys::TYPES,
+        keys::SCORES,
+        keys::MERGES,
+        keys::BOS,
+        keys::EOS,
+        keys::EOT,
+        keys::EOM,
+        keys::UNKNOWN,
+        keys::PAD,
+        keys::ADD_BOS,
+        keys::ADD_EOS,
+        keys::ADD_SEPARATOR,
+        keys::ADD_SPACE,
+        keys::REMOVE_SPACES,
+        keys::TEMPLATE,
+        keys::TEMPLATES,
     ];
     let keys = metadata.iter().map(|(key, _)| key.as_ref());
     let rest = keys.filter(|key: &&str| {
@@ -256,12 +272,16 @@ fn ignored(metadata: &Metadata) -> Vec<String> {
 fn templates(metadata: &Metadata) -> Result<Option<Json>, String> {
     let text = |key: &str| match metadata.get(key) {
         None => Ok(None),
-        Some(value) => value.as_str().map(Some).ok_or_else(|| format!("has a `{}` that is not a string", printable(key))),
+        Some(value) => {
+            value.as_str().map(Some).ok_or_else(|| format!("has a `{}` that is not a string", printable(key)))
+        }
     };
     let default = text(keys::TEMPLATE)?;
     let names = match metadata.get(keys::TEMPLATES) {
         None => &[],
-        Some(value) => value.as_strings().ok_or_else(|| format!("has a `{}` that is no list of names", keys::TEMPLATES))?,
+        Some(value) => {
+            value.as_strings().ok_or_else(|| format!("has a `{}` that is no list of names", keys::TEMPLATES))?
+        }
     };
     if names.len() > MOST_TEMPLATES {
         return Err(format!("has {} named chat templates; the limit is {MOST_TEMPLATES}", names.len()));
@@ -326,7 +346,9 @@ fn byte_level_json(metadata: &Metadata, tokens: &Tokens<'_>, known: &PreTokenize
     };
     for merge in &merges {
         let whole = merge.split_once(' ').filter(|(left, right)| {
-            by_text.contains_key(left) && by_text.contains_key(right) && by_text.contains_key(&*format!("{left}{right}"))
+            by_text.contains_key(left)
+                && by_text.contains_key(right)
+                && by_text.contains_key(&*format!("{left}{right}"))
         });
         if whole.is_none() {
             return Err(format!("has the merge `{}`, which does not form a token from two", printable(merge)));

@@ -154,7 +154,12 @@ impl Vocabulary {
             let id = |text: &str| bpe.vocab.get(text).copied();
             match (id(parts.0), id(parts.1), id(&joined)) {
                 (Some(left), Some(right), Some(whole)) => merges.push([left, right, whole]),
-                _ => return Err(format!("has a merge that forms `{}`, with a part that is no token", printable(&joined))),
+                _ => {
+                    return Err(format!(
+                        "has a merge that forms `{}`, with a part that is no token",
+                        printable(&joined)
+                    ));
+                }
             }
         }
         let added = added_tokens(&json.added_tokens, &bpe.vocab, names);
@@ -192,7 +197,8 @@ impl Vocabulary {
                 return false;
             }
             let characters = token.char_indices().map(|(at, character)| &token[at..at + character.len_utf8()]);
-            let Some(mut parts) = characters.map(|part| by_text.get(part).copied()).collect::<Option<Vec<u32>>>() else {
+            let Some(mut parts) = characters.map(|part| by_text.get(part).copied()).collect::<Option<Vec<u32>>>()
+            else {
                 return false;
             };
             loop {
