@@ -525,9 +525,9 @@ def check_adapter(programs, library, name, directory, path, home, tokens):
     if is_latent:
         make_adapter(directory, home / "ignored", ["kv_a_proj_with_mqa"])
         refused = attempt(programs.converter, "convert", home / "ignored", home / "ignored.gguf", "--base", directory)
-        told = "llama.cpp ignores adapters of that projection" in refused.stderr
+        said = "llama.cpp ignores adapters of that projection" in refused.stderr
         failures.expect(
-            f"{name}: an adapter that llama.cpp ignores is refused", refused.returncode and told, refused.stderr
+            f"{name}: an adapter that llama.cpp ignores is refused", refused.returncode and said, refused.stderr
         )
     return difference
 

@@ -1,4 +1,4 @@
-//! Tokenizers through GGUF metadata and back, with the `tokenizers` crate as the judge of tokens.
+//! Tokenizers through GGUF metadata and back, compared by the `tokenizers` crate.
 
 use std::fs;
 use std::path::Path;
@@ -19,7 +19,7 @@ const TEXTS: [&str; 12] = [
     "The quick brown fox doesn't jump; it's 12345 and 3.14!",
     "def getServer(x_1):\n\treturn  x ** 2   # ok\r\n\r\n",
     "    four   spaces \n \n\n  at ends  ",
-    "HELLO World WE'LL see, I'VE 'told",
+    "HELLO World WE'LL see, I'VE 'seen",
     "日本の人々と二〇二五年、中文混合English文字",
     "안녕하세요 мир привет Ωμέγα ß",
     "हिन्दी में क्या है — ক্যা",
