@@ -645,6 +645,7 @@ def check_vocabularies(library, program, directory, home, table):
             continue
         tokenizer = tokenizers.Tokenizer.from_file(str(home / name / "tokenizer.json"))
         tokenizer.encode_special_tokens = True
+        is_nfc = type(tokenizer.normalizer).__name__ == "NFC"
         own = pathlib.Path(f"{path}.inp")
         texts = [*CORPUS, *(text for _, texts in KINDS.values() for text in texts)]
         texts += own.read_text().split("__ggml_vocab_test__\n") if own.exists() else []
@@ -652,7 +653,7 @@ def check_vocabularies(library, program, directory, home, table):
             for text in texts:
                 found = tokenizer.encode(text, add_special_tokens=False).ids
                 # llama.cpp does not normalize; and it knows by name that Phi-3's `</s>` takes the white space after it.
-                expected = model.tokenize(unicodedata.normalize("NFC", text) if tokenizer.normalizer else text)
+                expected = model.tokenize(unicodedata.normalize("NFC", text) if is_nfc else text)
                 if name != "phi-3" or "</s>" not in text:
                     failures.expect(f"{name}: tokens of {text!r}", found == expected, f"{found} {expected}")
         table.rows.append([name, "", "", "", "", "", "", f"{len(texts)} texts tokenized"])
