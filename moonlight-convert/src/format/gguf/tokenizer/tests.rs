@@ -399,6 +399,10 @@ fn damaged_metadata_is_an_error_with_a_hint_where_a_file_would_help() {
     };
     texts[0] = texts[1].clone();
     assert!(import(&twice).unwrap_err().to_string().contains("two tokens with the text"));
+    let huge: Vec<String> = (0..20_000).map(|id| format!("{id}{}", "a".repeat(500))).collect();
+    let huge =
+        [(keys::MODEL, "llama".into()), (keys::TOKENS, Value::from(huge))].map(|(key, value)| (key.into(), value));
+    assert!(import(&huge).unwrap_err().to_string().contains("more and longer tokens than any vocabulary"));
     let mut more = byte_level;
     more.push(("tokenizer.ggml.new_thing".into(), true.into()));
     assert_eq!(import(&more).unwrap().notes, ["the key `tokenizer.ggml.new_thing` is not known and was ignored"]);
