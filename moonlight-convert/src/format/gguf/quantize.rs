@@ -64,7 +64,8 @@ const BEFORE_HALF: f32 = 0.499_999_97;
 fn q8_0(values: &[f32; BLOCK], block: &mut [u8; 34]) -> bool {
     let largest = largest_magnitude(values);
     let scale = largest / 127.0;
-    let inverse = inverse(scale);
+    // An infinite inverse of a scale that is 0 in f16 gives zeros, as C's conversion of an infinity does on x86.
+    let inverse = if inverse(scale).is_finite() { inverse(scale) } else { 0.0 };
     let (head, quants) = block.split_at_mut(2);
     for (quant, value) in quants.iter_mut().zip(values) {
         let scaled = value * inverse;

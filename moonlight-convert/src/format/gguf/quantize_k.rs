@@ -78,24 +78,24 @@ fn search(x: &Groups, largest: f32, first: f32, steps: usize) -> Search {
     }
     // Groups of zeros have no range. Their lanes compute garbage that is replaced at the end.
     let constant: [bool; 8] = from_fn(|lane| high[lane] == low[lane]);
-    let range: Lanes = from_fn(|lane| high[lane] - low[lane]);
-    let quantize = |inverse: &Lanes, x: &Lanes| -> Lanes {
+    let quantize = |inverse: &Lanes, low: &Lanes, x: &Lanes| -> Lanes {
         from_fn(|lane| {
             let nearest = nearest(inverse[lane] * (x[lane] - low[lane]));
             nearest.clamp(0, largest as i32) as f32
         })
     };
-    let inverse: Lanes = from_fn(|lane| largest / range[lane]);
+    let inverse: Lanes = from_fn(|lane| largest / (high[lane] - low[lane]));
     let mut scales: Lanes = from_fn(|lane| 1.0 / inverse[lane]);
     let mut minima = low;
-    let mut best: Groups = from_fn(|at| quantize(&inverse, &x[at]));
+    let mut best: Groups = from_fn(|at| quantize(&inverse, &low, &x[at]));
     let mut best_error = error(x, &weights, &best, &scales, &minima);
     for step in 0..=steps {
-        let inverse: Lanes = from_fn(|lane| (first + 0.1 * step as f32 + largest) / range[lane]);
+        // The minimum that was best so far is the origin of the next trial, as in the reference.
+        let inverse: Lanes = from_fn(|lane| (first + 0.1 * step as f32 + largest) / (high[lane] - minima[lane]));
         let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0f32; 8], [0.0f32; 8], [0.0f32; 8]);
         let mut tried: Groups = [[0.0; 8]; WIDE];
         for ((x, w), tried) in x.iter().zip(&weights).zip(&mut tried) {
-            *tried = quantize(&inverse, x);
+            *tried = quantize(&inverse, &minima, x);
             for lane in 0..8 {
                 let wl = w[lane] * tried[lane];
                 sum_l[lane] += wl;
