@@ -137,6 +137,19 @@ struct AdapterReader {
     allowed: u64,
 }
 
+/// The matrices of an adapter that changes no weight of its base by itself. `why` is the end of the message for one that does.
+pub(crate) fn low_rank_only(model: &ModelConfig, dir: &Path, why: &str) -> Result<Vec<Adapter>, AdapterError> {
+    let AdapterContents { adapters, changes } = contents(model, TiedHead::Absent, dir)?;
+    match changes.into_iter().next() {
+        None => Ok(adapters),
+        Some((path, _)) => Err(AdapterError::Weights {
+            path: dir.join(ADAPTER_WEIGHTS),
+            problem: format!("changes `{path}` by more than LoRA of a projection, {why}"),
+            hint: Some("merge the adapter into its model first, and convert the merged model".into()),
+        }),
+    }
+}
+
 fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<AdapterContents, AdapterError> {
     let mut config = AdapterConfig::read(dir)?;
     if config.targets.modules.is_none() && config.targets.parameters.is_empty() {

@@ -11,6 +11,7 @@ use indicatif::DecimalBytes;
 use moonlight_convert::gguf::{BlockType, GgufOptions};
 use moonlight_convert::{Checkpoint, Format, SaveOptions};
 
+use super::adapter::{self, AdapterLayout};
 use super::output::note;
 use super::progress::Bar;
 use super::units::plural;
@@ -42,6 +43,10 @@ pub(crate) struct Arguments {
     /// Convert what exists of SRC, if files are missing
     #[arg(long)]
     partial: bool,
+    /// The base model of an adapter, which is converted between peft's layout and GGUF [default: the one that its
+    /// `adapter_config.json` names]
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
     /// Replace an existing checkpoint at DST
     #[arg(long)]
     force: bool,
@@ -121,6 +126,10 @@ fn bytes(text: &str) -> Result<u64, String> {
 /// Converts, and reports what was written.
 pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     let is_gguf = arguments.dst.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    if let Some(layout) = AdapterLayout::of(&arguments.src) {
+        let Arguments { src, dst, base, force, .. } = &arguments;
+        return adapter::convert(layout, src, dst, base.as_deref(), *force);
+    }
     match arguments.format {
         Some(FormatName::Gguf) => write_gguf(&arguments),
         None if is_gguf => write_gguf(&arguments),

@@ -9,6 +9,7 @@ use serde::{Serialize, Serializer};
 use crate::checkpoint::{CONFIG, Checkpoint};
 use crate::error::CheckpointError;
 use crate::format::gguf;
+use crate::format::gguf::tokenizer::{TokenizerTexts, tokenizer_texts};
 use crate::format::index::{INDEX, SINGLE};
 use crate::format::sidecars::sidecars_in;
 use crate::manifest::MANIFEST;
@@ -162,7 +163,22 @@ impl Checkpoint {
             let of_dtype = dtypes.entry(tensor.dtype.to_string()).or_default();
             *of_dtype = (of_dtype.0 + 1, of_dtype.1 + tensor.bytes());
         }
-        let sidecars = sidecars_in(self.dir())?;
+        let mut notes = self.notes();
+        let sidecars = match self.gguf_metadata() {
+            None => sidecars_in(self.dir())?,
+            // A tokenizer that is not supported does not prevent that tokens are passed by number.
+            Some(metadata) => match tokenizer_texts(self.dir(), metadata) {
+                Ok(None) => Vec::new(),
+                Ok(Some(TokenizerTexts { files, notes: more })) => {
+                    notes.extend(more);
+                    files.into_iter().map(|(name, _)| name).collect()
+                }
+                Err(error) => {
+                    notes.push(error.to_string());
+                    Vec::new()
+                }
+            },
+        };
         let ignored_files = match (self.is_gguf(), &self.gguf_folder) {
             // Next to a GGUF file can be anything. In a directory that was named as the model, config and tokenizer are
             // those of the metadata.
@@ -230,7 +246,7 @@ impl Checkpoint {
                 .map(|(form, tensors)| QuantizedForm { form, tensors })
                 .collect(),
             ignored_keys: self.ignored_keys(),
-            notes: self.notes(),
+            notes,
             unfinished,
             problems: problems
                 .iter()

@@ -105,6 +105,15 @@ impl GgufHeader {
         Ok(header)
     }
 
+    /// The length of the shortest file with this header, for fuzzing; `None` if the header is invalid.
+    #[doc(hidden)]
+    pub fn claimed_length(header: &[u8]) -> Option<u64> {
+        let header = Self::read(&mut Input::new(header, header.len() as u64)).ok()?;
+        let ends = header.tensors.iter().map(|tensor| tensor.offset.checked_add(checked_bytes(tensor).ok()?));
+        let end = ends.collect::<Option<Vec<u64>>>()?.into_iter().max().unwrap_or(0);
+        header.data_start.checked_add(end)
+    }
+
     fn read<R: Read>(input: &mut Input<R>) -> Result<Self, String> {
         let truncated = |problem: String| format!("is truncated or not a GGUF file: its header claims {problem}");
         let magic: [u8; 4] = input.array().map_err(truncated)?;

@@ -3,6 +3,7 @@
 //! The container is described at <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. Versions 2 and 3, which
 //! are the same byte for byte in little-endian files, are read; version 3 is written.
 
+pub mod adapter;
 mod block;
 pub(crate) mod dequantize;
 mod header;
