@@ -24,6 +24,8 @@ use moonlight_model::config::{
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// The end of the name of a router.
 pub(crate) const ROUTER: &str = ".ffn_gate_inp.weight";
+/// The end of the name of a correction bias.
+pub(crate) const CORRECTION: &str = ".exp_probs_b.bias";
 
 /// An architecture of llama.cpp, by the value of `general.architecture`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
