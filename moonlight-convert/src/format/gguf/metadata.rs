@@ -394,10 +394,11 @@ impl<'a> Reader<'a> {
 
     /// The decimal number that a value was rounded from: 1e-5, where the exact value of the f32 is 9.99999974e-6.
     fn number(&mut self, key: &str) -> Result<Option<f64>, String> {
-        self.typed(key, "a floating-point number", |value| match value {
+        let number = |value: &Value| match value {
             Value::F32(value) => value.to_string().parse().ok(),
             other => other.as_f64(),
-        })
+        };
+        self.typed(key, "a finite floating-point number", |value| number(value).filter(|number| number.is_finite()))
     }
 
     fn boolean(&mut self, key: &str) -> Result<Option<bool>, String> {
@@ -540,7 +541,7 @@ fn standard(metadata: &Metadata, tensors: &[TensorInfo], rope_factors: Option<&[
     let theta = keys.number("rope.freq_base")?.unwrap_or(10_000.0);
     let scaling = read_scaling(&mut keys)?;
     match (scaling, rope_factors, rotated_by_default) {
-        (None, Some(factors), Some(dim)) => put("rope_scaling", llama3(theta, dim as usize, factors)?),
+        (None, Some(factors), Some(dim)) => put("rope_scaling", llama3(theta, dim, factors)?),
         (Some(_), Some(_), _) => {
             return Err(keys.unsupported("rope.scaling.type", "is set in addition to `rope_freqs.weight`"));
         }
@@ -573,7 +574,7 @@ fn read_latent(keys: &mut Reader<'_>, rotated: Option<u64>, put: &mut impl FnMut
         ([Some(key), Some(value)], cached) => {
             if cached
                 .iter()
-                .zip([rank + rope, rank])
+                .zip([rank.saturating_add(rope), rank])
                 .any(|(found, expected)| found.is_some_and(|found| found != expected))
             {
                 return Err(keys.unsupported("attention.key_length", "is not the width of a row of the cache"));
@@ -716,10 +717,17 @@ fn read_scaling(keys: &mut Reader<'_>) -> Result<Option<Json>, String> {
 }
 
 /// The `rope_scaling` of the Llama whose factors these are. A file has no other record of it.
-fn llama3(theta: f64, dim: usize, factors: &[f32]) -> Result<Json, String> {
+fn llama3(theta: f64, dim: u64, factors: &[f32]) -> Result<Json, String> {
     const CONTEXTS: [usize; 4] = [8192, 4096, 2048, 16_384];
+    let other =
+        || "has frequencies in `rope_freqs.weight` that are not those of Llama 3.1 and its successors".to_owned();
+    // The width comes from the file: nothing is allocated for it before this check.
+    if factors.len() as u64 != dim / 2 {
+        return Err(other());
+    }
+    let dim = factors.len() * 2;
     let largest = factors.iter().copied().fold(1.0f32, f32::max);
-    if factors.len() == dim / 2 && largest == 1.0 {
+    if largest == 1.0 && factors.iter().all(|factor| *factor == 1.0) {
         return Ok(Json::Null);
     }
     for original_max_position_embeddings in CONTEXTS {
@@ -741,7 +749,7 @@ fn llama3(theta: f64, dim: usize, factors: &[f32]) -> Result<Json, String> {
             }));
         }
     }
-    Err("has frequencies in `rope_freqs.weight` that are not those of Llama 3.1 and its successors".into())
+    Err(other())
 }
 
 /// The label of a file's type, an `enum llama_ftype`.

@@ -26,8 +26,7 @@ use crate::io::parallel_copy::{Buffers, ChunkReader, RowChunk, in_order, values}
 use crate::io::storage::{self, Call};
 use crate::io::temporary::new_file;
 use crate::io::writer::{write_all_at, write_failure};
-use crate::load::stored_dtype;
-use crate::mapping::load_plan::{LoadPlan, Scope};
+use crate::mapping::load_plan::{LoadPlan, PlannedParameter, Scope};
 use crate::progress::Progress;
 
 /// About the size of the values of a chunk in f32, in bytes.
@@ -99,7 +98,7 @@ impl Checkpoint {
             Some(wanted) if FILE_TYPES.contains(&wanted) => wanted,
             Some(other) => return Err(not_in_gguf(format!("files of type {other} are not written"))),
             None if self.has_blocks() => BlockType::Bf16,
-            None => match stored_dtype(&plan) {
+            None => match matrix_dtype(&plan) {
                 WeightDtype::F32 => BlockType::F32,
                 WeightDtype::F16 => BlockType::F16,
                 WeightDtype::Bf16 => BlockType::Bf16,
@@ -225,6 +224,15 @@ impl Checkpoint {
             error => error,
         }
     }
+}
+
+/// The widest dtype of the matrices. All other tensors are f32 in a file of any type.
+fn matrix_dtype(plan: &LoadPlan) -> WeightDtype {
+    let is_matrix = |kind| {
+        matches!(kind, ParameterKind::Embedding | ParameterKind::Head | ParameterKind::Matrix | ParameterKind::Experts)
+    };
+    let matrices = plan.parameters.iter().filter(|planned| is_matrix(planned.parameter.kind));
+    matrices.map(PlannedParameter::stored).reduce(WeightDtype::widest).unwrap_or(WeightDtype::F32)
 }
 
 /// The keys in the order of other programs: the file, the model, the tokenizer.
