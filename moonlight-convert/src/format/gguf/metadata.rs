@@ -545,6 +545,12 @@ fn standard(metadata: &Metadata, tensors: &[TensorInfo], rope_factors: Option<&[
         (Some(_), Some(_), _) => {
             return Err(keys.unsupported("rope.scaling.type", "is set in addition to `rope_freqs.weight`"));
         }
+        (None, Some(_), None) => {
+            return Err(format!(
+                "has a tensor `{}`, which the architecture `{name}` does not have",
+                names::ROPE_FACTORS
+            ));
+        }
         (Some(scaling), None, _) => put("rope_scaling", scaling),
         _ => {}
     }
