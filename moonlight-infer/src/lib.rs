@@ -3,6 +3,8 @@
 mod catch_panic;
 pub mod chat;
 pub mod device;
+#[cfg(feature = "server")]
+pub mod engine;
 mod error;
 pub mod eval;
 mod expand_env;
@@ -16,6 +18,8 @@ pub mod parquet;
 pub mod records;
 pub mod run_dir;
 pub mod score;
+#[cfg(feature = "server")]
+pub mod server;
 pub mod token_reader;
 pub mod tokenizer;
 

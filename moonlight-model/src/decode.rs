@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::cache::KvCache;
 use crate::forward::{DecodeContext, ForwardContext};
@@ -65,23 +65,68 @@ impl CausalLm {
     ///
     /// If the cache has no room for the tokens, or was made for another batch size or model; if no sequence has new tokens.
     pub fn extend(&self, tokens: &[&[u32]], cache: &mut KvCache) -> Tensor<2> {
-        let device = self.embed_tokens.weight.val().device();
-        let mut rest = tokens.to_vec();
-        run_in_pool(&device, || {
-            let mut ends = Vec::new();
-            while rest.iter().any(|rest| !rest.is_empty()) {
-                let (chunk, counts, last) = next_chunk(&mut rest);
-                let spans = cache.append(&counts);
-                let chunk = TensorData::new(chunk, [1, counts.iter().sum()]);
-                let hidden = self.decode_layers(Tensor::from_data(chunk, &device), spans, cache);
-                // Only the last token of a sequence goes to the head, the widest matrix: other logits are not used.
-                if !last.is_empty() {
-                    let last = Tensor::<1, Int>::from_data(TensorData::from(last.as_slice()), &device);
-                    ends.push(hidden.select(0, last));
-                }
-            }
-            self.head(Tensor::cat(ends, 0))
+        let wanted: Vec<usize> = tokens.iter().map(|tokens| tokens.len().min(1)).collect();
+        run_in_pool(&self.device(), || {
+            self.head(self.extend_layers(tokens, &wanted, cache).expect("some sequence has new tokens"))
         })
+    }
+
+    /// [`extend`](CausalLm::extend) without the head: appends new tokens to some sequences of the cache, and returns the last
+    /// layer's output for the last `wanted[i]` of the new tokens of sequence `i`. `None` if no token is wanted.
+    ///
+    /// The head is the widest matrix, so a part of a prompt whose logits are not used runs without it, and a caller that needs
+    /// the logits of many tokens can pass them to [`decode_head`](CausalLm::decode_head) in pieces: for 8,192 tokens and a
+    /// vocabulary of 163,840 all of them are 5.4 GB in f32.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[sum of wanted, hidden]`, in the order of the cache
+    ///
+    /// # Panics
+    ///
+    /// If the cache has no room for the tokens, or was made for another batch size or model; if more tokens are wanted than
+    /// are new.
+    pub fn extend_hidden(&self, tokens: &[&[u32]], wanted: &[usize], cache: &mut KvCache) -> Option<Tensor<2>> {
+        assert_eq!(wanted.len(), tokens.len(), "there must be one number of wanted tokens for each sequence");
+        let fits = tokens.iter().zip(wanted).all(|(tokens, wanted)| *wanted <= tokens.len());
+        assert!(fits, "more tokens are wanted than are new");
+        run_in_pool(&self.device(), || self.extend_layers(tokens, wanted, cache))
+    }
+
+    /// [`head`](CausalLm::head) for the output of [`extend_hidden`](CausalLm::extend_hidden), as fast as within
+    /// [`extend`](CausalLm::extend). There is no gradient.
+    ///
+    /// # Shapes
+    ///
+    /// - hidden: `[tokens, hidden]`
+    /// - output: `[tokens, vocab]`
+    pub fn decode_head(&self, hidden: Tensor<2>) -> Tensor<2> {
+        run_in_pool(&self.device(), || self.head(hidden))
+    }
+
+    fn device(&self) -> Device {
+        self.embed_tokens.weight.val().device()
+    }
+
+    fn extend_layers(&self, tokens: &[&[u32]], wanted: &[usize], cache: &mut KvCache) -> Option<Tensor<2>> {
+        let device = self.device();
+        let mut rest = tokens.to_vec();
+        let mut parts = Vec::new();
+        while rest.iter().any(|rest| !rest.is_empty()) {
+            let Chunk { tokens, counts, wanted } = next_chunk(&mut rest, wanted);
+            let spans = cache.append(&counts);
+            let count = tokens.len();
+            let tokens = Tensor::from_data(TensorData::new(tokens, [1, count]), &device);
+            let hidden = self.decode_layers(tokens, spans, cache);
+            if wanted.len() == count {
+                parts.push(hidden);
+            } else if !wanted.is_empty() {
+                let wanted = Tensor::<1, Int>::from_data(TensorData::from(wanted.as_slice()), &device);
+                parts.push(hidden.select(0, wanted));
+            }
+        }
+        // `cat` would copy a single part.
+        if parts.len() < 2 { parts.pop() } else { Some(Tensor::cat(parts, 0)) }
     }
 
     /// Runs the layers over `[1, tokens]`, which `spans` assigns to sequences; returns `[tokens, hidden]`.
@@ -96,20 +141,29 @@ impl CausalLm {
     }
 }
 
-/// Removes up to [`CHUNK_TOKENS`] tokens from the front of the sequences, in order. Returns the tokens, the number from each
-/// sequence, and the positions in the chunk of those that are the last of their sequence.
-fn next_chunk(rest: &mut [&[u32]]) -> (Vec<i32>, Vec<usize>, Vec<i32>) {
-    let (mut chunk, mut counts, mut last) = (Vec::new(), Vec::with_capacity(rest.len()), Vec::new());
-    for rest in rest {
-        let (taken, after) = rest.split_at(rest.len().min(CHUNK_TOKENS - chunk.len()));
-        chunk.extend(taken.iter().map(|&token| token as i32));
-        counts.push(taken.len());
-        if !taken.is_empty() && after.is_empty() {
-            last.push(chunk.len() as i32 - 1);
-        }
+/// Tokens of one pass.
+struct Chunk {
+    tokens: Vec<i32>,
+    /// The number of tokens from each sequence.
+    counts: Vec<usize>,
+    /// The indices in `tokens` of those whose output is wanted.
+    wanted: Vec<i32>,
+}
+
+/// Removes up to [`CHUNK_TOKENS`] tokens from the front of the sequences, in order. The last `wanted[i]` tokens of sequence `i` are
+/// wanted.
+fn next_chunk(rest: &mut [&[u32]], wanted: &[usize]) -> Chunk {
+    let mut chunk = Chunk { tokens: Vec::new(), counts: Vec::with_capacity(rest.len()), wanted: Vec::new() };
+    for (rest, wanted) in rest.iter_mut().zip(wanted) {
+        let first = chunk.tokens.len();
+        let (taken, after) = rest.split_at(rest.len().min(CHUNK_TOKENS - first));
+        chunk.tokens.extend(taken.iter().map(|&token| token as i32));
+        chunk.counts.push(taken.len());
+        let skipped = rest.len().saturating_sub(*wanted).min(taken.len());
+        chunk.wanted.extend((first + skipped..chunk.tokens.len()).map(|index| index as i32));
         *rest = after;
     }
-    (chunk, counts, last)
+    chunk
 }
 
 /// For each token the index of its span's first token.
@@ -130,13 +184,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chunks_have_every_token_once_and_mark_the_last() {
+    fn chunks_have_every_token_once_and_mark_those_that_are_wanted() {
         let long: Vec<u32> = (0..CHUNK_TOKENS as u32 + 3).collect();
         let mut rest: [&[u32]; 4] = [&[7, 8], &[], &long, &[9]];
-        let (chunk, counts, last) = next_chunk(&mut rest);
-        assert_eq!((chunk.len(), counts, last), (CHUNK_TOKENS, vec![2, 0, CHUNK_TOKENS - 2, 0], vec![1]));
-        let (chunk, counts, last) = next_chunk(&mut rest);
-        assert_eq!((chunk.last(), counts, last), (Some(&9), vec![0, 0, 5, 1], vec![4, 5]));
+        // Of the long sequence the last token of the first chunk is wanted, and all of the second.
+        let wanted = [1, 0, 6, 0];
+        let chunk = next_chunk(&mut rest, &wanted);
+        assert_eq!((chunk.tokens.len(), chunk.counts), (CHUNK_TOKENS, vec![2, 0, CHUNK_TOKENS - 2, 0]));
+        assert_eq!(chunk.wanted, [1, CHUNK_TOKENS as i32 - 1]);
+        let chunk = next_chunk(&mut rest, &wanted);
+        assert_eq!((chunk.tokens.last(), chunk.counts), (Some(&9), vec![0, 0, 5, 1]));
+        assert_eq!(chunk.wanted, [0, 1, 2, 3, 4]);
         assert!(rest.iter().all(|rest| rest.is_empty()));
     }
 

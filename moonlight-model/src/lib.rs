@@ -8,7 +8,7 @@
 //! | router, experts, auxiliary-loss-free balancing, sequence-wise balance loss | [`moe`] |
 //! | rotary embedding, YaRN | [`rope`], [`config::YarnConfig`] |
 //! | decoder layer, decoder | [`DecoderLayer`], [`CausalLm`] |
-//! | KV cache, prefill, decode | [`KvCache`], [`CausalLm::extend`], [`CausalLm::decode`] |
+//! | KV cache, prefill, decode | [`KvCache`], [`CausalLm::extend`], [`CausalLm::extend_hidden`], [`CausalLm::decode`] |
 //! | LoRA | [`lora`] |
 //! | weights in 8 or 4 bits | [`QuantizedWeight`] |
 //! | fused operations with hand-written gradients | [`kernels`] |
@@ -49,7 +49,7 @@ pub use attention::{
     MultiHeadLatentAttentionConfig,
 };
 pub use batch::{LmBatch, Segments};
-pub use cache::KvCache;
+pub use cache::{KvCache, PreparedWeights};
 pub use config::{ConfigError, ModelConfig, RopeConfig};
 pub use forward::ForwardContext;
 pub use forward_stats::{ForwardStats, LayerStats, Probe};

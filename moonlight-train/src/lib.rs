@@ -15,5 +15,7 @@ mod output_file;
 pub mod plan;
 pub mod recipe;
 pub mod schedule;
+#[cfg(feature = "server")]
+pub mod serve;
 pub mod tensorboard;
 pub mod trainer;

@@ -67,6 +67,16 @@ pub struct WeightedTokens {
     pub given: Vec<String>,
 }
 
+/// The tokens of a prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChatPrompt {
+    /// The tokens, which end where the assistant starts to write.
+    pub tokens: Vec<u32>,
+    /// Fields with a value that the template does not use: those of the request by their name, those of its messages as
+    /// `messages[].NAME`.
+    pub unread: Vec<String>,
+}
+
 /// The fields of a record, by how they are used.
 struct Variables {
     /// Variables of the template.
@@ -102,6 +112,25 @@ impl ChatEncoder {
         let mut tokens = Vec::new();
         self.core.specials.encode(&self.tokenizer, &text, &mut tokens)?;
         Ok(tokens)
+    }
+
+    /// The prompt for an answer to messages, with `tools`, `documents` and `chat_template_kwargs` in `fields`.
+    ///
+    /// A special token that a message or a field spells is encoded as text.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`tokens`](Self::tokens), and [`ChatError::Conversation`] for a field that is not as the template expects it.
+    pub fn prompt(&self, messages: &[Message], fields: &Map<String, Value>) -> Result<ChatPrompt, ChatError> {
+        let Variables { values, ignored: mut unread, .. } = self.core.variables(fields)?;
+        let template = self.core.template.variant_for_tools(!values["tools"].is_null());
+        let input = self.core.template_input(messages.iter(), values)?;
+        let text = template.render_input(&input, &input.values, true, ["", ""])?;
+        let turns: Vec<Turn> = messages.iter().map(|message| Turn::new(message.clone(), 1.0)).collect();
+        unread.extend(ignored_message_fields(&turns, &input)?);
+        let mut tokens = Vec::new();
+        self.core.specials.encode(&self.tokenizer, &text, &mut tokens)?;
+        Ok(ChatPrompt { tokens, unread })
     }
 
     /// Parses a record in any [format](Conversation), with the roles that the template knows.

@@ -28,7 +28,7 @@ use serde_json::{Map, Value};
 
 pub use crate::moonlight_template::MOONLIGHT_TEMPLATE;
 pub use conversation::{Conversation, ConversationFormat, Turn};
-pub use encoder::{ChatEncoder, WeightedTokens};
+pub use encoder::{ChatEncoder, ChatPrompt, WeightedTokens};
 pub use error::{ChatError, ConversationError};
 pub use template::{ChatTemplate, TemplateSource};
 

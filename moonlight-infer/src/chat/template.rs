@@ -222,6 +222,12 @@ impl ChatTemplate {
         self.tool_template.as_deref().filter(|_| tools).unwrap_or(self)
     }
 
+    /// The source text of the template for conversations with tools; `None` if it does not read `tools`.
+    pub fn tools_source(&self) -> Option<&str> {
+        let template = self.variant_for_tools(true);
+        template.uses_variable("tools").then_some(template.text.as_str())
+    }
+
     /// Whether the template mentions a role as a quoted string. `tool`, `developer` and `function` are also known to a
     /// template that does not distinguish roles at all (it does not mention `user`).
     pub fn knows_role(&self, role: &str) -> bool {

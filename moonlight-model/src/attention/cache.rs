@@ -1,6 +1,6 @@
 //! [`LayerCache`]: the KV cache of one attention layer.
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 
 use crate::kernels::{CacheSpan, uniform_span};
 
@@ -8,7 +8,7 @@ use crate::kernels::{CacheSpan, uniform_span};
 /// the shared key; for grouped-query attention a row is the key followed by the value.
 #[derive(Debug)]
 pub(crate) struct LayerCache {
-    /// `None` only inside [`write`](Self::write) and [`grow`](Self::grow).
+    /// `None` only inside functions that replace it.
     store: Option<Tensor<4>>,
     /// Weights in a layout for decoding, made at the first use by the kinds of attention that need one.
     pub(crate) prepared: Option<Vec<Tensor<3>>>,
@@ -54,6 +54,17 @@ impl LayerCache {
             }
         }
         self.store = Some(store);
+    }
+
+    /// Copies the rows of the first `length` tokens of sequence `from` to sequence `to`.
+    pub(crate) fn copy_prefix(&mut self, from: usize, to: usize, length: usize) {
+        let store = self.store.take().expect("the store is always put back");
+        let [_, heads, _, row] = store.dims();
+        let rows = store.clone().slice([from..from + 1, 0..heads, 0..length, 0..row]);
+        // A slice may be a view that owns the whole store with it, and then the assignment would copy the store. `select` copies the
+        // rows, so that the store has one owner again.
+        let rows = rows.select(2, Tensor::<1, Int>::arange(0..length as i64, &store.device()));
+        self.store = Some(store.slice_assign([to..to + 1, 0..heads, 0..length, 0..row], rows));
     }
 
     /// All rows, `[batch, key heads, capacity, row]`. Those beyond a sequence's length are unspecified.

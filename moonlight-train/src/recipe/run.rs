@@ -87,7 +87,7 @@ fn is_folder_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }
 
-/// The text that the trained model writes at the end of the run, a first look at what it has learned.
+/// The text that the model writes at each validation and at the end of the run, a first look at what it has learned.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SampleConfig {
@@ -105,11 +105,22 @@ pub struct SampleConfig {
     pub top_k: usize,
     /// The seed of the sampling.
     pub seed: u64,
+    /// Whether a text is written at each validation, into `samples.jsonl` of the run's folder. It does not change the training.
+    /// Set it to false if the texts take too long; the one at the end is printed in any case.
+    pub at_validation: bool,
 }
 
 impl Default for SampleConfig {
     fn default() -> Self {
-        Self { prompt: String::new(), max_new_tokens: 200, temperature: 0.8, top_p: 0.95, top_k: 0, seed: 0 }
+        Self {
+            prompt: String::new(),
+            max_new_tokens: 200,
+            temperature: 0.8,
+            top_p: 0.95,
+            top_k: 0,
+            seed: 0,
+            at_validation: true,
+        }
     }
 }
 

@@ -5,10 +5,10 @@ use std::io::{IsTerminal, Write};
 
 use burn::module::Module;
 use moonlight_convert::printable_lines;
-use moonlight_infer::generate::{Sampling, generate};
 
 use super::outcome::{Outcome, Trained};
 use super::run_eval::{self, run_eval};
+use super::sample::sample_text;
 use crate::analysis::plots::write_plots;
 use crate::error::TrainError;
 use crate::metrics::peak_memory_mib;
@@ -52,13 +52,7 @@ pub fn final_report(recipe: &Recipe, outcome: Outcome) -> Result<(), TrainError>
     }
     let sample = &recipe.sample;
     if let Some(tokenizer) = tokenizer.filter(|_| !sample.prompt.is_empty()) {
-        let tokenizer = tokenizer.for_prompts();
-        let prompt = tokenizer.encode_text(&sample.prompt)?;
-        let sampling =
-            Sampling { temperature: sample.temperature, top_p: sample.top_p, top_k: sample.top_k, seed: sample.seed };
-        let eos: Vec<u32> = tokenizer.eos().into_iter().collect();
-        let generated = generate(&model, &prompt, sample.max_new_tokens, sampling, &eos, |_| {})?;
-        let text = tokenizer.decode(&generated.tokens);
+        let text = sample_text(&model, &tokenizer, sample)?;
         tracing::info!("sample:");
         let mut stdout = std::io::stdout();
         // A model may generate escape sequences, which a terminal would execute; a file gets the text unchanged.

@@ -8,7 +8,8 @@
 //! * `train_loop.rs`: the loop: step, report, validate, save.
 //! * `rank_trainer.rs`: what the loop calls, on one rank. `step.rs` takes a step, `backward.rs` runs its passes in stages,
 //!   `step_result.rs` is what it measures, `qk_clip.rs` bounds attention logits after it, `save.rs` writes a checkpoint.
-//! * `run_eval.rs` evaluates before and after the run; `comm_report.rs` counts what the ranks sent; `final_report.rs` ends
+//! * `sample.rs` writes texts of the model at each validation;
+//!   `run_eval.rs` evaluates before and after the run; `comm_report.rs` counts what the ranks sent; `final_report.rs` ends
 //!   the run with plots, results and a sample.
 //!
 //! `exchange.rs` sends values other than tensors between ranks. `model_cell.rs` holds the model while a step replaces it,
@@ -29,6 +30,7 @@ mod rank_trainer;
 mod run_eval;
 mod run_folder;
 mod same_run;
+mod sample;
 mod save;
 mod setup;
 mod step;
@@ -56,6 +58,8 @@ pub use backward::MemoryOptions;
 pub use final_report::final_report;
 pub(crate) use in_loop::is_training;
 pub use outcome::{Outcome, Trained};
+#[cfg(feature = "server")]
+pub(crate) use run_folder::LOCK_FILE;
 pub use terminal::restore as restore_terminal;
 
 use process_group::{Display, ProcessGroup};

@@ -14,6 +14,7 @@ use moonlight_optim::{Assignment, MuonAdamW, update_rms};
 use super::backward::MemoryOptions;
 use super::exchange::{all_gather, any, exchange_fields};
 use super::model_cell::ModelCell;
+use super::sample::SampleWriter;
 use super::step::{StepSettings, UpdateMode, step};
 use super::step_error::StepError;
 use super::step_result::StepTotals;
@@ -46,6 +47,8 @@ pub(super) struct RankTrainer {
     /// Whether the recipe has `[distributed]`, even with one rank, or a launcher started several processes. Such a run logs
     /// how much it sent.
     pub(super) distributed: bool,
+    /// Writes samples; `None` on all ranks but the first, and if the recipe asks for none.
+    pub(super) samples: Option<SampleWriter>,
 }
 
 /// The loss of a validation batch.
@@ -225,6 +228,13 @@ impl RankTrainer {
             perplexity: Some(loss.exp()),
             ..Metrics::default()
         }))
+    }
+
+    /// Writes a sample of the model into `samples.jsonl`. The other ranks wait for the first one in their next collective.
+    pub(super) fn write_sample(&mut self) {
+        let Some(samples) = &mut self.samples else { return };
+        let _busy = self.optimizer.communicator().busy();
+        samples.write(&self.model.valid(), self.state.step);
     }
 
     /// Writes the checkpoint of the current step and returns its folder.

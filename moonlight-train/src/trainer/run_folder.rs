@@ -3,7 +3,8 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::thread::sleep;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use moonlight_convert::storage;
 
@@ -11,7 +12,11 @@ use crate::error::TrainError;
 use crate::output_file::Unfinished;
 
 /// The locked file in the run's folder. The operating system releases the lock when the process ends; the file stays.
-const LOCK_FILE: &str = "run.lock";
+pub(crate) const LOCK_FILE: &str = "run.lock";
+/// How often a claim tries again before the folder counts as locked. A reader that looks whether a training is in progress
+/// holds a shared lock for an instant.
+const ATTEMPTS: usize = 5;
+const PAUSE: Duration = Duration::from_millis(20);
 /// Bytes of the lock file that are shown; it is not trusted to be short.
 const MAX_HOLDER_BYTES: u64 = 400;
 
@@ -86,6 +91,7 @@ fn holds_only_the_lock(path: &Path) -> bool {
 /// Locks a run's folder and writes this process into the lock file.
 fn lock(folder: &Path) -> Result<Option<File>, TrainError> {
     let path = folder.join(LOCK_FILE);
+    let mut attempt = 1;
     let mut file = loop {
         let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let file = options.map_err(TrainError::write(&path))?;
@@ -93,6 +99,10 @@ fn lock(folder: &Path) -> Result<Option<File>, TrainError> {
             // Another process gave up its claim and removed this file after it was opened here. A lock on it excludes no one.
             Ok(()) if !is_at(&file, &path) => {}
             Ok(()) => break file,
+            Err(TryLockError::WouldBlock) if attempt < ATTEMPTS => {
+                attempt += 1;
+                sleep(PAUSE);
+            }
             Err(TryLockError::WouldBlock) => {
                 let holder = holder(&path);
                 return Err(TrainError::RunLocked { folder: folder.to_owned(), holder });
@@ -134,7 +144,7 @@ fn holder(lock: &Path) -> String {
         if text.ends_with('\n') {
             return text.trim().to_owned();
         }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        sleep(Duration::from_millis(10));
     }
     String::new()
 }

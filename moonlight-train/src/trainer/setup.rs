@@ -23,6 +23,7 @@ use super::rank_trainer::RankTrainer;
 use super::run_eval::{self, run_eval};
 use super::run_folder::RunFolder;
 use super::same_run::{check_same_run, run_identity};
+use super::sample::SampleWriter;
 use crate::checkpoint::{Checkpoints, FoundCheckpoint, TrainerState};
 use crate::data::{Dataset, Prefetcher};
 use crate::error::TrainError;
@@ -52,6 +53,8 @@ pub(super) struct Setup {
     dataset: Arc<Dataset>,
     checkpoints: Checkpoints,
     tokenizer: Option<Tokenizer>,
+    /// Set when the run begins, in the first process, if the recipe asks for samples.
+    samples: Option<SampleWriter>,
 }
 
 /// Where a run starts.
@@ -109,7 +112,20 @@ impl Setup {
         let model = freeze::freeze(model, &recipe.train.freeze, recipe.optimizer.qk_clip().is_some())?;
         let assignment = recipe.optimizer.rules(config.hidden_size).assign(&model)?;
         let dataset = Arc::new(dataset);
-        Ok(Self { recipe, model, state, resumed, folder, assignment, schedule, dataset, checkpoints, tokenizer })
+        let samples = None;
+        Ok(Self {
+            recipe,
+            model,
+            state,
+            resumed,
+            folder,
+            assignment,
+            schedule,
+            dataset,
+            checkpoints,
+            tokenizer,
+            samples,
+        })
     }
 
     /// Writes recipe, optimizer assignment and data sizes into the run's folder, logs them, and opens the files for its
@@ -123,6 +139,7 @@ impl Setup {
         if let Some(folder) = &mut self.folder {
             folder.begin();
         }
+        self.samples = SampleWriter::open(&self.recipe, self.tokenizer.as_ref(), self.state.step)?;
         let Self { recipe, state, assignment, dataset, .. } = &*self;
         let folder = recipe.run.folder();
         if let Some(results) = before {
@@ -159,6 +176,7 @@ impl Setup {
             .map(|(_, target)| self.model.clone().fork(&target.device.clone().autodiff()))
             .collect();
         models.insert(0, self.model);
+        let mut samples = self.samples;
         for ((comm, target), model) in ranks.iter().zip(models) {
             let mut data = self.dataset.train_stream(self.recipe.train.batch_size);
             if self.resumed.is_some() {
@@ -177,6 +195,7 @@ impl Setup {
                 state: self.state.clone(),
                 resumed_at: self.state.step,
                 distributed,
+                samples: samples.take(),
             });
         }
         Ok((trainers, ReportInputs { dataset: self.dataset, tokenizer: self.tokenizer, folder: self.folder }))

@@ -34,11 +34,12 @@ pub(super) fn train_loop(
         // `state.step` counts from 1 here: "every 100" validates after the hundredth step and not after the 101st.
         let step = trainer.state.step;
         let is_due = |every: u64| step == settings.steps || (every > 0 && step.is_multiple_of(every));
-        if is_due(settings.validate_every)
-            && let Some(metrics) = trainer.validate()?
-        {
-            valid_loss = metrics.loss;
-            reporter.report(&metrics)?;
+        if is_due(settings.validate_every) {
+            if let Some(metrics) = trainer.validate()? {
+                valid_loss = metrics.loss;
+                reporter.report(&metrics)?;
+            }
+            trainer.write_sample();
         }
         // After the validation, so that the checkpoint records the best loss, and `keep_best` keeps the right one.
         saved = is_due(settings.checkpoint_every).then(|| trainer.save()).transpose()?;

@@ -1,0 +1,158 @@
+//! What the routes share: the engine, the texts of the model, limits and metrics.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, Request};
+use axum::http::header;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::error::ApiError;
+use super::metrics::Metrics;
+use super::options::ServerOptions;
+use super::request::Settings;
+use super::text_model::TextModel;
+use crate::chat::ChatEncoder;
+use crate::engine::{Engine, EngineError, Health, Request as EngineRequest};
+use crate::tokenizer::Tokenizer;
+
+/// The unit in which the memory for bodies is counted.
+const BODY_UNIT: usize = 1024;
+/// The time that a request waits for memory for its body.
+const BODY_WAIT: Duration = Duration::from_secs(5);
+
+/// The state of the routes.
+#[derive(Debug)]
+pub(super) struct App {
+    pub(super) engine: Engine,
+    /// Encodes prompts: without the suffix of a complete text, and with special tokens, because the client writes all of a
+    /// prompt.
+    pub(super) tokenizer: Tokenizer,
+    pub(super) text: TextModel,
+    pub(super) options: ServerOptions,
+    pub(super) metrics: Metrics,
+    /// Seconds since 1970.
+    pub(super) created: u64,
+    /// Whether new requests are refused, because the server ends.
+    ending: AtomicBool,
+    /// Memory for the bodies of requests, in units of [`BODY_UNIT`].
+    bodies: Arc<Semaphore>,
+    /// Threads that parse and encode.
+    encoders: Arc<Semaphore>,
+}
+
+/// The memory of a request's body, and of what is made of it: it is counted until the answer is complete.
+#[derive(Debug)]
+pub(super) struct BodyMemory(#[expect(dead_code, reason = "it is freed when it is dropped")] OwnedSemaphorePermit);
+
+impl App {
+    pub(super) fn new(engine: Engine, text: TextModel, options: ServerOptions) -> Self {
+        let units = (options.body_memory.max(options.max_body) / BODY_UNIT).clamp(1, Semaphore::MAX_PERMITS);
+        Self {
+            metrics: Metrics::new(engine.clone()),
+            tokenizer: text.tokenizer.clone().for_prompts().with_parse_special(true),
+            created: super::reply::now(),
+            ending: AtomicBool::new(false),
+            bodies: Arc::new(Semaphore::new(units)),
+            encoders: Arc::new(Semaphore::new(options.encoders.max(1))),
+            engine,
+            text,
+            options,
+        }
+    }
+
+    /// Refuses new requests from now on.
+    pub(super) fn end(&self) {
+        self.ending.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
+            || matches!(self.engine.status().health, Health::ShuttingDown | Health::Stopped)
+    }
+
+    /// The encoder of conversations.
+    pub(super) fn chat(&self) -> Result<Arc<ChatEncoder>, ApiError> {
+        self.text.chat.clone().ok_or(ApiError::NoChatTemplate)
+    }
+
+    /// Checks that there is a model, before its prompt is encoded.
+    pub(super) fn check_model(&self, name: &str) -> Result<(), ApiError> {
+        match self.engine.models().iter().any(|known| known == name) {
+            true => Ok(()),
+            false => Err(EngineError::UnknownModel(name.to_owned()).into()),
+        }
+    }
+
+    /// Reads the body of a request, within the limits of size, time and memory.
+    pub(super) async fn read_body(&self, request: Request) -> Result<(Bytes, BodyMemory), ApiError> {
+        if self.is_ending() {
+            return Err(EngineError::ShuttingDown.into());
+        }
+        let limit = self.options.max_body;
+        let length = request.headers().get(header::CONTENT_LENGTH);
+        let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+        if length.is_some_and(|length| length > limit) {
+            return Err(ApiError::BodyTooLarge { limit });
+        }
+        // A body without a length may be as large as the limit.
+        let units = u32::try_from(length.unwrap_or(limit) / BODY_UNIT + 1).unwrap_or(u32::MAX);
+        let units = units.min(u32::try_from(limit / BODY_UNIT).unwrap_or(u32::MAX).max(1));
+        let memory = tokio::time::timeout(BODY_WAIT, self.bodies.clone().acquire_many_owned(units)).await;
+        let Ok(Ok(mut memory)) = memory else { return Err(ApiError::TooManyBodies) };
+        let read = tokio::time::timeout(self.options.body_timeout, Bytes::from_request(request, &())).await;
+        match read {
+            Err(_) => Err(ApiError::SlowBody { seconds: self.options.body_timeout.as_secs() }),
+            Ok(Err(refused)) if refused.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE => {
+                Err(ApiError::BodyTooLarge { limit })
+            }
+            Ok(Err(refused)) => Err(ApiError::Body { problem: refused.body_text() }),
+            Ok(Ok(bytes)) => {
+                let surplus = memory.num_permits().saturating_sub(bytes.len() / BODY_UNIT + 1);
+                drop(memory.split(surplus));
+                Ok((bytes, BodyMemory(memory)))
+            }
+        }
+    }
+
+    /// Runs work that takes long (parsing, templates, tokenizing) on a thread of its own. Only a few run at once, also those
+    /// whose client has gone away.
+    pub(super) async fn encode<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let closed = |_| ApiError::Internal { problem: "the encoders have ended".into() };
+        let turn = self.encoders.clone().acquire_owned().await.map_err(closed)?;
+        let task = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            work()
+        });
+        task.await.map_err(|error| ApiError::Internal { problem: format!("encoding the prompt ended with {error}") })?
+    }
+
+    /// The most tokens of a prompt and its answer.
+    pub(super) fn context(&self) -> usize {
+        self.engine.options().context
+    }
+
+    /// The request of a sequence, without its prompt.
+    pub(super) fn engine_request(
+        &self,
+        settings: &Settings,
+        stop_tokens: &[u32],
+        prompt_logprobs: bool,
+    ) -> EngineRequest {
+        let most = settings.max_tokens.unwrap_or(usize::MAX).min(self.context());
+        EngineRequest {
+            sampling: settings.sampling,
+            penalties: settings.penalties.clone(),
+            stop_tokens: stop_tokens.to_vec(),
+            ignore_eos: settings.ignore_eos,
+            logprobs: settings.logprobs,
+            prompt_logprobs: settings.logprobs.filter(|_| prompt_logprobs),
+            ..EngineRequest::new(&settings.model, Vec::new(), most)
+        }
+    }
+}
