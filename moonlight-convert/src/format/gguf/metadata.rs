@@ -35,8 +35,7 @@ pub(super) const OWN: &str = "moonlight.config";
 /// Below this, an epsilon has no effect on a norm of values of usual size.
 const SMALL_EPSILON: f64 = 1e-5;
 /// Keys of `config.json` that are not compared: they are restored from elsewhere, or describe the files.
-const NOT_COMPARED: [&str; 7] =
-    ["architectures", "bos_token_id", "dtype", "eos_token_id", "quantization_config", "torch_dtype", "vocab_size"];
+const NOT_COMPARED: [&str; 5] = ["architectures", "dtype", "quantization_config", "torch_dtype", "vocab_size"];
 
 /// What a file says about itself.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -235,16 +235,17 @@ fn matrix_dtype(plan: &LoadPlan) -> WeightDtype {
     matrices.map(PlannedParameter::stored).reduce(WeightDtype::widest).unwrap_or(WeightDtype::F32)
 }
 
-/// The keys in the order of other programs: the file, the model, the tokenizer.
+/// The keys in the order of other programs: the file, the model, the tokenizer. Those about the file are sorted by name, so that a
+/// copy of a file has the same bytes.
 fn in_usual_order(metadata: Metadata) -> Metadata {
     let rank = |key: &str| match key {
-        _ if key.starts_with("general.architecture") => 0,
-        _ if key.starts_with("general.") => 1,
-        _ if key.starts_with("tokenizer.") => 3,
-        _ => 2,
+        "general.architecture" => (0, String::new()),
+        _ if key.starts_with("general.") => (1, key.to_owned()),
+        _ if key.starts_with("tokenizer.") => (3, String::new()),
+        _ => (2, String::new()),
     };
     let mut entries: Vec<_> = metadata.iter().map(|(key, value)| (key.to_owned(), value.clone())).collect();
-    entries.sort_by_key(|(key, _)| rank(key));
+    entries.sort_by_cached_key(|(key, _)| rank(key));
     entries.into_iter().collect()
 }
 
