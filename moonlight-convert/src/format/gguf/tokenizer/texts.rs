@@ -258,7 +258,7 @@ fn ignored(metadata: &Metadata) -> Vec<String> {
         keys::TEMPLATE,
         keys::TEMPLATES,
     ];
-    let keys = metadata.iter().map(|(key, _)| key.as_ref());
+    let keys = metadata.iter().map(|(key, _)| key);
     let rest = keys.filter(|key: &&str| {
         key.starts_with(keys::PREFIX)
             && !used.contains(key)
