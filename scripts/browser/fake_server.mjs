@@ -97,7 +97,7 @@ async function complete(isChat, body, response, error) {
   if (isChat) send({ choices: [{ index: 0, finish_reason: null, delta: { role: "assistant", content: "" } }] });
   const answers = { html: HOSTILE, long: LONG, slow: "word ".repeat(2000), midway: "One. Two.", cut: "One. Two.", empty: "" };
   const isSlow = said === "slow";
-  const answer = pieces(answers[said] ?? (isChat ? `You said: ${said}` : ` and so on`));
+  const answer = pieces(answers[said] ?? (!isChat ? " and so on" : said.length > 1000 ? "That is long." : `You said: ${said}`));
   let count = 0;
   for (const piece of answer) {
     if (response.destroyed) return;

@@ -15,7 +15,7 @@ export class Chart {
     this.element = make(
       "figure",
       { class: main ? "chart main" : "chart" },
-      make("div", { class: "chart-head" }, make("h3", {}, title), unit ? make("span", { class: "unit" }, unit) : null),
+      make("div", { class: "chart-head" }, make("h2", {}, title), unit ? make("span", { class: "unit" }, unit) : null),
       this.readout,
       this.svg,
     );

@@ -291,7 +291,7 @@ export function startChat({ closeMenu }) {
     // An answer that was stopped before its first token leaves nothing to show.
     if (!reply.content && !reply.error) {
       if (result.stopped) conversation.messages = conversation.messages.filter((message) => message !== reply);
-      else reply.note = reply.note || "The answer is empty";
+      else reply.note = "The answer is empty";
     }
     if (conversations.includes(conversation)) touch(conversation);
     if (conversation === current) {

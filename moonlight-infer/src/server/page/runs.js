@@ -225,7 +225,7 @@ export function startRuns({ closeMenu }) {
 
   function showError(error) {
     showLive(false);
-    if (error.status === 404) showEmpty("This server shows no runs", "Start it with the folder of your runs to see their curves here.");
+    if (error.status === 404) showEmpty("This server shows no runs", "Start it with --runs and the folder of your runs to see their curves here.");
     else if (error.status === 401) showEmpty("The server asks for an API key", "Enter it in the settings of the chat.");
     else if (selected.size === 0) showEmpty("The runs cannot be read", error.message);
     else byId("live").textContent = error.message;
