@@ -90,9 +90,8 @@ def rows():
     return {"mmlu": mmlu, "arc": arc, "hellaswag": hellaswag, "perplexity": text}
 
 
-def harness(directory, folder, shots, **options):
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+def harness_tasks(folder, shots=0):
+    """The harness's definitions of the tasks, for the rows in a folder."""
     from lm_eval.tasks.hellaswag.utils import process_docs
 
     def files(name):
@@ -105,7 +104,7 @@ def harness(directory, folder, shots, **options):
         return [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
 
     choice = {"output_type": "multiple_choice", "metric_list": metrics("acc", "acc_norm", "acc_bytes")}
-    tasks = [
+    return [
         task("mmlu")
         | choice
         | {
@@ -141,6 +140,13 @@ def harness(directory, folder, shots, **options):
             "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
         },
     ]
+
+
+def harness(directory, folder, shots, **options):
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    tasks = harness_tasks(folder, shots)
     model = HFLM(
         pretrained=str(directory), dtype="float32", device="cpu", batch_size=1, attn_implementation="eager", **options
     )

@@ -8,7 +8,14 @@ use anyhow::{Context, Result, bail};
 use crate::shell::{command, is_installed, output, run as call, succeeds};
 
 /// Modules that scripts import; they have no `--help`.
-const MODULES: [&str; 3] = ["scripts/common.py", "scripts/parity/models.py", "scripts/cluster/tiny_run.py"];
+const MODULES: [&str; 6] = [
+    "scripts/common.py",
+    "scripts/parity/models.py",
+    "scripts/cluster/tiny_run.py",
+    "scripts/serve/hostile.py",
+    "scripts/serve/http_client.py",
+    "scripts/serve/server.py",
+];
 
 /// Checks all scripts. Their packages need not be installed, because a script imports them only after it has parsed its arguments.
 pub(crate) fn run(root: &Path) -> Result<()> {

@@ -4,20 +4,20 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use crate::report::{CheckpointState, CheckpointSummary, ParameterCounts, unfinished_downloads};
+use crate::{Checkpoint, CheckpointError};
 use clap::Args;
 use indicatif::DecimalBytes;
-use moonlight_convert::report::{CheckpointState, CheckpointSummary, ParameterCounts, unfinished_downloads};
-use moonlight_convert::{Checkpoint, CheckpointError};
 use serde_json::json;
 
+use super::Failure;
 use super::output::{Output, note};
 use super::units::{Count, plural};
-use crate::Failure;
 
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The checkpoint's directory, or a model in the Hub's cache
+    /// The checkpoint's directory, a GGUF file, or a model in the Hub's cache
     dir: PathBuf,
     /// Print a JSON object instead of text
     #[arg(long)]
@@ -67,7 +67,8 @@ const LISTED: usize = 20;
 
 fn print(summary: &CheckpointSummary, output: &mut Output) {
     let mut row = |label: &str, value: fmt::Arguments<'_>| output.line(format_args!("{label:<15}{value}"));
-    row("directory", format_args!("{}", summary.directory.display()));
+    let place = if summary.format == "gguf" { "model file" } else { "directory" };
+    row(place, format_args!("{}", summary.directory.display()));
     let state = match summary.state {
         CheckpointState::Complete => "complete",
         CheckpointState::Downloading => "still downloading",
