@@ -153,7 +153,10 @@ async function showRuns(folder, pathname, query, json, error) {
   const after = query.get("file") === file ? Number(query.get("after") ?? 0) : 0;
   const end = content.lastIndexOf("\n") + 1;
   if (part === "samples") return json(200, { samples: records(content.toString()), unchanged: after === content.length && after > 0, next: content.length, file });
-  json(200, { records: records(content.subarray(after, end).toString()), next: end, size: content.length, file, restarted: after === 0 && query.has("file"), every: 1, damaged: 0 });
+  const added = content.subarray(after, end).toString();
+  const found = records(added).filter(({ split }) => split);
+  const damaged = added.split("\n").filter((line) => line.trim()).length - found.length;
+  json(200, { records: found, next: end, size: content.length, file, restarted: after === 0 && query.has("file"), every: 1, damaged });
 }
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {

@@ -486,6 +486,7 @@ describe("runs", () => {
       await page.waitForFunction(() => document.querySelector(".chart.main .plot").ariaLabel.includes("at step 186"), null, { timeout: 8000 });
       await page.waitForFunction(() => document.querySelector("#run-list").innerText.includes("186/400"), null, { timeout: 12_000 });
       assert.equal(await page.innerText("#live"), "live");
+      assert.equal(await page.innerText("#curves-note"), "warm-up: 2 damaged lines are ignored");
     }));
 
   test("axes, samples and the recipe are shown as text", () =>
