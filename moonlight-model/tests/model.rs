@@ -159,6 +159,29 @@ fn sequences_of_different_lengths_are_extended_together() {
 }
 
 #[test]
+fn hidden_states_are_returned_for_the_wanted_tokens_only() {
+    let device = Device::default();
+    for (name, config) in family() {
+        let model = config.init(&device);
+        let (lengths, wanted) = ([3, 530, 5], [2, 20, 0]); // the second is longer than a chunk
+        let texts: Vec<Vec<u32>> =
+            lengths.iter().map(|&n| (0..n).map(|i| (i * 37 + n) % config.vocab_size as u32).collect()).collect();
+        let mut cache = KvCache::new(&config, 3, 540, &device, model.dtype());
+        let new: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+        let hidden = model.extend_hidden(&new, &wanted, &mut cache).unwrap();
+        assert_eq!(hidden.dims(), [22, config.hidden_size], "{name}");
+        let expected = texts.iter().zip(wanted).filter(|(_, wanted)| *wanted > 0).map(|(text, wanted)| {
+            let count = text.len();
+            let text = Tensor::<2, Int>::from_data(TensorData::new(text.clone(), [1, count]), &device);
+            model.logits(text, None).slice_dim(1, count - wanted..count).reshape([wanted, config.vocab_size])
+        });
+        close(model.decode_head(hidden), Tensor::cat(expected.collect(), 0));
+        assert!(model.extend_hidden(&[&[1], &[], &[2]], &[0, 0, 0], &mut cache).is_none());
+        assert_eq!(cache.lengths(), [4, 530, 6]);
+    }
+}
+
+#[test]
 fn packed_documents_do_not_see_each_other() {
     let device = Device::default();
     for (_, config) in family() {

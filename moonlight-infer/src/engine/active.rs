@@ -1,6 +1,7 @@
 //! [`Active`]: a request that has a slot.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tokio::sync::mpsc;
@@ -19,6 +20,8 @@ use crate::generate::{Sampler, StopReason};
 pub(super) struct Active {
     pub(super) version: Arc<ModelVersion>,
     pub(super) events: mpsc::Sender<Event>,
+    /// See [`Job::is_complete`].
+    is_complete: Arc<AtomicBool>,
     pub(super) deadline: Option<Instant>,
     sampler: Sampler,
     penalties: Option<PenaltyState>,
@@ -29,8 +32,6 @@ pub(super) struct Active {
     pub(super) usage: Usage,
     /// The log-probabilities of the prompt so far; `None` if they are not wanted or were sent.
     prompt_scores: Option<PromptScores>,
-    /// When it got the slot; unique in an engine.
-    pub(super) order: u64,
     /// Tokens of another sequence that are copied when they are computed.
     pub(super) awaited: Option<AwaitedPrefix>,
     /// How many forward passes with this request have panicked.
@@ -43,8 +44,8 @@ pub(super) struct Active {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct AwaitedPrefix {
     pub(super) slot: usize,
-    /// The order of the request in that slot.
-    pub(super) order: u64,
+    /// When the request that computes them got the slot, to recognize that another request has it now.
+    pub(super) last_used: u64,
     pub(super) length: usize,
 }
 
@@ -60,9 +61,29 @@ pub(super) enum Ending {
     Failed(EngineError),
 }
 
+impl Job {
+    /// How a request ends whose receiver is gone.
+    pub(super) fn receiver_ending(&self) -> Ending {
+        receiver_ending(&self.is_complete)
+    }
+}
+
+fn receiver_ending(is_complete: &AtomicBool) -> Ending {
+    if is_complete.load(Ordering::Relaxed) {
+        Ending::Done { reason: StopReason::Interrupted, stop_token: None }
+    } else {
+        Ending::Cancelled
+    }
+}
+
 impl Active {
+    /// See [`Job::receiver_ending`].
+    pub(super) fn receiver_ending(&self) -> Ending {
+        receiver_ending(&self.is_complete)
+    }
+
     /// The request and the tokens of its prompt. `capacity` is the number of tokens of a slot.
-    pub(super) fn new(job: Job, capacity: usize, order: u64) -> (Self, Vec<u32>) {
+    pub(super) fn new(job: Job, capacity: usize) -> (Self, Vec<u32>) {
         let Request {
             prompt,
             max_new_tokens,
@@ -85,8 +106,8 @@ impl Active {
             prompt_scores: prompt_logprobs.map(PromptScores::new),
             version: job.version,
             events: job.events,
+            is_complete: job.is_complete,
             deadline: job.deadline,
-            order,
             awaited: None,
             panics: 0,
             is_suspect: false,

@@ -1,5 +1,8 @@
 //! [`Events`]: what an engine reports about a request.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use tokio::sync::mpsc;
 
 use super::error::EngineError;
@@ -57,12 +60,13 @@ pub struct TokenLogprobs {
 #[derive(Debug)]
 pub struct Events {
     receiver: mpsc::Receiver<Event>,
+    is_complete: Arc<AtomicBool>,
     ended: bool,
 }
 
 impl Events {
-    pub(super) fn new(receiver: mpsc::Receiver<Event>) -> Self {
-        Self { receiver, ended: false }
+    pub(super) fn new(receiver: mpsc::Receiver<Event>, is_complete: Arc<AtomicBool>) -> Self {
+        Self { receiver, is_complete, ended: false }
     }
 
     /// The next report; `None` after [`Event::End`] or [`Event::Failed`].
@@ -79,6 +83,12 @@ impl Events {
     pub fn blocking_next(&mut self) -> Option<Event> {
         let event = self.receiver.blocking_recv();
         self.checked(event)
+    }
+
+    /// Ends the request because its text is complete, for example at a stop string. Dropping the events does the same, but is
+    /// counted as [`cancelled`](super::EndCounts::cancelled) and not as [`interrupted`](super::EndCounts::interrupted).
+    pub fn complete(self) {
+        self.is_complete.store(true, Ordering::Relaxed);
     }
 
     /// An engine whose thread ends early drops its senders, which must not look like the end of a text.

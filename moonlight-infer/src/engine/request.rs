@@ -4,8 +4,8 @@ use super::error::EngineError;
 use crate::error::InferError;
 use crate::generate::{Sampling, check_prompt};
 
-/// The most alternatives of a token that a request can ask for, as in OpenAI's API and by default in vLLM. It bounds the memory of a
-/// response.
+/// The most alternatives of a token that a request can ask for, as in OpenAI's API and by default in vLLM. It bounds the memory of
+/// a response.
 pub const MAX_ALTERNATIVES: usize = 20;
 
 /// A prompt, and how to continue it.

@@ -1,6 +1,6 @@
 //! [`Scheduler`]: the loop of an engine's thread. It decides which tokens go through which model next.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,12 +10,13 @@ use moonlight_model::KvCache;
 use super::active::{Active, AwaitedPrefix, Ending};
 use super::error::EngineError;
 use super::model_version::ModelVersion;
-use super::pass::{PassInput, pieces, run_head, run_layers};
+use super::pass::{PassInput, catch, pieces, run_head, run_layers};
 use super::placement::{Placement, SlotView, choose_empty, choose_slot, share_budget};
 use super::shared::{Job, Shared, State};
 use crate::generate::StopReason;
 
-/// After this many panics in a row an engine is [`Health::Failing`](super::Health::Failing), and a request that took part in as many ends.
+/// After this many panics in a row an engine is [`Health::Failing`](super::Health::Failing), and a request that took part in as
+/// many ends.
 const MAX_PANICS: u32 = 3;
 
 /// A sequence of the cache, and the request that has it.
@@ -42,6 +43,7 @@ pub(super) struct Scheduler {
     /// The number of requests that got a slot so far.
     orders: u64,
     tokens_generated: u64,
+    prompt_tokens_reused: u64,
     panics_in_a_row: u32,
 }
 
@@ -55,6 +57,7 @@ impl Scheduler {
             slots,
             orders: 0,
             tokens_generated: 0,
+            prompt_tokens_reused: 0,
             panics_in_a_row: 0,
         }
     }
@@ -85,7 +88,8 @@ impl Scheduler {
         for index in 0..self.slots.len() {
             let Some(active) = &self.slots[index].active else { continue };
             if active.events.is_closed() {
-                self.end(index, Ending::Cancelled);
+                let ending = active.receiver_ending();
+                self.end(index, ending);
             } else if active.deadline.is_some_and(|deadline| deadline <= now) {
                 self.end(index, Ending::Failed(self.out_of_time()));
             }
@@ -98,66 +102,69 @@ impl Scheduler {
 
     /// Gives free slots to waiting requests, in order of arrival.
     fn admit(&mut self, now: Instant) {
-        let shared = self.shared.clone();
-        let mut state = shared.lock();
+        let free = self.slots.iter().filter(|slot| slot.active.is_none()).count();
+        let mut state = self.shared.lock();
         // Requests that ended while they waited leave the queue wherever they are, so that they hold no place in it.
-        let waiting = std::mem::take(&mut state.queue);
-        for job in waiting {
+        let (mut ended, mut waiting) = (Vec::new(), VecDeque::new());
+        for job in std::mem::take(&mut state.queue) {
             let ending = if job.events.is_closed() {
-                Ending::Cancelled
+                job.receiver_ending()
             } else if job.deadline.is_some_and(|deadline| deadline <= now) {
                 Ending::Failed(self.out_of_time())
             } else if needs_no_pass(&job) {
                 Ending::Done { reason: StopReason::Length, stop_token: None }
             } else {
-                state.queue.push_back(job);
+                waiting.push_back(job);
                 continue;
             };
             count_end(&mut state, &ending);
-            Active::new(job, 0, 0).0.finish(ending);
+            ended.push((job, ending));
         }
-        while let Some(job) = state.queue.front() {
-            let scores_prompt = job.request.prompt_logprobs.is_some();
-            let views = self.views(&state, job.version.id);
-            let placement = if scores_prompt { choose_empty(&views) } else { choose_slot(&job.request.prompt, &views) };
-            let Some(placement) = placement else { break };
-            let job = state.queue.pop_front().expect("the queue has a first request");
-            self.place(job, placement, &mut state);
-        }
+        let admitted: Vec<Job> = waiting.drain(..free.min(waiting.len())).collect();
+        state.queue = waiting;
+        state.status.busy += admitted.len();
+        let current: Vec<u64> = state.models.values().map(|model| model.id).collect();
+        drop(state);
+        ended.into_iter().for_each(|(job, ending)| Active::new(job, 0).0.finish(ending));
+        // Without the lock, because a prefix may be copied.
+        admitted.into_iter().for_each(|job| self.place(job, &current));
     }
 
-    fn views(&self, state: &State, version: u64) -> Vec<SlotView<'_>> {
-        let is_current = |id: u64| state.models.values().any(|model| model.id == id);
+    /// Gives a free slot to a request; there must be one. `current` has the versions of models that later requests may use.
+    fn place(&mut self, job: Job, current: &[u64]) {
+        self.orders += 1;
+        let version = job.version.id;
         let slots = self.slots.iter().zip(self.cache.lengths());
-        slots
+        let views: Vec<SlotView<'_>> = slots
             .map(|(slot, &cached)| SlotView {
                 busy: slot.active.is_some(),
                 same_model: slot.version == version,
-                reusable: is_current(slot.version),
+                reusable: current.contains(&slot.version),
                 tokens: &slot.tokens,
                 cached,
                 last_used: slot.last_used,
             })
-            .collect()
-    }
-
-    fn place(&mut self, job: Job, Placement { slot: index, keep, source }: Placement, state: &mut State) {
-        self.orders += 1;
-        let version = job.version.id;
+            .collect();
+        // The logits of every token of a scored prompt are needed, so it uses nothing that is known.
+        let placement = match job.request.prompt_logprobs {
+            Some(_) => choose_empty(&views),
+            None => choose_slot(&job.request.prompt, &views),
+        };
+        let Placement { slot: index, keep, source } = placement.expect("a request is admitted for each free slot");
         let capacity = self.shared.capacity.min(job.version.model.config().max_position_embeddings);
-        let (mut active, prompt) = Active::new(job, capacity, self.orders);
+        let (mut active, prompt) = Active::new(job, capacity);
         self.cache.truncate(index, keep);
         active.usage.reused_tokens = keep;
         if let Some(source) = source {
             if self.cache.lengths()[source.slot] >= source.length {
-                self.cache.copy_prefix(source.slot, index, source.length);
-                active.usage.reused_tokens = source.length;
+                self.copy_prefix(source.slot, index, source.length);
+                active.usage.reused_tokens = self.cache.lengths()[index];
             } else {
-                let order = self.slots[source.slot].active.as_ref().map_or(0, |active| active.order);
-                active.awaited = Some(AwaitedPrefix { slot: source.slot, order, length: source.length });
+                let last_used = self.slots[source.slot].last_used;
+                active.awaited = Some(AwaitedPrefix { slot: source.slot, last_used, length: source.length });
             }
         }
-        state.status.prompt_tokens_reused += active.usage.reused_tokens as u64;
+        self.prompt_tokens_reused += active.usage.reused_tokens as u64;
         self.slots[index] = Slot { active: Some(active), version, tokens: prompt, last_used: self.orders };
     }
 
@@ -165,23 +172,30 @@ impl Scheduler {
     fn copy_awaited(&mut self) {
         for index in 0..self.slots.len() {
             let Some(active) = &self.slots[index].active else { continue };
-            let Some(AwaitedPrefix { slot: from, order, length }) = active.awaited else { continue };
+            let Some(AwaitedPrefix { slot: from, last_used, length }) = active.awaited else { continue };
             let source = &self.slots[from];
             // A slot's tokens begin with the awaited ones until another request gets it.
-            let (same, runs) = (source.last_used == order, source.active.is_some());
+            let (same, runs) = (source.last_used == last_used, source.active.is_some());
             let known = if same { length.min(self.cache.lengths()[from]) } else { 0 };
             if same && runs && known < length {
                 continue;
             }
             let own = self.cache.lengths()[index];
             if known > own {
-                self.cache.copy_prefix(from, index, known);
+                self.copy_prefix(from, index, known);
             }
+            let gained = self.cache.lengths()[index].saturating_sub(own);
             let active = self.slots[index].active.as_mut().expect("it is active, as matched above");
             active.awaited = None;
-            let gained = known.saturating_sub(own);
             active.usage.reused_tokens += gained;
-            self.shared.lock().status.prompt_tokens_reused += gained as u64;
+            self.prompt_tokens_reused += gained as u64;
+        }
+    }
+
+    /// [`KvCache::copy_prefix`]. If it panics, for example because memory ran out, everything is computed again.
+    fn copy_prefix(&mut self, from: usize, to: usize, length: usize) {
+        if let Err(problem) = catch(|| self.cache.copy_prefix(from, to, length)) {
+            self.recover(&problem, &vec![0; self.slots.len()]);
         }
     }
 
@@ -312,7 +326,8 @@ impl Scheduler {
     /// Continues after a panic. `counts` has the numbers of tokens of the slots in the pass.
     ///
     /// The cache may be in any state, so everything is computed again from the tokens. If a request was alone in the pass, it is the
-    /// reason; otherwise each of them runs alone next.
+    /// reason; otherwise each of them runs alone next. A request that took part in several panics without being the reason of any
+    /// ends, too, because the reason may be the number of requests (memory that runs out).
     fn recover(&mut self, problem: &str, counts: &[usize]) {
         tracing::error!("a forward pass was interrupted: {problem}");
         self.panics_in_a_row += 1;
@@ -320,6 +335,9 @@ impl Scheduler {
         self.cache = (self.new_cache)(1);
         self.cache = (self.new_cache)(self.shared.capacity);
         let alone = counts.iter().filter(|&&count| count > 0).count() == 1;
+        if alone {
+            self.slots.iter_mut().flat_map(|slot| &mut slot.active).for_each(|active| active.panics = 0);
+        }
         for (index, &count) in counts.iter().enumerate() {
             let slot = &mut self.slots[index];
             let Some(active) = &mut slot.active else {
@@ -342,6 +360,7 @@ impl Scheduler {
         status.busy = self.slots.iter().filter(|slot| slot.active.is_some()).count();
         status.cached_tokens = self.cache.lengths().iter().sum();
         status.tokens_generated = self.tokens_generated;
+        status.prompt_tokens_reused = self.prompt_tokens_reused;
         state.is_failing = self.panics_in_a_row >= MAX_PANICS;
     }
 }
@@ -352,6 +371,7 @@ fn count_end(state: &mut State, ending: &Ending) {
     let ended = &mut state.status.ended;
     *match ending {
         Ending::Done { reason: StopReason::Eos, .. } => &mut ended.eos,
+        Ending::Done { reason: StopReason::Interrupted, .. } => &mut ended.interrupted,
         Ending::Done { .. } => &mut ended.length,
         Ending::Cancelled => &mut ended.cancelled,
         Ending::Failed(EngineError::OutOfTime { .. }) => &mut ended.out_of_time,

@@ -1,6 +1,7 @@
 //! [`Shared`]: what an engine's handles and its thread have in common.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -52,6 +53,8 @@ pub(super) struct Job {
     pub(super) version: Arc<ModelVersion>,
     pub(super) request: Request,
     pub(super) events: mpsc::Sender<Event>,
+    /// Whether the receiver was dropped because the text was complete; see [`Events::complete`](super::Events::complete).
+    pub(super) is_complete: Arc<AtomicBool>,
     pub(super) deadline: Option<Instant>,
 }
 

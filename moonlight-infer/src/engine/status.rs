@@ -58,6 +58,8 @@ pub struct EndCounts {
     pub eos: u64,
     /// At `max_new_tokens` or the end of the context.
     pub length: u64,
+    /// By [`Events::complete`](super::Events::complete).
+    pub interrupted: u64,
     /// Because their events were dropped.
     pub cancelled: u64,
     /// After `max_time`.

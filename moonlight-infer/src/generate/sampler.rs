@@ -125,8 +125,8 @@ impl Ranking {
     }
 }
 
-/// A number that orders tokens by their logits, in the order of [`f32::total_cmp`], and of equal logits has the largest value for the
-/// lowest token.
+/// A number that orders tokens by their logits, in the order of [`f32::total_cmp`], and of equal logits has the largest value for
+/// the lowest token.
 fn ranking_key(logit: f32, token: u32) -> u64 {
     let bits = logit.to_bits();
     // The bits of floats are ordered like integers if those of negative ones are inverted.

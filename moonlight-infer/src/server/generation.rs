@@ -90,6 +90,14 @@ struct Sequence<'t> {
     last: Instant,
 }
 
+/// What follows an event of a sequence.
+enum Next {
+    Events,
+    /// The text is complete, and the engine does not know it.
+    StopString,
+    Nothing,
+}
+
 type Waiting = BoxFuture<'static, (usize, Option<Event>, Events)>;
 
 /// The sequences of one request. Dropping it cancels those that run.
@@ -169,15 +177,16 @@ impl<'t> Generation<'t> {
             }
             let Some((index, event, events)) = self.running.next().await else { continue };
             let event = event.unwrap_or(Event::Failed(EngineError::Stopped));
-            if self.handle(index, event)? {
-                self.running.push(wait(index, events));
+            match self.handle(index, event)? {
+                Next::Events => self.running.push(wait(index, events)),
+                Next::StopString => events.complete(),
+                Next::Nothing => {}
             }
         }
     }
 
-    /// Handles an event; returns whether more are expected.
-    fn handle(&mut self, index: usize, event: Event) -> Result<bool, ApiError> {
-        let Some(sequence) = &mut self.sequences[index] else { return Ok(false) };
+    fn handle(&mut self, index: usize, event: Event) -> Result<Next, ApiError> {
+        let Some(sequence) = &mut self.sequences[index] else { return Ok(Next::Nothing) };
         let ready = &mut self.ready;
         let mut send = |piece: Piece| {
             if !piece.text.is_empty() || !piece.logprobs.is_empty() {
@@ -187,7 +196,7 @@ impl<'t> Generation<'t> {
         let (finish, usage) = match event {
             Event::Prompt(logprobs) => {
                 ready.push_back((index, Update::Prompt(logprobs)));
-                return Ok(true);
+                return Ok(Next::Events);
             }
             Event::Token { token, logprobs } => {
                 let pause = std::mem::replace(&mut sequence.last, Instant::now()).elapsed();
@@ -196,7 +205,7 @@ impl<'t> Generation<'t> {
                 let (piece, stopped) = sequence.decoder.push(token, logprobs);
                 send(piece);
                 if !stopped {
-                    return Ok(true);
+                    return Ok(Next::Events);
                 }
                 (Finish::Stop, None)
             }
@@ -214,7 +223,7 @@ impl<'t> Generation<'t> {
         let tokens = Tokens { prompt: sequence.prompt_tokens, reused, new: sequence.new_tokens };
         self.sequences[index] = None;
         self.ready.push_back((index, Update::End { finish, tokens }));
-        Ok(false)
+        Ok(if usage.is_some() { Next::Nothing } else { Next::StopString })
     }
 }
 

@@ -135,6 +135,7 @@ impl Collector for EngineCollector {
         for (reason, value) in [
             ("eos", status.ended.eos),
             ("length", status.ended.length),
+            ("stop_string", status.ended.interrupted),
             ("cancelled", status.ended.cancelled),
             ("out_of_time", status.ended.out_of_time),
             ("failed", status.ended.failed),

@@ -59,7 +59,7 @@ impl Server {
     ///
     /// [`ServerError::InvalidKey`], [`ServerError::InvalidOrigin`].
     pub fn new(engine: Engine, text: TextModel, options: ServerOptions) -> Result<Self, ServerError> {
-        guard::check_options(&options)?;
+        options.check()?;
         Ok(Self { app: Arc::new(App::new(engine, text, options)), more: Router::new() })
     }
 

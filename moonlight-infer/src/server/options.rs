@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use super::error::ServerError;
+use super::guard::check_options;
+
 /// Who may use a server, and its limits. Those on sequences are the engine's
 /// ([`EngineOptions`](crate::engine::EngineOptions)).
 #[derive(Debug, Clone)]
@@ -30,6 +33,17 @@ pub struct ServerOptions {
     pub write_timeout: Duration,
     /// The most time for the rest of the answers after the last sequence, when the server ends.
     pub end_timeout: Duration,
+}
+
+impl ServerOptions {
+    /// Checks what [`Server::new`](super::Server::new) would refuse.
+    ///
+    /// # Errors
+    ///
+    /// [`ServerError::InvalidKey`], [`ServerError::InvalidOrigin`].
+    pub fn check(&self) -> Result<(), ServerError> {
+        check_options(self)
+    }
 }
 
 impl Default for ServerOptions {

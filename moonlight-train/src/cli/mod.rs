@@ -17,6 +17,8 @@ mod plot;
 #[cfg(test)]
 mod reference;
 mod score;
+#[cfg(feature = "server")]
+mod serve;
 mod signals;
 mod spectrum;
 mod train;
@@ -77,6 +79,8 @@ enum Command {
     Plot(plot::Arguments),
     Chat(chat::Arguments),
     Generate(generate::Arguments),
+    #[cfg(feature = "server")]
+    Serve(serve::Arguments),
     Score(score::Arguments),
     Eval(eval::Arguments),
     Merge(merge::Arguments),
@@ -112,6 +116,8 @@ pub fn main() -> ExitCode {
         Command::Plot(arguments) => plot::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Chat(arguments) => chat::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
+        #[cfg(feature = "server")]
+        Command::Serve(arguments) => serve::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Score(arguments) => score::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Eval(arguments) => eval::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Merge(arguments) => merge::run(&arguments).map(|()| ExitCode::SUCCESS),

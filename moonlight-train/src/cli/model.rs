@@ -71,7 +71,7 @@ pub(super) struct ParseArguments {
 
 /// The values of `--quantize`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum QuantizeTo {
+pub(super) enum QuantizeTo {
     /// 8 bits
     Int8,
     /// 4 bits
@@ -79,7 +79,7 @@ enum QuantizeTo {
 }
 
 impl QuantizeTo {
-    fn bits(self) -> QuantBits {
+    pub(super) fn bits(self) -> QuantBits {
         match self {
             Self::Int8 => QuantBits::Eight,
             Self::Int4 => QuantBits::Four,

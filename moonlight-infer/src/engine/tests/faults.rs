@@ -5,14 +5,14 @@ use burn::tensor::Tensor;
 use super::*;
 
 /// A model that panics when it reads the last token of the vocabulary: the embedding has no row for it.
-fn panicking(seed: u64) -> CausalLm {
+pub(super) fn panicking(seed: u64) -> CausalLm {
     let mut model = dense(seed);
     model.embed_tokens.weight = model.embed_tokens.weight.map(|weight| weight.slice_dim(0, 0..VOCAB as usize - 1));
     model
 }
 
 /// A model whose logits are NaN after the last token of the vocabulary.
-fn damaged(seed: u64) -> CausalLm {
+pub(super) fn damaged(seed: u64) -> CausalLm {
     let mut model = dense(seed);
     model.embed_tokens.weight = model.embed_tokens.weight.map(|weight| {
         let [rows, width] = weight.dims();

@@ -44,6 +44,17 @@ fn a_full_queue_refuses_and_a_cancelled_request_makes_room() {
 }
 
 #[test]
+fn a_complete_text_is_not_a_cancelled_request() {
+    let (engine, mut running) = busy_engine(options(2));
+    let mut events = running.remove(0);
+    events.blocking_next().unwrap();
+    events.complete();
+    drop(running);
+    let status = wait_idle(&engine);
+    assert_eq!(status.ended, EndCounts { interrupted: 1, cancelled: 1, ..EndCounts::default() });
+}
+
+#[test]
 fn a_request_ends_after_its_time_running_or_waiting() {
     let limit = Duration::from_millis(150);
     let (engine, running) = busy_engine(EngineOptions { max_time: Some(limit), ..options(1) });

@@ -134,19 +134,39 @@ pub(super) fn wait_idle(engine: &Engine) -> EngineStatus {
 /// Checks an answer against the model run token by token on its own. A batch may round differently, so another token is accepted if
 /// logits that differ by rounding lead to it; what follows it is then not compared.
 pub(super) fn check(model: &CausalLm, request: &Request, answer: &Answer) {
+    check_with_fault(model, request, answer, None);
+}
+
+/// [`check`] for a model that fails when it reads the token `fault`.
+pub(super) fn check_with_fault(model: &CausalLm, request: &Request, answer: &Answer, fault: Option<u32>) {
     let capacity = CONTEXT;
     let mut cache = KvCache::new(model.config(), 1, capacity, &model.embed_tokens.weight.val().device(), model.dtype());
     let mut history: Vec<Vec<f32>> = Vec::new();
-    let mut input = request.prompt.clone();
     let limit = request.max_new_tokens.min(capacity + 1 - request.prompt.len());
-    let (reason, stop_token, usage) = answer.end.unwrap_or_else(|| panic!("{request:?} {answer:?}"));
-    assert_eq!((usage.prompt_tokens, usage.new_tokens), (request.prompt.len(), answer.tokens.len()));
-    assert!(usage.reused_tokens < request.prompt.len());
-    assert_eq!(answer.logprobs.len(), if request.logprobs.is_some() { answer.tokens.len() } else { 0 });
+    let fails = |input: &[u32]| fault.is_some_and(|fault| input.contains(&fault));
+    let failed = |tokens: usize| {
+        let error = answer.error.as_ref();
+        let expected = matches!(error, Some(EngineError::Panicked(_) | EngineError::NonFinite { .. }));
+        assert!(
+            expected && answer.tokens.len() == tokens,
+            "it must fail after {tokens} tokens: {request:?} {answer:?}"
+        );
+    };
+    let mut input = request.prompt.clone();
+    if limit == 0 {
+        input.pop(); // is not read
+        if request.prompt_logprobs.is_some() && fails(&input) {
+            return failed(0);
+        }
+    }
     for index in 0..limit {
+        if fails(&input) {
+            return failed(index);
+        }
         let logits: Vec<f32> = model.extend(&[&input], &mut cache).into_data().try_into_vec().unwrap();
         history.push(logits);
         let expected = choose(request.sampling, &history, 0);
+        let stop_token = answer.end.and_then(|(_, stop_token, _)| stop_token);
         let actual = answer.tokens.get(index).copied().or(stop_token);
         if actual != Some(expected) {
             let explained = (1..200).any(|seed| Some(choose(request.sampling, &history, seed)) == actual);
@@ -154,8 +174,7 @@ pub(super) fn check(model: &CausalLm, request: &Request, answer: &Answer) {
             return;
         }
         if request.stop_tokens.contains(&expected) && !request.ignore_eos {
-            assert_eq!((reason, stop_token, answer.tokens.len()), (StopReason::Eos, Some(expected), index));
-            return;
+            return check_end(request, answer, StopReason::Eos, Some(expected), index);
         }
         if let Some(scores) = answer.logprobs.get(index) {
             let expected_scores = super::logprobs::token_logprobs(&history[index], expected, request.logprobs.unwrap());
@@ -164,7 +183,15 @@ pub(super) fn check(model: &CausalLm, request: &Request, answer: &Answer) {
         }
         input = vec![expected];
     }
-    assert_eq!((reason, stop_token, answer.tokens.len()), (StopReason::Length, None, limit));
+    check_end(request, answer, StopReason::Length, None, limit);
+}
+
+fn check_end(request: &Request, answer: &Answer, reason: StopReason, stop_token: Option<u32>, tokens: usize) {
+    let end = answer.end.unwrap_or_else(|| panic!("{request:?} {answer:?}"));
+    assert_eq!((end.0, end.1, answer.tokens.len()), (reason, stop_token, tokens), "{request:?} {answer:?}");
+    assert_eq!((end.2.prompt_tokens, end.2.new_tokens), (request.prompt.len(), tokens));
+    assert!(end.2.reused_tokens < request.prompt.len());
+    assert_eq!(answer.logprobs.len(), if request.logprobs.is_some() { tokens } else { 0 });
 }
 
 /// The token that a sampler chooses after the logits of the tokens before; with a `seed` other than 0 the last logits are changed

@@ -15,7 +15,7 @@ export class Chart {
     this.element = make(
       "figure",
       { class: main ? "chart main" : "chart" },
-      make("div", { class: "chart-head" }, make("h3", {}, title), unit ? make("span", { class: "unit" }, unit) : null),
+      make("div", { class: "chart-head" }, make("h2", {}, title), unit ? make("span", { class: "unit" }, unit) : null),
       this.readout,
       this.svg,
     );
@@ -138,7 +138,7 @@ export class Chart {
     this.readout.replaceChildren(
       ...(place === null || place === undefined ? [] : [make("span", {}, `${this.axis} ${shortNumber(place)}`)]),
       ...values.map((value) =>
-        make("span", {}, make("i", { class: `dot s${value.curve.color}` }), name(value), make("b", {}, shortNumber(value.point[1])))),
+        make("span", {}, make("i", { class: `dot s${value.curve.color}${value.curve.kind === "valid" ? " ring" : ""}` }), name(value), make("b", {}, shortNumber(value.point[1])))),
     );
     const last = strong.map((curve) => `${name({ curve })}: ${shortNumber(curve.points.at(-1)[1])} at ${this.axis} ${shortNumber(curve.points.at(-1)[0])}`);
     this.svg.setAttribute("aria-label", `${this.title}. ${last.join("; ")}. The arrow keys move through the curve`);

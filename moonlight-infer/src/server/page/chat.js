@@ -291,7 +291,7 @@ export function startChat({ closeMenu }) {
     // An answer that was stopped before its first token leaves nothing to show.
     if (!reply.content && !reply.error) {
       if (result.stopped) conversation.messages = conversation.messages.filter((message) => message !== reply);
-      else reply.note = reply.note || "The answer is empty";
+      else reply.note = "The answer is empty";
     }
     if (conversations.includes(conversation)) touch(conversation);
     if (conversation === current) {
@@ -465,13 +465,27 @@ export function startChat({ closeMenu }) {
 
   function showModels(ids) {
     const select = byId("model");
-    if (ids.join("\n") === [...select.options].map(({ value }) => value).join("\n")) return;
+    const options = modelOptions(ids);
+    const known = [...select.options].map(({ value, textContent }) => `${value}\n${textContent}`).join("\n");
+    if (options.map(({ id, label }) => `${id}\n${label}`).join("\n") === known) return;
     const chosen = select.value || store.readOption("model", "");
-    select.replaceChildren(...ids.map((id) => make("option", { value: id }, id)));
-    if (ids.includes(chosen)) select.value = chosen;
+    select.replaceChildren(...options.map(({ id, label }) => make("option", { value: id }, label)));
+    if (options.some(({ id }) => id === chosen)) select.value = chosen;
     byId("empty-text").textContent = ids.length > 0
       ? "Conversations stay in this browser."
       : "The server has no model yet.";
+  }
+
+  /** A training that is served is listed twice: as its newest checkpoint, `run`, and with the step, `run@step-00000100`. */
+  function modelOptions(ids) {
+    const steps = new Map();
+    for (const id of ids) {
+      const match = /^(.+)@step-0*(\d+)$/.exec(id);
+      if (match && ids.includes(match[1])) steps.set(match[1], Number(match[2]));
+    }
+    const isOfStep = (id) => steps.has(id.replace(/@step-\d+$/, "")) && !steps.has(id);
+    const label = (id) => (steps.has(id) ? `${id}, step ${steps.get(id).toLocaleString("en")}` : id);
+    return ids.filter((id) => !isOfStep(id)).map((id) => ({ id, label: label(id) }));
   }
 
   function showNotice(text, isKey) {

@@ -91,7 +91,7 @@ export function shortNumber(value, digits = 4) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   if (value === 0) return "0";
-  if (size < 1e-3 || size >= 1e7) return value.toExponential(Math.max(digits - 3, 0)).replace("e+", "e");
+  if (size < 1e-3 || size >= 1e7) return value.toExponential(Math.max(digits - 3, 0)).replace(".0e", "e").replace("e+", "e");
   if (Number.isInteger(value)) return value.toLocaleString("en");
   return Number(value.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 6 });
 }

@@ -27,8 +27,6 @@ const METRICS = [
   { key: "memory_mib", title: "Memory", unit: "MiB" },
 ];
 
-const STATES = { running: "running", finished: "finished", stopped: "stopped" };
-
 export function startRuns({ closeMenu }) {
   let [isShown, timer, polls, isPolling] = [false, null, 0, false];
   let runs = [];
@@ -163,9 +161,11 @@ export function startRuns({ closeMenu }) {
   // Showing
 
   function factsOf(run) {
-    const steps = run.steps ? `${run.step.toLocaleString("en")} / ${run.steps.toLocaleString("en")}` : run.step.toLocaleString("en");
+    const number = (value) => value.toLocaleString("en");
+    const steps = run.state === "finished" || !run.steps ? `${number(run.step)} steps` : `${number(run.step)}/${number(run.steps)}`;
     const loss = run.valid_loss ?? run.loss;
-    return [STATES[run.state] ?? run.state, steps, ...(loss === undefined ? [] : [`loss ${shortNumber(loss)}`])].join(" · ");
+    const state = run.state === "finished" ? [] : [run.state];
+    return [...state, steps, ...(loss === undefined ? [] : [`loss ${shortNumber(loss, 3)}`])].join(" · ");
   }
 
   function showList() {
@@ -225,7 +225,7 @@ export function startRuns({ closeMenu }) {
 
   function showError(error) {
     showLive(false);
-    if (error.status === 404) showEmpty("This server shows no runs", "Start it with the folder of your runs to see their curves here.");
+    if (error.status === 404) showEmpty("This server shows no runs", "Start it with --runs and the folder of your runs to see their curves here.");
     else if (error.status === 401) showEmpty("The server asks for an API key", "Enter it in the settings of the chat.");
     else if (selected.size === 0) showEmpty("The runs cannot be read", error.message);
     else byId("live").textContent = error.message;

@@ -97,6 +97,8 @@ export function ticks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((step) => step >= rough * 0.999);
   const found = [];
+  // One number does not make an axis.
+  if (count < 40 && Math.floor(high / step + 1e-9) - Math.ceil(low / step - 1e-9) < 1) return ticks(low, high, count * 2);
   for (let index = Math.ceil(low / step - 1e-9); index * step <= high + step * 1e-9; index++) found.push(index * step);
   return found;
 }
