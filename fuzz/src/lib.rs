@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use burn::module::ParamId;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor};
 use moonlight_convert::adapter::read_adapter;
+use moonlight_convert::gguf::{self, GgufHeader};
 use moonlight_convert::{Checkpoint, sidecars_in};
 use moonlight_infer::token_reader::TokenReader;
 use moonlight_infer::{ChatEncoder, ChatTemplate, Tokenizer};
@@ -343,6 +344,41 @@ pub fn safetensors(data: &[u8]) {
     }
     for problem in checkpoint.problems().iter().take(1_000) {
         check_message(problem);
+    }
+}
+
+/// A GGUF file, whose end may be missing: the values of tensors are filled in. The weights are loaded, and the tokenizer is
+/// used.
+pub fn gguf(data: &[u8]) {
+    let file = empty("gguf").join("model.gguf");
+    let mut contents = data.to_vec();
+    // Without the values that it lists, a header would be refused as truncated.
+    if let Some(end) = GgufHeader::claimed_length(data).filter(|end| *end < 1 << 20) {
+        contents.resize(data.len().max(end as usize), 0x3c);
+    }
+    write(&file, &contents);
+    drop(gguf::sidecar_files(&file).map_err(|error| check_message(&error)));
+    let checkpoint = match Checkpoint::open(&file) {
+        Ok(checkpoint) => checkpoint,
+        Err(error) => {
+            check_message(&error);
+            drop(error.hint());
+            return;
+        }
+    };
+    use_tokenizer(&file);
+    if let Err(error) = checkpoint.summary() {
+        check_message(&error);
+    }
+    let problems = checkpoint.problems();
+    for problem in problems.iter().take(1_000) {
+        check_message(problem);
+    }
+    if problems.is_empty()
+        && checkpoint.config().parameter_count().total < 1 << 20
+        && let Err(error) = checkpoint.load(&Device::default(), Some(DType::F32))
+    {
+        check_message(&error);
     }
 }
 

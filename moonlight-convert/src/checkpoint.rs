@@ -1,6 +1,7 @@
 //! Opening a checkpoint directory: its config, and the headers of its weight files.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::ops::Range;
@@ -9,12 +10,15 @@ use std::path::{Path, PathBuf};
 use moonlight_model::{ConfigError, ModelConfig};
 use rayon::prelude::*;
 
-use crate::dtype::conversion::WeightDtype;
+use crate::dtype::conversion::{Weight, WeightDtype, with_weight};
 use crate::dtype::quant::scales;
 use crate::error::CheckpointError;
 use crate::format::burnpack::BURNPACK;
+use crate::format::gguf::read::OpenedGguf;
+use crate::format::gguf::{self, Metadata};
 use crate::format::index::{Index, SINGLE};
 use crate::format::shard::{FileRange, Shard};
+use crate::format::tensor_entry::StoredDtype;
 use crate::hub;
 use crate::io::atomic_dir;
 use crate::io::confined_dir::ConfinedDir;
@@ -44,6 +48,12 @@ pub struct Checkpoint {
     pub(crate) file_problems: Vec<Problem>,
     /// Whether the weights are `model.bpk`, whose tensors have the module's paths as names.
     burnpack: bool,
+    /// The metadata, if the weights are a GGUF file.
+    gguf: Option<Metadata>,
+    /// The directory whose only weights are the GGUF file, if the checkpoint was opened by it.
+    pub(crate) gguf_folder: Option<PathBuf>,
+    /// Tensors of a GGUF file, by their index, whose values the dtype of the matrices represents exactly.
+    narrowed: HashMap<usize, WeightDtype>,
     /// The keys of tensors in files that cannot be read, according to the index; `None` if that may be any tensor.
     pub(crate) unreadable_keys: Option<HashSet<String>>,
     tied_head: TiedHead,
@@ -98,8 +108,8 @@ pub struct WeightFile {
 pub struct StoredTensor {
     /// Its name in the file; in a burnpack file, the parameter's path.
     pub name: String,
-    /// Its dtype in the terms of safetensors: `BF16`, `F32`, `F8_E4M3`, ….
-    pub dtype: safetensors::Dtype,
+    /// Its dtype in the terms of safetensors (`BF16`, `F32`, `F8_E4M3`, …) or of llama.cpp (`Q4_K`, …).
+    pub dtype: StoredDtype,
     /// Its shape: `[out, in]` for a projection (`[in, out]` in a burnpack file).
     pub shape: Vec<usize>,
     /// The name of its file.
@@ -121,6 +131,9 @@ impl Checkpoint {
     /// folder of a repository in the Hub's cache stands for its newest snapshot, and so does `org/name` where no such
     /// directory exists ([`hub::resolve`]).
     ///
+    /// A GGUF file is opened by its path, or by that of a directory whose only weights it is; of a file that was split, by the
+    /// path of the first part. Its config is that of its metadata.
+    ///
     /// No weight is read, with one exception: if `tie_word_embeddings` is true and the files contain both a head and an
     /// embedding, the two are compared. If they differ, the head is used, as in transformers 5, and
     /// [`config`](Checkpoint::config) is that of an untied model.
@@ -135,24 +148,23 @@ impl Checkpoint {
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         // A save that was killed between two renames leaves the directory under a hidden name.
         let dir = &atomic_dir::complete_path(&hub::resolve(dir)?);
+        if gguf::is_gguf(dir) {
+            return Self::open_gguf(dir.to_path_buf());
+        }
         if !dir.is_dir() {
             return Err(CheckpointError::not_a_directory(dir));
         }
         let snapshot = if dir.join(CONFIG).exists() { None } else { hub::snapshot_of_main(dir)? };
         let dir = snapshot.unwrap_or_else(|| dir.to_path_buf());
         let confined = ConfinedDir::new(&dir).map_err(CheckpointError::read(&dir))?;
+        if let Some(file) = gguf::gguf_file(&dir)
+            && let Some(name) = file.file_name().and_then(OsStr::to_str)
+            && confined.file(name)?.is_some()
+        {
+            return Ok(Self { gguf_folder: Some(dir), ..Self::open_gguf(file)? });
+        }
         let config = read_config(&confined, &dir)?;
-        let mut checkpoint = Self {
-            dir,
-            config,
-            files: Vec::new(),
-            tensors: Vec::new(),
-            file_problems: Vec::new(),
-            burnpack: false,
-            unreadable_keys: Some(HashSet::new()),
-            tied_head: TiedHead::Absent,
-            listed_only: Vec::new(),
-        };
+        let mut checkpoint = Self::new(dir, config);
         // transformers, too, prefers the single file to an index.
         if confined.file(SINGLE)?.is_some() {
             checkpoint.open_files(&confined, vec![SINGLE.to_owned()]);
@@ -177,6 +189,87 @@ impl Checkpoint {
             checkpoint.config.tie_word_embeddings = checkpoint.tied_head != TiedHead::Separate;
         }
         Ok(checkpoint)
+    }
+
+    /// Opens a GGUF file, with the other parts if it was split.
+    fn open_gguf(path: PathBuf) -> Result<Self, CheckpointError> {
+        let OpenedGguf { metadata, config, parts } = gguf::read::open(&path)?;
+        let mut checkpoint = Self::new(path, config);
+        checkpoint.gguf = Some(metadata);
+        for (number, (name, part)) in parts.into_iter().enumerate() {
+            let shard = part.map_err(|problem| match problem {
+                None => Problem::MissingFile { file: name.clone(), tensors: 0 },
+                Some(problem) => Problem::BrokenFile { file: name.clone(), problem },
+            });
+            checkpoint.add_file(number, name, shard);
+        }
+        if !checkpoint.file_problems.is_empty() {
+            checkpoint.unreadable_keys = None;
+        }
+        checkpoint.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        checkpoint.narrowed = checkpoint.find_narrowed();
+        Ok(checkpoint)
+    }
+
+    fn new(dir: PathBuf, config: ModelConfig) -> Self {
+        Self {
+            dir,
+            config,
+            files: Vec::new(),
+            tensors: Vec::new(),
+            file_problems: Vec::new(),
+            burnpack: false,
+            gguf: None,
+            gguf_folder: None,
+            narrowed: HashMap::new(),
+            unreadable_keys: Some(HashSet::new()),
+            tied_head: TiedHead::Absent,
+            listed_only: Vec::new(),
+        }
+    }
+
+    /// llama.cpp wants norms, biases and routers in f32, whatever they were before. If all matrices are bf16 (or all f16),
+    /// those f32 tensors that bf16 represents exactly count as bf16, so that a model does not change its dtype on the way
+    /// through a GGUF file.
+    fn find_narrowed(&self) -> HashMap<usize, WeightDtype> {
+        let is_matrix = |tensor: &&StoredTensor| tensor.shape.len() > 1 && !tensor.name.ends_with(gguf::names::ROUTER);
+        let mut dtypes = self.tensors.iter().filter(is_matrix).map(|tensor| tensor.dtype.weight_dtype());
+        let Some(Some(dtype @ (WeightDtype::Bf16 | WeightDtype::F16))) = dtypes.next() else { return HashMap::new() };
+        if dtypes.any(|other| other != Some(dtype)) {
+            return HashMap::new();
+        }
+        // A tensor that cannot be read is reported when it is loaded.
+        let is_exact = |tensor: &StoredTensor| self.is_exact(tensor, dtype).unwrap_or(false);
+        let wide = |(_, tensor): &(usize, &StoredTensor)| tensor.dtype == safetensors::Dtype::F32;
+        let tensors = self.tensors.par_iter().enumerate();
+        tensors.filter(wide).filter(|(_, tensor)| is_exact(tensor)).map(|(index, _)| (index, dtype)).collect()
+    }
+
+    /// Whether `dtype` represents the values of an f32 tensor exactly.
+    fn is_exact(&self, tensor: &StoredTensor, dtype: WeightDtype) -> Result<bool, CheckpointError> {
+        /// Bytes read at a time.
+        const CHUNK: usize = 1 << 20;
+        /// More bytes than any norm or router has. The file may be sparse, with a length that it does not occupy.
+        const MOST: usize = 1 << 28;
+        let range = tensor.range.clone();
+        if range.len() > MOST {
+            return Ok(false);
+        }
+        let mut bytes = vec![0; CHUNK.min(range.len())];
+        for start in range.clone().step_by(CHUNK) {
+            let part = start..range.end.min(start + CHUNK);
+            let bytes = &mut bytes[..part.len()];
+            self.read_part(&FileRange { shard: tensor.shard, range: part }, bytes)?;
+            if !with_weight!(dtype, T => is_exact::<T>(bytes)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The dtype that a tensor counts as, if it is not the stored one.
+    pub(crate) fn narrowed(&self, stored_index: usize) -> Option<WeightDtype> {
+        self.narrowed.get(&stored_index).copied()
     }
 
     /// What the files contain for the output head, where `config.json` says `tie_word_embeddings`.
@@ -207,7 +300,7 @@ impl Checkpoint {
     fn equal_values(&self, a: &StoredTensor, b: &StoredTensor) -> Result<bool, CheckpointError> {
         /// Values read at a time.
         const CHUNK: usize = 1 << 19;
-        let dtypes = [a, b].map(|tensor| WeightDtype::from_safetensors(tensor.dtype));
+        let dtypes = [a, b].map(|tensor| tensor.dtype.weight_dtype());
         let ([Some(first), Some(second)], true) = (dtypes, a.shape == b.shape) else { return Ok(false) };
         let count: usize = a.shape.iter().product();
         let read = |tensor: &StoredTensor, dtype: WeightDtype, values: Range<usize>| {
@@ -229,12 +322,18 @@ impl Checkpoint {
         Ok(true)
     }
 
-    /// The directory; for the top folder of a repository in the Hub's cache, that of its snapshot.
+    /// The directory; for the top folder of a repository in the Hub's cache, that of its snapshot. For a GGUF file, the file.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The model's config, as read from `config.json`.
+    /// The path of a weight file.
+    pub fn file_path(&self, name: &str) -> PathBuf {
+        // The parts of a GGUF file are next to the first.
+        if self.is_gguf() { self.dir.with_file_name(name) } else { self.dir.join(name) }
+    }
+
+    /// The model's config, as read from `config.json`, or from the metadata of a GGUF file.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
@@ -285,6 +384,16 @@ impl Checkpoint {
     /// Whether the weights are in Burn's format, `model.bpk`.
     pub fn is_burnpack(&self) -> bool {
         self.burnpack
+    }
+
+    /// Whether the weights are a GGUF file.
+    pub fn is_gguf(&self) -> bool {
+        self.gguf.is_some()
+    }
+
+    /// The metadata of a GGUF file.
+    pub fn gguf_metadata(&self) -> Option<&Metadata> {
+        self.gguf.as_ref()
     }
 
     pub(crate) fn shard(&self, shard: usize) -> &Shard {
@@ -369,32 +478,46 @@ impl Checkpoint {
             .collect();
         for (number, (name, shard)) in opened.into_iter().enumerate() {
             let shard = match shard {
-                None => {
-                    self.file_problems.push(Problem::MissingFile { file: name.clone(), tensors: 0 });
-                    None
-                }
-                Some(Err(problem)) => {
-                    self.file_problems.push(Problem::BrokenFile { file: name.clone(), problem });
-                    None
-                }
-                Some(Ok(mut shard)) => {
-                    // The entries move to the checkpoint: the header of a large model is not kept twice.
-                    self.tensors.extend(shard.tensors.drain(..).map(|tensor| StoredTensor {
-                        name: tensor.name,
-                        dtype: tensor.dtype,
-                        shape: tensor.shape,
-                        file: name.clone(),
-                        shard: number,
-                        range: tensor.range,
-                    }));
-                    Some(shard)
-                }
+                None => Err(Problem::MissingFile { file: name.clone(), tensors: 0 }),
+                Some(Err(problem)) => Err(Problem::BrokenFile { file: name.clone(), problem }),
+                Some(Ok(shard)) => Ok(shard),
             };
-            let own = self.tensors.iter().rev().take_while(|tensor| tensor.shard == number);
-            let (count, bytes) = own.fold((0, 0), |(count, bytes), tensor| (count + 1, bytes + tensor.bytes()));
-            self.files.push(WeightFile { name, tensors: shard.is_some().then_some(count), bytes, shard });
+            self.add_file(number, name, shard);
         }
     }
+
+    fn add_file(&mut self, number: usize, name: String, shard: Result<Shard, Problem>) {
+        let shard = match shard {
+            Err(problem) => {
+                self.file_problems.push(problem);
+                None
+            }
+            Ok(mut shard) => {
+                // The entries move to the checkpoint: the header of a large model is not kept twice.
+                self.tensors.extend(shard.tensors.drain(..).map(|tensor| StoredTensor {
+                    name: tensor.name,
+                    dtype: tensor.dtype,
+                    shape: tensor.shape,
+                    file: name.clone(),
+                    shard: number,
+                    range: tensor.range,
+                }));
+                Some(shard)
+            }
+        };
+        let own = self.tensors.iter().rev().take_while(|tensor| tensor.shard == number);
+        let (count, bytes) = own.fold((0, 0), |(count, bytes), tensor| (count + 1, bytes + tensor.bytes()));
+        self.files.push(WeightFile { name, tensors: shard.is_some().then_some(count), bytes, shard });
+    }
+}
+
+/// Whether values in f32 survive a conversion to `T` and back.
+fn is_exact<T: Weight>(bytes: &[u8]) -> bool {
+    let (values, _) = bytes.as_chunks::<4>();
+    values.iter().map(|bytes| f32::from_le_bytes(*bytes)).all(|value| {
+        // NaN is found when the tensor is loaded.
+        T::narrow(value).widen().to_bits() == value.to_bits()
+    })
 }
 
 fn read_config(confined: &ConfinedDir, dir: &Path) -> Result<ModelConfig, CheckpointError> {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use moonlight_model::ConfigError;
 
 use crate::dtype::conversion::WeightDtype;
+use crate::format::gguf::BlockType;
 use crate::io::file_error::FileError;
 
 use crate::printable::{Printable, printable};
@@ -83,6 +84,16 @@ pub enum CheckpointError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A tokenizer cannot be stored in a GGUF file, or the one in a GGUF file cannot be read.
+    #[error("the tokenizer in `{}` {}", Printable(path.display()), Printable(problem))]
+    GgufTokenizer {
+        /// The directory or the GGUF file.
+        path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        problem: String,
+        /// What to do, where something helps.
+        hint: Option<String>,
+    },
     /// The directory contains neither `model.safetensors` nor an index of shards nor `model.bpk`.
     #[error("`{}` has neither `model.safetensors` nor `model.safetensors.index.json`", Printable(dir.display()))]
     NoWeights {
@@ -94,6 +105,14 @@ pub enum CheckpointError {
     /// The index of shards is invalid.
     #[error("`{}` {}", Printable(path.display()), Printable(problem))]
     Index {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, as the rest of a sentence.
+        problem: String,
+    },
+    /// A GGUF file is invalid, or contains something that is not supported.
+    #[error("`{}` {}", Printable(path.display()), Printable(problem))]
+    Gguf {
         /// The file.
         path: PathBuf,
         /// What is wrong with it, as the rest of a sentence.
@@ -142,6 +161,32 @@ pub enum CheckpointError {
         file: Option<PathBuf>,
         /// The requested dtype.
         dtype: WeightDtype,
+    },
+    /// A weight is too large for the quantized type of a GGUF file.
+    #[error("the tensor `{tensor}`{} has values outside the range of {block_type}", In(file))]
+    BlockOverflow {
+        /// The tensor's name in the file.
+        tensor: String,
+        /// The file, if the tensor comes from one.
+        file: Option<PathBuf>,
+        /// The type.
+        block_type: BlockType,
+    },
+    /// The model cannot be written as GGUF.
+    #[error("`{}` cannot be written as GGUF: {}", Printable(dir.display()), Printable(problem))]
+    NotInGguf {
+        /// The checkpoint.
+        dir: PathBuf,
+        /// What GGUF or llama.cpp does not have, as a sentence.
+        problem: String,
+    },
+    /// A target that is not replaced.
+    #[error("`{}` {problem}", Printable(path.display()))]
+    Target {
+        /// The target.
+        path: PathBuf,
+        /// Why not, as the rest of a sentence.
+        problem: String,
     },
     /// Weights cannot have the requested dtype.
     #[error("weights cannot have the dtype `{dtype}`")]
@@ -257,11 +302,16 @@ impl CheckpointError {
                 shard if shard.ends_with(".safetensors") => {
                     Some(format!("download `model.safetensors.index.json`, the index of `{shard}`, too"))
                 }
+                file if file.ends_with(".gguf") => Some(format!("name one GGUF file, for example `{file}`")),
                 other => Some(format!("only safetensors files are read; convert `{other}` with transformers")),
             },
+            Self::GgufTokenizer { hint, .. } => hint.clone(),
             Self::Mismatch { problems, .. } => problems.hint(),
             Self::Config { source, .. } => source.hint().map(str::to_owned),
-            Self::Overflow { .. } => Some("use bf16 or f32, which have a larger range".into()),
+            Self::Overflow { .. } | Self::BlockOverflow { .. } => {
+                Some("use bf16 or f32, which have a larger range".into())
+            }
+            Self::Target { .. } => Some("choose another path, such as `model.gguf`".into()),
             Self::DeviceDtype { .. } => Some("load the weights as f32".into()),
             Self::Dtype { .. } => Some("use f32, bf16 or f16".into()),
             Self::Exists { .. } => Some("choose another directory, or allow it to be replaced".into()),
@@ -348,6 +398,14 @@ mod tests {
                 path: "model/tiktoken.model".into(),
                 problem: "no token stands for the byte 0".into(),
             }],
+            E::GgufTokenizer { .. } => [
+                E::GgufTokenizer {
+                    path: "model.gguf".into(),
+                    problem: "has the pre-tokenizer `viking`, which is not known".into(),
+                    hint: Some("put the model's `tokenizer.json` and `tokenizer_config.json` next to the file".into()),
+                },
+                E::GgufTokenizer { path: "model".into(), problem: "has no token for the byte 0x41".into(), hint: None },
+            ],
             E::NoWeights { .. } => [
                 E::NoWeights { dir: "model".into(), others: vec![] },
                 E::NoWeights { dir: "model".into(), others: vec!["pytorch_model.bin".into()] },
@@ -356,6 +414,10 @@ mod tests {
             E::Index { .. } => [E::Index {
                 path: "model/model.safetensors.index.json".into(),
                 problem: "lists no tensors".into(),
+            }],
+            E::Gguf { .. } => [E::Gguf {
+                path: "model.gguf".into(),
+                problem: "has GGUF version 1, which is not supported; versions 2 and 3 are".into(),
             }],
             E::Digests { .. } => [E::Digests { path: "SHA256SUMS".into(), problem: "lists no files".into() }],
             E::OutsideDirectory { .. } => [E::OutsideDirectory {
@@ -375,6 +437,19 @@ mod tests {
                 tensor: "model.norm.weight".into(),
                 file: Some("model.safetensors".into()),
                 dtype: WeightDtype::F16,
+            }],
+            E::BlockOverflow { .. } => [E::BlockOverflow {
+                tensor: "lm_head.weight".into(),
+                file: Some("model.safetensors".into()),
+                block_type: BlockType::Q8_0,
+            }],
+            E::NotInGguf { .. } => [E::NotInGguf {
+                dir: "model".into(),
+                problem: "the architecture `deepseek2` has shared experts, and the model has none".into(),
+            }],
+            E::Target { .. } => [E::Target {
+                path: "notes.txt".into(),
+                problem: "is not a GGUF file, and is not replaced".into(),
             }],
             E::Dtype { .. } => [E::Dtype { dtype: "f64".into() }],
             E::DeviceDtype { .. } => [E::DeviceDtype { dtype: WeightDtype::Bf16 }],

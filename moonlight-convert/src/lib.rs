@@ -34,7 +34,9 @@ pub mod tokenizer;
 pub use checkpoint::{Checkpoint, StoredTensor, TiedHead, WeightFile};
 pub use dtype::conversion::WeightDtype;
 pub use error::CheckpointError;
+pub use format::gguf;
 pub use format::sidecars::sidecars_in;
+pub use format::tensor_entry::StoredDtype;
 #[doc(hidden)]
 pub use hangup::hangup_is_ignored;
 pub use io::atomic_dir::{clean_leftovers, remove_directory, replace_directory};

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use moonlight_convert::CheckpointError;
+use moonlight_convert::adapter::AdapterError;
 #[cfg(feature = "download")]
 use moonlight_convert::hub::DownloadError;
 
@@ -33,9 +34,13 @@ enum Command {
     Tokenizer(cli::tokenizer::Arguments),
 }
 
+/// The hint for an adapter without its base.
+const NAME_BASE: &str = "name the base model with `--base`";
+
 /// Why a command failed.
 enum Failure {
     Checkpoint(CheckpointError),
+    Adapter(AdapterError),
     #[cfg(feature = "download")]
     Download(DownloadError),
     /// Standard output could not be written.
@@ -45,6 +50,15 @@ enum Failure {
 impl From<CheckpointError> for Failure {
     fn from(error: CheckpointError) -> Self {
         Self::Checkpoint(error)
+    }
+}
+
+impl From<AdapterError> for Failure {
+    fn from(error: AdapterError) -> Self {
+        match error {
+            AdapterError::Checkpoint(error) => Self::Checkpoint(error),
+            error => Self::Adapter(error),
+        }
     }
 }
 
@@ -62,6 +76,13 @@ fn main() -> ExitCode {
             if matches!(error, CheckpointError::Interrupted) {
                 return ExitCode::from(cli::signals::INTERRUPTED);
             }
+        }
+        Err(Failure::Adapter(error)) => {
+            let hint = match error {
+                AdapterError::NoBase { .. } => Some(NAME_BASE.to_owned()),
+                _ => error.hint(),
+            };
+            cli::output::fail(&error, hint);
         }
         #[cfg(feature = "download")]
         Err(Failure::Download(error)) => cli::output::fail(&error, cli::hint::download(&error)),

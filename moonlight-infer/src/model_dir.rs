@@ -1,14 +1,14 @@
-//! Finds the directory with the weights of the model that a user names.
+//! Finds the directory or GGUF file with the weights of the model that a user names.
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use moonlight_convert::adapter::is_adapter;
-use moonlight_convert::{CheckpointError, hub};
+use moonlight_convert::{CheckpointError, gguf, hub};
 
 use crate::run_dir::{LockAttempt, ReadLock, TRAINER_STATE, newest_checkpoint};
 
-/// A directory with weights. If it is a checkpoint of a run, the run does not remove it while this value exists.
+/// A directory with weights, or a GGUF file. If it is a checkpoint of a run, the run does not remove it while this value exists.
 #[derive(Debug, Clone)]
 pub struct ModelDir {
     path: PathBuf,
@@ -16,7 +16,7 @@ pub struct ModelDir {
 }
 
 impl ModelDir {
-    /// The path of the directory. The lock is released.
+    /// The path of the directory or file. The lock is released.
     pub fn into_path(self) -> PathBuf {
         self.path
     }
@@ -39,6 +39,7 @@ impl AsRef<Path> for ModelDir {
 /// The directory with the weights of `model`, which is one of
 ///
 /// * a directory with a `config.json`, or the directory of an adapter: itself;
+/// * a GGUF file, or a directory whose only weights it is: the file, in the place of a directory;
 /// * the folder of a training run: its newest complete checkpoint;
 /// * the directory of a model in the Hub's cache (`models--org--name`): the snapshot of `main`;
 /// * `org/name` or `org/name@revision`, if no such path exists: its snapshot in the Hub's cache. Nothing is downloaded.
@@ -59,7 +60,11 @@ pub fn resolve_model(model: impl AsRef<Path>) -> Result<ModelDir, CheckpointErro
 ///
 /// The folder of a run cannot be read.
 pub fn resolve_weights(dir: &Path) -> Result<ModelDir, CheckpointError> {
-    if dir.join("config.json").exists() || is_adapter(dir) {
+    let adapter = is_adapter(dir);
+    if !adapter && let Some(path) = gguf::gguf_file(dir) {
+        return Ok(ModelDir { path, _lock: None });
+    }
+    if adapter || dir.join("config.json").exists() {
         let lock = match dir.join(TRAINER_STATE).exists().then(|| ReadLock::acquire(dir)) {
             Some(LockAttempt::Held(lock)) => Some(lock),
             // The user named this checkpoint, so it is read even without a lock.
@@ -94,6 +99,23 @@ mod tests {
         Manifest::compute(&dir).unwrap().write(&dir).unwrap();
         assert_eq!(&*resolve_model(run).unwrap(), dir);
         assert_eq!(&*resolve_model(&dir).unwrap(), dir);
+    }
+
+    #[test]
+    fn a_gguf_file_stands_for_itself_and_for_the_directory_whose_only_weights_it_is() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join("model.gguf");
+        fs::write(&file, "GGUF").unwrap();
+        fs::write(home.path().join("config.json"), "{}").unwrap();
+        assert_eq!(&*resolve_model(&file).unwrap(), file);
+        assert_eq!(&*resolve_model(home.path()).unwrap(), file);
+        // With other weights, or a second file, the directory is not taken for the file.
+        for other in ["model.safetensors", "other.gguf"] {
+            let other = home.path().join(other);
+            fs::write(&other, "").unwrap();
+            assert_eq!(&*resolve_model(home.path()).unwrap(), home.path());
+            fs::remove_file(other).unwrap();
+        }
     }
 
     #[test]

@@ -28,8 +28,10 @@ use moonlight_model::lora::{Adapter, LowRankSettings};
 use serde::{Deserialize, Serialize};
 
 pub use error::AdapterError;
+pub(crate) use read::low_rank_only;
 pub use read::{load_adapter, load_adapter_with_head, read_adapter};
 pub use write::write_adapter;
+pub(crate) use write::write_adapters;
 
 use crate::checkpoint::CONFIG;
 use crate::hub;

@@ -137,6 +137,19 @@ struct AdapterReader {
     allowed: u64,
 }
 
+/// The matrices of an adapter that changes no weight of its base by itself. `why` is the end of the message for one that does.
+pub(crate) fn low_rank_only(model: &ModelConfig, dir: &Path, why: &str) -> Result<Vec<Adapter>, AdapterError> {
+    let AdapterContents { adapters, changes } = contents(model, TiedHead::Absent, dir)?;
+    match changes.into_iter().next() {
+        None => Ok(adapters),
+        Some((path, _)) => Err(AdapterError::Weights {
+            path: dir.join(ADAPTER_WEIGHTS),
+            problem: format!("changes `{path}` by more than LoRA of a projection, {why}"),
+            hint: Some("merge the adapter into its model first, and convert the merged model".into()),
+        }),
+    }
+}
+
 fn contents(model: &ModelConfig, head: TiedHead, dir: &Path) -> Result<AdapterContents, AdapterError> {
     let mut config = AdapterConfig::read(dir)?;
     if config.targets.modules.is_none() && config.targets.parameters.is_empty() {
@@ -219,7 +232,7 @@ fn by_role(tensors: Vec<TensorEntry>) -> Result<AdapterTensors, String> {
             (_, &[rows, columns]) => (rows, columns),
             (_, shape) => return Err(format!("contains `{name}` of shape {shape:?}; it must be a matrix")),
         };
-        let Some(dtype) = WeightDtype::from_safetensors(tensor.dtype) else {
+        let Some(dtype) = tensor.dtype.weight_dtype() else {
             return Err(format!("contains `{name}` as {}; supported are f32, bf16 and f16", tensor.dtype));
         };
         let stored = StoredMatrix { rows, columns, dtype, range: tensor.range };

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::TensorData;
-use moonlight_model::CausalLm;
 use moonlight_model::config::ParameterKind;
 use moonlight_model::lora::{Adapter, LowRankSettings};
+use moonlight_model::{CausalLm, ModelConfig};
 use serde_json::{Map, Value, json};
 
 use super::config::{ADAPTER_CONFIG, NewConfig};
@@ -74,16 +74,26 @@ pub fn write_adapter(
 ) -> Result<(), AdapterError> {
     let adapters = model.adapters();
     assert!(!adapters.is_empty(), "the model has an adapter");
-    let modules = modules(&adapters, model.config().moe.is_some());
-    let config = config(&modules, &adapters, model, base);
     if let Some(from) = sidecars_from {
         sidecars::copy(from, dir)?;
     }
+    write_adapters(&adapters, model.config(), dir, base)
+}
+
+/// Writes adapters of a model with this config, at least one, as [`write_adapter`] does, without sidecars.
+pub(crate) fn write_adapters(
+    adapters: &[Adapter],
+    model: &ModelConfig,
+    dir: &Path,
+    base: &Path,
+) -> Result<(), AdapterError> {
+    let modules = modules(adapters, model.moe.is_some());
+    let config = config(&modules, adapters, model, base);
     let write = |name: &str, bytes: &[u8]| {
         let path = dir.join(name);
         write_anew(&path, bytes).map_err(CheckpointError::write(&path))
     };
-    write(ADAPTER_WEIGHTS, &safetensors(&modules, &adapters))?;
+    write(ADAPTER_WEIGHTS, &safetensors(&modules, adapters))?;
     write(ADAPTER_CONFIG, config.to_json().as_bytes())?;
     Ok(())
 }
@@ -179,7 +189,7 @@ fn alpha_for(settings: LowRankSettings, scale: f64, rank: usize) -> f64 {
     scale * if settings.rslora { rank.sqrt() } else { rank }
 }
 
-fn config(modules: &[Module], adapters: &[Adapter], model: &CausalLm, base: &Path) -> NewConfig {
+fn config(modules: &[Module], adapters: &[Adapter], model: &ModelConfig, base: &Path) -> NewConfig {
     let LowRankSettings { rslora, dropout, .. } = adapters[0].settings;
     let mut config = NewConfig { base: base.display().to_string(), rslora, dropout, ..NewConfig::default() };
     // The most frequent pair of rank and alpha becomes the default; the others become patterns.
@@ -225,9 +235,9 @@ fn config(modules: &[Module], adapters: &[Adapter], model: &CausalLm, base: &Pat
 }
 
 /// The projections of all layers by their names without the layer, and the experts by their parameters in transformers.
-fn candidates(model: &CausalLm) -> Vec<String> {
+fn candidates(model: &ModelConfig) -> Vec<String> {
     let mut seen = BTreeSet::new();
-    for parameter in model.config().parameter_shapes() {
+    for parameter in model.parameter_shapes() {
         let path = match parameter.kind {
             ParameterKind::Matrix | ParameterKind::Router => {
                 names::peft_module(parameter.path.strip_suffix(".weight").unwrap_or(&parameter.path))

@@ -5,10 +5,13 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::tensor::DType;
-use clap::{Args, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, ValueEnum};
 use indicatif::DecimalBytes;
+use moonlight_convert::gguf::{BlockType, GgufOptions};
 use moonlight_convert::{Checkpoint, Format, SaveOptions};
 
+use super::adapter::{self, AdapterLayout};
 use super::output::note;
 use super::progress::Bar;
 use super::units::plural;
@@ -19,23 +22,31 @@ use crate::Failure;
 pub(crate) struct Arguments {
     /// The checkpoint to read
     src: PathBuf,
-    /// The directory to write
+    /// The directory to write, or the file `*.gguf`
     dst: PathBuf,
     /// The dtype of the weights [default: as stored; quantized weights are dequantized]
     #[arg(long)]
     dtype: Option<Dtype>,
-    /// The file format of the weights
-    #[arg(long, default_value = "hf")]
-    format: FormatName,
-    /// The largest weight file, for example 5GB or 500MB
-    #[arg(long, default_value = "5GB", value_parser = bytes)]
-    max_shard_size: u64,
+    /// The file format of the weights [default: gguf if DST ends in `.gguf`, else hf]
+    #[arg(long)]
+    format: Option<FormatName>,
+    /// The type of the matrices in a GGUF file, which gives some tensors more bits as `llama-quantize` does [default: as
+    /// stored; bf16 for quantized weights]
+    #[arg(long = "type", value_name = "TYPE")]
+    block_type: Option<TypeName>,
+    /// The largest weight file, for example 5GB or 500MB [default: 5GB]
+    #[arg(long, value_parser = bytes)]
+    max_shard_size: Option<u64>,
     /// Write one file per layer, as Moonlight was published
     #[arg(long, conflicts_with = "max_shard_size")]
     shard_by_layer: bool,
     /// Convert what exists of SRC, if files are missing
     #[arg(long)]
     partial: bool,
+    /// The base model of an adapter, which is converted between peft's layout and GGUF [default: the one that its
+    /// `adapter_config.json` names]
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
     /// Replace an existing checkpoint at DST
     #[arg(long)]
     force: bool,
@@ -64,7 +75,39 @@ enum FormatName {
     Hf,
     /// One burnpack file, for burn-store
     Burnpack,
+    /// One file with tokenizer and template, for llama.cpp, Ollama and LM Studio
+    Gguf,
 }
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum TypeName {
+    F32,
+    F16,
+    Bf16,
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_0")]
+    Q4_0,
+    /// The mixture that llama.cpp calls Q4_K_M
+    #[value(name = "q4_k")]
+    Q4K,
+}
+
+impl From<TypeName> for BlockType {
+    fn from(name: TypeName) -> Self {
+        match name {
+            TypeName::F32 => Self::F32,
+            TypeName::F16 => Self::F16,
+            TypeName::Bf16 => Self::Bf16,
+            TypeName::Q8_0 => Self::Q8_0,
+            TypeName::Q4_0 => Self::Q4_0,
+            TypeName::Q4K => Self::Q4K,
+        }
+    }
+}
+
+/// Size of a safetensors file, as in `huggingface_hub`.
+const MAX_SHARD_SIZE: u64 = 5_000_000_000;
 
 /// Parses `5GB`, `500MB`, `10KB` or a plain number of bytes; decimal, as on the Hub.
 fn bytes(text: &str) -> Result<u64, String> {
@@ -82,14 +125,65 @@ fn bytes(text: &str) -> Result<u64, String> {
 
 /// Converts, and reports what was written.
 pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
-    let Arguments { src, dst, dtype, format, max_shard_size, shard_by_layer, partial, force } = arguments;
+    let is_gguf = arguments.dst.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    if let Some(layout) = AdapterLayout::of(&arguments.src) {
+        let Arguments { src, dst, base, force, .. } = &arguments;
+        return adapter::convert(layout, src, dst, base.as_deref(), *force);
+    }
+    match arguments.format {
+        Some(FormatName::Gguf) => write_gguf(&arguments),
+        None if is_gguf => write_gguf(&arguments),
+        Some(FormatName::Burnpack) => write_directory(arguments, Format::Burnpack),
+        Some(FormatName::Hf) | None => write_directory(arguments, Format::HuggingFace),
+    }
+}
+
+/// Ends the program with a usage error.
+fn conflict(message: &str) -> ! {
+    crate::Arguments::command().error(ErrorKind::ArgumentConflict, message).exit()
+}
+
+fn write_gguf(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let Arguments { src, dst, dtype, block_type, max_shard_size, shard_by_layer, partial, force, .. } = arguments;
+    for (given, option, problem) in [
+        (dtype.is_some(), "--dtype", "the types of a GGUF file are set by `--type`"),
+        (max_shard_size.is_some(), "--max-shard-size", "a GGUF is one file"),
+        (*shard_by_layer, "--shard-by-layer", "a GGUF is one file"),
+        (*partial, "--partial", "llama.cpp opens complete files only"),
+    ] {
+        if given {
+            conflict(&format!("`{option}` does not apply to GGUF: {problem}"));
+        }
+    }
+    let options = GgufOptions { block_type: block_type.map(Into::into), overwrite: *force };
+    let start = Instant::now();
+    let source = Checkpoint::open(src)?;
+    let report = source.write_gguf(dst, &options, &Bar::new())?;
+    let seconds = start.elapsed().as_secs_f64();
+    // The header is validated as that of any other file.
+    Checkpoint::open(dst)?;
+    note(format_args!(
+        "wrote {} to `{}` in {seconds:.1} s ({:.0} MB/s)",
+        DecimalBytes(report.bytes),
+        dst.display(),
+        report.bytes as f64 / 1e6 / seconds
+    ));
+    let types: Vec<String> = report.types.iter().map(|(block_type, count)| format!("{count} {block_type}")).collect();
+    note(format_args!("tensors: {}", types.join(", ")));
+    report_source(&source);
+    report.notes.iter().for_each(|text| note(format_args!("{text}")));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write_directory(arguments: Arguments, format: Format) -> Result<ExitCode, Failure> {
+    let Arguments { src, dst, dtype, block_type, max_shard_size, shard_by_layer, partial, force, .. } = arguments;
+    if block_type.is_some() {
+        conflict("`--type` applies to GGUF only: the dtype of other formats is set by `--dtype`");
+    }
     let options = SaveOptions {
         dtype: dtype.map(Into::into),
-        format: match format {
-            FormatName::Hf => Format::HuggingFace,
-            FormatName::Burnpack => Format::Burnpack,
-        },
-        max_shard_size,
+        format,
+        max_shard_size: max_shard_size.unwrap_or(MAX_SHARD_SIZE),
         shard_by_layer,
         sidecars_from: None,
         overwrite: force,
@@ -108,13 +202,18 @@ pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         dst.display(),
         bytes as f64 / 1e6 / seconds
     ));
-    if let Some(head) = source.tied_head().describe() {
-        note(format_args!("{head}"));
-    }
+    report_source(&source);
     for skipped in source.skipped_notes() {
         note(format_args!("{skipped}"));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reports what is unusual about the source's weights.
+fn report_source(source: &Checkpoint) {
+    if let Some(head) = source.tied_head().describe() {
+        note(format_args!("{head}"));
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The subcommands, one per file, and hints in terms of this program's options.
 
+mod adapter;
 pub(crate) mod convert;
 #[cfg(feature = "download")]
 pub(crate) mod download;

@@ -6,6 +6,7 @@ use moonlight_model::disjoint::DisjointMut;
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{self, Outcome, PlainRows, RowPieces, Weight, WeightDtype, with_weight};
+use crate::dtype::gguf_rows::{GgufMatrix, GgufRows, StoredOrder, key_rows};
 use crate::dtype::quant::{Fp8, Int4, Scales, scales};
 use crate::dtype::transpose::{transpose, transpose_into};
 use crate::error::CheckpointError;
@@ -44,6 +45,7 @@ pub(crate) enum Encoding {
     Plain(Layout),
     Fp8 { scale: (FileRange, WeightDtype), block: [usize; 2] },
     Int4 { scale: (FileRange, WeightDtype), group: usize },
+    Gguf(GgufRows),
 }
 
 impl SourceTensor {
@@ -61,12 +63,18 @@ impl SourceTensor {
         self.tensor.shape.iter().product()
     }
 
-    /// The byte range of some rows of the stored tensor.
+    /// The byte range of some rows of the stored tensor; in a GGUF file also of those with which they are mixed.
     pub(crate) fn stored_rows(&self, rows: &Range<usize>) -> FileRange {
         let (height, _) = self.dims(self.stored());
-        let row = self.part.range.len() / height.max(1);
-        let start = self.part.range.start;
-        FileRange { shard: self.part.shard, range: start + rows.start * row..start + rows.end * row }
+        let unit = self.unit();
+        let bytes = self.part.range.len() / (height / unit).max(1);
+        let (start, units) = (self.part.range.start, rows.start / unit..rows.end.div_ceil(unit));
+        FileRange { shard: self.part.shard, range: start + units.start * bytes..start + units.end * bytes }
+    }
+
+    /// The rows that are read together.
+    fn unit(&self) -> usize {
+        if let Encoding::Gguf(rows) = &self.encoding { rows.unit() } else { 1 }
     }
 
     /// The quantized form in words; `None` for unquantized values.
@@ -74,6 +82,10 @@ impl SourceTensor {
         let &[rows, columns] = self.tensor.shape.as_slice() else { return None };
         Some(match self.encoding {
             Encoding::Plain(_) => return None,
+            Encoding::Gguf(GgufRows { block_type, .. }) if !block_type.is_quantized() => return None,
+            Encoding::Gguf(GgufRows { block_type, .. }) => {
+                format!("{block_type}, in blocks of {} values", block_type.values())
+            }
             Encoding::Fp8 { block, .. } if block == [rows, columns] => "FP8, one scale per tensor".into(),
             Encoding::Fp8 { block: [1, width], .. } if width == columns => "FP8, one scale per row".into(),
             Encoding::Fp8 { block: [height, width], .. } => format!("FP8, one scale per block of {height} x {width}"),
@@ -83,11 +95,13 @@ impl SourceTensor {
 
     /// Every part of a file that is read for this tensor.
     pub(crate) fn parts(&self) -> impl Iterator<Item = &FileRange> {
-        let scale = match &self.encoding {
+        let second = match &self.encoding {
             Encoding::Plain(_) => None,
             Encoding::Fp8 { scale, .. } | Encoding::Int4 { scale, .. } => Some(&scale.0),
+            Encoding::Gguf(GgufRows { order: StoredOrder::ValueUp { keys, .. }, .. }) => Some(&keys.0),
+            Encoding::Gguf(_) => None,
         };
-        std::iter::once(&self.part).chain(scale)
+        std::iter::once(&self.part).chain(second)
     }
 
     /// Size of these parts together, in bytes.
@@ -99,7 +113,7 @@ impl SourceTensor {
     pub(crate) fn stored(&self) -> Layout {
         match self.encoding {
             Encoding::Plain(layout) => layout,
-            Encoding::Fp8 { .. } | Encoding::Int4 { .. } => Layout::HuggingFace,
+            Encoding::Fp8 { .. } | Encoding::Int4 { .. } | Encoding::Gguf(_) => Layout::HuggingFace,
         }
     }
 
@@ -142,6 +156,13 @@ macro_rules! with_rows {
                 let $lines = &$rows;
                 $body
             }
+            Encoding::Gguf(rows) => {
+                let $part = |first: usize, bytes| {
+                    GgufMatrix { rows, bytes, first: first / rows.unit() * rows.unit(), columns, keys: scales }
+                };
+                let $lines = &$rows;
+                $body
+            }
         }
     }};
 }
@@ -174,12 +195,24 @@ impl SourceTensor {
 }
 
 impl Checkpoint {
-    /// Reads the scales for some rows of the stored tensor; none if it is not quantized.
+    /// Reads the scales for some rows of the stored tensor; none if it has none. Of a `kv_b_proj` in a GGUF file, the rows of
+    /// keys.
     pub(crate) fn scales(&self, source: &SourceTensor, rows: &Range<usize>) -> Result<Scales, CheckpointError> {
         let ((scale, dtype), height) = match &source.encoding {
             Encoding::Plain(_) => return Ok(Scales::default()),
             Encoding::Fp8 { scale, block } => (scale, block[0]),
             Encoding::Int4 { scale, .. } => (scale, 1),
+            Encoding::Gguf(GgufRows { order: StoredOrder::ValueUp { rows: head, keys }, .. }) => {
+                let (part, block_type) = keys;
+                let bytes = part.range.len() / head.heads.max(1);
+                let unit = head.key + head.value;
+                let (first, last) = (rows.start / unit, rows.end.div_ceil(unit));
+                let range = part.range.start + first * bytes..part.range.start + last * bytes;
+                let mut stored = vec![0; range.len()];
+                self.read_part(&FileRange { shard: part.shard, range }, &mut stored)?;
+                return Ok(Scales { first: first * head.key, values: key_rows(*block_type, &stored, head) });
+            }
+            Encoding::Gguf(_) => return Ok(Scales::default()),
         };
         let (all, _) = source.dims(source.stored());
         let row = scale.range.len() / all.div_ceil(height).max(1); // bytes per row of scales
@@ -226,7 +259,7 @@ impl Checkpoint {
     /// stored value is NaN or infinite itself, or only out of range.
     pub(crate) fn value_error(&self, source: &SourceTensor, dtype: WeightDtype) -> CheckpointError {
         let found = &self.tensor_list()[source.stored_index];
-        let (tensor, file) = (found.name.clone(), Some(self.dir().join(&found.file)));
+        let (tensor, file) = (found.name.clone(), Some(self.shard(found.shard).path().to_path_buf()));
         match self.all_finite(source) {
             Ok(true) => CheckpointError::Overflow { tensor, file, dtype },
             Ok(false) => CheckpointError::NonFinite { tensor, file },

@@ -2,5 +2,6 @@
 
 pub(crate) mod conversion;
 pub(crate) mod dequantize;
+pub(crate) mod gguf_rows;
 pub(crate) mod quant;
 pub(crate) mod transpose;

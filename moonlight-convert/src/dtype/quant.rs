@@ -230,10 +230,10 @@ fn unsupported_int4(weights: &Value) -> Option<String> {
     None
 }
 
-/// The scales for some rows of a matrix, in f32.
+/// The values of a second tensor for some rows of a matrix, in f32: the scales, or of `kv_b_proj` the rows of the keys.
 #[derive(Debug, Default)]
 pub(crate) struct Scales {
-    /// The row of scales with which `values` begins.
+    /// The row of the second tensor with which `values` begins.
     pub(crate) first: usize,
     pub(crate) values: Vec<f32>,
 }

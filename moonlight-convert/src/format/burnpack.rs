@@ -129,7 +129,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<TensorEntry>, String> {
             let dtype =
                 dtype(descriptor.dtype).ok_or_else(|| format!("contains `{name}` as {:?}", descriptor.dtype))?;
             let (range, shape) = range.zip(shape).ok_or_else(|| format!("has an invalid offset for `{name}`"))?;
-            Ok(TensorEntry { name, dtype, shape, range })
+            Ok(TensorEntry { name, dtype: dtype.into(), shape, range })
         })
         .collect::<Result<_, String>>()?;
     tensors.sort_by_key(|tensor| tensor.range.start);

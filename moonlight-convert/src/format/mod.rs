@@ -11,6 +11,7 @@
 //! A read-only format needs 1 to 3 and 5, a write-only one 1 and 4 to 6.
 
 pub(crate) mod burnpack;
+pub mod gguf;
 pub(crate) mod index;
 pub(crate) mod shard;
 pub(crate) mod sidecars;

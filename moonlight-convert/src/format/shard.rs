@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::error::Bytes;
 use crate::format::burnpack;
+use crate::format::gguf::{self, GgufHeader};
 use crate::format::index::unprintable;
 use crate::format::tensor_entry::TensorEntry;
 use crate::io::confined_dir::open_plain;
@@ -81,6 +82,26 @@ impl Shard {
             return Err("was truncated while it was opened".into());
         }
         Ok(Self::new(path, &metadata, file, 0, tensors))
+    }
+
+    /// Opens and validates a GGUF file. The error is the rest of a sentence that begins with the file's name.
+    pub(crate) fn open_gguf(path: &Path) -> Result<(Self, GgufHeader), String> {
+        let (file, metadata) = open_plain(path).map_err(|error| format!("cannot be opened: {error}"))?;
+        let header = gguf::read::parse_file(&file, metadata.len())?;
+        let too_large = |_| "is too large for this machine".to_owned();
+        let data = usize::try_from(header.data_start).map_err(too_large)?;
+        usize::try_from(metadata.len()).map_err(too_large)?;
+        let tensors = header.tensors.iter().map(|tensor| {
+            // The header has been checked: every tensor is inside the file, whose length fits.
+            let (start, bytes) = (tensor.offset as usize, tensor.bytes().unwrap_or(0) as usize);
+            TensorEntry {
+                name: tensor.name.clone(),
+                dtype: tensor.block_type.into(),
+                shape: tensor.shape.iter().rev().map(|size| *size as usize).collect(),
+                range: start..start + bytes,
+            }
+        });
+        Ok((Self::new(path, &metadata, file, data, tensors.collect()), header))
     }
 
     #[cfg_attr(not(unix), expect(unused_variables, reason = "files are identified only on Unix"))]
@@ -201,7 +222,7 @@ pub(crate) fn read_header(header: &[u8], held: u64) -> Result<(Vec<TensorEntry>,
         .filter_map(|name| {
             let info = metadata.info(&name)?;
             let (start, end) = info.data_offsets;
-            Some(TensorEntry { dtype: info.dtype, shape: info.shape.clone(), range: start..end, name })
+            Some(TensorEntry { dtype: info.dtype.into(), shape: info.shape.clone(), range: start..end, name })
         })
         .collect();
     Ok((tensors, note))
@@ -276,7 +297,7 @@ mod tests {
         let (tensors, note) = read_header(header.as_bytes(), 8).unwrap();
         assert_eq!(note, None);
         assert_eq!((tensors[0].name.as_str(), &tensors[0].shape, &tensors[0].range), ("a", &vec![1, 2], &(0..4)));
-        assert_eq!((tensors[1].name.as_str(), tensors[1].dtype), ("b", Dtype::F32));
+        assert_eq!((tensors[1].name.as_str(), tensors[1].dtype), ("b", Dtype::F32.into()));
     }
 
     #[test]

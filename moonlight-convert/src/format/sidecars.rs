@@ -1,7 +1,7 @@
 //! The sidecars: files of a checkpoint other than its weights.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use moonlight_model::ModelConfig;
@@ -13,6 +13,7 @@ use crate::dtype::conversion::WeightDtype;
 use crate::dtype::quant::QUANTIZATION;
 use crate::error::CheckpointError;
 use crate::format::burnpack::BURNPACK;
+use crate::format::gguf;
 use crate::format::index::INDEX;
 use crate::io::confined_dir::ConfinedDir;
 use crate::io::temporary::create_anew;
@@ -54,12 +55,17 @@ pub(crate) fn belongs_to_checkpoint(name: &str) -> bool {
     name == CONFIG || name == INDEX || name == BURNPACK || name.ends_with(".safetensors") || is_sidecar(name)
 }
 
-/// The sorted names of the sidecars in a directory.
+/// The sorted names of the sidecars in a directory, or of those that the metadata of a GGUF file contains.
 ///
 /// # Errors
 ///
-/// [`CheckpointError`], if the directory cannot be read, or a sidecar is a link out of it.
+/// [`CheckpointError`], if the directory or file cannot be read, or a sidecar is a link out of it.
 pub fn sidecars_in(dir: &Path) -> Result<Vec<String>, CheckpointError> {
+    if gguf::is_gguf(dir) {
+        let mut names: Vec<String> = gguf::sidecar_files(dir)?.into_iter().map(|(name, _)| name).collect();
+        names.sort();
+        return Ok(names);
+    }
     if !dir.is_dir() {
         return Err(CheckpointError::not_a_directory(dir));
     }
@@ -78,8 +84,16 @@ pub fn sidecars_in(dir: &Path) -> Result<Vec<String>, CheckpointError> {
     Ok(names)
 }
 
-/// Copies the sidecars from one directory to another.
+/// Copies the sidecars from one directory to another, or from the metadata of a GGUF file.
 pub(crate) fn copy(from: &Path, dir: &Path) -> Result<(), CheckpointError> {
+    if gguf::is_gguf(from) {
+        for (name, contents) in gguf::sidecar_files(from)? {
+            let path = dir.join(&name);
+            let written = create_anew(&path).and_then(|mut file| file.write_all(&contents));
+            written.map_err(CheckpointError::write(&path))?;
+        }
+        return Ok(());
+    }
     for name in sidecars_in(from)? {
         copy_one(from, &name, dir, |error| CheckpointError::write(&dir.join(&name))(error))?;
     }
@@ -116,8 +130,14 @@ pub(crate) fn write(
     shown: &Path,
     needed: u64,
 ) -> Result<(), CheckpointError> {
-    let sidecars = from.map(sidecars_in).transpose()?.unwrap_or_default();
-    if let Some(from) = from {
+    let mut sidecars = Vec::new();
+    if let Some(from) = from.filter(|from| gguf::is_gguf(from)) {
+        for (name, contents) in gguf::sidecar_files(from)? {
+            write_file(dir, &name, &contents, shown, needed)?;
+            sidecars.push(name);
+        }
+    } else if let Some(from) = from {
+        sidecars = sidecars_in(from)?;
         for name in &sidecars {
             // Copied, not linked: in the Hub's cache they are links to blobs, which a cleanup may delete.
             copy_one(from, name, dir, |error| write_failure(shown, name, needed, error))?;

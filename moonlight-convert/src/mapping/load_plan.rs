@@ -1,6 +1,8 @@
 //! The load plan: every tensor of a checkpoint is matched with a parameter of its model before a byte of a weight is
 //! read.
 
+mod gguf;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 
@@ -13,7 +15,9 @@ use crate::dtype::conversion::WeightDtype;
 use crate::dtype::dequantize::{Encoding, Layout, SourceTensor};
 use crate::dtype::quant::{NIBBLES_PER_WORD, QuantScheme};
 use crate::error::CheckpointError;
+use crate::format::gguf::names::ROPE_FACTORS;
 use crate::format::shard::FileRange;
+use crate::format::tensor_entry::StoredDtype;
 use crate::mapping::names::{self, HfTensor, SkipReason, Stacked};
 use crate::report::validation::{Problem, ProblemList};
 
@@ -194,6 +198,18 @@ fn implausible(config: &ModelConfig, tensors: usize, unread: Option<usize>) -> O
     None
 }
 
+/// The name by which a tensor is matched.
+fn key_in<'n>(checkpoint: &Checkpoint, name: &'n str) -> &'n str {
+    // The names in burnpack and GGUF files have no variants.
+    if checkpoint.is_burnpack() || checkpoint.is_gguf() { name } else { names::key(name) }
+}
+
+/// Whether two shapes differ only in outermost dimensions of 1, which ggml omits.
+fn equal_but_for_ones(a: &[usize], b: &[usize]) -> bool {
+    let inner = |shape: &[usize]| shape.iter().position(|size| *size != 1).map_or(shape.len(), |at| at);
+    a[inner(a)..] == b[inner(b)..]
+}
+
 struct TensorMatcher<'a> {
     checkpoint: &'a Checkpoint,
     scheme: QuantScheme,
@@ -213,7 +229,7 @@ impl<'a> TensorMatcher<'a> {
         let mut by_key = HashMap::with_capacity(tensors.len());
         let mut problems = Vec::new();
         for (index, tensor) in tensors.iter().enumerate() {
-            let key = if checkpoint.is_burnpack() { tensor.name.as_str() } else { names::key(&tensor.name) };
+            let key = key_in(checkpoint, &tensor.name);
             if let Some(other) = by_key.insert(key, index) {
                 problems.push(Problem::Duplicate { tensor: tensors[other].name.clone(), other: tensor.name.clone() });
             }
@@ -226,6 +242,9 @@ impl<'a> TensorMatcher<'a> {
         let wanted = names::hugging_face_tensors(&parameter);
         if self.checkpoint.is_burnpack() {
             return self.plan_in_burnpack(parameter, wanted);
+        }
+        if self.checkpoint.is_gguf() {
+            return self.plan_in_gguf(parameter, wanted);
         }
         let transposed = names::transposed(parameter.kind);
         // If files contain both layouts, the separate tensors are used, and the stack is reported as unexpected.
@@ -278,7 +297,7 @@ impl<'a> TensorMatcher<'a> {
 
     /// Finds a tensor and checks its shape; adds a problem if it is missing or has another shape.
     fn find(&mut self, tensor: &HfTensor) -> Option<(usize, FileRange)> {
-        let key = if self.checkpoint.is_burnpack() { tensor.name.as_str() } else { names::key(&tensor.name) };
+        let key = key_in(self.checkpoint, &tensor.name);
         let Some(&stored_index) = self.by_key.get(key) else {
             self.missing(key, &tensor.name);
             return None;
@@ -286,7 +305,8 @@ impl<'a> TensorMatcher<'a> {
         // `gate_up_proj` is looked up twice and reported once.
         let first_use = !std::mem::replace(&mut self.used[stored_index], true);
         let found = self.stored(stored_index);
-        let fits = found.shape == tensor.shape;
+        let fits =
+            found.shape == tensor.shape || self.checkpoint.is_gguf() && equal_but_for_ones(&found.shape, &tensor.shape);
         if first_use && !fits {
             self.wrong_shape(found, found.shape.clone(), tensor.shape.clone());
         }
@@ -319,7 +339,7 @@ impl<'a> TensorMatcher<'a> {
     /// The dtype of an unquantized tensor; adds a problem if weights cannot have it.
     fn plain_dtype(&mut self, stored_index: usize) -> Option<WeightDtype> {
         let found = self.stored(stored_index);
-        let dtype = WeightDtype::from_safetensors(found.dtype);
+        let dtype = found.dtype.weight_dtype();
         if dtype.is_none() {
             self.wrong_dtype(found);
         }
@@ -486,8 +506,8 @@ impl<'a> TensorMatcher<'a> {
         self.used[stored_index] = true;
         let found = self.stored(stored_index);
         let size = match found.dtype {
-            Dtype::I32 => 4,
-            Dtype::I64 => 8,
+            StoredDtype::Plain(Dtype::I32) => 4,
+            StoredDtype::Plain(Dtype::I64) => 8,
             _ => return self.wrong_dtype(found),
         };
         if found.shape != [2] {
@@ -541,10 +561,13 @@ impl<'a> TensorMatcher<'a> {
         let is_undeclared_mtp =
             |name: &str| names::layer_of_tensor(name).is_some_and(|layer| mtp_layers.contains(&layer));
         for (tensor, _) in self.checkpoint.tensor_list().iter().zip(&self.used).filter(|(_, used)| !**used) {
-            let reason = match self.checkpoint.is_burnpack() {
-                true => None,
-                false => names::skip_reason(&tensor.name, config)
-                    .or_else(|| is_undeclared_mtp(&tensor.name).then_some(SkipReason::UndeclaredPrediction)),
+            let reason = if self.checkpoint.is_burnpack() {
+                None
+            } else if self.checkpoint.is_gguf() {
+                gguf_skip_reason(&tensor.name, config)
+            } else {
+                names::skip_reason(&tensor.name, config)
+                    .or_else(|| is_undeclared_mtp(&tensor.name).then_some(SkipReason::UndeclaredPrediction))
             };
             match reason {
                 Some(reason) => skipped.entry(reason).or_default().push(tensor.name.clone()),
@@ -555,4 +578,15 @@ impl<'a> TensorMatcher<'a> {
         }
         skipped
     }
+}
+
+/// Why a tensor of a GGUF file that the model does not use is ignored; `None` if it is unexpected.
+fn gguf_skip_reason(name: &str, config: &ModelConfig) -> Option<SkipReason> {
+    if name == ROPE_FACTORS {
+        // Compared with the scaling when the file was opened.
+        return Some(SkipReason::InverseFrequencies);
+    }
+    let layers = config.num_hidden_layers;
+    let predicting = layers..layers.saturating_add(names::declared_mtp_layers(config));
+    gguf::layer_of(name).is_some_and(|layer| predicting.contains(&layer)).then_some(SkipReason::MultiTokenPrediction)
 }

@@ -8,6 +8,8 @@ use serde::{Serialize, Serializer};
 
 use crate::checkpoint::{CONFIG, Checkpoint};
 use crate::error::CheckpointError;
+use crate::format::gguf;
+use crate::format::gguf::tokenizer::{TokenizerTexts, tokenizer_texts};
 use crate::format::index::{INDEX, SINGLE};
 use crate::format::sidecars::sidecars_in;
 use crate::manifest::MANIFEST;
@@ -37,7 +39,7 @@ pub struct CheckpointSummary {
     pub directory: PathBuf,
     /// Whether it can be loaded.
     pub state: CheckpointState,
-    /// `safetensors` or `burnpack`.
+    /// `safetensors`, `burnpack` or `gguf`.
     pub format: &'static str,
     /// The class name in transformers.
     pub architecture: &'static str,
@@ -154,20 +156,53 @@ impl Checkpoint {
         let config = self.config();
         let count = config.parameter_count();
         let problems = self.problems();
-        let unfinished = unfinished_downloads(self.dir());
+        // Next to a GGUF file can be anything.
+        let unfinished = if self.is_gguf() { Vec::new() } else { unfinished_downloads(self.dir()) };
         let mut dtypes: BTreeMap<String, (usize, u64)> = BTreeMap::new();
         for (_, tensor) in self.tensors() {
             let of_dtype = dtypes.entry(tensor.dtype.to_string()).or_default();
             *of_dtype = (of_dtype.0 + 1, of_dtype.1 + tensor.bytes());
         }
-        let sidecars = sidecars_in(self.dir())?;
-        let ignored_files = self.ignored_files(&sidecars, &unfinished)?;
+        let mut notes = self.notes();
+        let sidecars = match self.gguf_metadata() {
+            None => sidecars_in(self.dir())?,
+            // A tokenizer that is not supported does not prevent that tokens are passed by number.
+            Some(metadata) => match tokenizer_texts(self.dir(), metadata) {
+                Ok(None) => Vec::new(),
+                Ok(Some(TokenizerTexts { files, notes: more })) => {
+                    notes.extend(more);
+                    files.into_iter().map(|(name, _)| name).collect()
+                }
+                Err(error) => {
+                    notes.push(error.to_string());
+                    Vec::new()
+                }
+            },
+        };
+        let ignored_files = match (self.is_gguf(), &self.gguf_folder) {
+            // Next to a GGUF file can be anything. In a directory that was named as the model, config and tokenizer are
+            // those of the metadata.
+            (true, None) => Vec::new(),
+            (true, Some(folder)) => self.ignored_files(folder, &HashSet::new())?,
+            (false, _) => {
+                let mut used: HashSet<&str> = HashSet::from([CONFIG, MANIFEST]);
+                // transformers, too, reads no index if the single file exists.
+                let single = self.files().iter().any(|file| file.name == SINGLE) || self.is_burnpack();
+                used.extend((!single).then_some(INDEX));
+                used.extend(sidecars.iter().chain(&unfinished).map(String::as_str));
+                self.ignored_files(self.dir(), &used)?
+            }
+        };
         // In the order of preference of this project's readers.
         let tokenizer = ["tokenizer.json", "tiktoken.model", "tokenizer.model", "vocab.json"];
         Ok(CheckpointSummary {
             directory: self.dir().to_path_buf(),
             state: state(&problems, &unfinished),
-            format: if self.is_burnpack() { "burnpack" } else { "safetensors" },
+            format: match () {
+                () if self.is_burnpack() => "burnpack",
+                () if self.is_gguf() => "gguf",
+                () => "safetensors",
+            },
             architecture: config.model_type.architecture(),
             model_type: config.model_type.as_str(),
             layers: config.num_hidden_layers,
@@ -190,11 +225,14 @@ impl Checkpoint {
                 .iter()
                 .map(|file| FileSummary {
                     name: file.name.clone(),
-                    bytes: fs::metadata(self.dir().join(&file.name)).ok().map(|found| found.len()),
+                    bytes: fs::metadata(self.file_path(&file.name)).ok().map(|found| found.len()),
                     tensors: file.tensors,
                 })
                 .collect(),
-            tokenizer: tokenizer.iter().find(|name| self.dir().join(name).is_file()).map(|name| (*name).to_owned()),
+            tokenizer: tokenizer
+                .iter()
+                .find(|name| sidecars.iter().any(|file| file == *name))
+                .map(|name| (*name).to_owned()),
             sidecars,
             ignored_files,
             skipped: self
@@ -208,7 +246,7 @@ impl Checkpoint {
                 .map(|(form, tensors)| QuantizedForm { form, tensors })
                 .collect(),
             ignored_keys: self.ignored_keys(),
-            notes: self.notes(),
+            notes,
             unfinished,
             problems: problems
                 .iter()
@@ -227,17 +265,17 @@ impl Checkpoint {
         for (key, reason) in self.config().ignored_keys() {
             keys.entry(reason).or_default().push(key.to_owned());
         }
+        if let Some(metadata) = self.gguf_metadata() {
+            let ignored = gguf::read::ignored_keys(metadata);
+            keys.entry("describe the model or the file").or_default().extend(ignored);
+        }
+        keys.retain(|_, keys| !keys.is_empty());
         keys
     }
 
-    /// The files and folders that are neither read nor copied.
-    fn ignored_files(&self, sidecars: &[String], unfinished: &[String]) -> Result<Vec<String>, CheckpointError> {
-        let dir = self.dir();
-        let single = self.files().iter().any(|file| file.name == SINGLE) || self.is_burnpack();
-        let mut used: HashSet<&str> = HashSet::from([CONFIG, MANIFEST]);
-        // transformers, too, reads no index if the single file exists.
-        used.extend((!single).then_some(INDEX));
-        used.extend(sidecars.iter().chain(unfinished).map(String::as_str));
+    /// The files and folders that are neither read nor copied; `used` are those that are, in addition to weights.
+    fn ignored_files(&self, dir: &Path, used: &HashSet<&str>) -> Result<Vec<String>, CheckpointError> {
+        let mut used = used.clone();
         for file in self.files() {
             // A folder that contains a shard is part of the checkpoint.
             used.extend([file.name.as_str(), file.name.split('/').next().unwrap_or_default()]);
@@ -256,7 +294,9 @@ impl Checkpoint {
     /// Remarks on uses of the files that a reader of `config.json` would not expect.
     pub fn notes(&self) -> Vec<String> {
         let head = self.tied_head().describe().map(str::to_owned);
-        head.into_iter().chain(self.listed_only_note()).chain(self.config().training_notes()).collect()
+        let gguf = self.gguf_metadata().map(|metadata| gguf::read::notes(metadata, self.config()));
+        let training = self.config().training_notes();
+        head.into_iter().chain(self.listed_only_note()).chain(gguf.into_iter().flatten()).chain(training).collect()
     }
 }
 

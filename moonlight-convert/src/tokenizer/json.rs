@@ -87,7 +87,7 @@ impl BosEos {
     }
 
     /// The post-processor that adds them, in the form written by transformers.
-    fn post_processor(self, special: &BTreeMap<u32, AddedToken>) -> Value {
+    pub(crate) fn post_processor(self, special: &BTreeMap<u32, AddedToken>) -> Value {
         if self == Self::default() {
             return Value::Null;
         }
@@ -130,15 +130,7 @@ pub fn tokenizer_json(ranks: &Ranks, special: &BTreeMap<u32, AddedToken>, ends: 
             return Err(format!("the token {id}, `{content}`, would be decoded as other bytes"));
         }
     }
-    let added: Vec<Value> = special
-        .iter()
-        .map(|(id, token)| {
-            json!({
-                "id": id, "content": token.content, "single_word": token.single_word, "lstrip": token.lstrip,
-                "rstrip": token.rstrip, "normalized": token.normalized, "special": token.special,
-            })
-        })
-        .collect();
+    let added: Vec<Value> = special.iter().map(|(&id, token)| token.to_json(id)).collect();
     // Older versions of `tokenizers` require one string for each pair. No spelled token contains a space.
     let merges: Vec<String> = merges(ranks)
         .into_iter()

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::error::CheckpointError;
 use crate::io::confined_dir::ConfinedDir;
@@ -58,6 +58,14 @@ impl AddedToken {
 
     fn with_defaults(content: String, special: bool) -> Self {
         Self { content, special, single_word: false, lstrip: false, rstrip: false, normalized: !special }
+    }
+
+    /// The entry of `added_tokens` in a `tokenizer.json`.
+    pub(crate) fn to_json(&self, id: u32) -> Value {
+        json!({
+            "id": id, "content": self.content, "single_word": self.single_word, "lstrip": self.lstrip,
+            "rstrip": self.rstrip, "normalized": self.normalized, "special": self.special,
+        })
     }
 
     /// Reads an entry of `added_tokens_decoder`: an object, or only the text. Defaults are those of Hugging Face's

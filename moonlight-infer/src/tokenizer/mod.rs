@@ -45,7 +45,7 @@ use std::sync::{Arc, Once};
 
 use hugging_face::HuggingFace;
 use moonlight_convert::tokenizer::{AddedToken, SpecialNames, TIKTOKEN_MODEL, TOKENIZER_JSON};
-use moonlight_convert::{CheckpointError, Printable, hub};
+use moonlight_convert::{CheckpointError, Printable, gguf, hub};
 use tiktoken::Tiktoken;
 
 use crate::expand_env::expand_env;
@@ -183,7 +183,7 @@ impl Tokenizer {
         let path = hub::resolve(&path).unwrap_or(path);
         let unreadable = |problem: String| TokenizerError::Read { path: path.clone(), problem };
         match std::fs::metadata(&path) {
-            Ok(found) if found.is_dir() => {
+            Ok(found) if found.is_dir() || gguf::is_gguf(&path) => {
                 return Self::from_model_dir(&path)?.ok_or(TokenizerError::NotFound(path));
             }
             Ok(_) => {}

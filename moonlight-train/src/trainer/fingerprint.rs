@@ -29,7 +29,7 @@ pub(super) fn fingerprint(dir: &Path) -> Result<String, TrainError> {
     let mut hash = Xxh3::new();
     for name in names {
         hash.update(name.as_bytes());
-        let path = checkpoint.dir().join(name);
+        let path = checkpoint.file_path(name);
         add(&path, &mut hash).map_err(TrainError::read(&path))?;
     }
     Ok(format!("{:032x}", hash.digest128()))
