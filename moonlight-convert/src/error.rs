@@ -381,7 +381,7 @@ mod tests {
     #[test]
     fn messages_and_hints() {
         use CheckpointError as E;
-        let problems = |list: Vec<Problem>| ProblemList { list, quantized: None };
+        let problems = |list: Vec<Problem>| ProblemList { list, quantized: None, gguf: false };
         let examples = every_variant!(CheckpointError:
             E::NoSuchDirectory { .. } => [E::NoSuchDirectory { path: "model".into() }],
             E::NotADirectory { .. } => [E::NotADirectory { path: "model.safetensors".into() }],

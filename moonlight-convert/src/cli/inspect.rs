@@ -17,7 +17,7 @@ use crate::Failure;
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The checkpoint's directory, or a model in the Hub's cache
+    /// The checkpoint's directory, a GGUF file, or a model in the Hub's cache
     dir: PathBuf,
     /// Print a JSON object instead of text
     #[arg(long)]
@@ -67,7 +67,8 @@ const LISTED: usize = 20;
 
 fn print(summary: &CheckpointSummary, output: &mut Output) {
     let mut row = |label: &str, value: fmt::Arguments<'_>| output.line(format_args!("{label:<15}{value}"));
-    row("directory", format_args!("{}", summary.directory.display()));
+    let place = if summary.format == "gguf" { "model file" } else { "directory" };
+    row(place, format_args!("{}", summary.directory.display()));
     let state = match summary.state {
         CheckpointState::Complete => "complete",
         CheckpointState::Downloading => "still downloading",

@@ -129,7 +129,7 @@ impl Checkpoint {
         {
             let mut list = self.file_problems.clone();
             list.push(Problem::Implausible { problem });
-            return Err(ProblemList { list, quantized });
+            return Err(ProblemList { list, quantized, gguf: self.is_gguf() });
         }
         let wanted: Vec<ParameterShape> = self
             .config()
@@ -161,7 +161,11 @@ impl Checkpoint {
             // A stack with missing experts is dropped as a whole: Burn has one parameter for it.
             parameters.retain(|planned| planned.sources.len() == source_count(&planned.parameter));
         }
-        if list.is_empty() { Ok(LoadPlan { parameters, skipped }) } else { Err(ProblemList { list, quantized }) }
+        if list.is_empty() {
+            Ok(LoadPlan { parameters, skipped })
+        } else {
+            Err(ProblemList { list, quantized, gguf: self.is_gguf() })
+        }
     }
 }
 

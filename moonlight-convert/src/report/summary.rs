@@ -13,7 +13,7 @@ use crate::format::gguf::tokenizer::{TokenizerTexts, tokenizer_texts};
 use crate::format::index::{INDEX, SINGLE};
 use crate::format::sidecars::sidecars_in;
 use crate::manifest::MANIFEST;
-use crate::report::validation::Problem;
+use crate::report::validation::{Problem, about};
 
 /// Suffixes of files that are still being downloaded: by huggingface_hub, by users of curl and wget, by aria2, by
 /// browsers.
@@ -252,7 +252,7 @@ impl Checkpoint {
                 .iter()
                 .map(|problem| ReportedProblem {
                     file: problem.file().map(str::to_owned),
-                    problem: problem.to_string(),
+                    problem: about(self.is_gguf(), problem.to_string()),
                 })
                 .collect(),
         })

@@ -218,6 +218,14 @@ pub struct ProblemList {
     pub(crate) list: Vec<Problem>,
     /// The config's `quant_method`, if it has one.
     pub(crate) quantized: Option<String>,
+    /// Whether the config is the metadata of a GGUF file.
+    pub(crate) gguf: bool,
+}
+
+/// A message about a checkpoint whose config may be the metadata of a GGUF file.
+pub(crate) fn about(gguf: bool, message: impl Into<String>) -> String {
+    let message = message.into();
+    if gguf { message.replace("`config.json`", "the metadata") } else { message }
 }
 
 impl ProblemList {
@@ -227,6 +235,10 @@ impl ProblemList {
     }
 
     pub(crate) fn hint(&self) -> Option<String> {
+        self.hint_for_directory().map(|hint| about(self.gguf, hint))
+    }
+
+    fn hint_for_directory(&self) -> Option<String> {
         let any = |kind| self.list.iter().any(|problem| problem.kind() == kind);
         let all = |kinds: &[Kind]| self.list.iter().all(|problem| kinds.contains(&problem.kind()));
         // First, because an unsupported quantization may also be the cause of unexpected tensors and wrong dtypes.
@@ -284,9 +296,9 @@ impl fmt::Display for ProblemList {
             if index > 0 {
                 formatter.write_str("; ")?;
             }
-            write!(formatter, "{}: ", kind.title(problems.len()))?;
+            write!(formatter, "{}: ", about(self.gguf, kind.title(problems.len())))?;
             let items: Vec<String> = problems.iter().take(SPELLED_OUT).map(|problem| problem.item()).collect();
-            formatter.write_str(&items.join(", "))?;
+            formatter.write_str(&about(self.gguf, items.join(", ")))?;
             if problems.len() > SPELLED_OUT {
                 write!(formatter, " and {} more", problems.len() - SPELLED_OUT)?;
             }
@@ -336,7 +348,7 @@ mod tests {
             .into_iter()
             .map(|problem| {
                 let line = format!("problem: {problem}\n");
-                let list = ProblemList { list: vec![problem], quantized: None };
+                let list = ProblemList { list: vec![problem], quantized: None, gguf: false };
                 line + &rendered(&list, list.hint())
             })
             .collect();
@@ -347,7 +359,7 @@ mod tests {
     fn the_hint_names_the_quantization_method() {
         let list =
             vec![Problem::WrongDtype { tensor: "w".into(), file: "model.safetensors".into(), dtype: "I8".into() }];
-        let list = ProblemList { list, quantized: Some("gptq".into()) };
+        let list = ProblemList { list, quantized: Some("gptq".into()), gguf: false };
         insta::assert_snapshot!(rendered(&list, list.hint()));
     }
 
@@ -361,7 +373,7 @@ mod tests {
             expected: vec![3, 2],
         });
         assert_eq!(
-            ProblemList { list, quantized: None }.to_string(),
+            ProblemList { list, quantized: None, gguf: false }.to_string(),
             "30 tensors are missing: `t0`, `t1`, `t2`, `t3` and 26 more; \
              1 tensor has the wrong shape: `w` is [2, 3], not [3, 2]"
         );
