@@ -13,6 +13,9 @@
 
 pub mod adapter;
 mod checkpoint;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod dtype;
 mod error;
 mod format;

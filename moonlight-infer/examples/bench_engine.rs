@@ -1,6 +1,7 @@
 //! Benchmark of the serving engine on `bench-small`. Prints lines of JSON:
 //!
 //! * tokens per second of the engine and of `generate_many`, in turns, for 1 and for 8 sequences;
+//! * milliseconds to sample a token from Moonlight's vocabulary;
 //! * the longest pause of a stream while a long prompt is computed in chunks of different sizes.
 //!
 //! `cargo run --release -p moonlight-infer --features server --example bench_engine -- [tokens] [rounds]`
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 use moonlight_infer::engine::{Engine, EngineOptions, Event, Events, Request};
-use moonlight_infer::{Sampling, generate_many};
+use moonlight_infer::{Sampler, Sampling, generate_many};
 use moonlight_model::{CausalLm, ModelConfig};
 use serde_json::json;
 
@@ -25,6 +26,7 @@ fn main() -> Result<(), Error> {
     let mut arguments = std::env::args().skip(1);
     let mut number = |default: usize| arguments.next().map_or(Ok(default), |text| text.parse::<usize>());
     let (tokens, rounds) = (number(64)?, number(5)?);
+    println!("{}", sampling()?);
     let model = ModelConfig::preset("bench-small")?.init(&Device::default());
     for batch in [1, 8] {
         println!("{}", speed(&model, batch, tokens, rounds)?);
@@ -37,6 +39,29 @@ fn main() -> Result<(), Error> {
 
 fn prompt(index: u32, length: u32) -> Vec<u32> {
     (0..length).map(|position| (position * 31 + index * 977 + position * index) % 8192).collect()
+}
+
+/// The time of [`Sampler::choose`] for 163,840 logits with a spread as in a trained model.
+fn sampling() -> Result<serde_json::Value, Error> {
+    let logits: Vec<f32> =
+        (0..163_840u32).map(|token| (token.wrapping_mul(2_654_435_761) as f32 / 2e8).sin() * 8.0).collect();
+    let milliseconds = |sampling: Sampling| -> Result<f64, Error> {
+        let mut sampler = Sampler::new(sampling);
+        let mut times = Vec::new();
+        for _ in 0..20 {
+            let start = Instant::now();
+            std::hint::black_box(sampler.choose(&logits)?);
+            times.push(1e3 * start.elapsed().as_secs_f64());
+        }
+        Ok(median(times.into_iter()))
+    };
+    let sampled = Sampling { temperature: 1.0, ..Sampling::default() };
+    Ok(json!({
+        "greedy_milliseconds": milliseconds(Sampling::default())?,
+        "top_k_40_milliseconds": milliseconds(Sampling { top_k: 40, ..sampled })?,
+        "top_p_0.9_milliseconds": milliseconds(Sampling { top_p: 0.9, ..sampled })?,
+        "all_tokens_milliseconds": milliseconds(sampled)?,
+    }))
 }
 
 /// Both ways in turns, so that other load on the machine affects them alike.

@@ -151,7 +151,12 @@ fn weights(model: &CausalLm, directory: &Path) -> BTreeMap<String, Vec<f32>> {
 
 fn read(checkpoint: &Checkpoint) -> BTreeMap<String, Vec<f32>> {
     let tensors = checkpoint.tensors();
-    tensors.map(|(name, tensor)| (name.to_owned(), floats(tensor.dtype, &checkpoint.data(tensor).unwrap()))).collect()
+    tensors
+        .map(|(name, tensor)| {
+            let dtype = tensor.dtype.safetensors().unwrap();
+            (name.to_owned(), floats(dtype, &checkpoint.data(tensor).unwrap()))
+        })
+        .collect()
 }
 
 fn floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
@@ -172,7 +177,7 @@ fn as_model(gradients: &Path, weights: &Path, device: &Device) -> CausalLm {
     let biases = checkpoint.tensors().filter(|(name, _)| name.ends_with("e_score_correction_bias"));
     let biases: Vec<_> = biases.map(|(name, tensor)| (name, tensor, checkpoint.data(tensor).unwrap())).collect();
     for (name, tensor, data) in &biases {
-        all.push((name, TensorView::new(tensor.dtype, tensor.shape.clone(), data).unwrap()));
+        all.push((name, TensorView::new(tensor.dtype.safetensors().unwrap(), tensor.shape.clone(), data).unwrap()));
     }
     safetensors::serialize_to_file(all, None, &directory.path().join("model.safetensors")).unwrap();
     std::fs::copy(weights.join("config.json"), directory.path().join("config.json")).unwrap();

@@ -8,6 +8,9 @@ import { fileURLToPath } from "node:url";
 
 const SERVER = join(dirname(fileURLToPath(import.meta.url)), "../../moonlight-infer/src/server");
 
+/** A question with a long answer, for pictures. */
+export const QUESTION = "How large should the learning rate of Muon be?";
+
 /** Output that would run code if any of it became HTML. */
 export const HOSTILE = [
   `<img src=x onerror="window.hacked = 1">`,
@@ -95,7 +98,7 @@ async function complete(isChat, body, response, error) {
   response.writeHead(200, { "content-type": "text/event-stream", "cache-control": "no-cache" });
   response.write(": open\n\n");
   if (isChat) send({ choices: [{ index: 0, finish_reason: null, delta: { role: "assistant", content: "" } }] });
-  const answers = { html: HOSTILE, long: LONG, slow: "word ".repeat(2000), midway: "One. Two.", cut: "One. Two.", empty: "" };
+  const answers = { html: HOSTILE, long: LONG, [QUESTION]: LONG, slow: "word ".repeat(2000), midway: "One. Two.", cut: "One. Two.", empty: "" };
   const isSlow = said === "slow";
   const answer = pieces(answers[said] ?? (!isChat ? " and so on" : said.length > 1000 ? "That is long." : `You said: ${said}`));
   let count = 0;

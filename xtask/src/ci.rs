@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::shell::{cargo, command, is_installed, metadata, output, run as call, succeeds};
-use crate::{book, package, scripts, words};
+use crate::{book, package, programs, scripts, words};
 
 /// The examples of the manual; each asserts what it shows.
 const EXAMPLES: [&str; 5] = ["own_burn_program", "custom_model", "generate", "lora", "custom_loop"];
@@ -25,6 +25,11 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     lint(root)?;
     doc(root)?;
     examples(root)?;
+    // These run the programs that the tests have built.
+    programs::serve(root)?;
+    programs::gguf(root)?;
+    programs::wheel(root, None)?;
+    programs::browser(root)?;
     scripts::run(root)?;
     book::run(root, true)?;
     package::run(root, true)?;
@@ -156,7 +161,7 @@ fn install_mpi(root: &Path) -> bool {
 }
 
 /// Where cargo builds.
-fn target_dir(root: &Path) -> Result<PathBuf> {
+pub(crate) fn target_dir(root: &Path) -> Result<PathBuf> {
     match metadata(root)?["target_directory"].as_str() {
         Some(folder) => Ok(folder.into()),
         None => bail!("`cargo metadata` names no target folder"),

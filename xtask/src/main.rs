@@ -7,8 +7,10 @@ mod commands;
 mod errors;
 mod evidence;
 mod links;
+mod notices;
 mod package;
 mod pages;
+mod programs;
 mod scripts;
 mod shell;
 mod words;
@@ -87,6 +89,23 @@ enum Task {
         #[arg(long)]
         no_advisories: bool,
     },
+    /// Install both programs from a wheel into an environment without Rust, and run them
+    Wheel {
+        /// The wheel [default: one that is packed from the programs of the tests]
+        wheel: Option<PathBuf>,
+    },
+    /// Serve a tiny model to OpenAI's client, to load, and to clients that misbehave
+    Serve,
+    /// Use the page of the server in headless Chromium
+    Browser,
+    /// Compare GGUF files of each type with llama.cpp
+    Gguf,
+    /// Write `THIRD-PARTY-LICENSES.txt`: the licenses of what is compiled into the programs
+    Notices {
+        /// The features of the build
+        #[arg(long, default_value = "converter")]
+        features: String,
+    },
     /// Train on two ranks with MPI
     Mpi,
     /// Run the GPU kernels on a software Vulkan driver
@@ -132,6 +151,11 @@ fn run(task: &Task, root: &Path) -> Result<()> {
         Task::Evidence { check } => evidence::run(root, *check),
         Task::Package { no_verify } => package::run(root, *no_verify),
         Task::Deny { no_advisories } => ci::deny(root, !no_advisories),
+        Task::Wheel { wheel } => programs::wheel(root, wheel.as_deref()),
+        Task::Serve => programs::serve(root),
+        Task::Browser => programs::browser(root),
+        Task::Gguf => programs::gguf(root),
+        Task::Notices { features } => notices::run(root, features),
         Task::Mpi => ci::mpi(root),
         Task::Wgpu => ci::wgpu(root),
         Task::Fuzz { seconds } => ci::fuzz(root, *seconds),

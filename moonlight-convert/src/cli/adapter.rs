@@ -3,13 +3,13 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use moonlight_convert::adapter::{AdapterError, base_of, is_adapter};
-use moonlight_convert::gguf::adapter::{is_gguf_adapter, write_gguf_adapter, write_peft_adapter};
-use moonlight_convert::gguf::{is_gguf, read_header};
-use moonlight_convert::{Checkpoint, CheckpointError};
+use crate::adapter::{AdapterError, base_of, is_adapter};
+use crate::gguf::adapter::{is_gguf_adapter, write_gguf_adapter, write_peft_adapter};
+use crate::gguf::{is_gguf, read_header};
+use crate::{Checkpoint, CheckpointError};
 
+use super::Failure;
 use super::output::note;
-use crate::Failure;
 
 /// The layout of an adapter to convert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,18 +4,18 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use crate::gguf::{BlockType, GgufOptions};
+use crate::{Checkpoint, Format, SaveOptions};
 use burn::tensor::DType;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, ValueEnum};
 use indicatif::DecimalBytes;
-use moonlight_convert::gguf::{BlockType, GgufOptions};
-use moonlight_convert::{Checkpoint, Format, SaveOptions};
 
+use super::Failure;
 use super::adapter::{self, AdapterLayout};
 use super::output::note;
 use super::progress::Bar;
 use super::units::plural;
-use crate::Failure;
 
 /// Arguments of `convert`.
 #[derive(Debug, Args)]
@@ -140,7 +140,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
 
 /// Ends the program with a usage error.
 fn conflict(message: &str) -> ! {
-    crate::Arguments::command().error(ErrorKind::ArgumentConflict, message).exit()
+    super::Arguments::command().error(ErrorKind::ArgumentConflict, message).exit()
 }
 
 fn write_gguf(arguments: &Arguments) -> Result<ExitCode, Failure> {

@@ -2,14 +2,14 @@
 
 use std::process::ExitCode;
 
+use crate::hub::{DownloadEvent, DownloadRequest, download};
+use crate::printable;
 use clap::Args;
 use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
-use moonlight_convert::hub::{DownloadEvent, DownloadRequest, download};
-use moonlight_convert::printable;
 
+use super::Failure;
 use super::output::{Output, note};
 use super::units::plural;
-use crate::Failure;
 
 /// Arguments of `download`.
 #[derive(Debug, Args)]
@@ -48,7 +48,6 @@ pub(crate) fn run(Arguments { repo, revision, include }: Arguments) -> Result<Ex
             let how = if fetched { "downloaded" } else { "already in the cache" };
             above(&bar, &format!("{file}: {}, {how}", DecimalBytes(bytes)));
         }
-        _ => {}
     };
     // A signal ends the program immediately: partial files are resumed by the next run, and no others are left.
     let done = download(&DownloadRequest { repo, revision, include }, &watch);

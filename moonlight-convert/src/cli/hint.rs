@@ -1,8 +1,8 @@
 //! Hints in terms of this program's commands and options, which the library does not know.
 
-use moonlight_convert::CheckpointError;
+use crate::CheckpointError;
 #[cfg(feature = "download")]
-use moonlight_convert::hub::DownloadError;
+use crate::hub::DownloadError;
 
 /// The hint for an error of a checkpoint.
 pub(crate) fn checkpoint(error: &CheckpointError) -> Option<String> {

@@ -4,15 +4,15 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use crate::report::{CheckpointState, CheckpointSummary, ParameterCounts, unfinished_downloads};
+use crate::{Checkpoint, CheckpointError};
 use clap::Args;
 use indicatif::DecimalBytes;
-use moonlight_convert::report::{CheckpointState, CheckpointSummary, ParameterCounts, unfinished_downloads};
-use moonlight_convert::{Checkpoint, CheckpointError};
 use serde_json::json;
 
+use super::Failure;
 use super::output::{Output, note};
 use super::units::{Count, plural};
-use crate::Failure;
 
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io::{self, BufWriter, StdoutLock, Write};
 
-use moonlight_convert::Printable;
+use crate::Printable;
 
 /// Buffered standard output.
 pub(crate) struct Output {
@@ -30,7 +30,7 @@ impl Output {
         for character in text.chars() {
             // serde_json escapes only ASCII control characters. `printable` escapes the others, too, each to more than
             // the 4 bytes of a plain character. They occur only in strings.
-            match character != '\n' && moonlight_convert::printable(character.encode_utf8(&mut [0; 4])).len() > 4 {
+            match character != '\n' && crate::printable(character.encode_utf8(&mut [0; 4])).len() > 4 {
                 true => escaped.push_str(&format!("\\u{:04x}", u32::from(character))),
                 false => escaped.push(character),
             }

@@ -4,8 +4,8 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use moonlight_convert::Progress;
 
 /// Shows bytes, rate and remaining time on stderr, if that is a terminal.
 pub(crate) struct Bar {

@@ -9,7 +9,7 @@ use clap_markdown::{MarkdownOptions, help_markdown_command_custom};
 const UPDATE: &str = "UPDATE_COMMAND_REFERENCE";
 const PAGE: &str = "docs/src/reference/moonlight-convert.md";
 const HEAD: &str = "\
-<!-- Made from the command line's definition (moonlight-convert/src/main.rs and src/cli): change the doc comments there, not this page. -->
+<!-- Made from the command line's definition (moonlight-convert/src/cli): change the doc comments there, not this page. -->
 
 # `moonlight-convert`
 
@@ -20,7 +20,7 @@ You will know every command of `moonlight-convert`, its arguments and its option
 #[test]
 fn the_page_of_commands_is_current() {
     let options = MarkdownOptions::new().show_footer(false).show_table_of_contents(false).title("commands".into());
-    let made = help_markdown_command_custom(&crate::Arguments::command(), &options);
+    let made = help_markdown_command_custom(&super::Arguments::command(), &options);
     // Our head replaces clap-markdown's. Its headings of the sixth level would be smaller than the text, and become bold.
     let commands = &made[made.find("## `").expect("a command comes first")..];
     let heading = |line: &str| line.strip_prefix("###### **")?.strip_suffix(":**").map(|name| format!("**{name}**"));

@@ -36,7 +36,7 @@ fn on_signal(mut on_request: impl FnMut() + Send + 'static) -> std::io::Result<(
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     // `nohup` sets SIGHUP to ignored; a handler would override that.
     let signals = [SIGINT, SIGTERM, SIGHUP].into_iter();
-    let signals = signals.filter(|&signal| signal != SIGHUP || !moonlight_convert::hangup_is_ignored());
+    let signals = signals.filter(|&signal| signal != SIGHUP || !crate::hangup_is_ignored());
     let mut signals = signal_hook::iterator::Signals::new(signals)?;
     std::thread::spawn(move || signals.forever().for_each(|_| on_request()));
     Ok(())

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use crate::tokenizer::write_tokenizer_json;
 use clap::Args;
-use moonlight_convert::tokenizer::write_tokenizer_json;
 
+use super::Failure;
 use super::output::Output;
-use crate::Failure;
 
 /// Arguments of `tokenizer`.
 #[derive(Debug, Args)]

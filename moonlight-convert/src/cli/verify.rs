@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use crate::manifest::{Depth, MANIFEST, Manifest};
+use crate::report::{UnusedDifference, UnusedTensor, check_digests};
+use crate::{Checkpoint, SkipReason, printable};
 use clap::Args;
-use moonlight_convert::manifest::{Depth, MANIFEST, Manifest};
-use moonlight_convert::report::{UnusedDifference, UnusedTensor, check_digests};
-use moonlight_convert::{Checkpoint, SkipReason, printable};
 
+use super::Failure;
 use super::output::{Output, note};
 use super::progress::Bar;
 use super::units::plural;
-use crate::Failure;
 
 /// Arguments of `verify`.
 #[derive(Debug, Args)]

@@ -28,6 +28,14 @@ pub enum StoredDtype {
 }
 
 impl StoredDtype {
+    /// The dtype in the terms of safetensors; `None` for the blocks of a GGUF file.
+    pub fn safetensors(self) -> Option<Dtype> {
+        match self {
+            Self::Plain(dtype) => Some(dtype),
+            Self::Blocks(_) => None,
+        }
+    }
+
     /// The dtype of unquantized weights; `None` for anything else.
     pub(crate) fn weight_dtype(self) -> Option<WeightDtype> {
         match self {

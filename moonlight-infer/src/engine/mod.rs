@@ -45,8 +45,8 @@
 //!
 //! # Memory
 //!
-//! [`EngineOptions::cache_bytes`] is allocated at the start, and a pass needs the activations of `prefill_chunk` tokens and 64 MiB
-//! of logits at a time. At most `slots + max_waiting` requests are accepted, each with at most `context` tokens. The events of a
+//! [`EngineOptions::cache_bytes`] is allocated at the start, and a pass needs the activations of `prefill_chunk` tokens and up to
+//! 200 MiB for logits. At most `slots + max_waiting` requests are accepted, each with at most `context` tokens. The events of a
 //! request wait in memory until they are read; there are at most two more than new tokens.
 //!
 //! Clones of one model with different adapters share its weights, except that each model with latent attention has its own copy of

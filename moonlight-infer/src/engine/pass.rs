@@ -10,7 +10,8 @@ use moonlight_model::KvCache;
 
 use super::model_version::ModelVersion;
 
-/// Logits that are on the host at a time, 64 MiB in f32. The logits of all tokens of a long prompt would be gigabytes.
+/// Logits that are computed at a time, 64 MiB in f32, which exist up to three times while they are converted and copied to the host.
+/// The logits of all tokens of a long prompt would be gigabytes.
 const LOGITS_AT_ONCE: usize = 1 << 24;
 
 /// The next tokens of a sequence.
