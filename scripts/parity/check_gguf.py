@@ -3,7 +3,7 @@
 
     python scripts/parity/check_gguf.py --program target/release/moonlight --converter target/release/moonlight-convert
     python scripts/parity/check_gguf.py ... --real path/to/SmolLM2-135M     # a published model, too
-    python scripts/parity/check_gguf.py ... --vocabularies path/to/models   # llama.cpp's models/ggml-vocab-*.gguf, too
+    python scripts/parity/check_gguf.py ... --vocabularies path/to/llama.cpp/models --example target/release/examples/gguf_tokenizer
 
 For a tiny checkpoint of each family (Moonlight without and with a low-rank query, DeepSeek-V2 with softmax routing in groups, Llama with
 grouped queries and Llama 3.1's frequencies, Llama with a tokenizer of SentencePiece's kind, Qwen2), made here with transformers and with
@@ -20,6 +20,9 @@ tokenizers trained here, and for each type of file:
 * a LoRA adapter as GGUF changes llama.cpp's log-probabilities as it changes those of `moonlight score`; adapters that llama.cpp ignores are
   refused.
 
+The last form also makes a `tokenizer.json` of each of llama.cpp's own files of vocabularies (`ggml-vocab-*.gguf`, of published models), and
+compares its tokens of the corpus and of the texts next to the files with those of llama.cpp.
+
 Prints a table of the files, a line for each failure, and exits with 1 if there is one. Without the library (see llama_cpp.py) it prints why
 and exits with 0, or with `--require` with 1.
 
@@ -32,6 +35,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import unicodedata
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import common
@@ -485,7 +489,7 @@ def check_tokens(programs, name, tokenizer, model, path, back):
         kinds = [kind for kind, (pattern, _) in KINDS.items() if re.search(pattern, text)]
         if is_moonlight and kinds:
             continue
-        if name == "qwen2" and text != (normal := __import__("unicodedata").normalize("NFC", text)):
+        if name == "qwen2" and text != (normal := unicodedata.normalize("NFC", text)):
             llama = model.tokenize(normal)
         failures.expect(f"{name}: llama.cpp's tokens of {text!r}", llama == expected, f"{llama} {expected}")
     if is_moonlight:
@@ -525,9 +529,9 @@ def check_adapter(programs, library, name, directory, path, home, tokens):
     if is_latent:
         make_adapter(directory, home / "ignored", ["kv_a_proj_with_mqa"])
         refused = attempt(programs.converter, "convert", home / "ignored", home / "ignored.gguf", "--base", directory)
-        told = "llama.cpp ignores adapters of that projection" in refused.stderr
+        said = "llama.cpp ignores adapters of that projection" in refused.stderr
         failures.expect(
-            f"{name}: an adapter that llama.cpp ignores is refused", refused.returncode and told, refused.stderr
+            f"{name}: an adapter that llama.cpp ignores is refused", refused.returncode and said, refused.stderr
         )
     return difference
 
@@ -628,12 +632,41 @@ def check_real(programs, library, directory, home, table):
     table.rows.append([name, "", "", "", "", "", "", f"{count} texts tokenized"])
 
 
+def check_vocabularies(library, program, directory, home, table):
+    """llama.cpp's files of vocabularies: those whose pre-tokenizer is known have equal tokens, the others are refused by name."""
+    for path in sorted(directory.glob("ggml-vocab-*.gguf")):
+        name = path.stem.removeprefix("ggml-vocab-")
+        made = attempt(program, path, home / name)
+        if made.returncode:
+            reason = made.stderr.strip().splitlines()[-1]
+            refused = "which is not known" in reason or "does not name its pre-tokenizer" in reason
+            failures.expect(f"{name}: is converted or refused by name", refused or "not supported" in reason, reason)
+            table.rows.append([name, "", "", "", "", "", "", f"refused: {reason[-60:]}"])
+            continue
+        tokenizer = tokenizers.Tokenizer.from_file(str(home / name / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True
+        is_nfc = type(tokenizer.normalizer).__name__ == "NFC"
+        own = pathlib.Path(f"{path}.inp")
+        texts = [*CORPUS, *(text for _, texts in KINDS.values() for text in texts)]
+        texts += own.read_text().split("__ggml_vocab_test__\n") if own.exists() else []
+        with llama_cpp.Model(library, path, vocabulary_only=True) as model:
+            for text in texts:
+                found = tokenizer.encode(text, add_special_tokens=False).ids
+                # llama.cpp does not normalize; and it knows by name that Phi-3's `</s>` takes the white space after it.
+                expected = model.tokenize(unicodedata.normalize("NFC", text) if is_nfc else text)
+                if name != "phi-3" or "</s>" not in text:
+                    failures.expect(f"{name}: tokens of {text!r}", found == expected, f"{found} {expected}")
+        table.rows.append([name, "", "", "", "", "", "", f"{len(texts)} texts tokenized"])
+
+
 def main():
     parser = common.parser(__doc__)
     parser.add_argument("--program", type=common.program, required=True, help="the built `moonlight`")
     parser.add_argument("--converter", type=common.program, required=True, help="the built `moonlight-convert`")
     parser.add_argument("--real", type=pathlib.Path, metavar="DIR", help="a published model with a tokenizer.json")
     parser.add_argument("--family", action="append", choices=list(FAMILIES), help="only this; may be repeated")
+    parser.add_argument("--vocabularies", type=pathlib.Path, metavar="DIR", help="llama.cpp's folder `models`")
+    parser.add_argument("--example", type=common.program, help="the built example `gguf_tokenizer`")
     parser.add_argument("--require", action="store_true", help="fail if llama.cpp's library cannot be had")
     programs = parser.parse_args()
     try:
@@ -656,6 +689,10 @@ def main():
         if programs.real:
             common.print_progress(programs.real.name)
             check_real(programs, library, programs.real, home / "real", table)
+        if programs.vocabularies:
+            if not programs.example:
+                parser.error("--vocabularies needs --example")
+            check_vocabularies(library, programs.example, programs.vocabularies, home, table)
     table.print()
     for failure in failures.list:
         print(f"FAILED {failure}")

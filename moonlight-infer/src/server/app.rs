@@ -86,6 +86,17 @@ impl App {
         }
     }
 
+    /// Checks the length of a prompt. The engine does it too, but of several prompts it gets the later ones only when the first
+    /// ones are answered.
+    pub(super) fn check_prompt(&self, prompt: &[u32], new_tokens: usize) -> Result<(), ApiError> {
+        // The last token of a prompt without a continuation needs no place.
+        match (prompt.len(), self.context() + usize::from(new_tokens == 0)) {
+            (0, _) => Err(EngineError::EmptyPrompt.into()),
+            (tokens, context) if tokens > context => Err(EngineError::PromptTooLong { tokens, context }.into()),
+            _ => Ok(()),
+        }
+    }
+
     /// Reads the body of a request, within the limits of size, time and memory.
     pub(super) async fn read_body(&self, request: Request) -> Result<(Bytes, BodyMemory), ApiError> {
         if self.is_ending() {

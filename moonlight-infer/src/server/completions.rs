@@ -48,6 +48,7 @@ pub(super) async fn completions(State(app): State<Arc<App>>, request: Request) -
         let prompts: Vec<EncodedPrompt> =
             prompts.into_iter().map(|prompt| encode_prompt(prompt, &tokenizer, echo)).collect::<Result<_, _>>()?;
         let new = settings.max_tokens.unwrap_or(usize::MAX).min(state.context());
+        prompts.iter().try_for_each(|prompt| state.check_prompt(&prompt.tokens, new))?;
         let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().filter(|_| echo).unwrap_or(0);
         settings.check_size(prompts.len(), longest + new)?;
         Ok(Job { settings, echo, prompts, _memory: memory })

@@ -45,7 +45,7 @@ impl ServerError {
 /// Why a request is refused or fails.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub(super) enum ApiError {
-    #[error("the body is not JSON: {problem} (line {line}, column {column})")]
+    #[error("the body is {problem} (line {line}, column {column})")]
     Json { problem: String, line: usize, column: usize },
     #[error("the body has more than {limit} values")]
     TooManyValues { limit: usize },

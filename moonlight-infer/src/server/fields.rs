@@ -135,7 +135,8 @@ fn json_error(error: &serde_json::Error) -> ApiError {
     let (line, column) = (error.line(), error.column());
     let text = error.to_string();
     let problem = text.strip_suffix(&format!(" at line {line} column {column}")).unwrap_or(&text);
-    ApiError::Json { problem: printable(problem).into_owned(), line, column }
+    let kind = if error.is_data() { "not a request" } else { "not JSON" };
+    ApiError::Json { problem: format!("{kind}: {}", printable(problem)), line, column }
 }
 
 impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
@@ -182,7 +183,7 @@ mod tests {
         assert_eq!(problem(b"{\n \"a\": ]}"), "the body is not JSON: expected value (line 2, column 7)");
         assert_eq!(
             problem(b"[1]"),
-            "the body is not JSON: invalid type: sequence, expected an object (line 1, column 0)"
+            "the body is not a request: invalid type: sequence, expected an object (line 1, column 0)"
         );
         assert!(problem(b"{\"a\": 1, \"a\": 2}").contains("`a` is given twice"));
         assert!(problem(b"{\"a\": \"\xff\"}").contains("invalid unicode code point"));

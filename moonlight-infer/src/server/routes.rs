@@ -37,7 +37,7 @@ pub(super) fn router(app: Arc<App>, more: Router) -> Router {
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(app.options.max_body))
-        .layer(CatchPanicLayer::custom(|panic| defect(panic)))
+        .layer(CatchPanicLayer::custom(defect))
         .layer(from_fn_with_state(app.clone(), guard::guard));
     let routes = match guard::cors(&app.options) {
         Some(cors) => routes.layer(cors),

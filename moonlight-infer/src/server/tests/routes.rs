@@ -86,7 +86,12 @@ async fn metrics_count_requests_and_tokens() {
     server.complete(json!({})).await.json();
     server.complete(json!({"prompt": 3.5})).await.error(400);
     server.get("/a/path/of/a/client").await;
-    let metrics = server.get("/metrics").await.text;
+    // The slot is freed after the last event.
+    let mut metrics = server.get("/metrics").await.text;
+    while !metrics.contains("moonlight_slots_busy 0") {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        metrics = server.get("/metrics").await.text;
+    }
     for line in [
         "moonlight_http_requests_total{route=\"/v1/completions\",status=\"200\"} 1",
         "moonlight_http_requests_total{route=\"/v1/completions\",status=\"400\"} 1",
@@ -113,7 +118,7 @@ async fn bodies_that_are_not_requests_name_the_problem() {
     for (body, expected) in [
         ("", "the body is not JSON: EOF while parsing a value (line 1, column 0)"),
         ("{\"model\": \"tiny\",}", "the body is not JSON: trailing comma (line 1, column 17)"),
-        ("[]", "the body is not JSON: invalid type: sequence, expected an object (line 1, column 0)"),
+        ("[]", "the body is not a request: invalid type: sequence, expected an object (line 1, column 0)"),
         ("{}", "`model` is missing"),
         ("{\"model\": 3}", "`model` must be a string, and is `3`"),
     ] {
@@ -231,7 +236,7 @@ fn messages_of_errors() {
     use crate::engine::EngineError;
     use axum::http::Method;
     let errors = [
-        ApiError::Json { problem: "expected value".into(), line: 1, column: 2 },
+        ApiError::Json { problem: "not JSON: expected value".into(), line: 1, column: 2 },
         ApiError::TooManyValues { limit: 131_072 },
         ApiError::field("n", "must be an integer, and is `\"x\"`"),
         ApiError::Missing { name: "model" },

@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 use super::pre::{self, PreTokenizer};
 use super::sentence_piece::{self, SpacePrefix};
 use super::settings::{self, Affixes, Settings, SpecialIds};
-use super::vocabulary::{self, TokenType, TokenizerJson, Vocabulary};
+use super::vocabulary::{self, MOST_TOKENS, TokenType, TokenizerJson, Vocabulary};
 use super::{TokenizerMetadata, keys};
 use crate::format::gguf::{Array, Value};
 use crate::printable::printable;
@@ -44,6 +44,9 @@ pub(super) fn metadata(
     model: &ModelConfig,
     from_tiktoken: bool,
 ) -> Result<TokenizerMetadata, String> {
+    if model.vocab_size > MOST_TOKENS {
+        return Err(format!("is of a model with a vocabulary of {}; the limit is {MOST_TOKENS}", model.vocab_size));
+    }
     let vocabulary = Vocabulary::read(&mut json, names)?;
     let last = vocabulary.tokens.keys().chain(vocabulary.added.keys()).max().copied().unwrap_or_default();
     if last as usize >= model.vocab_size {
