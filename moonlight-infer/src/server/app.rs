@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use axum::body::Bytes;
-use axum::extract::{FromRequest, Request};
+use axum::body::BodyDataStream;
+use axum::extract::Request;
 use axum::http::header;
+use futures_util::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::error::ApiError;
@@ -22,6 +23,27 @@ use crate::tokenizer::Tokenizer;
 const BODY_UNIT: usize = 1024;
 /// The time that a request waits for memory for its body.
 const BODY_WAIT: Duration = Duration::from_secs(5);
+
+/// How much is read of a body that is too large, in multiples of the limit, and for how long: most clients read the answer only
+/// after they have sent everything, and a connection that is closed before that loses it.
+const DRAINED: usize = 8;
+const DRAIN_TIME: Duration = Duration::from_secs(5);
+/// The pause of a client after which it is not sending any more.
+const DRAIN_PAUSE: Duration = Duration::from_millis(250);
+
+/// Reads and forgets the rest of a body, within limits.
+async fn drain(mut body: BodyDataStream, most: usize) {
+    let drained = async {
+        let mut bytes = 0;
+        while let Ok(Some(Ok(part))) = tokio::time::timeout(DRAIN_PAUSE, body.next()).await {
+            bytes += part.len();
+            if bytes > most {
+                break;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(DRAIN_TIME, drained).await;
+}
 
 /// The state of the routes.
 #[derive(Debug)]
@@ -98,14 +120,20 @@ impl App {
     }
 
     /// Reads the body of a request, within the limits of size, time and memory.
-    pub(super) async fn read_body(&self, request: Request) -> Result<(Bytes, BodyMemory), ApiError> {
+    pub(super) async fn read_body(&self, request: Request) -> Result<(Vec<u8>, BodyMemory), ApiError> {
         if self.is_ending() {
             return Err(EngineError::ShuttingDown.into());
         }
         let limit = self.options.max_body;
         let length = request.headers().get(header::CONTENT_LENGTH);
         let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+        // A client that asks first whether it may send the body gets the answer instead.
+        let is_sent = !request.headers().contains_key(header::EXPECT);
+        let mut body = request.into_body().into_data_stream();
         if length.is_some_and(|length| length > limit) {
+            if is_sent {
+                drain(body, DRAINED * limit).await;
+            }
             return Err(ApiError::BodyTooLarge { limit });
         }
         // A body without a length may be as large as the limit.
@@ -113,19 +141,28 @@ impl App {
         let units = units.min(u32::try_from(limit / BODY_UNIT).unwrap_or(u32::MAX).max(1));
         let memory = tokio::time::timeout(BODY_WAIT, self.bodies.clone().acquire_many_owned(units)).await;
         let Ok(Ok(mut memory)) = memory else { return Err(ApiError::TooManyBodies) };
-        let read = tokio::time::timeout(self.options.body_timeout, Bytes::from_request(request, &())).await;
-        match read {
-            Err(_) => Err(ApiError::SlowBody { seconds: self.options.body_timeout.as_secs() }),
-            Ok(Err(refused)) if refused.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE => {
-                Err(ApiError::BodyTooLarge { limit })
+        let mut bytes = Vec::with_capacity(length.unwrap_or(0));
+        let read = async {
+            while let Some(part) = body.next().await {
+                let part = part.map_err(|error| ApiError::Body { problem: error.to_string() })?;
+                if bytes.len() + part.len() > limit {
+                    return Err(ApiError::BodyTooLarge { limit });
+                }
+                bytes.extend_from_slice(&part);
             }
-            Ok(Err(refused)) => Err(ApiError::Body { problem: refused.body_text() }),
-            Ok(Ok(bytes)) => {
-                let surplus = memory.num_permits().saturating_sub(bytes.len() / BODY_UNIT + 1);
-                drop(memory.split(surplus));
-                Ok((bytes, BodyMemory(memory)))
+            Ok(())
+        };
+        match tokio::time::timeout(self.options.body_timeout, read).await {
+            Err(_) => return Err(ApiError::SlowBody { seconds: self.options.body_timeout.as_secs() }),
+            Ok(Err(error)) => {
+                drain(body, DRAINED * limit).await;
+                return Err(error);
             }
+            Ok(Ok(())) => {}
         }
+        let surplus = memory.num_permits().saturating_sub(bytes.len() / BODY_UNIT + 1);
+        drop(memory.split(surplus));
+        Ok((bytes, BodyMemory(memory)))
     }
 
     /// Runs work that takes long (parsing, templates, tokenizing) on a thread of its own. Only a few run at once, also those
