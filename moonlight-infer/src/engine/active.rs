@@ -36,7 +36,7 @@ pub(super) struct Active {
     pub(super) awaited: Option<AwaitedPrefix>,
     /// How many forward passes with this request have panicked.
     pub(super) panics: u32,
-    /// Whether it runs alone until its next token, because its last pass panicked.
+    /// Whether it runs alone until its next token, because its last pass panicked or had non-finite logits.
     pub(super) is_suspect: bool,
 }
 
