@@ -1,7 +1,7 @@
 //! What the routes share: the engine, the texts of the model, limits and metrics.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::body::BodyDataStream;
@@ -30,6 +30,12 @@ const DRAINED: usize = 8;
 const DRAIN_TIME: Duration = Duration::from_secs(5);
 /// The pause of a client after which it is not sending any more.
 const DRAIN_PAUSE: Duration = Duration::from_millis(250);
+
+/// Bytes that tokens of every tokenizer have.
+const SHORT_TOKEN: usize = 16;
+/// How much shorter a text may be for the model than in the request: a normalizer composes characters, and a template leaves out
+/// the reasoning of earlier answers.
+const SHRINKING: usize = 2;
 
 /// Reads and forgets the rest of a body, within limits.
 async fn drain(mut body: BodyDataStream, most: usize) {
@@ -63,6 +69,8 @@ pub(super) struct App {
     bodies: Arc<Semaphore>,
     /// Threads that parse and encode.
     encoders: Arc<Semaphore>,
+    /// The bytes of the longest token; read for the first text that may be too long.
+    longest_token: OnceLock<usize>,
 }
 
 /// The memory of a request's body, and of what is made of it: it is counted until the answer is complete.
@@ -79,6 +87,7 @@ impl App {
             ending: AtomicBool::new(false),
             bodies: Arc::new(Semaphore::new(units)),
             encoders: Arc::new(Semaphore::new(options.encoders.max(1))),
+            longest_token: OnceLock::new(),
             engine,
             text,
             options,
@@ -105,6 +114,22 @@ impl App {
         match self.engine.models().iter().any(|known| known == name) {
             true => Ok(()),
             false => Err(EngineError::UnknownModel(name.to_owned()).into()),
+        }
+    }
+
+    /// Refuses a text that cannot fit into the context, before it is tokenized, which takes seconds for each megabyte.
+    pub(super) fn check_text(&self, bytes: usize) -> Result<(), ApiError> {
+        let context = self.context();
+        if bytes <= SHORT_TOKEN * context {
+            return Ok(());
+        }
+        let longest = self.longest_token.get_or_init(|| {
+            let tokens = 0..u32::try_from(self.tokenizer.vocab_size()).unwrap_or(u32::MAX);
+            tokens.map(|token| self.tokenizer.decode_with_special(&[token]).len()).max().unwrap_or(0)
+        });
+        match bytes > SHRINKING * longest.max(&SHORT_TOKEN) * context {
+            true => Err(ApiError::PromptTooLarge { bytes, context }),
+            false => Ok(()),
         }
     }
 
