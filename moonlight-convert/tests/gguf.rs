@@ -298,6 +298,10 @@ fn one_of_several_files_has_to_be_named() {
         let error = Checkpoint::open(home.path()).unwrap_err();
         assert_eq!(error.hint().unwrap(), "name one GGUF file, for example `llama.gguf`");
     }
+    let bytes = fs::read(&first).unwrap();
+    fs::write(home.path().join("cut.gguf"), &bytes[..bytes.len() - 100]).unwrap();
+    let error = Checkpoint::open(home.path().join("cut.gguf")).unwrap_err();
+    assert!(error.hint().unwrap().starts_with("download the file again"), "{error}");
     // A file without the extension is recognized by its first bytes.
     let blob = home.path().join("sha256-0123");
     fs::rename(&first, &blob).unwrap();
