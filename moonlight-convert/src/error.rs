@@ -306,6 +306,12 @@ impl CheckpointError {
                 other => Some(format!("only safetensors files are read; convert `{other}` with transformers")),
             },
             Self::GgufTokenizer { hint, .. } => hint.clone(),
+            Self::Gguf { problem, .. } if problem.starts_with("is truncated") => {
+                Some("download the file again; an interrupted download looks like this".into())
+            }
+            Self::Gguf { problem, .. } if problem.contains("supported types are") => {
+                Some("write it in a supported type, for example with `llama-quantize --allow-requantize`".into())
+            }
             Self::Mismatch { problems, .. } => problems.hint(),
             Self::Config { source, .. } => source.hint().map(str::to_owned),
             Self::Overflow { .. } | Self::BlockOverflow { .. } => {
