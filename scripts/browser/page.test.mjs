@@ -8,7 +8,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { openPage, PHONE, WIDE } from "./browser.mjs";
-import { HOSTILE, startFakeServer } from "./fake_server.mjs";
+import { HOSTILE, QUESTION, startFakeServer } from "./fake_server.mjs";
 import { append, lines, makeRuns } from "./make_runs.mjs";
 
 const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
@@ -38,7 +38,9 @@ async function withPage(options, run) {
 
 const send = async (page, text) => {
   await page.fill("#input", text);
-  await page.press("#input", "Enter");
+  // On a touch screen Enter adds a line.
+  if (await page.evaluate(() => matchMedia("(pointer: coarse)").matches)) await page.click("#send");
+  else await page.press("#input", "Enter");
 };
 const answered = (page, count = 1) =>
   page.waitForFunction((count) => document.querySelectorAll(".message.assistant .foot .icon-button").length >= count && document.querySelector("#send").ariaLabel === "Send", count);
@@ -201,12 +203,26 @@ describe("chat", () => {
       await page.keyboard.press("Enter");
       await page.waitForFunction(() => document.querySelector("#send").ariaLabel === "Send" && document.querySelector(".message.assistant .text")?.innerText === "You said: three");
       assert.deepEqual(await answers(page), ["You said: three"]);
+      // A message that is edited while its answer is written gets another answer.
+      await send(page, "slow");
+      await page.waitForFunction(() => document.querySelectorAll(".message.assistant .text")[1]?.innerText.length > 10);
+      await page.locator(".message.user").nth(1).hover();
+      await page.getByRole("button", { name: "Edit the message" }).nth(1).click();
+      await page.keyboard.press("ControlOrMeta+A");
+      await page.keyboard.type("four");
+      await page.keyboard.press("Enter");
+      await page.waitForFunction(() => document.querySelector("#send").ariaLabel === "Send" && document.querySelectorAll(".message.assistant .text")[1]?.innerText === "You said: four");
+      await page.getByRole("button", { name: "Edit the message" }).nth(1).click();
+      await page.keyboard.press("ControlOrMeta+A");
+      await page.keyboard.type("three");
+      await page.keyboard.press("Enter");
+      await page.waitForFunction(() => document.querySelectorAll(".message.assistant .text")[1]?.innerText === "You said: three");
       // The arrow key edits the last message, and Escape leaves it as it is.
       await page.focus("#input");
       await page.keyboard.press("ArrowUp");
       assert.equal(await page.locator(".editing textarea").inputValue(), "three");
       await page.keyboard.press("Escape");
-      assert.deepEqual(await answers(page), ["You said: three"]);
+      assert.deepEqual(await answers(page), ["You said: three", "You said: three"]);
     }));
 
   test("errors are shown where they happen, and can be tried again", () =>
@@ -219,7 +235,7 @@ describe("chat", () => {
       assert.equal(await page.locator(".error span").innerText(), "the request took longer than 600 s");
       await page.click("#new-chat");
       await ask(page, "cut");
-      assert.deepEqual(await answers(page), ["One. Two."]);
+      assert.match((await answers(page))[0], /^One\./);
       assert.equal(await page.locator(".error").count(), 1);
       const requests = server.state.requests.length;
       await page.click(".error button");
@@ -311,8 +327,7 @@ describe("chat", () => {
       await page.waitForFunction(() => document.querySelectorAll("#conversations li").length === 6);
       await page.click("#new-chat");
       await ask(page, "y".repeat(700_000));
-      await page.waitForFunction(() => !document.querySelector("#toast").hidden);
-      assert.match(await page.innerText("#toast-text"), /^Storage is full: removed the oldest, “old 1”/);
+      await page.waitForFunction(() => document.querySelector("#toast-text").textContent.startsWith("Storage is full: removed the oldest, “old 1”"));
       const kept = await page.evaluate(() => Object.keys(localStorage).filter((key) => key.startsWith("moonlight.conversation.")).length);
       assert.ok(kept < 7 && kept > 2, String(kept));
     }));
@@ -392,8 +407,10 @@ describe("access", () => {
     test(`axe finds nothing, and nothing is too wide (${name})`, () =>
       withPage(options, async (page) => {
         await assertAccessible(page, "empty");
-        await ask(page, "How large should the learning rate of Muon be?");
-        await ask(page, "long");
+        await ask(page, "What is Muon?");
+        if (name === "narrow") await page.getByRole("button", { name: "Open the menu" }).click();
+        await page.click("#new-chat");
+        await ask(page, QUESTION);
         await page.mouse.move(0, 0);
         await assertAccessible(page, "chat");
         assert.deepEqual(await overflow(page), [0]);
@@ -469,6 +486,7 @@ describe("runs", () => {
       await page.waitForFunction(() => document.querySelector(".chart.main .plot").ariaLabel.includes("at step 186"), null, { timeout: 8000 });
       await page.waitForFunction(() => document.querySelector("#run-list").innerText.includes("186/400"), null, { timeout: 12_000 });
       assert.equal(await page.innerText("#live"), "live");
+      assert.equal(await page.innerText("#curves-note"), "warm-up: 2 damaged lines are ignored");
     }));
 
   test("axes, samples and the recipe are shown as text", () =>

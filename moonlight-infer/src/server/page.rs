@@ -156,16 +156,13 @@ mod tests {
 
     #[test]
     fn every_file_that_the_page_names_is_served() {
+        let is_served = |path: &str| ASSETS.iter().any(|asset| asset.path == path);
         for asset in ASSETS {
-            for (_, rest) in asset.text.match_indices("/page/").map(|(start, _)| asset.text[start..].split_at(0)) {
-                let name: &str = rest.split(['"', '\'', ')', '#', ' ', '\n']).next().unwrap();
-                assert!(ASSETS.iter().any(|asset| asset.path == name), "{}: {name}", asset.path);
-            }
-            for import in
-                asset.text.match_indices(" from \"./").map(|(start, found)| &asset.text[start + found.len()..])
-            {
-                let name = import.split('"').next().unwrap();
-                assert!(ASSETS.iter().any(|asset| asset.path == format!("/page/{name}")), "{}: {name}", asset.path);
+            let after =
+                |mark: &'static str| asset.text.match_indices(mark).map(move |(at, _)| &asset.text[at + mark.len()..]);
+            let name = |rest: &'static str| rest.split(['"', '\'', ')', '#']).next().unwrap_or_default();
+            for file in after("\"/page/").chain(after(" from \"./")).map(name) {
+                assert!(is_served(&format!("/page/{file}")), "{}: {file}", asset.path);
             }
         }
     }

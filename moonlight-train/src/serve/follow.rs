@@ -24,8 +24,7 @@ const EVERY: Duration = Duration::from_secs(2);
 /// Serves the newest complete checkpoint of a run: full weights, or the adapter of a LoRA run over its base model, which is
 /// loaded once.
 ///
-/// The model has the name of the run. A second name, `run@step-00000100`, says of which step it is. Requests that are running
-/// when a new checkpoint appears finish on the old one.
+/// The model has the name of the run. A second name, `run@step-00000100`, contains its step. Requests that are running when a new checkpoint appears finish on the old one.
 #[derive(Debug)]
 pub struct Follower {
     run: PathBuf,

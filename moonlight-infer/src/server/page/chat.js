@@ -22,6 +22,8 @@ export function startChat({ closeMenu }) {
   const messages = byId("messages");
   const settings = byId("settings");
   const overlay = matchMedia("(max-width: 64rem)");
+  /** A screen without a keyboard: Enter adds a line, since there is no Shift, and the keyboard opens only on a touch. */
+  const touchScreen = matchMedia("(pointer: coarse)");
 
   let conversations = store.loadConversations();
   const remembered = store.readOption("current", null);
@@ -70,8 +72,10 @@ export function startChat({ closeMenu }) {
     showList();
     showMessages();
     closeMenu();
-    input.focus();
+    focusInput();
   }
+
+  const focusInput = () => touchScreen.matches || input.focus({ preventScroll: true });
 
   function remove(conversation) {
     live.get(conversation.id)?.controller.abort();
@@ -286,7 +290,8 @@ export function startChat({ closeMenu }) {
       else reply.error = controller.signal.aborted ? "" : "The connection was lost";
       if (error.status === 401) askForKey();
     }
-    live.delete(conversation.id);
+    // An edited message may have started another answer since.
+    if (live.get(conversation.id)?.reply === reply) live.delete(conversation.id);
     reply.note = noteOf(reply, clock, result);
     // An answer that was stopped before its first token leaves nothing to show.
     if (!reply.content && !reply.error) {
@@ -400,7 +405,7 @@ export function startChat({ closeMenu }) {
 
   // Composer
 
-  const isSendKey = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+  const isSendKey = (event) => event.key === "Enter" && !event.shiftKey && !touchScreen.matches && !event.isComposing && event.keyCode !== 229;
 
   function showSend() {
     const button = byId("send");
@@ -619,7 +624,9 @@ export function startChat({ closeMenu }) {
   store.onOtherTab((id) => {
     if (id !== null && live.has(id)) return; // this tab is writing it
     const stored = store.loadConversations();
-    conversations = [...stored.filter((one) => one.id !== current.id), ...conversations.filter((one) => one === current)];
+    // What this tab shows or writes stays the same object.
+    const kept = conversations.filter((one) => one === current || live.has(one.id));
+    conversations = [...stored.filter((one) => !kept.some(({ id }) => id === one.id)), ...kept];
     const changed = stored.find((one) => one.id === current.id);
     if (changed && editing === null && !live.has(current.id)) {
       conversations[conversations.indexOf(current)] = changed;
@@ -644,7 +651,7 @@ export function startChat({ closeMenu }) {
 
   return {
     show(isShown) {
-      if (isShown) input.focus({ preventScroll: true });
+      if (isShown) focusInput();
       else closeSettings();
     },
     /** Escape closes the settings if they have the focus or cover the page, and stops the answer otherwise. */

@@ -83,7 +83,7 @@ export function toast(text, action, run) {
   };
   box.hidden = false;
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => (box.hidden = true), action ? 8000 : 3000);
+  toastTimer = setTimeout(() => (box.hidden = true), action ? 8000 : 2000 + 60 * text.length);
 }
 
 /** A number with few digits: `12,345`, `3.142`, `2.0e-4`. */

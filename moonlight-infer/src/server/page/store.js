@@ -86,7 +86,7 @@ function keys() {
 function conversationFrom(value) {
   if (typeof value !== "object" || value === null || !Array.isArray(value.messages)) return null;
   const isMessage = (message) =>
-    message && ROLES.includes(message.role) && typeof message.content === "string" && message.content !== "";
+    message && ROLES.includes(message.role) && typeof message.content === "string" && (message.content !== "" || typeof message.error === "string");
   const text = (value, most) => (typeof value === "string" ? value.slice(0, most) : "");
   const time = (value) => (Number.isFinite(value) ? value : Date.now());
   const messages = value.messages.filter(isMessage).slice(0, MAX_MESSAGES).map((message) => {
