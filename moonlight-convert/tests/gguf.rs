@@ -261,8 +261,9 @@ fn wrong_tensors_and_metadata_are_named() {
         ("deepseek2.rope.scaling.type", "longrope".into(), "`deepseek2.rope.scaling.type`, which is neither"),
         ("deepseek2.attention.scale", 0.5f32.into(), "`deepseek2.attention.scale`, which is not supported"),
         ("deepseek2.expert_gating_func", 3u32.into(), "`deepseek2.expert_gating_func`, which is neither 1 (softmax)"),
-        ("deepseek2.block_count", u32::MAX.into(), "the metadata is implausible: `num_hidden_layers` is 4294967295"),
-        ("deepseek2.expert_count", u32::MAX.into(), "4294967295"),
+        ("deepseek2.block_count", u32::MAX.into(), "`num_hidden_layers` is 4294967295"),
+        ("deepseek2.expert_count", u32::MAX.into(), "`n_routed_experts` is 4294967295"),
+        ("deepseek2.block_count", 9_999u32.into(), "the metadata is implausible: `num_hidden_layers` is 9999"),
     ] {
         refused(&|file| file.metadata.insert(key, value.clone()), expected);
     }

