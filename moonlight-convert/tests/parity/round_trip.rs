@@ -14,7 +14,7 @@ fn contents(directory: &Path) -> BTreeMap<String, (String, Vec<usize>, Vec<u8>)>
     checkpoint
         .tensors()
         .map(|(name, tensor)| {
-            let value = (format!("{:?}", tensor.dtype), tensor.shape.clone(), checkpoint.data(tensor).unwrap());
+            let value = (tensor.dtype.to_string(), tensor.shape.clone(), checkpoint.data(tensor).unwrap());
             (name.to_owned(), value)
         })
         .collect()
