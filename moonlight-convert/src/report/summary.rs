@@ -293,9 +293,15 @@ impl Checkpoint {
     /// Remarks on uses of the files that a reader of `config.json` would not expect.
     pub fn notes(&self) -> Vec<String> {
         let head = self.tied_head().describe().map(str::to_owned);
-        let gguf = self.gguf_metadata().map(|metadata| gguf::read::notes(metadata, self.config()));
         let training = self.config().training_notes();
-        head.into_iter().chain(self.listed_only_note()).chain(gguf.into_iter().flatten()).chain(training).collect()
+        head.into_iter().chain(self.listed_only_note()).chain(self.gguf_notes()).chain(training).collect()
+    }
+}
+
+impl Checkpoint {
+    /// Remarks on what the metadata of a GGUF file lacks.
+    pub(crate) fn gguf_notes(&self) -> Vec<String> {
+        self.gguf_metadata().map(|metadata| gguf::read::notes(metadata, self.config())).unwrap_or_default()
     }
 }
 

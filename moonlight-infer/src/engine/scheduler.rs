@@ -321,7 +321,7 @@ impl Scheduler {
         self.forget_ended(self.slots[index].version);
         self.cache.truncate(index, 0);
         let active = self.slots[index].active.as_mut().expect("the request runs");
-        active.restart_scores();
+        active.restart();
         active.is_suspect = true;
     }
 
@@ -369,7 +369,7 @@ impl Scheduler {
                 slot.tokens.clear();
                 continue;
             };
-            active.restart_scores();
+            active.restart();
             if count > 0 {
                 active.panics += 1;
                 active.is_suspect = true;

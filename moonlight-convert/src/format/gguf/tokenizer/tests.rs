@@ -104,7 +104,7 @@ fn sentence_piece() -> Json {
         merges.extend(pairs.into_iter().map(|(left, right)| json!([tokens[left], tokens[right]])));
     }
     let (normalizer, decoder) = sentence_piece::sections(true);
-    let added = |id: u32, content: &str| json!({"id": id, "content": content, "special": true, "normalized": false});
+    let added = |id: u32, content: &str| crate::tokenizer::AddedToken::named(content).to_json(id);
     let piece = |name: &str| json!({"SpecialToken": {"id": name, "type_id": 0}});
     let vocab: serde_json::Map<String, Json> =
         tokens.iter().zip(0u32..).map(|(token, id)| (token.clone(), id.into())).collect();
@@ -304,7 +304,11 @@ fn what_the_post_processor_adds_and_named_templates_are_kept() {
 
 #[test]
 fn a_tokenizer_without_merges_needs_no_known_split() {
-    let mut json = byte_level(json!({"type": "ByteLevel", "use_regex": false}), false, false);
+    let mut json = byte_level(
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}),
+        false,
+        false,
+    );
     assert!(export(&json, 300).unwrap_err().contains("does not split texts before pairs are joined"));
     json["model"]["merges"] = json!([]);
     let exported = export(&json, 300).unwrap();
