@@ -112,7 +112,7 @@ fn a_slow_reader_is_cut_off_and_holds_no_slot() {
     let options = ServerOptions { write_timeout: Duration::from_millis(300), ..ServerOptions::default() };
     let mut server = start(options);
     // The prompt is repeated with 20 log-probabilities for each byte, and nothing is read, so the buffers of the sockets fill.
-    let prompt = "x".repeat(8000);
+    let prompt = "x".repeat(12_000);
     let body = format!(
         "{{\"model\": \"tiny\", \"prompt\": \"{prompt}\", \"echo\": true, \"stream\": true, \"logprobs\": 20, {ENDLESS}}}"
     );
