@@ -364,8 +364,8 @@ def check_errors(check):
     check.fails(
         "an unknown field",
         "BadRequestError",
-        lambda: check.chat(ask(COUNT), extra_body={"temprature": 1}),
-        "temprature",
+        lambda: check.chat(ask(COUNT), extra_body={"no_such_field": 1}),
+        "no_such_field",
     )
     check.fails("a wrong type", "BadRequestError", lambda: check.chat(ask(COUNT), extra_body={"temperature": "hot"}))
     check.fails(

@@ -168,7 +168,7 @@ async def invalid_values(hostile):
         "logit_bias with names": completion(logit_bias={"x": 1}),
         "logit_bias of a hundred thousand": completion(logit_bias={str(n): 1 for n in range(100_000)}),
         "logit_bias of 1e300": completion(logit_bias={"1": 1e300}),
-        "an unknown field": completion(tempature=1),
+        "an unknown field": completion(no_such_field=1),
         "best_of below n": completion(n=3, best_of=1),
         "a model that is absent": completion(model="../../etc/passwd"),
         "a name of 1 MB": completion(model="m" * 1_000_000),

@@ -107,8 +107,17 @@ class Connection:
         return answer
 
     async def request(self, method, path, value=None):
-        await self.send(method, path, value)
-        return await self.read()
+        is_reused = self.writer is not None
+        try:
+            await self.send(method, path, value)
+            return await self.read()
+        except ConnectionError:
+            # A server may close a connection between two requests.
+            self.abort()
+            if not is_reused:
+                raise
+            await self.send(method, path, value)
+            return await self.read()
 
     def abort(self):
         """Vanishes: a reset, without the closing handshake."""

@@ -45,7 +45,7 @@ impl ServerError {
 /// Why a request is refused or fails.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub(super) enum ApiError {
-    #[error("the body is not JSON: {problem} (line {line}, column {column})")]
+    #[error("the body is {problem} (line {line}, column {column})")]
     Json { problem: String, line: usize, column: usize },
     #[error("the body has more than {limit} values")]
     TooManyValues { limit: usize },
@@ -63,6 +63,8 @@ pub(super) enum ApiError {
     Prompt { problem: String },
     #[error("the model has no chat template: use /v1/completions")]
     NoChatTemplate,
+    #[error("the prompt has {bytes} bytes, more than {context} tokens can have")]
+    PromptTooLarge { bytes: usize, context: usize },
     #[error("{}", engine_message(.0))]
     Engine(EngineError),
     #[error("there is no route {} {}", method, quoted(path))]
@@ -116,6 +118,7 @@ impl ApiError {
             | Self::Messages { .. }
             | Self::Prompt { .. }
             | Self::NoChatTemplate
+            | Self::PromptTooLarge { .. }
             | Self::Body { .. } => StatusCode::BAD_REQUEST,
             Self::Key { .. } => StatusCode::UNAUTHORIZED,
             Self::Host { .. } | Self::Origin { .. } => StatusCode::FORBIDDEN,
@@ -170,7 +173,7 @@ impl ApiError {
             Self::Field { .. } => "invalid_value",
             Self::Json { .. } => "invalid_json",
             Self::NoChatTemplate => "no_chat_template",
-            Self::Engine(EngineError::PromptTooLong { .. }) => "context_length_exceeded",
+            Self::PromptTooLarge { .. } | Self::Engine(EngineError::PromptTooLong { .. }) => "context_length_exceeded",
             Self::Engine(EngineError::UnknownModel(_)) => "model_not_found",
             Self::Engine(EngineError::QueueFull { .. }) => "queue_full",
             Self::Engine(EngineError::ShuttingDown) => "shutting_down",

@@ -33,8 +33,8 @@ pub(super) enum Update {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Tokens {
     pub(super) prompt: usize,
-    /// Those of the prompt that were in the cache; `None` for a sequence that ended at a stop string, of which the engine does
-    /// not report it.
+    /// Those of the prompt that were in the cache; `None` for a sequence that ended at a stop string: the engine reports it at
+    /// the end of a sequence.
     pub(super) reused: Option<usize>,
     /// Without the token that ended the text.
     pub(super) new: usize,

@@ -9,7 +9,7 @@ use super::guard::check_options;
 /// ([`EngineOptions`](crate::engine::EngineOptions)).
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
-    /// Keys of which a client must send one, except for `/health` and the page; none for no check.
+    /// Keys; a client must send one of them, except for `/health` and the page; none for no check.
     pub api_keys: Vec<String>,
     /// Origins (`https://example.org`) whose pages may use the server from a browser; `*` for all. By default none.
     pub cors_origins: Vec<String>,
@@ -59,7 +59,7 @@ impl Default for ServerOptions {
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(60),
             write_timeout: Duration::from_secs(60),
-            end_timeout: Duration::from_secs(10),
+            end_timeout: Duration::from_secs(5),
         }
     }
 }

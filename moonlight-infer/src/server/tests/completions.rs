@@ -165,8 +165,9 @@ async fn a_stop_string_ends_the_text_before_it() {
         }
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
+    // They count as complete: by the stop string, or by the engine if it was faster.
     let status = server.engine.status();
-    assert_eq!((status.busy, status.ended.interrupted, status.ended.cancelled), (0, 6, 0));
+    assert_eq!((status.busy, status.ended.cancelled, status.ended.length), (0, 0, 0));
 }
 
 #[tokio::test]
@@ -174,9 +175,9 @@ async fn biases_and_penalties_change_the_tokens() {
     let server = TestServer::new();
     let biased = server.complete(json!({"logit_bias": {"65": 100}, "max_tokens": 4})).await.json();
     assert_eq!(biased["choices"][0]["text"], "AAAA");
-    let repelled = json!({"logit_bias": {"65": 50, "66": 49.5}, "presence_penalty": 2, "max_tokens": 4});
-    let text = server.complete(repelled).await.json()["choices"][0]["text"].as_str().unwrap().to_owned();
-    assert!(text.starts_with("AB"), "{text}");
+    let banned = json!({"logit_bias": {"65": 100, "66": 99}, "frequency_penalty": 2, "max_tokens": 16});
+    let text = server.complete(banned).await.json()["choices"][0]["text"].as_str().unwrap().to_owned();
+    assert!(text.contains('A') && text.contains('B') && text.chars().all(|letter| "AB".contains(letter)), "{text}");
 }
 
 #[tokio::test]

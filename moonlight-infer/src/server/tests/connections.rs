@@ -111,8 +111,11 @@ fn a_client_that_goes_away_frees_its_slot() {
 fn a_slow_reader_is_cut_off_and_holds_no_slot() {
     let options = ServerOptions { write_timeout: Duration::from_millis(300), ..ServerOptions::default() };
     let mut server = start(options);
-    let body = format!("{{\"model\": \"tiny\", \"prompt\": \"x\", \"stream\": true, \"logprobs\": 20, {ENDLESS}}}");
-    // Nothing is read, so the buffers of the sockets fill.
+    // The prompt is repeated with 20 log-probabilities for each byte, and nothing is read, so the buffers of the sockets fill.
+    let prompt = "x".repeat(8000);
+    let body = format!(
+        "{{\"model\": \"tiny\", \"prompt\": \"{prompt}\", \"echo\": true, \"stream\": true, \"logprobs\": 20, {ENDLESS}}}"
+    );
     let client = server.send("/v1/completions", &body);
     wait_until("it runs", || server.engine.status().busy == 1);
     wait_until("it is cut off", || server.engine.status().busy == 0);

@@ -86,7 +86,12 @@ async fn metrics_count_requests_and_tokens() {
     server.complete(json!({})).await.json();
     server.complete(json!({"prompt": 3.5})).await.error(400);
     server.get("/a/path/of/a/client").await;
-    let metrics = server.get("/metrics").await.text;
+    // The slot is freed after the last event.
+    let mut metrics = server.get("/metrics").await.text;
+    while !metrics.contains("moonlight_slots_busy 0") {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        metrics = server.get("/metrics").await.text;
+    }
     for line in [
         "moonlight_http_requests_total{route=\"/v1/completions\",status=\"200\"} 1",
         "moonlight_http_requests_total{route=\"/v1/completions\",status=\"400\"} 1",
@@ -113,7 +118,7 @@ async fn bodies_that_are_not_requests_name_the_problem() {
     for (body, expected) in [
         ("", "the body is not JSON: EOF while parsing a value (line 1, column 0)"),
         ("{\"model\": \"tiny\",}", "the body is not JSON: trailing comma (line 1, column 17)"),
-        ("[]", "the body is not JSON: invalid type: sequence, expected an object (line 1, column 0)"),
+        ("[]", "the body is not a request: invalid type: sequence, expected an object (line 1, column 0)"),
         ("{}", "`model` is missing"),
         ("{\"model\": 3}", "`model` must be a string, and is `3`"),
     ] {
@@ -123,6 +128,10 @@ async fn bodies_that_are_not_requests_name_the_problem() {
     }
     let large = server.post_text("/v1/completions", vec![b' '; (8 << 20) + 1]).await;
     assert_eq!(large.error(413), "the body has more than 8388608 bytes");
+    let long = "word ".repeat(10_000);
+    let expected = format!("the prompt has {} bytes, more than {CONTEXT} tokens can have", long.len());
+    assert_eq!(server.complete(json!({"prompt": long})).await.error(400), expected);
+    assert_eq!(server.chat(json!({"messages": [{"role": "user", "content": long}]})).await.error(400), expected);
 }
 
 /// Every field that is out of range, unknown or unsupported is an error that names it.
@@ -231,7 +240,7 @@ fn messages_of_errors() {
     use crate::engine::EngineError;
     use axum::http::Method;
     let errors = [
-        ApiError::Json { problem: "expected value".into(), line: 1, column: 2 },
+        ApiError::Json { problem: "not JSON: expected value".into(), line: 1, column: 2 },
         ApiError::TooManyValues { limit: 131_072 },
         ApiError::field("n", "must be an integer, and is `\"x\"`"),
         ApiError::Missing { name: "model" },
@@ -241,6 +250,7 @@ fn messages_of_errors() {
         ApiError::Messages { problem: "the chat template does not accept this conversation: no".into() },
         ApiError::Prompt { problem: "the tokenizer cannot encode it".into() },
         ApiError::NoChatTemplate,
+        ApiError::PromptTooLarge { bytes: 8_000_000, context: 4096 },
         ApiError::Engine(EngineError::UnknownModel("gpt-4".into())),
         ApiError::Engine(EngineError::PromptTooLong { tokens: 9000, context: 4096 }),
         ApiError::Engine(EngineError::EmptyPrompt),
@@ -271,6 +281,7 @@ fn messages_of_errors() {
         | ApiError::Messages { .. }
         | ApiError::Prompt { .. }
         | ApiError::NoChatTemplate
+        | ApiError::PromptTooLarge { .. }
         | ApiError::Engine(_)
         | ApiError::NoRoute { .. }
         | ApiError::NoMethod { .. }
