@@ -163,6 +163,12 @@ impl Checkpoint {
         {
             return Ok(Self { gguf_folder: Some(dir), ..Self::open_gguf(file)? });
         }
+        if !dir.join(CONFIG).exists() {
+            let others = other_weights(&dir);
+            if others.first().is_some_and(|name| name.ends_with(".gguf")) {
+                return Err(CheckpointError::NoWeights { others, dir });
+            }
+        }
         let config = read_config(&confined, &dir)?;
         let mut checkpoint = Self::new(dir, config);
         // transformers, too, prefers the single file to an index.
@@ -228,19 +234,22 @@ impl Checkpoint {
         }
     }
 
-    /// llama.cpp wants norms, biases and routers in f32, whatever they were before. If all matrices are bf16 (or all f16),
-    /// those f32 tensors that bf16 represents exactly count as bf16, so that a model does not change its dtype on the way
-    /// through a GGUF file.
+    /// llama.cpp wants norms, biases and routers in f32, whatever they were before. If all matrices are bf16 or quantized (or
+    /// all f16), those f32 tensors that bf16 represents exactly count as bf16, so that a model does not change its dtype on
+    /// the way through a GGUF file. Correction biases stay in f32 in memory, too.
     fn find_narrowed(&self) -> HashMap<usize, WeightDtype> {
         let is_matrix = |tensor: &&StoredTensor| tensor.shape.len() > 1 && !tensor.name.ends_with(gguf::names::ROUTER);
-        let mut dtypes = self.tensors.iter().filter(is_matrix).map(|tensor| tensor.dtype.weight_dtype());
+        let dtype_of = |tensor: &StoredTensor| tensor.dtype.block_type().map(gguf::dequantize::dtype_of);
+        let mut dtypes = self.tensors.iter().filter(is_matrix).map(dtype_of);
         let Some(Some(dtype @ (WeightDtype::Bf16 | WeightDtype::F16))) = dtypes.next() else { return HashMap::new() };
         if dtypes.any(|other| other != Some(dtype)) {
             return HashMap::new();
         }
         // A tensor that cannot be read is reported when it is loaded.
         let is_exact = |tensor: &StoredTensor| self.is_exact(tensor, dtype).unwrap_or(false);
-        let wide = |(_, tensor): &(usize, &StoredTensor)| tensor.dtype == safetensors::Dtype::F32;
+        let wide = |(_, tensor): &(usize, &StoredTensor)| {
+            tensor.dtype == safetensors::Dtype::F32 && !tensor.name.ends_with(gguf::names::CORRECTION)
+        };
         let tensors = self.tensors.par_iter().enumerate();
         tensors.filter(wide).filter(|(_, tensor)| is_exact(tensor)).map(|(index, _)| (index, dtype)).collect()
     }

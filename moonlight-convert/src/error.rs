@@ -410,6 +410,7 @@ mod tests {
                 E::NoWeights { dir: "model".into(), others: vec![] },
                 E::NoWeights { dir: "model".into(), others: vec!["pytorch_model.bin".into()] },
                 E::NoWeights { dir: "model".into(), others: vec!["model-1-of-2.safetensors".into()] },
+                E::NoWeights { dir: "model".into(), others: vec!["a.gguf".into(), "b.gguf".into()] },
             ],
             E::Index { .. } => [E::Index {
                 path: "model/model.safetensors.index.json".into(),

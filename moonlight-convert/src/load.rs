@@ -21,6 +21,7 @@ use crate::io::prefetch::PrefetchReader;
 use crate::mapping::load_plan::{LoadPlan, PlannedParameter, Scope};
 use crate::mapping::names::SkipReason;
 use crate::module_path::ModulePath;
+use crate::printable::Printable;
 
 /// Approximate number of bytes that a thread reads at a time.
 const CHUNK: usize = 1 << 20;
@@ -166,10 +167,14 @@ impl Checkpoint {
         self.fill(module, path, &plan, device, dtype)
     }
 
-    /// Warns if the weights in use are not those that `config.json` suggests.
+    /// Warns if the weights in use are not those that `config.json` suggests, or if the metadata of a GGUF file lacks a key
+    /// that matters.
     fn warn(&self) {
         if let Some(head) = self.tied_head().describe() {
             tracing::warn!("{head}");
+        }
+        for note in self.gguf_notes() {
+            tracing::warn!("`{}`: {note}", Printable(self.dir().display()));
         }
     }
 

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{DType, Device};
 use common::{FAMILIES, Tensors, fixture, parameters, read_tensors};
 use moonlight_convert::gguf::{BlockType, GgufHeader, GgufOptions, Metadata, TensorInfo, Value, write_header};
-use moonlight_convert::report::CheckpointState;
-use moonlight_convert::{Checkpoint, SaveOptions, load};
-use moonlight_model::QuantBits;
+use moonlight_convert::report::{CheckpointState, TensorDifference};
+use moonlight_convert::{Checkpoint, Format, SaveOptions, WeightDtype, load, save};
+use moonlight_model::{ModelConfig, QuantBits};
 use safetensors::Dtype;
 
 /// A file in memory: tensors with their bytes.
@@ -103,7 +103,7 @@ fn a_round_trip_through_the_stored_dtype_preserves_every_family() {
         let comparison = source.compare(&opened, 0.0, &()).unwrap();
         assert!(comparison.differences.is_empty(), "{family}: {:?}", comparison.differences);
         let burnpack = home.path().join("burnpack");
-        let options = SaveOptions { format: moonlight_convert::Format::Burnpack, ..SaveOptions::default() };
+        let options = SaveOptions { format: Format::Burnpack, ..SaveOptions::default() };
         opened.convert(&burnpack, &options).unwrap();
         let from_burnpack = load(&burnpack, &device, None).unwrap().model;
         assert_eq!(parameters(&from_burnpack), parameters(&loaded.model), "{family}");
@@ -127,13 +127,13 @@ fn every_type_is_loaded_and_converted_alike() {
             assert_eq!(parameters(&again.model), parameters(&loaded.model), "{family} {block_type}");
             let source = Checkpoint::open(fixture(family)).unwrap();
             for difference in source.compare(&opened, 0.0, &()).unwrap().differences {
-                let moonlight_convert::report::TensorDifference::Values { tensor, distance } = difference else {
+                let TensorDifference::Values { tensor, distance } = difference else {
                     panic!("{family} {block_type}: {difference}");
                 };
                 // Random weights in 4 bits.
                 assert!(distance.cosine > 0.99, "{family} {block_type} {tensor}: {distance:?}");
             }
-            opened.load_quantized(&device, None, QuantBits::Eight).unwrap();
+            opened.load_quantized(&device, Some(DType::F32), QuantBits::Eight).unwrap();
         }
     }
 }
@@ -208,7 +208,7 @@ fn older_and_fused_forms_are_read() {
 fn wrong_tensors_and_metadata_are_named() {
     let home = tempfile::tempdir().unwrap();
     let path = written("moonlight-like", home.path(), None);
-    let changed = |change: &dyn Fn(&mut File)| {
+    let refused = |change: &dyn Fn(&mut File), expected: &str| {
         let mut file = File::read(&path);
         change(&mut file);
         let changed = home.path().join("changed.gguf");
@@ -217,39 +217,56 @@ fn wrong_tensors_and_metadata_are_named() {
             Ok(opened) => opened.load(&Device::default(), None).unwrap_err(),
             Err(error) => error,
         };
-        error.to_string().replace(&home.path().display().to_string(), "DIR")
+        let text = error.to_string();
+        assert!(text.contains(&format!("`{}`", changed.display())), "{text}");
+        assert!(text.contains(expected), "{text}\n{expected}");
     };
-    let text = [
-        changed(&|file| drop(file.take("blk.0.attn_q.weight"))),
-        changed(&|file| {
+    refused(&|file| drop(file.take("blk.0.attn_q.weight")), "1 tensor is missing: `blk.0.attn_q.weight`");
+    refused(
+        &|file| {
             file.take("blk.1.attn_v_b.weight");
             file.take("blk.1.ffn_up_exps.weight");
-        }),
-        changed(&|file| {
-            let (info, bytes) = file.take("blk.0.attn_output.weight");
+        },
+        "2 tensors are missing: `blk.1.attn_v_b.weight`, `blk.1.ffn_up_exps.weight`",
+    );
+    refused(
+        &|file| {
+            let (info, bytes) = file.take("blk.0.attn_kv_a_mqa.weight");
             let shape: Vec<u64> = info.shape.iter().rev().copied().collect();
             assert_ne!(shape, info.shape);
             file.add(&info.name, &shape, info.block_type, bytes);
-        }),
-        changed(&|file| file.add("blk.0.attn_sinks.weight", &[4], BlockType::F32, vec![0; 16])),
-        changed(&|file| file.add("blk.99.attn_norm.weight", &[4], BlockType::F32, vec![0; 16])),
-        changed(&|file| {
-            let (info, bytes) = file.take("output_norm.weight");
-            let mut bytes = bytes;
+        },
+        "1 tensor has the wrong shape: `blk.0.attn_kv_a_mqa.weight`",
+    );
+    refused(
+        &|file| file.add("blk.0.attn_sinks.weight", &[4], BlockType::F32, vec![0; 16]),
+        "1 tensor is unexpected: `blk.0.attn_sinks.weight`",
+    );
+    refused(
+        &|file| file.add("blk.99.attn_norm.weight", &[4], BlockType::F32, vec![0; 16]),
+        "1 tensor is unexpected: `blk.99.attn_norm.weight`",
+    );
+    refused(
+        &|file| {
+            let (info, mut bytes) = file.take("output_norm.weight");
             bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
             file.add(&info.name, &info.shape, info.block_type, bytes);
-        }),
-        changed(&|file| file.without_keys(&["general.architecture"])),
-        changed(&|file| file.metadata.insert("general.type", "adapter")),
-        changed(&|file| file.metadata.insert("general.type", "mmproj")),
-        changed(&|file| file.metadata.insert("general.architecture", "gemma3")),
-        changed(&|file| file.metadata.insert("deepseek2.rope.scaling.type", "longrope")),
-        changed(&|file| file.metadata.insert("deepseek2.attention.scale", 0.5f32)),
-        changed(&|file| file.metadata.insert("deepseek2.expert_gating_func", 3u32)),
-        changed(&|file| file.metadata.insert("deepseek2.block_count", u32::MAX)),
-        changed(&|file| file.metadata.insert("deepseek2.expert_count", u32::MAX)),
-    ];
-    insta::assert_snapshot!(text.join("\n"));
+        },
+        "the tensor `output_norm.weight` in",
+    );
+    for (key, value, expected) in [
+        ("general.type", Value::from("adapter"), "is an adapter, and not a model"),
+        ("general.type", "mmproj".into(), "has the `general.type` `mmproj`, which is not supported"),
+        ("general.architecture", "gemma3".into(), "is a model of the architecture `gemma3`, which is not supported"),
+        ("deepseek2.rope.scaling.type", "longrope".into(), "`deepseek2.rope.scaling.type`, which is neither"),
+        ("deepseek2.attention.scale", 0.5f32.into(), "`deepseek2.attention.scale`, which is not supported"),
+        ("deepseek2.expert_gating_func", 3u32.into(), "`deepseek2.expert_gating_func`, which is neither 1 (softmax)"),
+        ("deepseek2.block_count", u32::MAX.into(), "the metadata is implausible: `num_hidden_layers` is 4294967295"),
+        ("deepseek2.expert_count", u32::MAX.into(), "4294967295"),
+    ] {
+        refused(&|file| file.metadata.insert(key, value.clone()), expected);
+    }
+    refused(&|file| file.without_keys(&["general.architecture"]), "lacks the metadata key `general.architecture`");
 }
 
 #[test]
@@ -273,11 +290,75 @@ fn one_of_several_files_has_to_be_named() {
     let home = tempfile::tempdir().unwrap();
     let first = written("llama", home.path(), None);
     fs::copy(&first, home.path().join("other.gguf")).unwrap();
-    fs::write(home.path().join("config.json"), fs::read(fixture("llama").join("config.json")).unwrap()).unwrap();
-    let error = Checkpoint::open(home.path()).unwrap_err();
-    assert_eq!(error.hint().unwrap(), "name one GGUF file, for example `llama.gguf`");
+    for config in [false, true] {
+        if config {
+            fs::copy(fixture("llama").join("config.json"), home.path().join("config.json")).unwrap();
+        }
+        let error = Checkpoint::open(home.path()).unwrap_err();
+        assert_eq!(error.hint().unwrap(), "name one GGUF file, for example `llama.gguf`");
+    }
     // A file without the extension is recognized by its first bytes.
     let blob = home.path().join("sha256-0123");
     fs::rename(&first, &blob).unwrap();
     assert!(Checkpoint::open(&blob).unwrap().is_gguf());
+}
+
+/// A small model whose rows are made of complete blocks of every type.
+fn in_blocks(architecture: &str) -> ModelConfig {
+    let mut config = serde_json::json!({
+        "vocab_size": 96, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "initializer_range": 0.1, "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2,
+    });
+    let more = match architecture {
+        "deepseek_v3" => serde_json::json!({
+            "q_lora_rank": null, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
+            "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "n_shared_experts": 1,
+            "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+            "norm_topk_prob": true, "routed_scaling_factor": 2.5,
+        }),
+        _ => serde_json::json!({"head_dim": 64}),
+    };
+    let map = config.as_object_mut().unwrap();
+    map.insert("model_type".into(), architecture.into());
+    map.extend(more.as_object().unwrap().clone());
+    ModelConfig::from_value(config).unwrap()
+}
+
+/// Quantized tensors are in the right places: heads, rotated rows, experts, in both layouts.
+#[test]
+fn quantized_tensors_are_where_they_belong() {
+    let device = Device::default();
+    device.seed(3);
+    for architecture in ["deepseek_v3", "llama", "qwen2"] {
+        let home = tempfile::tempdir().unwrap();
+        let path = |name: &str| home.path().join(name);
+        save(&in_blocks(architecture).init(&device), &path("source"), &SaveOptions::default()).unwrap();
+        let source = Checkpoint::open(path("source")).unwrap();
+        for (block_type, least) in [(BlockType::Q8_0, 0.9999), (BlockType::Q4_0, 0.98), (BlockType::Q4K, 0.98)] {
+            let options = GgufOptions { block_type: Some(block_type), overwrite: true };
+            source.write_gguf(&path("x.gguf"), &options, &()).unwrap();
+            let opened = Checkpoint::open(path("x.gguf")).unwrap();
+            let forms = opened.summary().unwrap().quantized_forms;
+            assert!(forms.iter().any(|form| form.form.starts_with(&format!("{block_type},"))), "{forms:?}");
+            let comparison = source.compare(&opened, 0.0, &()).unwrap();
+            assert!(!comparison.differences.is_empty());
+            for difference in comparison.differences {
+                let TensorDifference::Values { tensor, distance } = difference else { panic!("{difference}") };
+                assert!(distance.cosine > least, "{architecture} {block_type} {tensor}: {distance:?}");
+            }
+            // Straight into memory, by a directory, and by Burn's layout: the same bits.
+            let loaded = parameters(&opened.load(&device, Some(DType::F32)).unwrap().model);
+            for format in [Format::HuggingFace, Format::Burnpack] {
+                let options =
+                    SaveOptions { dtype: Some(DType::F32), format, overwrite: true, ..SaveOptions::default() };
+                opened.convert(&path("converted"), &options).unwrap();
+                let converted = parameters(&load(&path("converted"), &device, None).unwrap().model);
+                assert_eq!(converted, loaded, "{architecture} {block_type}");
+            }
+            opened.load_quantized(&device, Some(DType::F32), QuantBits::Eight).unwrap();
+            // A file of blocks is bf16 unless its norms are wider.
+            assert_eq!(opened.load(&device, None).unwrap().report.dtype, WeightDtype::Bf16);
+        }
+    }
 }

@@ -181,7 +181,7 @@ fn random_changes_are_read_or_refused() {
             assert!(taken < 50_000_000, "{name} takes {taken} bytes");
             opened += usize::from(good);
         }
-        assert!(opened * 20 > inputs, "{family}: only {opened} of {inputs} changes are without effect");
+        assert!(opened * 100 > inputs, "{family}: only {opened} of {inputs} changes are without effect");
     }
 }
 

@@ -164,7 +164,9 @@ fn sources_of_every_kind_give_the_same_file() {
             let options = SaveOptions { format, ..SaveOptions::default() };
             checkpoint.convert(&at(&format!("{name}-{form}")), &options).unwrap();
         }
-        for block_type in [BlockType::Bf16, BlockType::Q8_0] {
+        // Quantized weights are not rounded to bf16 on the way to another quantized type.
+        let types = if name == "moonlight" { &[BlockType::Bf16, BlockType::Q8_0][..] } else { &[BlockType::Bf16] };
+        for &block_type in types {
             let file = |form: &str| at(&format!("{name}-{form}-{block_type}.gguf"));
             write(&source, &file("direct"), block_type).unwrap();
             let direct = tensors(&file("direct"));

@@ -2,6 +2,7 @@
 //!
 //! * tokens per second of the engine and of `generate_many`, in turns, for 1 and for 8 sequences;
 //! * milliseconds to sample a token from Moonlight's vocabulary;
+//! * whether eight sequences have the same log-probabilities as each alone, bit for bit;
 //! * the longest pause of a stream while a long prompt is computed in chunks of different sizes.
 //!
 //! `cargo run --release -p moonlight-infer --features server --example bench_engine -- [tokens] [rounds]`
@@ -28,6 +29,7 @@ fn main() -> Result<(), Error> {
     let (tokens, rounds) = (number(64)?, number(5)?);
     println!("{}", sampling()?);
     let model = ModelConfig::preset("bench-small")?.init(&Device::default());
+    println!("{}", same_bits(&model)?);
     for batch in [1, 8] {
         println!("{}", speed(&model, batch, tokens, rounds)?);
     }
@@ -41,10 +43,12 @@ fn prompt(index: u32, length: u32) -> Vec<u32> {
     (0..length).map(|position| (position * 31 + index * 977 + position * index) % 8192).collect()
 }
 
-/// The time of [`Sampler::choose`] for 163,840 logits with a spread as in a trained model.
+/// The time of [`Sampler::choose`] for 163,840 logits that are about normal with a standard deviation of 2.5.
 fn sampling() -> Result<serde_json::Value, Error> {
-    let logits: Vec<f32> =
-        (0..163_840u32).map(|token| (token.wrapping_mul(2_654_435_761) as f32 / 2e8).sin() * 8.0).collect();
+    let uniform =
+        |token: u32, salt: u32| (token ^ salt).wrapping_mul(2_654_435_761).rotate_left(15) as f32 / u32::MAX as f32;
+    let sum = |token: u32| (1..=12u32).map(|salt| uniform(token, salt.wrapping_mul(0x9e37_79b9)) - 0.5).sum::<f32>();
+    let logits: Vec<f32> = (0..163_840).map(|token| 2.5 * sum(token)).collect();
     let milliseconds = |sampling: Sampling| -> Result<f64, Error> {
         let mut sampler = Sampler::new(sampling);
         let mut times = Vec::new();
@@ -62,6 +66,19 @@ fn sampling() -> Result<serde_json::Value, Error> {
         "top_p_0.9_milliseconds": milliseconds(Sampling { top_p: 0.9, ..sampled })?,
         "all_tokens_milliseconds": milliseconds(sampled)?,
     }))
+}
+
+/// Generates eight texts from prompts of one token, at once and one after the other.
+fn same_bits(model: &CausalLm) -> Result<serde_json::Value, Error> {
+    let events = |slots: usize| -> Result<Vec<Vec<Event>>, Error> {
+        let options = EngineOptions { slots, context: 64, ..EngineOptions::default() };
+        let engine = Engine::start("model", model.clone(), options)?;
+        let requests = (0..8).map(|token| Request { logprobs: Some(5), ..Request::new("model", vec![token], 12) });
+        let texts: Result<Vec<Events>, _> = requests.map(|request| engine.submit(request)).collect();
+        let read = |mut events: Events| std::iter::from_fn(move || events.blocking_next()).collect();
+        Ok(texts?.into_iter().map(read).collect())
+    };
+    Ok(json!({"eight_sequences_have_the_bits_of_each_alone": events(1)? == events(8)?}))
 }
 
 /// Both ways in turns, so that other load on the machine affects them alike.

@@ -21,9 +21,12 @@ pub(crate) struct ModelFiles<'a> {
 
 enum Place {
     Directory(io::Result<ConfinedDir>),
-    /// A GGUF file and the names and contents of its files, which are made when the first one is read.
-    Gguf(PathBuf, OnceCell<Result<Vec<(String, Vec<u8>)>, String>>),
+    /// A GGUF file and the files of its metadata, which are made when the first one is read.
+    Gguf(PathBuf, OnceCell<Result<NamedFiles, String>>),
 }
+
+/// Names and contents.
+type NamedFiles = Vec<(String, Vec<u8>)>;
 
 impl<'a> ModelFiles<'a> {
     pub(crate) fn new(dir: &'a Path) -> Self {

@@ -137,6 +137,15 @@ describe("chat", () => {
       assert.equal(await page.evaluate(() => window.hacked ?? null), null);
     }));
 
+  test("code and bold are marked, and marks without a partner stay", () =>
+    withPage({}, async (page) => {
+      await ask(page, "inline");
+      const of = (tag) => page.locator(`.message.assistant .text ${tag}`).allInnerTexts();
+      assert.deepEqual(await of("code"), ["a", "b", "c`d", "e f"]);
+      assert.deepEqual(await of("strong"), ["x", "y z"]);
+      assert.match((await answers(page))[0], /; `open and \*\*open\.$/);
+    }));
+
   test("inline scripts are refused by the policy", () =>
     withPage({}, async (page) => {
       const ran = await page.evaluate(async () => {
@@ -486,6 +495,7 @@ describe("runs", () => {
       await page.waitForFunction(() => document.querySelector(".chart.main .plot").ariaLabel.includes("at step 186"), null, { timeout: 8000 });
       await page.waitForFunction(() => document.querySelector("#run-list").innerText.includes("186/400"), null, { timeout: 12_000 });
       assert.equal(await page.innerText("#live"), "live");
+      assert.equal(await page.innerText("#curves-note"), "warm-up: 2 damaged lines are ignored");
     }));
 
   test("axes, samples and the recipe are shown as text", () =>

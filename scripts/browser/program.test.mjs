@@ -36,7 +36,7 @@ train = ["${home}/train.jsonl"]
 valid_fraction = 0.1
 format = "chat"
 tokenizer = "bytes-chat"
-sequence_length = 64
+sequence_length = 128
 cache_dir = "${home}/cache"
 [optimizer]
 learning_rate = 5e-3
@@ -56,8 +56,10 @@ const home = mkdtempSync(join(tmpdir(), "moonlight-served-"));
 const children = [];
 
 function start(...args) {
-  const child = spawn(PROGRAM, args, { stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, NO_COLOR: "1" } });
+  const child = spawn(PROGRAM, args, { stdio: ["ignore", "pipe", "pipe"], env: { ...process.env, NO_COLOR: "1" } });
   child.log = "";
+  child.output = "";
+  child.stdout.on("data", (data) => (child.output += data));
   child.stderr.on("data", (data) => (child.log += data));
   child.ended = new Promise((resolve) => child.on("exit", (code, signal) => resolve(code ?? signal)));
   children.push(child);
@@ -93,7 +95,7 @@ test("a running training is served, and the page shows it", { skip: !PROGRAM && 
     }
   });
   const server = start("serve", "--follow", join(home, "runs/tiny"), "--runs", join(home, "runs"), "--port", "0", "--device", "cpu", "--context", "256");
-  const url = await until("the address", server, () => /http:\/\/[\d.:]+/.exec(server.log)?.[0]);
+  const url = await until("the address", server, () => /http:\/\/[\d.:]+/.exec(server.output)?.[0]);
 
   const { page, problems, close } = await openPage(url);
   try {
@@ -109,7 +111,7 @@ test("a running training is served, and the page shows it", { skip: !PROGRAM && 
     assert.match(await page.locator(".usage").innerText(), /^\d+ tokens · .* tokens\/s · first after/);
 
     await page.click("#view-runs");
-    await page.waitForSelector(".chart.main:not([hidden])");
+    await page.waitForFunction(() => /tiny: [\d.]+ at step [\d,]+/.test(document.querySelector(".chart.main .plot").ariaLabel));
     const label = () => page.getAttribute(".chart.main .plot", "aria-label");
     const first = Number(/tiny: [\d.]+ at step ([\d,]+)/.exec(await label())[1].replace(",", ""));
     await page.waitForFunction((first) => Number(/at step ([\d,]+)/.exec(document.querySelector(".chart.main .plot").ariaLabel)[1].replace(",", "")) > first, first, { timeout: 20_000 });

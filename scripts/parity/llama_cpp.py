@@ -44,7 +44,9 @@ class Unavailable(Exception):
 def install():
     """The folder of the library, which is fetched if it is not in the cache."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise Unavailable(f"the library is for Linux on x86_64, and this is {platform.system()} on {platform.machine()}")
+        raise Unavailable(
+            f"the library is for Linux on x86_64, and this is {platform.system()} on {platform.machine()}"
+        )
     folder = CACHE / DIGEST[:16] / FOLDER
     if folder.is_dir():
         return folder

@@ -149,15 +149,18 @@ fn has_mpi() -> bool {
     is_installed("mpirun") && is_installed("mpicc")
 }
 
-/// Tries to install MPI, as root on Debian.
 fn install_mpi(root: &Path) -> bool {
+    install(root, "openmpi-bin libopenmpi-dev libclang-dev clang") && has_mpi()
+}
+
+/// Tries to install packages, as root on Debian.
+pub(crate) fn install(root: &Path, packages: &str) -> bool {
     let is_root = output(&mut command(root, "id -u")).is_ok_and(|id| id.trim() == "0");
-    let packages = "apt-get install -y -qq openmpi-bin libopenmpi-dev libclang-dev clang";
+    let line = format!("apt-get install -y -qq {packages}");
     is_root
         && is_installed("apt-get")
         && succeeds(&mut command(root, "apt-get update -qq"))
-        && succeeds(command(root, packages).env("DEBIAN_FRONTEND", "noninteractive"))
-        && has_mpi()
+        && succeeds(command(root, &line).env("DEBIAN_FRONTEND", "noninteractive"))
 }
 
 /// Where cargo builds.

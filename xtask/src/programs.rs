@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::ci::target_dir;
+use crate::ci::{install, target_dir};
 use crate::shell::{cargo, is_installed, run as call, succeeds};
 
 /// Builds both programs, and returns their folder. They are built together with tests, because a plain build has other features and
@@ -38,25 +38,43 @@ pub(crate) fn serve(root: &Path) -> Result<()> {
     call(&mut script)
 }
 
-/// Uses the page in headless Chromium.
+/// Uses the page in headless Chromium, which is installed as root on Debian. The script reports what it cannot have as SKIPPED.
 pub(crate) fn browser(root: &Path) -> Result<()> {
+    let browsers = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
+    if std::env::var_os("CHROMIUM").is_none() && !browsers.into_iter().any(is_installed) {
+        install(root, "chromium");
+    }
     call(bash(root, "scripts/browser/test.sh").arg(program(root)?))
 }
 
-/// Writes a GGUF file of each type, and compares what llama.cpp and the package `gguf` read in it with this project.
+/// Writes GGUF files of each type, and compares what llama.cpp and the package `gguf` read in them with this project.
 pub(crate) fn gguf(root: &Path) -> Result<()> {
-    let Some(python) = environment(root, "gguf", &["gguf", "numpy"])? else {
-        println!("SKIPPED: GGUF files next to llama.cpp: the package `gguf` cannot be installed");
+    // torch and its CUDA libraries are gigabytes, so that they are used where they are and not installed.
+    let python = std::env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
+    let packages = "import gguf, numpy, peft, safetensors, tiktoken, tokenizers, torch, transformers";
+    if !succeeds(Command::new(&python).args(["-c", packages])) {
+        println!(
+            "SKIPPED: GGUF files next to llama.cpp: {} lacks the packages of the group `parity` in scripts/pyproject.toml \
+             (PYTHON names another)",
+            python.display()
+        );
         return Ok(());
-    };
+    }
     let programs = build(root)?;
     let mut script = Command::new(python);
     script.arg("scripts/parity/check_gguf.py").current_dir(root);
-    call(script.arg("--programs").arg(programs))
+    for (option, name) in [("--program", "moonlight"), ("--converter", "moonlight-convert")] {
+        script.arg(option).arg(executable(&programs, name));
+    }
+    call(&mut script)
 }
 
 fn program(root: &Path) -> Result<PathBuf> {
-    Ok(build(root)?.join(format!("moonlight{}", std::env::consts::EXE_SUFFIX)))
+    Ok(executable(&build(root)?, "moonlight"))
+}
+
+fn executable(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}{}", std::env::consts::EXE_SUFFIX))
 }
 
 /// Git for Windows has a bash, which is not the first one on the PATH there: that one starts Linux.

@@ -127,14 +127,45 @@ fn bytes(text: &str) -> Result<u64, String> {
 pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     let is_gguf = arguments.dst.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
     if let Some(layout) = AdapterLayout::of(&arguments.src) {
-        let Arguments { src, dst, base, force, .. } = &arguments;
-        return adapter::convert(layout, src, dst, base.as_deref(), *force);
+        return convert_adapter(layout, &arguments, is_gguf);
+    }
+    if arguments.base.is_some() {
+        conflict("`--base` applies to adapters only, and SRC is a model");
     }
     match arguments.format {
         Some(FormatName::Gguf) => write_gguf(&arguments),
         None if is_gguf => write_gguf(&arguments),
         Some(FormatName::Burnpack) => write_directory(arguments, Format::Burnpack),
         Some(FormatName::Hf) | None => write_directory(arguments, Format::HuggingFace),
+    }
+}
+
+fn convert_adapter(layout: AdapterLayout, arguments: &Arguments, is_gguf: bool) -> Result<ExitCode, Failure> {
+    let Arguments { src, dst, dtype, format, block_type, max_shard_size, shard_by_layer, partial, base, force } =
+        arguments;
+    for (given, option) in [
+        (dtype.is_some(), "--dtype"),
+        (block_type.is_some(), "--type"),
+        (max_shard_size.is_some(), "--max-shard-size"),
+        (*shard_by_layer, "--shard-by-layer"),
+        (*partial, "--partial"),
+    ] {
+        if given {
+            conflict(&format!("`{option}` does not apply to an adapter"));
+        }
+    }
+    let to_gguf = matches!(format, Some(FormatName::Gguf)) || format.is_none() && is_gguf;
+    match (layout, to_gguf) {
+        (AdapterLayout::Peft, false) => conflict(
+            "an adapter in peft's layout is converted to GGUF only: let DST end in `.gguf`, or add `--format gguf`",
+        ),
+        (AdapterLayout::Gguf, true) => {
+            conflict("an adapter in GGUF is converted to peft's layout only: DST is a directory")
+        }
+        (AdapterLayout::Gguf, false) if matches!(format, Some(FormatName::Burnpack)) => {
+            conflict("`--format burnpack` does not apply to an adapter")
+        }
+        _ => adapter::convert(layout, src, dst, base.as_deref(), *force),
     }
 }
 

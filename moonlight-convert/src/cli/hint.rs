@@ -11,6 +11,9 @@ pub(crate) fn checkpoint(error: &CheckpointError) -> Option<String> {
         return Some(format!("download it with `moonlight-convert download {repo}{revision}`"));
     }
     match error {
+        CheckpointError::Exists { dir } if dir.is_file() => {
+            Some("choose another name, or replace the file with `--force`".into())
+        }
         CheckpointError::Exists { .. } => Some("choose another directory, or replace this one with `--force`".into()),
         _ => error.hint(),
     }

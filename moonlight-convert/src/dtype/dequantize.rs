@@ -29,8 +29,8 @@ pub(crate) struct SourceTensor {
     pub(crate) tensor: HfTensor,
     /// Index of the checkpoint's tensor that contains it.
     pub(crate) stored_index: usize,
-    /// The dtype of its values: the narrowest that represents them exactly. FP8 counts as bf16, in which such models
-    /// compute.
+    /// The dtype of its values: the narrowest that represents them exactly. FP8 and the blocks of GGUF count as bf16, in
+    /// which such models compute.
     pub(crate) dtype: WeightDtype,
     /// Where its bytes are.
     pub(crate) part: FileRange,

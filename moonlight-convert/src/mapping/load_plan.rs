@@ -89,7 +89,7 @@ impl Checkpoint {
             let tensor = if tensors.len() == 1 { "tensor" } else { "tensors" };
             format!("ignored {} {tensor}: {}", tensors.len(), reason.describe())
         };
-        self.skipped().into_iter().map(note).chain(self.listed_only_note()).collect()
+        self.skipped().into_iter().map(note).chain(self.listed_only_note()).chain(self.gguf_notes()).collect()
     }
 
     /// A note on tensors that only the index lists and that the model does not need.

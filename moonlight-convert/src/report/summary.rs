@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 use crate::checkpoint::{CONFIG, Checkpoint};
 use crate::error::CheckpointError;
 use crate::format::gguf;
-use crate::format::gguf::tokenizer::{TokenizerTexts, tokenizer_texts};
+use crate::format::gguf::tokenizer::TokenizerTexts;
 use crate::format::index::{INDEX, SINGLE};
 use crate::format::sidecars::sidecars_in;
 use crate::manifest::MANIFEST;
@@ -167,9 +167,8 @@ impl Checkpoint {
         let sidecars = match self.gguf_metadata() {
             None => sidecars_in(self.dir())?,
             // A tokenizer that is not supported does not prevent that tokens are passed by number.
-            Some(metadata) => match tokenizer_texts(self.dir(), metadata) {
-                Ok(None) => Vec::new(),
-                Ok(Some(TokenizerTexts { files, notes: more })) => {
+            Some(metadata) => match gguf::read::sidecars_of(self.dir(), metadata) {
+                Ok(TokenizerTexts { files, notes: more }) => {
                     notes.extend(more);
                     files.into_iter().map(|(name, _)| name).collect()
                 }
@@ -294,9 +293,15 @@ impl Checkpoint {
     /// Remarks on uses of the files that a reader of `config.json` would not expect.
     pub fn notes(&self) -> Vec<String> {
         let head = self.tied_head().describe().map(str::to_owned);
-        let gguf = self.gguf_metadata().map(|metadata| gguf::read::notes(metadata, self.config()));
         let training = self.config().training_notes();
-        head.into_iter().chain(self.listed_only_note()).chain(gguf.into_iter().flatten()).chain(training).collect()
+        head.into_iter().chain(self.listed_only_note()).chain(self.gguf_notes()).chain(training).collect()
+    }
+}
+
+impl Checkpoint {
+    /// Remarks on what the metadata of a GGUF file lacks.
+    pub(crate) fn gguf_notes(&self) -> Vec<String> {
+        self.gguf_metadata().map(|metadata| gguf::read::notes(metadata, self.config())).unwrap_or_default()
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) struct Active {
     pub(super) awaited: Option<AwaitedPrefix>,
     /// How many forward passes with this request have panicked.
     pub(super) panics: u32,
-    /// Whether it runs alone until its next token, because its last pass panicked.
+    /// Whether it runs alone until its next token, because its last pass panicked or had non-finite logits.
     pub(super) is_suspect: bool,
 }
 
@@ -125,8 +125,9 @@ impl Active {
         self.max_new_tokens > 0
     }
 
-    /// Starts the log-probabilities of the prompt again, for a prompt that is computed again.
-    pub(super) fn restart_scores(&mut self) {
+    /// For a prompt that is computed again: nothing of it is reused, and its log-probabilities start again.
+    pub(super) fn restart(&mut self) {
+        self.usage.reused_tokens = 0;
         self.prompt_scores = self.prompt_scores.take().map(|scores| PromptScores::new(scores.alternatives));
     }
 

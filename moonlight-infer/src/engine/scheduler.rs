@@ -266,8 +266,9 @@ impl Scheduler {
             rows.extend((end - wanted..end).map(|position| (index, position)));
             inputs.push(PassInput { tokens: &slot.tokens[first..end], wanted });
         }
+        let alone = is_alone(counts);
         let hidden = run_layers(version, &inputs, &mut self.cache);
-        let result = hidden.and_then(|hidden| self.take_rows(version, hidden, &rows));
+        let result = hidden.and_then(|hidden| self.take_rows(version, hidden, &rows, alone));
         let mut state = self.shared.lock();
         state.status.passes += 1;
         state.status.pass_time += start.elapsed();
@@ -285,11 +286,13 @@ impl Scheduler {
     }
 
     /// Computes the logits of `rows` (slot and position), whose hidden states are those of `hidden`, and passes them to the requests.
+    /// `alone` is whether all of them belong to one request.
     fn take_rows(
         &mut self,
         version: &ModelVersion,
         hidden: Option<Tensor<2>>,
         rows: &[(usize, usize)],
+        alone: bool,
     ) -> Result<(), String> {
         let Some(hidden) = hidden else { return Ok(()) };
         let vocab_size = version.model.config().vocab_size;
@@ -297,28 +300,50 @@ impl Scheduler {
             let mut logits = run_head(version, &hidden, piece.clone())?;
             for (&(index, position), logits) in rows[piece].iter().zip(logits.chunks_exact_mut(vocab_size)) {
                 let Slot { active, tokens, .. } = &mut self.slots[index];
-                // A request that ended at an earlier row has no use for the rest.
-                let Some(active) = active else { continue };
+                // A request that ended at an earlier row, or is computed again, has no use for the rest.
+                let Some(active) = active.as_mut().filter(|active| alone || !active.is_suspect) else { continue };
                 let before = active.usage.new_tokens;
                 let ending = active.take_logits(position, tokens, logits);
                 self.tokens_generated += (active.usage.new_tokens - before) as u64;
-                if let Some(ending) = ending {
-                    self.end(index, ending);
+                match ending {
+                    Some(Ending::Failed(EngineError::NonFinite { .. })) if !alone => self.compute_alone(index),
+                    Some(ending) => self.end(index, ending),
+                    None => {}
                 }
             }
         }
         Ok(())
     }
 
+    /// Starts a request with non-finite logits again, alone. A kernel that multiplies masked values by 0 carries NaN from one sequence to
+    /// others in the same pass, so the reason may be another request.
+    fn compute_alone(&mut self, index: usize) {
+        self.forget_ended(self.slots[index].version);
+        self.cache.truncate(index, 0);
+        let active = self.slots[index].active.as_mut().expect("the request runs");
+        active.restart();
+        active.is_suspect = true;
+    }
+
+    /// Drops what the cache has of ended requests of a model with non-finite logits, because it may be non-finite, too.
+    fn forget_ended(&mut self, version: u64) {
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            if slot.active.is_none() && slot.version == version {
+                slot.tokens.clear();
+                self.cache.truncate(index, 0);
+            }
+        }
+    }
+
     /// Frees a slot and sends the last event of its request. What the cache has of the sequence may be used again.
     fn end(&mut self, index: usize, ending: Ending) {
         let slot = &mut self.slots[index];
         let active = slot.active.take().expect("only a running request ends");
-        // Keys and values that lead to non-finite logits must not reach another request.
-        if matches!(ending, Ending::Failed(EngineError::NonFinite { .. })) {
-            self.cache.truncate(index, 0);
-        }
         slot.tokens.truncate(self.cache.lengths()[index]);
+        if matches!(ending, Ending::Failed(EngineError::NonFinite { .. })) {
+            let version = slot.version;
+            self.forget_ended(version);
+        }
         count_end(&mut self.shared.lock(), &ending);
         active.finish(ending);
     }
@@ -334,7 +359,7 @@ impl Scheduler {
         // The old cache is freed first, so that there are never two.
         self.cache = (self.new_cache)(1);
         self.cache = (self.new_cache)(self.shared.capacity);
-        let alone = counts.iter().filter(|&&count| count > 0).count() == 1;
+        let alone = is_alone(counts);
         if alone {
             self.slots.iter_mut().flat_map(|slot| &mut slot.active).for_each(|active| active.panics = 0);
         }
@@ -344,7 +369,7 @@ impl Scheduler {
                 slot.tokens.clear();
                 continue;
             };
-            active.restart_scores();
+            active.restart();
             if count > 0 {
                 active.panics += 1;
                 active.is_suspect = true;
@@ -363,6 +388,11 @@ impl Scheduler {
         status.prompt_tokens_reused = self.prompt_tokens_reused;
         state.is_failing = self.panics_in_a_row >= MAX_PANICS;
     }
+}
+
+/// Whether one slot has all tokens of a pass.
+fn is_alone(counts: &[usize]) -> bool {
+    counts.iter().filter(|&&count| count > 0).count() == 1
 }
 
 /// Counts a request that ended.

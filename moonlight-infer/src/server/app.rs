@@ -1,12 +1,13 @@
 //! What the routes share: the engine, the texts of the model, limits and metrics.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use axum::body::Bytes;
-use axum::extract::{FromRequest, Request};
+use axum::body::BodyDataStream;
+use axum::extract::Request;
 use axum::http::header;
+use futures_util::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::error::ApiError;
@@ -22,6 +23,33 @@ use crate::tokenizer::Tokenizer;
 const BODY_UNIT: usize = 1024;
 /// The time that a request waits for memory for its body.
 const BODY_WAIT: Duration = Duration::from_secs(5);
+
+/// How much is read of a body that is too large, in multiples of the limit, and for how long: most clients read the answer only
+/// after they have sent everything, and a connection that is closed before that loses it.
+const DRAINED: usize = 8;
+const DRAIN_TIME: Duration = Duration::from_secs(5);
+/// The pause of a client after which it is not sending any more.
+const DRAIN_PAUSE: Duration = Duration::from_millis(250);
+
+/// Bytes that tokens of every tokenizer have.
+const SHORT_TOKEN: usize = 16;
+/// How much shorter a text may be for the model than in the request: a normalizer composes characters, and a template leaves out
+/// the reasoning of earlier answers.
+const SHRINKING: usize = 2;
+
+/// Reads and forgets the rest of a body, within limits.
+async fn drain(mut body: BodyDataStream, most: usize) {
+    let drained = async {
+        let mut bytes = 0;
+        while let Ok(Some(Ok(part))) = tokio::time::timeout(DRAIN_PAUSE, body.next()).await {
+            bytes += part.len();
+            if bytes > most {
+                break;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(DRAIN_TIME, drained).await;
+}
 
 /// The state of the routes.
 #[derive(Debug)]
@@ -41,6 +69,8 @@ pub(super) struct App {
     bodies: Arc<Semaphore>,
     /// Threads that parse and encode.
     encoders: Arc<Semaphore>,
+    /// The bytes of the longest token; read for the first text that may be too long.
+    longest_token: OnceLock<usize>,
 }
 
 /// The memory of a request's body, and of what is made of it: it is counted until the answer is complete.
@@ -57,6 +87,7 @@ impl App {
             ending: AtomicBool::new(false),
             bodies: Arc::new(Semaphore::new(units)),
             encoders: Arc::new(Semaphore::new(options.encoders.max(1))),
+            longest_token: OnceLock::new(),
             engine,
             text,
             options,
@@ -86,10 +117,27 @@ impl App {
         }
     }
 
+    /// Refuses a text that cannot fit into the context, before it is tokenized, which takes seconds for each megabyte.
+    pub(super) fn check_text(&self, bytes: usize) -> Result<(), ApiError> {
+        let context = self.context();
+        if bytes <= SHORT_TOKEN * context {
+            return Ok(());
+        }
+        let longest = self.longest_token.get_or_init(|| {
+            let tokens = 0..u32::try_from(self.tokenizer.vocab_size()).unwrap_or(u32::MAX);
+            tokens.map(|token| self.tokenizer.decode_with_special(&[token]).len()).max().unwrap_or(0)
+        });
+        match bytes > SHRINKING * longest.max(&SHORT_TOKEN) * context {
+            true => Err(ApiError::PromptTooLarge { bytes, context }),
+            false => Ok(()),
+        }
+    }
+
     /// Checks the length of a prompt. The engine does it too, but of several prompts it gets the later ones only when the first
     /// ones are answered.
-    pub(super) fn check_prompt(&self, prompt: &[u32]) -> Result<(), ApiError> {
-        match (prompt.len(), self.context()) {
+    pub(super) fn check_prompt(&self, prompt: &[u32], new_tokens: usize) -> Result<(), ApiError> {
+        // The last token of a prompt without a continuation needs no place.
+        match (prompt.len(), self.context() + usize::from(new_tokens == 0)) {
             (0, _) => Err(EngineError::EmptyPrompt.into()),
             (tokens, context) if tokens > context => Err(EngineError::PromptTooLong { tokens, context }.into()),
             _ => Ok(()),
@@ -97,14 +145,20 @@ impl App {
     }
 
     /// Reads the body of a request, within the limits of size, time and memory.
-    pub(super) async fn read_body(&self, request: Request) -> Result<(Bytes, BodyMemory), ApiError> {
+    pub(super) async fn read_body(&self, request: Request) -> Result<(Vec<u8>, BodyMemory), ApiError> {
         if self.is_ending() {
             return Err(EngineError::ShuttingDown.into());
         }
         let limit = self.options.max_body;
         let length = request.headers().get(header::CONTENT_LENGTH);
         let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+        // A client that asks first whether it may send the body gets the answer instead.
+        let is_sent = !request.headers().contains_key(header::EXPECT);
+        let mut body = request.into_body().into_data_stream();
         if length.is_some_and(|length| length > limit) {
+            if is_sent {
+                drain(body, DRAINED * limit).await;
+            }
             return Err(ApiError::BodyTooLarge { limit });
         }
         // A body without a length may be as large as the limit.
@@ -112,19 +166,28 @@ impl App {
         let units = units.min(u32::try_from(limit / BODY_UNIT).unwrap_or(u32::MAX).max(1));
         let memory = tokio::time::timeout(BODY_WAIT, self.bodies.clone().acquire_many_owned(units)).await;
         let Ok(Ok(mut memory)) = memory else { return Err(ApiError::TooManyBodies) };
-        let read = tokio::time::timeout(self.options.body_timeout, Bytes::from_request(request, &())).await;
-        match read {
-            Err(_) => Err(ApiError::SlowBody { seconds: self.options.body_timeout.as_secs() }),
-            Ok(Err(refused)) if refused.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE => {
-                Err(ApiError::BodyTooLarge { limit })
+        let mut bytes = Vec::with_capacity(length.unwrap_or(0));
+        let read = async {
+            while let Some(part) = body.next().await {
+                let part = part.map_err(|error| ApiError::Body { problem: error.to_string() })?;
+                if bytes.len() + part.len() > limit {
+                    return Err(ApiError::BodyTooLarge { limit });
+                }
+                bytes.extend_from_slice(&part);
             }
-            Ok(Err(refused)) => Err(ApiError::Body { problem: refused.body_text() }),
-            Ok(Ok(bytes)) => {
-                let surplus = memory.num_permits().saturating_sub(bytes.len() / BODY_UNIT + 1);
-                drop(memory.split(surplus));
-                Ok((bytes, BodyMemory(memory)))
+            Ok(())
+        };
+        match tokio::time::timeout(self.options.body_timeout, read).await {
+            Err(_) => return Err(ApiError::SlowBody { seconds: self.options.body_timeout.as_secs() }),
+            Ok(Err(error)) => {
+                drain(body, DRAINED * limit).await;
+                return Err(error);
             }
+            Ok(Ok(())) => {}
         }
+        let surplus = memory.num_permits().saturating_sub(bytes.len() / BODY_UNIT + 1);
+        drop(memory.split(surplus));
+        Ok((bytes, BodyMemory(memory)))
     }
 
     /// Runs work that takes long (parsing, templates, tokenizing) on a thread of its own. Only a few run at once, also those

@@ -6,6 +6,7 @@ use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use serde_json::Value;
 use tokio::sync::oneshot;
 
 use super::app::{App, BodyMemory};
@@ -35,6 +36,8 @@ pub(super) async fn chat_completions(State(app): State<Arc<App>>, request: Reque
         let request = ChatRequest::parse(&body, encoder.template(), &defaults)?;
         drop(body);
         state.check_model(&request.settings.model)?;
+        let texts = request.messages.iter().map(Message::fields).chain([&request.fields]);
+        state.check_text(texts.flat_map(|fields| fields.values().map(text_bytes)).sum())?;
         let prompt = prompt_tokens(&encoder, &request)?;
         let most = request.settings.max_tokens.unwrap_or(usize::MAX).min(state.context());
         request.settings.check_size(1, most)?;
@@ -55,6 +58,16 @@ pub(super) async fn chat_completions(State(app): State<Arc<App>>, request: Reque
     });
     let ended = |_| ApiError::Internal { problem: "the stream has ended".into() };
     start.await.map_err(ended)?.map(|()| response)
+}
+
+/// The bytes of the texts in a value.
+fn text_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(text_bytes).sum(),
+        Value::Object(map) => map.values().map(text_bytes).sum(),
+        _ => 0,
+    }
 }
 
 /// Fields of messages that need not be read by the template: `tool_call_id` assigns results to calls, which templates do by their

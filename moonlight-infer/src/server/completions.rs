@@ -45,10 +45,12 @@ pub(super) async fn completions(State(app): State<Arc<App>>, request: Request) -
             true => state.tokenizer.clone(),
             false => state.tokenizer.clone().with_bos(AddBos::Never)?,
         };
-        let prompts: Vec<EncodedPrompt> =
-            prompts.into_iter().map(|prompt| encode_prompt(prompt, &tokenizer, echo)).collect::<Result<_, _>>()?;
-        prompts.iter().try_for_each(|prompt| state.check_prompt(&prompt.tokens))?;
+        let prompts: Vec<EncodedPrompt> = prompts
+            .into_iter()
+            .map(|prompt| encode_prompt(prompt, &state, &tokenizer, echo))
+            .collect::<Result<_, _>>()?;
         let new = settings.max_tokens.unwrap_or(usize::MAX).min(state.context());
+        prompts.iter().try_for_each(|prompt| state.check_prompt(&prompt.tokens, new))?;
         let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().filter(|_| echo).unwrap_or(0);
         settings.check_size(prompts.len(), longest + new)?;
         Ok(Job { settings, echo, prompts, _memory: memory })
@@ -70,9 +72,10 @@ pub(super) async fn completions(State(app): State<Arc<App>>, request: Request) -
     start.await.map_err(ended)?.map(|()| response)
 }
 
-fn encode_prompt(prompt: Prompt, tokenizer: &Tokenizer, echo: bool) -> Result<EncodedPrompt, ApiError> {
+fn encode_prompt(prompt: Prompt, app: &App, tokenizer: &Tokenizer, echo: bool) -> Result<EncodedPrompt, ApiError> {
     Ok(match prompt {
         Prompt::Text(text) => {
+            app.check_text(text.len())?;
             let tokens = tokenizer.encode_text(&text)?;
             EncodedPrompt { tokens, text: if echo { text } else { String::new() } }
         }

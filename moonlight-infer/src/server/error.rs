@@ -63,6 +63,8 @@ pub(super) enum ApiError {
     Prompt { problem: String },
     #[error("the model has no chat template: use /v1/completions")]
     NoChatTemplate,
+    #[error("the prompt has {bytes} bytes, more than {context} tokens can have")]
+    PromptTooLarge { bytes: usize, context: usize },
     #[error("{}", engine_message(.0))]
     Engine(EngineError),
     #[error("there is no route {} {}", method, quoted(path))]
@@ -116,6 +118,7 @@ impl ApiError {
             | Self::Messages { .. }
             | Self::Prompt { .. }
             | Self::NoChatTemplate
+            | Self::PromptTooLarge { .. }
             | Self::Body { .. } => StatusCode::BAD_REQUEST,
             Self::Key { .. } => StatusCode::UNAUTHORIZED,
             Self::Host { .. } | Self::Origin { .. } => StatusCode::FORBIDDEN,
@@ -170,7 +173,7 @@ impl ApiError {
             Self::Field { .. } => "invalid_value",
             Self::Json { .. } => "invalid_json",
             Self::NoChatTemplate => "no_chat_template",
-            Self::Engine(EngineError::PromptTooLong { .. }) => "context_length_exceeded",
+            Self::PromptTooLarge { .. } | Self::Engine(EngineError::PromptTooLong { .. }) => "context_length_exceeded",
             Self::Engine(EngineError::UnknownModel(_)) => "model_not_found",
             Self::Engine(EngineError::QueueFull { .. }) => "queue_full",
             Self::Engine(EngineError::ShuttingDown) => "shutting_down",

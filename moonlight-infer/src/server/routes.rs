@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::extract::{Path, Request, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -36,7 +36,6 @@ pub(super) fn router(app: Arc<App>, more: Router) -> Router {
         .merge(more)
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(DefaultBodyLimit::max(app.options.max_body))
         .layer(CatchPanicLayer::custom(defect))
         .layer(from_fn_with_state(app.clone(), guard::guard));
     let routes = match guard::cors(&app.options) {

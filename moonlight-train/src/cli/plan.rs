@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use moonlight_convert::Checkpoint;
+use moonlight_convert::{Checkpoint, gguf};
 use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
 use moonlight_optim::distributed::{DistributedForm, GatherPrecision};
@@ -246,7 +246,7 @@ fn heading(config: &ModelConfig, flops: TokenFlops) -> String {
 fn config_of(model: &Path) -> Result<ModelConfig, TrainError> {
     let dir = resolve_model(model);
     if let Ok(dir) = &dir
-        && dir.is_dir()
+        && (dir.is_dir() || gguf::is_gguf(dir))
     {
         return match Checkpoint::open(dir) {
             Ok(checkpoint) => Ok(checkpoint.config().clone()),

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use moonlight_convert::Checkpoint;
+use moonlight_convert::{Checkpoint, gguf};
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_infer::{ModelDir, resolve_model};
 use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, fill_class_defaults, ignore_reason, shape_keys};
@@ -229,7 +229,8 @@ impl ModelRecipe {
         self.place = check.place(if self.path.is_some() { "model.path" } else { "model" });
         let preset = self.preset.clone().filter(|_| self.path.is_some());
         let found = self.path.as_deref().map(resolve_model);
-        let found = found.and_then(Result::ok).filter(|dir| dir.join("config.json").exists());
+        let found =
+            found.and_then(Result::ok).filter(|dir| dir.join("config.json").exists() || gguf::gguf_file(dir).is_some());
         if let (None, Some(dir)) = (named, found) {
             // Weights that exist determine the shape, whatever preset is named next to them.
             self.path = Some(dir.to_path_buf());
@@ -306,6 +307,17 @@ impl ModelRecipe {
     pub fn config(&self, vocab_size: usize) -> Result<ModelConfig, RecipeError> {
         let model = |source: ConfigError| RecipeError::Model { place: self.place.clone(), source };
         let config = match &self.path {
+            Some(folder) if gguf::gguf_file(folder).is_some() => match Checkpoint::open(folder) {
+                Ok(checkpoint) => checkpoint.config().clone(),
+                Err(error) => {
+                    return Err(RecipeError::Invalid {
+                        place: self.place.clone(),
+                        key: "model.path".into(),
+                        problem: format!("cannot be opened: {error}"),
+                        hint: error.hint(),
+                    });
+                }
+            },
             Some(folder) => {
                 let file = folder.join("config.json");
                 let text = std::fs::read_to_string(&file).map_err(|error| RecipeError::Invalid {

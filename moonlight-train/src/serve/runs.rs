@@ -252,6 +252,33 @@ mod tests {
     }
 
     #[test]
+    fn every_error_has_a_status_a_code_and_a_sentence() {
+        let missing = || std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+        let path = std::path::Path::new("runs/a");
+        let errors = [
+            RunsError::NoRun("a".into()),
+            RunsError::NoFile { run: "a".into(), file: METRICS },
+            RunsError::File(FileError::read(path)(missing())),
+            RunsError::Checkpoint(CheckpointError::Link { path: path.to_owned() }),
+            RunsError::Io(missing()),
+            RunsError::ShuttingDown,
+        ];
+        let lines = errors.map(|error| {
+            let sentence = error.to_string();
+            format!("{} {sentence}", error.into_response().status().as_u16())
+        });
+        let expected = [
+            "404 there is no run `a`",
+            "404 the run `a` has no `metrics.jsonl`",
+            "500 `runs/a` cannot be read: permission denied",
+            "500 `runs/a` is a symbolic link that leads out of the directory",
+            "500 the file cannot be read: permission denied",
+            "503 the server is shutting down",
+        ];
+        assert_eq!(lines, expected);
+    }
+
+    #[test]
     fn no_name_leads_out_of_the_folder() {
         let home = tempfile::tempdir().unwrap();
         let (runs, outside) = (home.path().join("runs"), home.path().join("outside"));

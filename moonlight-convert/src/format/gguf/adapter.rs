@@ -280,9 +280,9 @@ pub fn read_gguf_adapter(config: &ModelConfig, path: &Path) -> Result<Vec<Adapte
                 printable(name)
             )));
         }
-        let (experts, input, output) = match parameter.shape.as_slice() {
-            &[input, output] => (None, input, output),
-            &[experts, input, output] => (Some(experts), input, output),
+        let (experts, input, output) = match *parameter.shape.as_slice() {
+            [input, output] => (None, input, output),
+            [experts, input, output] => (Some(experts), input, output),
             _ => return Err(error(format!("adapts `{}`, which is not a matrix", printable(name)))),
         };
         let rank = a.shape.get(1).copied().filter(|rank| (1..=HIGHEST_RANK).contains(rank));

@@ -31,8 +31,19 @@ pub enum BlockType {
 
 impl BlockType {
     /// Every supported type.
-    pub const ALL: [Self; 9] =
-        [Self::F32, Self::F16, Self::Q4_0, Self::Q5_0, Self::Q8_0, Self::Q4K, Self::Q5K, Self::Q6K, Self::Bf16];
+    pub const ALL: [Self; 11] = [
+        Self::F32,
+        Self::F16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+        Self::Bf16,
+    ];
 
     /// The number that stands for the type in a file.
     pub fn code(self) -> u32 {
@@ -152,6 +163,8 @@ mod tests {
             assert_eq!(BlockType::from_code(block_type.code()), Ok(block_type));
             assert_eq!(unsupported_name(block_type.code()), None);
         }
+        let known: Vec<u32> = (0..100).filter(|code| BlockType::from_code(*code).is_ok()).collect();
+        assert_eq!(known, [0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 30]);
         assert_eq!(BlockType::from_code(16).unwrap_err(), "IQ2_XXS");
         assert_eq!(BlockType::from_code(999).unwrap_err(), "the unknown type 999");
     }

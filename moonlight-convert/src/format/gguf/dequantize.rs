@@ -6,12 +6,22 @@
 use half::{bf16, f16};
 
 use super::block::BlockType;
-use crate::dtype::conversion::{Weight, convert_bytes};
+use crate::dtype::conversion::{Weight, WeightDtype, convert_bytes};
 
 /// Values that are decoded at once. Every block has a number of complete groups.
 const GROUP: usize = 32;
 /// Values of a block of the types that end in `_K`.
 const SUPER: usize = 256;
+
+/// The dtype of a type's values. The products of scales and integers need f32, but the models compute in bf16: like FP8
+/// weights, they count as bf16.
+pub(crate) fn dtype_of(block_type: BlockType) -> WeightDtype {
+    match block_type {
+        BlockType::F32 => WeightDtype::F32,
+        BlockType::F16 => WeightDtype::F16,
+        _ => WeightDtype::Bf16,
+    }
+}
 
 /// Decodes a part of a row, beginning with value `first`, into `target`; returns whether all values are finite. `row` has
 /// the bytes of the complete row.

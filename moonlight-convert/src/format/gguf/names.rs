@@ -1,8 +1,8 @@
 //! Tensor names of GGUF for the three architectures, and how the values of a GGUF tensor follow from a parameter's.
 //!
 //! A GGUF tensor consists of rows of `shape[0]` values, and so does a Hugging Face tensor; nearly every GGUF tensor has the
-//! rows of one parameter, in the same order or permuted ([`RowOrder`]). Exceptions are the two halves of `kv_b_proj`, of which
-//! that for the keys is transposed head by head, and the factors of Llama 3.1's frequencies, which are computed.
+//! rows of one parameter, in the same order or permuted ([`RowOrder`]). There are two exceptions: the keys' half of `kv_b_proj` is
+//! transposed head by head, and the factors of Llama 3.1's frequencies are computed.
 //!
 //! | GGUF, after `blk.N.` | parameter, after `layers.N.` | order of rows |
 //! |---|---|---|
@@ -24,6 +24,8 @@ use moonlight_model::config::{
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// The end of the name of a router.
 pub(crate) const ROUTER: &str = ".ffn_gate_inp.weight";
+/// The end of the name of a correction bias.
+pub(crate) const CORRECTION: &str = ".exp_probs_b.bias";
 
 /// An architecture of llama.cpp, by the value of `general.architecture`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

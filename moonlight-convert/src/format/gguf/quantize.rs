@@ -64,7 +64,8 @@ const BEFORE_HALF: f32 = 0.499_999_97;
 fn q8_0(values: &[f32; BLOCK], block: &mut [u8; 34]) -> bool {
     let largest = largest_magnitude(values);
     let scale = largest / 127.0;
-    let inverse = inverse(scale);
+    // An infinite inverse of a scale that is 0 in f16 gives zeros, as C's conversion of an infinity does on x86.
+    let inverse = if inverse(scale).is_finite() { inverse(scale) } else { 0.0 };
     let (head, quants) = block.split_at_mut(2);
     for (quant, value) in quants.iter_mut().zip(values) {
         let scaled = value * inverse;
@@ -145,6 +146,9 @@ fn of_largest_magnitude(values: &[f32; BLOCK]) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::num::f32::{NORMAL, SUBNORMAL, ZERO};
+
     use super::*;
     use crate::format::gguf::dequantize::dequantize;
 
@@ -227,6 +231,34 @@ mod tests {
             let mut values: Vec<f32> = (0..256).map(|at| (at as f32 - 128.0) / 64.0).collect();
             values[200] = 1e9;
             assert!(!quantized(block_type, &values).1, "{block_type}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_finite_values_are_quantized_or_reported(values in vec(NORMAL | SUBNORMAL | ZERO, 256)) {
+            for block_type in QUANTIZED {
+                let (bytes, finite) = quantized(block_type, &values);
+                let mut back = vec![0.0; 256];
+                let readable = dequantize(block_type, &bytes, 0, &mut back);
+                proptest::prop_assert!(readable || !finite, "{block_type}");
+            }
+        }
+
+        /// Errors as shares of the largest magnitude: half a step of 127, a step of 8 and so on. In the types with quantized scales, the
+        /// error of a scale comes in addition.
+        #[test]
+        fn errors_are_bounded(values in vec(-8.0f32..8.0, 256), shift in -4.0f32..4.0) {
+            let values: Vec<f32> = values.into_iter().map(|value| value + shift).collect();
+            let largest = values.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+            for (block_type, share) in QUANTIZED.into_iter().zip([0.127, 0.064, 0.04, 0.005, 0.2, 0.12, 0.04]) {
+                let (bytes, finite) = quantized(block_type, &values);
+                let mut back = vec![0.0; 256];
+                proptest::prop_assert!(finite && dequantize(block_type, &bytes, 0, &mut back));
+                for (value, back) in values.iter().zip(back) {
+                    proptest::prop_assert!((value - back).abs() <= share * largest, "{block_type}: {value} {back}");
+                }
+            }
         }
     }
 }

@@ -35,6 +35,16 @@ fn nearest(value: f32) -> i32 {
     ((value + 12_582_912.0).to_bits() & 0x007f_ffff) as i32 - 0x0040_0000
 }
 
+/// [`nearest`] of a value clamped to a range of integers, as a float: without conversions, a loop needs only basic instructions. The
+/// result is that of clamping afterwards, because the ends are integers.
+#[inline(always)]
+fn nearest_in(value: f32, low: f32, high: f32) -> f32 {
+    // Not `clamp`, which preserves NaN with more instructions.
+    let value = if value > low { value } else { low };
+    let value = if value < high { value } else { high };
+    (value + 12_582_912.0) - 12_582_912.0
+}
+
 /// One value of each of 8 groups.
 type Lanes = [f32; 8];
 /// Values of a group with a minimum.
@@ -78,24 +88,24 @@ fn search(x: &Groups, largest: f32, first: f32, steps: usize) -> Search {
     }
     // Groups of zeros have no range. Their lanes compute garbage that is replaced at the end.
     let constant: [bool; 8] = from_fn(|lane| high[lane] == low[lane]);
-    let range: Lanes = from_fn(|lane| high[lane] - low[lane]);
-    let quantize = |inverse: &Lanes, x: &Lanes| -> Lanes {
-        from_fn(|lane| {
-            let nearest = nearest(inverse[lane] * (x[lane] - low[lane]));
-            nearest.clamp(0, largest as i32) as f32
-        })
+    let quantize = |inverse: &Lanes, low: &Lanes, x: &Lanes| -> Lanes {
+        from_fn(|lane| nearest_in(inverse[lane] * (x[lane] - low[lane]), 0.0, largest))
     };
-    let inverse: Lanes = from_fn(|lane| largest / range[lane]);
-    let mut scales: Lanes = from_fn(|lane| 1.0 / inverse[lane]);
+    // An infinite inverse, of a range of denormal numbers, gives zeros, as the reference's integers do.
+    let finite = |inverse: f32| if inverse.abs() < f32::INFINITY { inverse } else { 0.0 };
+    let inverse: Lanes = from_fn(|lane| finite(largest / (high[lane] - low[lane])));
+    let mut scales: Lanes = from_fn(|lane| if inverse[lane] == 0.0 { 0.0 } else { 1.0 / inverse[lane] });
     let mut minima = low;
-    let mut best: Groups = from_fn(|at| quantize(&inverse, &x[at]));
+    let mut best: Groups = from_fn(|at| quantize(&inverse, &low, &x[at]));
     let mut best_error = error(x, &weights, &best, &scales, &minima);
     for step in 0..=steps {
-        let inverse: Lanes = from_fn(|lane| (first + 0.1 * step as f32 + largest) / range[lane]);
+        // The minimum that was best so far is the origin of the next trial, as in the reference.
+        let inverse: Lanes =
+            from_fn(|lane| finite((first + 0.1 * step as f32 + largest) / (high[lane] - minima[lane])));
         let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0f32; 8], [0.0f32; 8], [0.0f32; 8]);
         let mut tried: Groups = [[0.0; 8]; WIDE];
         for ((x, w), tried) in x.iter().zip(&weights).zip(&mut tried) {
-            *tried = quantize(&inverse, x);
+            *tried = quantize(&inverse, &minima, x);
             for lane in 0..8 {
                 let wl = w[lane] * tried[lane];
                 sum_l[lane] += wl;
@@ -274,7 +284,7 @@ fn search_symmetric(x: &[NarrowLanes; NARROW]) -> (NarrowLanes, [NarrowLanes; NA
         let (mut sum_lx, mut sum_l2) = ([0.0f32; NARROW], [0.0f32; NARROW]);
         let quants: [NarrowLanes; NARROW] = from_fn(|at| {
             let x = &x[at];
-            let quants: NarrowLanes = from_fn(|lane| nearest(inverse[lane] * x[lane]).clamp(-32, 31) as f32);
+            let quants: NarrowLanes = from_fn(|lane| nearest_in(inverse[lane] * x[lane], -32.0, 31.0));
             for lane in 0..NARROW {
                 let w = x[lane] * x[lane];
                 sum_lx[lane] += w * x[lane] * quants[lane];
@@ -289,13 +299,19 @@ fn search_symmetric(x: &[NarrowLanes; NARROW]) -> (NarrowLanes, [NarrowLanes; NA
     let mut quality: NarrowLanes = from_fn(|lane| scales[lane] * sum_lx[lane]);
     for step in (-9..=9).filter(|step| *step != 0) {
         let (tried, sum_lx, sum_l2) = try_scale(&from_fn(|lane| -(32.0 + 0.1 * step as f32) / most[lane]));
+        let better: [bool; NARROW] =
+            from_fn(|lane| sum_l2[lane] > 0.0 && sum_lx[lane] * sum_lx[lane] > quality[lane] * sum_l2[lane]);
+        if better == [false; NARROW] {
+            continue;
+        }
         for lane in 0..NARROW {
-            if sum_l2[lane] > 0.0 && sum_lx[lane] * sum_lx[lane] > quality[lane] * sum_l2[lane] {
-                scales[lane] = sum_lx[lane] / sum_l2[lane];
-                quality[lane] = scales[lane] * sum_lx[lane];
-                for (best, tried) in best.iter_mut().zip(&tried) {
-                    best[lane] = tried[lane];
-                }
+            let scale = sum_lx[lane] / sum_l2[lane];
+            scales[lane] = if better[lane] { scale } else { scales[lane] };
+            quality[lane] = if better[lane] { scale * sum_lx[lane] } else { quality[lane] };
+        }
+        for (best, tried) in best.iter_mut().zip(&tried) {
+            for lane in 0..NARROW {
+                best[lane] = if better[lane] { tried[lane] } else { best[lane] };
             }
         }
     }

@@ -10,13 +10,14 @@ use moonlight_model::ModelConfig;
 use super::header::{GgufHeader, TensorInfo};
 use super::metadata;
 use super::names::ROPE_FACTORS;
-use super::tokenizer::tokenizer_texts;
+use super::tokenizer::{TokenizerTexts, tokenizer_texts};
 use super::value::{Metadata, Value};
 use super::{BlockType, dequantize::dequantize};
 use crate::error::CheckpointError;
 use crate::format::shard::Shard;
-use crate::io::confined_dir::open_plain;
+use crate::io::confined_dir::{ConfinedDir, open_plain};
 use crate::printable::printable;
+use crate::tokenizer::TOKENIZER_JSON;
 
 /// The extension of such files.
 const EXTENSION: &str = "gguf";
@@ -135,11 +136,53 @@ pub(crate) fn open(path: &Path) -> Result<OpenedGguf, CheckpointError> {
 /// `tokenizer.json`, `tokenizer_config.json` with the chat template, `generation_config.json`. None if the file has no
 /// tokenizer.
 ///
+/// A tokenizer that is not known is replaced by the `tokenizer.json` next to the file, if there is one, with its settings.
+///
 /// # Errors
 ///
 /// [`CheckpointError`], if the file cannot be read, or has a tokenizer that is not supported.
 pub fn sidecar_files(path: &Path) -> Result<Vec<(String, Vec<u8>)>, CheckpointError> {
-    Ok(tokenizer_texts(path, &read_header(path)?.metadata)?.unwrap_or_default().files)
+    sidecars_of(path, &read_header(path)?.metadata).map(|texts| texts.files)
+}
+
+/// [`sidecar_files`] for metadata that has been read, with notes.
+pub(crate) fn sidecars_of(path: &Path, metadata: &Metadata) -> Result<TokenizerTexts, CheckpointError> {
+    match tokenizer_texts(path, metadata) {
+        Ok(texts) => Ok(texts.unwrap_or_default()),
+        Err(error @ CheckpointError::GgufTokenizer { hint: Some(_), .. }) => {
+            let files = files_next_to(path)?;
+            if files.is_empty() {
+                return Err(error);
+            }
+            let note = format!("{error}: the `{TOKENIZER_JSON}` next to the file is used");
+            Ok(TokenizerTexts { files, notes: vec![note] })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The tokenizer and its settings in the directory of a file; none without `tokenizer.json`.
+fn files_next_to(path: &Path) -> Result<Vec<(String, Vec<u8>)>, CheckpointError> {
+    const NAMES: [&str; 5] = [
+        TOKENIZER_JSON,
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ];
+    /// Size limit of such a file in bytes, as of a header with the same contents.
+    const LONGEST: u64 = 100_000_000;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let confined = ConfinedDir::new(folder).map_err(CheckpointError::read(folder))?;
+    let mut files = Vec::new();
+    for name in NAMES {
+        match confined.read(name, LONGEST)? {
+            Some(contents) => files.push((name.to_owned(), contents)),
+            None if name == TOKENIZER_JSON => return Ok(files),
+            None => {}
+        }
+    }
+    Ok(files)
 }
 
 /// The keys that have no effect on what the model computes: descriptions of the model and of how the file was made.

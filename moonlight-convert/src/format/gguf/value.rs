@@ -376,7 +376,7 @@ impl Metadata {
     ///
     /// # Errors
     ///
-    /// A sentence, if the value is something else.
+    /// The rest of a sentence that begins with the file's name, if the value is something else.
     pub fn u64(&self, key: &str) -> Result<Option<u64>, String> {
         self.typed(key, Value::as_u64, "a non-negative integer")
     }
@@ -385,7 +385,7 @@ impl Metadata {
     ///
     /// # Errors
     ///
-    /// A sentence, if the value is something else.
+    /// The rest of a sentence that begins with the file's name, if the value is something else.
     pub fn f64(&self, key: &str) -> Result<Option<f64>, String> {
         self.typed(key, Value::as_f64, "a floating-point number")
     }
@@ -394,7 +394,7 @@ impl Metadata {
     ///
     /// # Errors
     ///
-    /// A sentence, if the value is something else.
+    /// The rest of a sentence that begins with the file's name, if the value is something else.
     pub fn bool(&self, key: &str) -> Result<Option<bool>, String> {
         self.typed(key, Value::as_bool, "a boolean")
     }
@@ -403,7 +403,7 @@ impl Metadata {
     ///
     /// # Errors
     ///
-    /// A sentence, if the value is something else.
+    /// The rest of a sentence that begins with the file's name, if the value is something else.
     pub fn str(&self, key: &str) -> Result<Option<&str>, String> {
         self.typed(key, Value::as_str, "a string")
     }
@@ -417,7 +417,9 @@ impl Metadata {
         let Some(value) = self.get(key) else { return Ok(None) };
         match as_type(value) {
             Some(value) => Ok(Some(value)),
-            None => Err(format!("`{}` is of type {}, not {wanted}", Printable(key), value.kind())),
+            None => {
+                Err(format!("has invalid metadata: `{}` is of type {}, not {wanted}", Printable(key), value.kind()))
+            }
         }
     }
 

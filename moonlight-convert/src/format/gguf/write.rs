@@ -26,8 +26,7 @@ use crate::io::parallel_copy::{Buffers, ChunkReader, RowChunk, in_order, values}
 use crate::io::storage::{self, Call};
 use crate::io::temporary::new_file;
 use crate::io::writer::{write_all_at, write_failure};
-use crate::load::stored_dtype;
-use crate::mapping::load_plan::{LoadPlan, Scope};
+use crate::mapping::load_plan::{LoadPlan, PlannedParameter, Scope};
 use crate::progress::Progress;
 
 /// About the size of the values of a chunk in f32, in bytes.
@@ -99,7 +98,7 @@ impl Checkpoint {
             Some(wanted) if FILE_TYPES.contains(&wanted) => wanted,
             Some(other) => return Err(not_in_gguf(format!("files of type {other} are not written"))),
             None if self.has_blocks() => BlockType::Bf16,
-            None => match stored_dtype(&plan) {
+            None => match matrix_dtype(&plan) {
                 WeightDtype::F32 => BlockType::F32,
                 WeightDtype::F16 => BlockType::F16,
                 WeightDtype::Bf16 => BlockType::Bf16,
@@ -227,16 +226,26 @@ impl Checkpoint {
     }
 }
 
-/// The keys in the order of other programs: the file, the model, the tokenizer.
+/// The widest dtype of the matrices. All other tensors are f32 in a file of any type.
+fn matrix_dtype(plan: &LoadPlan) -> WeightDtype {
+    let is_matrix = |kind| {
+        matches!(kind, ParameterKind::Embedding | ParameterKind::Head | ParameterKind::Matrix | ParameterKind::Experts)
+    };
+    let matrices = plan.parameters.iter().filter(|planned| is_matrix(planned.parameter.kind));
+    matrices.map(PlannedParameter::stored).reduce(WeightDtype::widest).unwrap_or(WeightDtype::F32)
+}
+
+/// The keys in the order of other programs: the file, the model, the tokenizer. Those about the file are sorted by name, so that a
+/// copy of a file has the same bytes.
 fn in_usual_order(metadata: Metadata) -> Metadata {
     let rank = |key: &str| match key {
-        _ if key.starts_with("general.architecture") => 0,
-        _ if key.starts_with("general.") => 1,
-        _ if key.starts_with("tokenizer.") => 3,
-        _ => 2,
+        "general.architecture" => (0, String::new()),
+        _ if key.starts_with("general.") => (1, key.to_owned()),
+        _ if key.starts_with("tokenizer.") => (3, String::new()),
+        _ => (2, String::new()),
     };
     let mut entries: Vec<_> = metadata.iter().map(|(key, value)| (key.to_owned(), value.clone())).collect();
-    entries.sort_by_key(|(key, _)| rank(key));
+    entries.sort_by_cached_key(|(key, _)| rank(key));
     entries.into_iter().collect()
 }
 

@@ -8,6 +8,7 @@ use crate::dtype::conversion::WeightDtype;
 use crate::dtype::dequantize::{Encoding, Layout, SourceTensor};
 use crate::dtype::gguf_rows::{GgufRows, StoredOrder};
 use crate::format::gguf::BlockType;
+use crate::format::gguf::dequantize::dtype_of;
 use crate::format::gguf::names::{self as gguf, GgufTensor, HeadRows, RowOrder, Values};
 use crate::format::shard::FileRange;
 use crate::mapping::names::{self, HfTensor};
@@ -128,8 +129,7 @@ impl TensorMatcher<'_> {
             return None;
         }
         let narrowed = self.checkpoint.narrowed(stored_index);
-        // The products of scales and integers need f32.
-        let dtype = narrowed.or(stored.dtype.weight_dtype()).unwrap_or(WeightDtype::F32);
+        let dtype = narrowed.unwrap_or(dtype_of(block_type));
         Some(Found { stored_index, part, block_type, dtype })
     }
 }

@@ -91,11 +91,20 @@ fn non_finite_logits_end_only_the_requests_that_have_them() {
             assert_eq!(read(events).tokens, alone.tokens);
         }
     }
+    // Prompts that are computed in one pass with a damaged one.
+    for _ in 0..10 {
+        let requests = [good(0), poisoned(), good(1)];
+        let events: Vec<Events> = requests.into_iter().map(|request| engine.submit(request).unwrap()).collect();
+        let [first, poisoned, second] =
+            <[Answer; 3]>::try_from(events.into_iter().map(read).collect::<Vec<_>>()).unwrap();
+        assert_eq!([first.tokens, second.tokens], [alone[0].tokens.clone(), alone[1].tokens.clone()]);
+        assert!(matches!(poisoned.error, Some(EngineError::NonFinite { .. })), "{poisoned:?}");
+    }
     // A prompt that begins like the damaged one does not use its keys and values.
     let mut request = poisoned();
     request.prompt.truncate(17);
     request.prompt.extend([1, 2]);
     assert_eq!(ask(&engine, request).usage().new_tokens, 12);
     let status = wait_idle(&engine);
-    assert_eq!((status.ended.failed, status.health), (6, Health::Ready));
+    assert_eq!((status.ended.failed, status.health), (16, Health::Ready));
 }

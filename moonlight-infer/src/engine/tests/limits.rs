@@ -88,7 +88,7 @@ fn shutting_down_finishes_what_was_accepted() {
 fn an_engine_that_shuts_down_takes_nothing_new() {
     let (engine, running) = busy_engine(options(1));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let closing = runtime.block_on(tokio::time::timeout(Duration::from_millis(20), engine.shut_down()));
+    let closing = runtime.block_on(async { tokio::time::timeout(Duration::from_millis(20), engine.shut_down()).await });
     assert!(closing.is_err(), "a request still runs");
     assert_eq!(engine.submit(slow_request()).unwrap_err(), EngineError::ShuttingDown);
     assert_eq!(engine.status().health, Health::ShuttingDown);

@@ -48,6 +48,18 @@ pub(super) fn latent(seed: u64) -> CausalLm {
     )
 }
 
+/// A model whose matrices are larger than a block of any kernel.
+pub(super) fn wide(seed: u64) -> CausalLm {
+    init(
+        json!({
+            "model_type": "llama", "vocab_size": 3000, "hidden_size": 320, "intermediate_size": 2500,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5, "initializer_range": 0.05,
+        }),
+        seed,
+    )
+}
+
 fn init(config: serde_json::Value, seed: u64) -> CausalLm {
     // The random numbers are those of the process: without the lock, tests that run at the same time would change the weights.
     static LOCK: Mutex<()> = Mutex::new(());

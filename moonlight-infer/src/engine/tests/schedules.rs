@@ -142,8 +142,15 @@ fn check_all(model: &CausalLm, request: &Request, answer: &Answer, fault: Option
     check_with_fault(model, request, answer, fault);
 }
 
+/// `PROPTEST_CASES` sets the number of schedules. They are not stored, because the same schedule may run differently the next time.
+fn config() -> ProptestConfig {
+    let default = ProptestConfig::default();
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { default.cases } else { 24 };
+    ProptestConfig { cases, failure_persistence: None, ..default }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn any_schedule_gives_the_tokens_of_each_request_alone(
@@ -199,7 +206,7 @@ fn waiting_for_a_cancelled_prefix_does_not_stall() {
 /// With at most eight tokens in a pass, the CPU kernels give the same bits for a row whatever the other rows are.
 #[test]
 fn eight_sequences_have_the_bits_of_each_alone() {
-    for make in [dense, latent] {
+    for make in [dense, latent, wide] {
         let model = make(4);
         // Prompts of one token, so that no pass has more than eight tokens.
         let requests: Vec<Request> = (0..8)

@@ -101,6 +101,8 @@ addEventListener("hashchange", () => {
   closeMenu();
 });
 addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !event.defaultPrevented && !event.isComposing && !closeMenu()) chat.escape();
+  // A dialog closes itself.
+  if (event.key !== "Escape" || event.defaultPrevented || event.isComposing || document.querySelector("dialog[open]")) return;
+  if (!closeMenu()) chat.escape();
 });
 showView();

@@ -238,6 +238,9 @@ export function startRuns({ closeMenu }) {
   }
 
   function draw() {
+    const notes = [...selected].flatMap(([name, { records }]) => records.notes().map((note) => `${name}: ${note}`));
+    byId("curves-note").textContent = notes.join("; ");
+    byId("curves-note").hidden = notes.length === 0;
     for (const { metric, chart } of charts) {
       const curves = [];
       for (const [name, { color, records }] of selected) {

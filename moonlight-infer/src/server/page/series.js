@@ -15,6 +15,7 @@ export class RunRecords {
     this.next = 0;
     this.file = null;
     this.every = 1;
+    this.halved = 1;
     this.damaged = 0;
     this.clock = { seconds: 0, tokens: 0 };
   }
@@ -37,10 +38,20 @@ export class RunRecords {
       record.seconds = this.clock.seconds;
       list.push(record);
     }
-    for (const name of ["train", "valid"]) {
-      while (this[name].length > MAX_RECORDS) this[name] = this[name].filter((_, index) => index % 2 === 1);
+    while (this.train.length > MAX_RECORDS) {
+      this.train = this.train.filter((_, index) => index % 2 === 1);
+      this.halved *= 2;
     }
+    while (this.valid.length > MAX_RECORDS) this.valid = this.valid.filter((_, index) => index % 2 === 1);
     return part.restarted || part.records.length > 0;
+  }
+
+  /** What the curves leave out, as phrases. */
+  notes() {
+    const every = this.every * this.halved;
+    const steps = every > 1 ? [`one of ${every.toLocaleString("en")} steps is drawn`] : [];
+    const lines = this.damaged === 1 ? "1 damaged line is" : `${this.damaged.toLocaleString("en")} damaged lines are`;
+    return [...steps, ...(this.damaged > 0 ? [`${lines} ignored`] : [])];
   }
 
   /** `[x, y]` of a metric. */

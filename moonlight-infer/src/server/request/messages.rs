@@ -66,6 +66,12 @@ fn parse_message(index: usize, message: Value, template: &ChatTemplate) -> Resul
             return Err(ApiError::field(format!("{place}.role"), problem));
         }
     }
+    // lm-evaluation-harness and OpenAI's newer API give messages a type.
+    match fields.shift_remove("type") {
+        None => {}
+        Some(kind) if kind == "text" || kind == "message" => {}
+        Some(_) => return Err(ApiError::unsupported(format!("{place}.type"), "only `text` and `message` are")),
+    }
     if let Some(calls) = fields.get_mut("tool_calls") {
         let is_empty = check_calls(&format!("{place}.tool_calls"), &role, calls)?;
         if is_empty {

@@ -173,3 +173,116 @@ fn take_logit_bias(fields: &mut Fields<'_>) -> Result<Vec<(u32, f32)>, ApiError>
     list.sort_unstable_by_key(|&(token, _)| token);
     Ok(list)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Map, Value, json};
+
+    use super::*;
+    use crate::chat::ChatTemplate;
+
+    /// JSON of any shape, with names and values that requests have.
+    fn any_json() -> impl Strategy<Value = Value> {
+        const WORDS: [&str; 14] = [
+            "role",
+            "content",
+            "user",
+            "assistant",
+            "tool",
+            "type",
+            "text",
+            "function",
+            "name",
+            "arguments",
+            "tool_calls",
+            "{\"a\": 1}",
+            "",
+            "é\u{0}",
+        ];
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            (0..WORDS.len()).prop_map(|word| WORDS[word].into()),
+        ];
+        leaf.prop_recursive(4, 24, 4, |inner| {
+            let entry = (0..WORDS.len(), inner.clone()).prop_map(|(word, value)| (WORDS[word].to_owned(), value));
+            prop_oneof![
+                prop::collection::vec(inner, 0..4).prop_map(Value::from),
+                prop::collection::vec(entry, 0..4).prop_map(|entries| Value::Object(entries.into_iter().collect())),
+            ]
+        })
+    }
+
+    const FIELDS: [&str; 24] = [
+        "n",
+        "stream",
+        "stream_options",
+        "stop",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "presence_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "ignore_eos",
+        "prompt",
+        "logprobs",
+        "max_tokens",
+        "echo",
+        "best_of",
+        "messages",
+        "top_logprobs",
+        "tools",
+        "tool_choice",
+        "chat_template_kwargs",
+        "response_format",
+        "other",
+    ];
+
+    proptest! {
+        /// No request panics, and what is accepted is within the limits.
+        #[test]
+        fn any_request_is_checked(
+            fields in prop::collection::vec((0..FIELDS.len(), any_json()), 0..5),
+            bytes in prop::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let template = ChatTemplate::from_source("{{ messages }}{{ tools }}<tool_call>'user''tool'").unwrap();
+            let defaults = SamplingDefaults::default();
+            for prompt in [json!({"model": "m", "prompt": "x"}), json!({"model": "m", "messages": [{"role": "user", "content": "x"}]})] {
+                let mut body: Map<String, Value> = prompt.as_object().unwrap().clone();
+                body.extend(fields.iter().map(|(field, value)| (FIELDS[*field].to_owned(), value.clone())));
+                let body = Value::from(body).to_string();
+                let settings = [
+                    CompletionRequest::parse(body.as_bytes(), &defaults).map(|request| request.settings),
+                    ChatRequest::parse(body.as_bytes(), &template, &defaults).map(|request| request.settings),
+                ];
+                for settings in settings.into_iter().flatten() {
+                    prop_assert!((1..=128).contains(&settings.n) && settings.sampling.temperature >= 0.0);
+                    prop_assert!(settings.logprobs.is_none_or(|top| top <= 20) && settings.stop.len() <= 16);
+                }
+            }
+            let _ = CompletionRequest::parse(&bytes, &defaults);
+            let _ = ChatRequest::parse(&bytes, &template, &defaults);
+        }
+    }
+
+    #[test]
+    fn values_of_the_model_are_used_where_a_request_has_none() {
+        let defaults = SamplingDefaults { temperature: 0.6, top_p: 0.9, top_k: 40, repetition_penalty: 1.1 };
+        let settings = |more: &str| {
+            let body = format!("{{\"model\": \"m\", \"prompt\": \"x\"{more}}}");
+            CompletionRequest::parse(body.as_bytes(), &defaults).unwrap().settings
+        };
+        let plain = settings("");
+        assert_eq!((plain.sampling.temperature, plain.sampling.top_p, plain.sampling.top_k), (0.6, 0.9, 40));
+        assert_eq!((plain.penalties.repetition, plain.max_tokens), (1.1, Some(16)));
+        assert_ne!(plain.sampling.seed, settings("").sampling.seed, "each request has another seed");
+        let own = settings(", \"temperature\": 0, \"top_k\": -1, \"seed\": -1, \"repetition_penalty\": 1");
+        assert_eq!((own.sampling.temperature, own.sampling.top_k, own.sampling.seed), (0.0, 0, u64::MAX));
+        assert_eq!(own.penalties.repetition, 1.0);
+    }
+}

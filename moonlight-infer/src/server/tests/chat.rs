@@ -62,6 +62,8 @@ async fn messages_may_have_parts_and_any_role_of_the_template() {
     let with = |role: &str| json!({"messages": [{"role": role, "content": "S"}, {"role": "user", "content": "ab"}]});
     let system = tokens(server.chat(with("system")).await.json());
     assert_eq!(tokens(server.chat(with("developer")).await.json()), system);
+    let typed = json!([{"role": "user", "content": "ab", "type": "text"}]);
+    assert_eq!(tokens(server.chat(json!({"messages": typed})).await.json()), text);
     // An answer of this server can be sent back as it is.
     let message = server.chat(json!({})).await.json()["choices"][0]["message"].clone();
     let more = json!({"messages": [{"role": "user", "content": "x"}, message, {"role": "user", "content": "y"}]});

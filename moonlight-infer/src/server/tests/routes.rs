@@ -128,6 +128,10 @@ async fn bodies_that_are_not_requests_name_the_problem() {
     }
     let large = server.post_text("/v1/completions", vec![b' '; (8 << 20) + 1]).await;
     assert_eq!(large.error(413), "the body has more than 8388608 bytes");
+    let long = "word ".repeat(10_000);
+    let expected = format!("the prompt has {} bytes, more than {CONTEXT} tokens can have", long.len());
+    assert_eq!(server.complete(json!({"prompt": long})).await.error(400), expected);
+    assert_eq!(server.chat(json!({"messages": [{"role": "user", "content": long}]})).await.error(400), expected);
 }
 
 /// Every field that is out of range, unknown or unsupported is an error that names it.
@@ -246,6 +250,7 @@ fn messages_of_errors() {
         ApiError::Messages { problem: "the chat template does not accept this conversation: no".into() },
         ApiError::Prompt { problem: "the tokenizer cannot encode it".into() },
         ApiError::NoChatTemplate,
+        ApiError::PromptTooLarge { bytes: 8_000_000, context: 4096 },
         ApiError::Engine(EngineError::UnknownModel("gpt-4".into())),
         ApiError::Engine(EngineError::PromptTooLong { tokens: 9000, context: 4096 }),
         ApiError::Engine(EngineError::EmptyPrompt),
@@ -276,6 +281,7 @@ fn messages_of_errors() {
         | ApiError::Messages { .. }
         | ApiError::Prompt { .. }
         | ApiError::NoChatTemplate
+        | ApiError::PromptTooLarge { .. }
         | ApiError::Engine(_)
         | ApiError::NoRoute { .. }
         | ApiError::NoMethod { .. }

@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 use super::pre::{self, PreTokenizer};
 use super::sentence_piece::{self, SpacePrefix};
 use super::settings::{self, Affixes, Settings, SpecialIds};
-use super::vocabulary::{self, TokenType, TokenizerJson, Vocabulary};
+use super::vocabulary::{self, MOST_TOKENS, TokenType, TokenizerJson, Vocabulary};
 use super::{TokenizerMetadata, keys};
 use crate::format::gguf::{Array, Value};
 use crate::printable::printable;
@@ -44,6 +44,9 @@ pub(super) fn metadata(
     model: &ModelConfig,
     from_tiktoken: bool,
 ) -> Result<TokenizerMetadata, String> {
+    if model.vocab_size > MOST_TOKENS {
+        return Err(format!("is of a model with a vocabulary of {}; the limit is {MOST_TOKENS}", model.vocab_size));
+    }
     let vocabulary = Vocabulary::read(&mut json, names)?;
     let last = vocabulary.tokens.keys().chain(vocabulary.added.keys()).max().copied().unwrap_or_default();
     if last as usize >= model.vocab_size {
@@ -248,17 +251,18 @@ fn special_entries(
 ) {
     let in_range = |id: &u32| (*id as usize) < vocab_size;
     let text = |id: u32| printable(vocabulary.text(id).unwrap_or_default()).into_owned();
-    // What is added to a text is exactly the token of the key, whatever the files call BOS.
-    for (added, id, name) in [(&affixes.prefix, &mut ids.bos, "BOS"), (&affixes.suffix, &mut ids.eos, "EOS")] {
-        if let Some(&token) = added.first()
-            && *id != Some(token)
-        {
-            if let Some(other) = id.replace(token) {
-                let (token, other) = (text(token), text(other));
-                entries.notes.push(format!("{name} is `{token}`, which is added to texts, and not `{other}`"));
-            }
-        }
-    }
+    // What is added to a text is exactly the token of the key, whatever the files call BOS and EOS.
+    let mut replace = |added: &[u32], id: &mut Option<u32>, name: &str| {
+        let &token = added.first().filter(|&&token| *id != Some(token))?;
+        let other = id.replace(token)?;
+        let (token, other_text) = (text(token), text(other));
+        entries.notes.push(format!("{name} is `{token}`, which is added to texts, and not `{other_text}`"));
+        Some(other)
+    };
+    replace(&affixes.prefix, &mut ids.bos, "BOS");
+    let named_eos = replace(&affixes.suffix, &mut ids.eos, "EOS");
+    ids.more_ends.retain(|&end| Some(end) != ids.eos && Some(end) != named_eos);
+    ids.more_ends.splice(0..0, named_eos);
     if ids.eos.is_none() && !vocabulary.byte_fallback && vocab_size > DEFAULT_EOS as usize {
         entries.notes.push(format!(
             "the model names no EOS, so that llama.cpp ends texts at its default, the token {DEFAULT_EOS} (`{}`)",

@@ -90,7 +90,7 @@ pub fn tokenizer_metadata(dir: &Path, config: &ModelConfig) -> Result<TokenizerM
             "the file has no tokenizer: `tokenizer.model` is not read; save the tokenizer with transformers, which writes \
              `tokenizer.json`"
         }
-        None => "the directory has no tokenizer, and so has the file: programs have to pass token ids",
+        None => "the directory has no tokenizer, nor has the file: programs have to pass token ids",
     };
     Ok(TokenizerMetadata { entries: vec![(keys::MODEL.into(), "none".into())], notes: vec![note.into()] })
 }

@@ -140,6 +140,9 @@ impl PreTokenizer {
     /// The rest of a sentence that begins with the tokenizer.
     pub(super) fn of(pre_tokenizer: &Value, ignore_merges: bool, nfc: bool) -> Result<&'static Self, String> {
         let splits = splits(pre_tokenizer)?;
+        if splits.is_empty() {
+            return Err("does not split texts before pairs are joined, which llama.cpp always does".into());
+        }
         let mut alike: Vec<&'static Self> = KNOWN.iter().filter(|known| known.splits_as(&splits)).collect();
         // The same expressions: prefer the same treatment of complete pieces, then the same normalizer.
         alike.sort_by_key(|known| (known.ignore_merges != ignore_merges, known.nfc != nfc));

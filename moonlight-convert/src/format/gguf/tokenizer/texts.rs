@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use serde_json::{Map, Value as Json, json};
 
 use super::pre::{PreTokenizer, WITHOUT_MERGES};
-use super::vocabulary::{LONGEST_TOKEN, MOST_TOKENS, TokenType};
+use super::vocabulary::{LONGEST_TOKEN, MOST_TOKENS, TokenType, check_lengths};
 use super::{TokenizerTexts, keys, sentence_piece};
 use crate::format::gguf::{Array, Metadata, Value};
 use crate::printable::printable;
@@ -29,6 +29,8 @@ const WITHOUT_EFFECT: [&str; 15] = [
     "tokenizer.ggml.token_type_count",
     "tokenizer.huggingface.json",
 ];
+/// The most merges that are derived; those of a vocabulary of 256,000 tokens are some 600,000.
+const MOST_MERGES: usize = 1 << 22;
 /// The most named templates.
 const MOST_TEMPLATES: usize = 64;
 /// The tokens that llama.cpp takes for BOS, EOS and the unknown token of a `llama` tokenizer without the keys.
@@ -77,6 +79,7 @@ impl<'a> Tokens<'a> {
             return Err(format!("has {} tokens and {} types of tokens", texts.len(), types.len()));
         }
         let tokens = Self { texts, types };
+        check_lengths(tokens.used().map(|(_, text)| text))?;
         let mut known = HashSet::with_capacity(texts.len());
         if let Some((_, text)) = tokens.used().find(|(_, text)| !known.insert(*text)) {
             return Err(format!("has two tokens with the text `{}`", printable(text)));
@@ -258,7 +261,7 @@ fn ignored(metadata: &Metadata) -> Vec<String> {
         keys::TEMPLATE,
         keys::TEMPLATES,
     ];
-    let keys = metadata.iter().map(|(key, _)| key.as_ref());
+    let keys = metadata.iter().map(|(key, _)| key);
     let rest = keys.filter(|key: &&str| {
         key.starts_with(keys::PREFIX)
             && !used.contains(key)
@@ -334,9 +337,9 @@ fn byte_level_json(metadata: &Metadata, tokens: &Tokens<'_>, known: &PreTokenize
             let normal: Vec<(u32, &str)> =
                 tokens.used().filter(|(id, _)| tokens.kind(*id) == TokenType::Normal).collect();
             let by_text: HashMap<&str, u32> = normal.iter().map(|&(id, text)| (text, id)).collect();
-            let pairs = normal.iter().flat_map(|(_, text)| sentence_piece::pairs(text, &by_text));
             let text = |id: u32| tokens.text(id).unwrap_or_default();
-            pairs.map(|(left, right)| format!("{} {}", text(left), text(right))).collect()
+            let pairs = derived(&normal, &by_text)?;
+            pairs.into_iter().map(|(left, right)| format!("{} {}", text(left), text(right))).collect()
         }
         None => return Err(format!("has no `{}`", keys::MERGES)),
         Some(value) => {
@@ -371,6 +374,16 @@ fn byte_level_json(metadata: &Metadata, tokens: &Tokens<'_>, known: &PreTokenize
     }))
 }
 
+/// All pairs of tokens that form a token, in the order of the tokens.
+fn derived(tokens: &[(u32, &str)], by_text: &HashMap<&str, u32>) -> Result<Vec<(u32, u32)>, String> {
+    let pairs = tokens.iter().flat_map(|(_, text)| sentence_piece::pairs(text, by_text));
+    let pairs: Vec<(u32, u32)> = pairs.take(MOST_MERGES + 1).collect();
+    match pairs.len() > MOST_MERGES {
+        true => Err(format!("has tokens with more than {MOST_MERGES} pairs")),
+        false => Ok(pairs),
+    }
+}
+
 fn sentence_piece_json(
     metadata: &Metadata,
     tokens: &Tokens<'_>,
@@ -397,8 +410,8 @@ fn sentence_piece_json(
     // The highest score first; of equal scores the lower id, as in transformers.
     normal.sort_by(|(a, _), (b, _)| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b)));
     let text = |id: u32| tokens.text(id).unwrap_or_default();
-    let pairs = normal.iter().flat_map(|(_, text)| sentence_piece::pairs(text, &by_text));
-    let merges: Vec<Json> = pairs.map(|(left, right)| json!([text(left), text(right)])).collect();
+    let pairs = derived(&normal, &by_text)?;
+    let merges: Vec<Json> = pairs.into_iter().map(|(left, right)| json!([text(left), text(right)])).collect();
     let (normalizer, decoder) = sentence_piece::sections(adds_space);
     let unknown_text = unknown_token.filter(|&id| tokens.kind(id) != TokenType::Unused).map(text);
     Ok(json!({

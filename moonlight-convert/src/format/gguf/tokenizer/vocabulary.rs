@@ -14,6 +14,23 @@ pub(super) const MOST_TOKENS: usize = 1 << 22;
 /// The length limit in bytes of a token that is compared with all its parts, whose time grows with the square.
 pub(super) const LONGEST_TOKEN: usize = 512;
 
+/// The limit of the sum of the squares of all lengths in bytes, for the time that it takes to compare tokens with their parts.
+/// Those of a vocabulary of 256,000 tokens add up to some 20 million.
+const MOST_COMPARED: u64 = 1 << 31;
+
+/// Refuses tokens that would take too long to be compared with all their parts.
+///
+/// # Errors
+///
+/// The rest of a sentence that begins with the tokenizer.
+pub(super) fn check_lengths<'a>(mut tokens: impl Iterator<Item = &'a str>) -> Result<(), String> {
+    let square = |token: &str| (token.len().min(LONGEST_TOKEN) as u64).pow(2);
+    match tokens.try_fold(0u64, |sum, token| Some(sum + square(token)).filter(|sum| *sum <= MOST_COMPARED)) {
+        Some(_) => Ok(()),
+        None => Err("has more and longer tokens than any vocabulary".into()),
+    }
+}
+
 /// `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
@@ -169,6 +186,7 @@ impl Vocabulary {
         if tokens.len() != count {
             return Err("has two tokens with the same id".into());
         }
+        check_lengths(tokens.values().map(String::as_str))?;
         let Bpe { ignore_merges, byte_fallback, .. } = bpe;
         Ok(Self { tokens, added, merges, ignore_merges, byte_fallback, unknown })
     }
