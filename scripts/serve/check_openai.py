@@ -211,7 +211,7 @@ def check_stop(check):
 
 def check_sampling(check):
     # The tiny model is sure of its answer at lower temperatures.
-    hot = {"temperature": 6, "max_tokens": 40, "logit_bias": {str(END): -100}}
+    hot = {"temperature": 6, "max_tokens": 40, "logit_bias": {str(END): -100, "257": -100}}
 
     def several(**options):
         return [choice.message.content for choice in check.chat(ask(COUNT), **(hot | options)).choices]
