@@ -85,8 +85,12 @@ impl<'t> Decoder<'t> {
         self.released += released.text.len();
         let stopped = released.stop.is_some();
         let mut piece = Piece { text: released.text, logprobs: Vec::new() };
-        // After a stop string, a token that begins before it is part of the text, even if it ends within it.
-        let is_sent = |start: usize, end: usize| if stopped { start < self.released } else { end <= self.released };
+        // After a stop string, a token that begins before it is part of the text, even if it ends within it. A token without text
+        // is the start of a character, or special, and is sent with the text after it.
+        let is_sent = |start: usize, end: usize| match stopped || start == end {
+            true => start < self.released,
+            false => end <= self.released,
+        };
         while let Some((.., logprobs)) = self.pending.pop_front_if(|(start, end, _)| is_sent(*start, *end)) {
             piece.logprobs.push(logprobs);
         }
