@@ -66,8 +66,9 @@ impl<'t> Decoder<'t> {
         self.release(&text)
     }
 
-    /// The rest of the text, at the end of the sequence.
-    pub(super) fn finish(&mut self) -> (Piece, bool) {
+    /// The rest of the text, at the end of the sequence. `stop` is the log-probability of the token that ended it, which has no
+    /// text. Clients that sum the log-probabilities of a prompt expect one more, that of the token after it, whichever it is.
+    pub(super) fn finish(&mut self, stop: Option<TokenLogprobs>) -> (Piece, bool) {
         let rest = self.stream.finish();
         self.bytes += rest.len();
         let (mut piece, stopped) = self.release(&rest);
@@ -76,6 +77,7 @@ impl<'t> Decoder<'t> {
             self.released += held.len();
             piece.text.push_str(&held);
             piece.logprobs.extend(self.pending.drain(..).map(|(.., logprobs)| logprobs));
+            piece.logprobs.extend(stop.map(|logprobs| PlacedLogprobs { offset: self.characters, logprobs }));
         }
         (piece, stopped)
     }
@@ -151,7 +153,7 @@ mod tests {
         };
         let ended = tokenizer.encode(text).unwrap().into_iter().any(|token| take(decoder.push(token, logprobs(token))));
         if !ended {
-            take(decoder.finish());
+            take(decoder.finish(None));
         }
         (all, tokens, stopped, pieces)
     }
