@@ -116,6 +116,14 @@ impl<'t> TokenTexts<'t> {
         Self { tokenizer, anchor: (tokens, text) }
     }
 
+    /// The bytes of a token whose text is `text`: those of the text, except where the token is a part of a character.
+    pub(super) fn bytes(&self, token: u32, text: &str) -> Option<Vec<u8>> {
+        match text.contains(char::REPLACEMENT_CHARACTER) {
+            true => self.tokenizer.raw_bytes(token),
+            false => Some(text.as_bytes().to_vec()),
+        }
+    }
+
     /// The text of a token, including that of a special token; U+FFFD for a part of a character.
     pub(super) fn text(&self, token: u32) -> String {
         let (anchor, before) = &self.anchor;
