@@ -81,7 +81,7 @@ pub(super) enum ApiError {
     BodyTooLarge { limit: usize },
     #[error("the body cannot be read: {problem}")]
     Body { problem: String },
-    #[error("nothing more of the body arrived within {seconds} s")]
+    #[error("the body did not arrive in {seconds} s")]
     SlowBody { seconds: u64 },
     #[error("the bodies of other requests take all memory that is set aside for them")]
     TooManyBodies,
