@@ -7,12 +7,19 @@
 
 use std::error::Error;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use moonlight_convert::gguf::tokenizer::{tokenizer_metadata, tokenizer_texts};
 use moonlight_convert::gguf::{GgufHeader, Metadata, write_header};
 use moonlight_model::ModelConfig;
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    let Err(error) = run() else { return ExitCode::SUCCESS };
+    eprintln!("error: {error}");
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let paths: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
     let [from, to] = paths.as_slice() else { return Err("usage: gguf_tokenizer FROM TO".into()) };
     if from.is_dir() {

@@ -8,6 +8,9 @@ import { fileURLToPath } from "node:url";
 
 const SERVER = join(dirname(fileURLToPath(import.meta.url)), "../../moonlight-infer/src/server");
 
+/** Marks of one letter, of two kinds, and without a partner. */
+export const INLINE = "Takes `a` and `b`, **x** and **y z**, ``c`d`` and `e f`; `open and **open.";
+
 /** A question with a long answer, for pictures. */
 export const QUESTION = "How large should the learning rate of Muon be?";
 
@@ -98,7 +101,7 @@ async function complete(isChat, body, response, error) {
   response.writeHead(200, { "content-type": "text/event-stream", "cache-control": "no-cache" });
   response.write(": open\n\n");
   if (isChat) send({ choices: [{ index: 0, finish_reason: null, delta: { role: "assistant", content: "" } }] });
-  const answers = { html: HOSTILE, long: LONG, [QUESTION]: LONG, slow: "word ".repeat(2000), midway: "One. Two.", cut: "One. Two.", empty: "" };
+  const answers = { html: HOSTILE, inline: INLINE, long: LONG, [QUESTION]: LONG, slow: "word ".repeat(2000), midway: "One. Two.", cut: "One. Two.", empty: "" };
   const isSlow = said === "slow";
   const answer = pieces(answers[said] ?? (!isChat ? " and so on" : said.length > 1000 ? "That is long." : `You said: ${said}`));
   let count = 0;

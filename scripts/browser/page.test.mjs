@@ -137,6 +137,15 @@ describe("chat", () => {
       assert.equal(await page.evaluate(() => window.hacked ?? null), null);
     }));
 
+  test("code and bold are marked, and marks without a partner stay", () =>
+    withPage({}, async (page) => {
+      await ask(page, "inline");
+      const of = (tag) => page.locator(`.message.assistant .text ${tag}`).allInnerTexts();
+      assert.deepEqual(await of("code"), ["a", "b", "c`d", "e f"]);
+      assert.deepEqual(await of("strong"), ["x", "y z"]);
+      assert.match((await answers(page))[0], /; `open and \*\*open\.$/);
+    }));
+
   test("inline scripts are refused by the policy", () =>
     withPage({}, async (page) => {
       const ran = await page.evaluate(async () => {

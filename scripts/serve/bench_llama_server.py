@@ -37,7 +37,8 @@ METRICS = {
 
 
 def ours(options):
-    more = ["--dtype", options.dtype, *(["--quantize", options.quantize] if options.quantize else [])]
+    more = ["--slots", options.slots, "--context", options.context]
+    more += ["--dtype", options.dtype, *(["--quantize", options.quantize] if options.quantize else [])]
     environment = common.thread_settings(options.threads)
     return serving.Server.moonlight(
         options.moonlight, options.model or options.gguf, *more, *options.serve, environment=environment

@@ -74,9 +74,8 @@ def check_node(check, server, folder):
     expected = {
         "whole": tiny_model.COUNT[1],
         "streamed": tiny_model.MOON[1],
-        "completion": 4,
+        "completion": "string",
         "afterTool": tiny_model.AFTER_TOOL,
-        "beforeAbort": 5,
         "badRequest": "BadRequestError 400",
         "notFound": "NotFoundError 404",
         "wrongKey": "AuthenticationError 401",
@@ -85,6 +84,8 @@ def check_node(check, server, folder):
     }
     for key, value in expected.items():
         check.expect(f"npm: {key}", found.get(key) == value, "" if found.get(key) == value else repr(found.get(key)))
+    # Pieces that had arrived when the stream was aborted are still delivered.
+    check.expect("npm: a stream is aborted", 5 <= found["beforeAbort"] < 600, found["beforeAbort"])
     tool = found.get("tool") or {}
     check.expect("npm: the call of a tool", json.loads(tool.get("arguments", "null")) == {"city": "Oslo"}, tool)
 

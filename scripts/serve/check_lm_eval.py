@@ -124,7 +124,7 @@ def main():
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if os.getloadavg()[0] > 4 else 2)
     os.environ["OPENAI_API_KEY"] = KEY
     check = common.Checks()
     with tempfile.TemporaryDirectory() as home:

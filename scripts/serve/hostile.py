@@ -299,7 +299,7 @@ async def trickled(hostile):
     known = [drip_body(hostile.head(Content_Length=100_000), b" ") for _ in range(30)]
     # Their length is not known in advance, so that room for the largest body might be kept.
     unknown = [drip_body(hostile.head(Transfer_Encoding="chunked"), b"1\r\n \r\n") for _ in range(30)]
-    group = asyncio.gather(*drips, *known, *unknown)
+    group = asyncio.gather(*unknown, *known, *drips)
     await asyncio.sleep(2)
     hostile.check.expect("trickled requests: another client is answered", await hostile.answers())
     results = await group

@@ -23,7 +23,7 @@ found.streamed = "";
 for await (const chunk of stream) found.streamed += chunk.choices[0]?.delta?.content ?? "";
 
 const completion = await client.completions.create({ ...settings, prompt: "one two", max_tokens: 4 });
-found.completion = completion.choices[0].text.length;
+found.completion = typeof completion.choices[0].text;
 
 const called = await client.chat.completions.create({
   ...settings, messages: ask("weather"), tools: [JSON.parse(tool)], max_tokens: 250,

@@ -28,6 +28,14 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+# The same tool as other clients write it: `llm`, and the npm package `openai` in its loop over tools.
+PARAMETERS = TOOL["function"]["parameters"]
+VARIANTS = [
+    {"name": "get_weather", "description": None, "parameters": {"properties": PARAMETERS["properties"]}},
+    {"name": "get_weather", "parameters": PARAMETERS, "description": ""},
+]
+VARIANTS[0]["parameters"] |= {"required": ["city"], "type": "object"}
+TOOLS = [TOOL, *({"type": "function", "function": function} for function in VARIANTS)]
 ASK_TOOL = "weather"
 CALL = {"name": "get_weather", "arguments": '{"city": "Oslo"}', "id": "functions.get_weather:0"}
 TOOL_RESULT = "rain"
@@ -105,12 +113,13 @@ def conversations():
     for start in ([], [{"role": "system", "content": SYSTEM}]):
         for question, answer in (COUNT, MOON):
             records.append({"messages": [*start, user(question), assistant(answer)]})
-        records.append({"messages": [*start, *calls], "tools": [TOOL]})
-        records.append({"messages": [*start, *calls, result, assistant(AFTER_TOOL)], "tools": [TOOL]})
+        for tool in TOOLS:
+            records.append({"messages": [*start, *calls], "tools": [tool]})
+            records.append({"messages": [*start, *calls, result, assistant(AFTER_TOOL)], "tools": [tool]})
     return records
 
 
-def make(moonlight, output, steps=240):
+def make(moonlight, output, steps=400):
     """Trains the model and moves its last checkpoint to `output`. A model that is there is kept."""
     output = pathlib.Path(output)
     if (output / "config.json").exists():
@@ -134,7 +143,7 @@ def main():
     parser = common.parser(__doc__)
     parser.add_argument("output", type=pathlib.Path)
     parser.add_argument("--moonlight", type=common.program, default=common.ROOT / "target/release/moonlight")
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
     make(options.moonlight, options.output, options.steps)
     for question, answer in (COUNT, MOON):

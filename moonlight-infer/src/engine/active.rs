@@ -27,6 +27,8 @@ pub(super) struct Active {
     penalties: Option<PenaltyState>,
     stop_tokens: Vec<u32>,
     logprobs: Option<usize>,
+    /// Of the token that ended the text.
+    stop_logprobs: Option<TokenLogprobs>,
     /// The most new tokens, within the context.
     max_new_tokens: usize,
     pub(super) usage: Usage,
@@ -100,6 +102,7 @@ impl Active {
             penalties: PenaltyState::new(penalties, &prompt),
             stop_tokens: if ignore_eos { Vec::new() } else { stop_tokens },
             logprobs,
+            stop_logprobs: None,
             // The last token needs no place, because it is not read.
             max_new_tokens: max_new_tokens.min((capacity + 1).saturating_sub(prompt.len())),
             usage: Usage { prompt_tokens: prompt.len(), ..Usage::default() },
@@ -179,6 +182,8 @@ impl Active {
             Err(error) => return Some(Ending::Failed(EngineError::Panicked(error.to_string()))),
         };
         if self.stop_tokens.contains(&token) {
+            let logits: &[f32] = raw.as_deref().unwrap_or(logits);
+            self.stop_logprobs = self.logprobs.map(|alternatives| token_logprobs(logits, token, alternatives));
             return Some(Ending::Done { reason: StopReason::Eos, stop_token: Some(token) });
         }
         let logits: &[f32] = raw.as_deref().unwrap_or(logits);
@@ -204,7 +209,8 @@ impl Active {
         match ending {
             Ending::Done { reason, stop_token } => {
                 self.send_prompt_scores(); // those of a prompt that needed no pass
-                self.send(Event::End { reason, stop_token, usage: self.usage });
+                let stop_logprobs = self.stop_logprobs.take();
+                self.send(Event::End { reason, stop_token, stop_logprobs, usage: self.usage });
             }
             Ending::Failed(error) => self.send(Event::Failed(error)),
             Ending::Cancelled => {}

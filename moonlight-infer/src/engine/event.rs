@@ -27,6 +27,8 @@ pub enum Event {
         reason: StopReason,
         /// The token that ended the text; `Some` for [`StopReason::Eos`].
         stop_token: Option<u32>,
+        /// The log-probability of that token, if the request asked for those of new tokens.
+        stop_logprobs: Option<TokenLogprobs>,
         /// What was computed.
         usage: Usage,
     },

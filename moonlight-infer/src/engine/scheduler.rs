@@ -266,9 +266,10 @@ impl Scheduler {
             rows.extend((end - wanted..end).map(|position| (index, position)));
             inputs.push(PassInput { tokens: &slot.tokens[first..end], wanted });
         }
-        let alone = is_alone(counts);
+        // A suspect has a pass for itself.
+        let suspect = (0..counts.len()).find(|&index| counts[index] > 0 && self.is_suspect(index));
         let hidden = run_layers(version, &inputs, &mut self.cache);
-        let result = hidden.and_then(|hidden| self.take_rows(version, hidden, &rows, alone));
+        let result = hidden.and_then(|hidden| self.take_rows(version, hidden, &rows, suspect));
         let mut state = self.shared.lock();
         state.status.passes += 1;
         state.status.pass_time += start.elapsed();
@@ -286,13 +287,13 @@ impl Scheduler {
     }
 
     /// Computes the logits of `rows` (slot and position), whose hidden states are those of `hidden`, and passes them to the requests.
-    /// `alone` is whether all of them belong to one request.
+    /// `suspect` is the slot of a request that was computed alone from its first token.
     fn take_rows(
         &mut self,
         version: &ModelVersion,
         hidden: Option<Tensor<2>>,
         rows: &[(usize, usize)],
-        alone: bool,
+        suspect: Option<usize>,
     ) -> Result<(), String> {
         let Some(hidden) = hidden else { return Ok(()) };
         let vocab_size = version.model.config().vocab_size;
@@ -301,12 +302,13 @@ impl Scheduler {
             for (&(index, position), logits) in rows[piece].iter().zip(logits.chunks_exact_mut(vocab_size)) {
                 let Slot { active, tokens, .. } = &mut self.slots[index];
                 // A request that ended at an earlier row, or is computed again, has no use for the rest.
-                let Some(active) = active.as_mut().filter(|active| alone || !active.is_suspect) else { continue };
+                let is_alone = suspect == Some(index);
+                let Some(active) = active.as_mut().filter(|active| is_alone || !active.is_suspect) else { continue };
                 let before = active.usage.new_tokens;
                 let ending = active.take_logits(position, tokens, logits);
                 self.tokens_generated += (active.usage.new_tokens - before) as u64;
                 match ending {
-                    Some(Ending::Failed(EngineError::NonFinite { .. })) if !alone => self.compute_alone(index),
+                    Some(Ending::Failed(EngineError::NonFinite { .. })) if !is_alone => self.compute_alone(index),
                     Some(ending) => self.end(index, ending),
                     None => {}
                 }
@@ -315,8 +317,9 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Starts a request with non-finite logits again, alone. A kernel that multiplies masked values by 0 carries NaN from one sequence to
-    /// others in the same pass, so the reason may be another request.
+    /// Starts a request with non-finite logits again, alone. A kernel that multiplies masked values by 0 carries NaN from one sequence
+    /// to others in the same pass, so the reason may be another request in this pass, in an earlier one, or in one whose tokens were
+    /// used again.
     fn compute_alone(&mut self, index: usize) {
         self.forget_ended(self.slots[index].version);
         self.cache.truncate(index, 0);

@@ -23,6 +23,8 @@ use crate::tokenizer::Tokenizer;
 const BODY_UNIT: usize = 1024;
 /// The time that a request waits for memory for its body.
 const BODY_WAIT: Duration = Duration::from_secs(5);
+/// The longest pause of a client within a body.
+const BODY_PAUSE: Duration = Duration::from_secs(10);
 
 /// How much is read of a body that is too large, in multiples of the limit, and for how long: most clients read the answer only
 /// after they have sent everything, and a connection that is closed before that loses it.
@@ -75,11 +77,13 @@ pub(super) struct App {
 
 /// The memory of a request's body, and of what is made of it: it is counted until the answer is complete.
 #[derive(Debug)]
-pub(super) struct BodyMemory(#[expect(dead_code, reason = "it is freed when it is dropped")] OwnedSemaphorePermit);
+pub(super) struct BodyMemory(
+    #[expect(dead_code, reason = "it is freed when it is dropped")] Option<OwnedSemaphorePermit>,
+);
 
 impl App {
     pub(super) fn new(engine: Engine, text: TextModel, options: ServerOptions) -> Self {
-        let units = (options.body_memory.max(options.max_body) / BODY_UNIT).clamp(1, Semaphore::MAX_PERMITS);
+        let units = (options.body_memory.max(options.max_body) / BODY_UNIT + 1).min(Semaphore::MAX_PERMITS);
         Self {
             metrics: Metrics::new(engine.clone()),
             tokenizer: text.tokenizer.clone().for_prompts().with_parse_special(true),
@@ -161,33 +165,48 @@ impl App {
             }
             return Err(ApiError::BodyTooLarge { limit });
         }
-        // A body without a length may be as large as the limit.
-        let units = u32::try_from(length.unwrap_or(limit) / BODY_UNIT + 1).unwrap_or(u32::MAX);
-        let units = units.min(u32::try_from(limit / BODY_UNIT).unwrap_or(u32::MAX).max(1));
-        let memory = tokio::time::timeout(BODY_WAIT, self.bodies.clone().acquire_many_owned(units)).await;
-        let Ok(Ok(mut memory)) = memory else { return Err(ApiError::TooManyBodies) };
-        let mut bytes = Vec::with_capacity(length.unwrap_or(0));
+        // The memory is reserved as the bytes arrive: a client that announces a large body and sends nothing holds none.
+        let mut memory: Option<OwnedSemaphorePermit> = None;
+        let mut bytes = Vec::new();
         let read = async {
-            while let Some(part) = body.next().await {
+            loop {
+                let part = tokio::time::timeout(BODY_PAUSE, body.next()).await;
+                let part = part.map_err(|_| ApiError::SlowBody { seconds: BODY_PAUSE.as_secs() })?;
+                let Some(part) = part else { return Ok(()) };
                 let part = part.map_err(|error| ApiError::Body { problem: error.to_string() })?;
                 if bytes.len() + part.len() > limit {
                     return Err(ApiError::BodyTooLarge { limit });
                 }
+                self.reserve(bytes.len() + part.len(), &mut memory).await?;
                 bytes.extend_from_slice(&part);
             }
-            Ok(())
         };
-        match tokio::time::timeout(self.options.body_timeout, read).await {
-            Err(_) => return Err(ApiError::SlowBody { seconds: self.options.body_timeout.as_secs() }),
-            Ok(Err(error)) => {
+        let read = tokio::time::timeout(self.options.body_timeout, read).await;
+        let slow = || Err(ApiError::SlowBody { seconds: self.options.body_timeout.as_secs() });
+        if let Err(error) = read.unwrap_or_else(|_| slow()) {
+            if !matches!(error, ApiError::SlowBody { .. }) {
                 drain(body, DRAINED * limit).await;
-                return Err(error);
             }
-            Ok(Ok(())) => {}
+            return Err(error);
         }
-        let surplus = memory.num_permits().saturating_sub(bytes.len() / BODY_UNIT + 1);
-        drop(memory.split(surplus));
         Ok((bytes, BodyMemory(memory)))
+    }
+
+    /// Waits until `bytes` of a body fit into the memory for all bodies. A client that has to wait does not send meanwhile.
+    async fn reserve(&self, bytes: usize, held: &mut Option<OwnedSemaphorePermit>) -> Result<(), ApiError> {
+        let missing =
+            (bytes / BODY_UNIT + 1).saturating_sub(held.as_ref().map_or(0, OwnedSemaphorePermit::num_permits));
+        let missing = u32::try_from(missing).unwrap_or(u32::MAX);
+        if missing == 0 {
+            return Ok(());
+        }
+        let more = tokio::time::timeout(BODY_WAIT, self.bodies.clone().acquire_many_owned(missing)).await;
+        let Ok(Ok(more)) = more else { return Err(ApiError::TooManyBodies) };
+        match held {
+            Some(held) => held.merge(more),
+            None => *held = Some(more),
+        }
+        Ok(())
     }
 
     /// Runs work that takes long (parsing, templates, tokenizing) on a thread of its own. Only a few run at once, also those

@@ -66,8 +66,9 @@ impl<'t> Decoder<'t> {
         self.release(&text)
     }
 
-    /// The rest of the text, at the end of the sequence.
-    pub(super) fn finish(&mut self) -> (Piece, bool) {
+    /// The rest of the text, at the end of the sequence. `stop` is the log-probability of the token that ended it, which has no
+    /// text. Clients that sum the log-probabilities of a prompt expect one more, that of the token after it, whichever it is.
+    pub(super) fn finish(&mut self, stop: Option<TokenLogprobs>) -> (Piece, bool) {
         let rest = self.stream.finish();
         self.bytes += rest.len();
         let (mut piece, stopped) = self.release(&rest);
@@ -76,6 +77,7 @@ impl<'t> Decoder<'t> {
             self.released += held.len();
             piece.text.push_str(&held);
             piece.logprobs.extend(self.pending.drain(..).map(|(.., logprobs)| logprobs));
+            piece.logprobs.extend(stop.map(|logprobs| PlacedLogprobs { offset: self.characters, logprobs }));
         }
         (piece, stopped)
     }
@@ -85,8 +87,12 @@ impl<'t> Decoder<'t> {
         self.released += released.text.len();
         let stopped = released.stop.is_some();
         let mut piece = Piece { text: released.text, logprobs: Vec::new() };
-        // After a stop string, a token that begins before it is part of the text, even if it ends within it.
-        let is_sent = |start: usize, end: usize| if stopped { start < self.released } else { end <= self.released };
+        // After a stop string, a token that begins before it is part of the text, even if it ends within it. A token without text
+        // is the start of a character, or special, and is sent with the text after it.
+        let is_sent = |start: usize, end: usize| match stopped || start == end {
+            true => start < self.released,
+            false => end <= self.released,
+        };
         while let Some((.., logprobs)) = self.pending.pop_front_if(|(start, end, _)| is_sent(*start, *end)) {
             piece.logprobs.push(logprobs);
         }
@@ -108,6 +114,14 @@ impl<'t> TokenTexts<'t> {
         let tokens = tokenizer.encode("a").unwrap_or_default();
         let text = tokenizer.decode_with_special(&tokens);
         Self { tokenizer, anchor: (tokens, text) }
+    }
+
+    /// The bytes of a token whose text is `text`: those of the text, except where the token is a part of a character.
+    pub(super) fn bytes(&self, token: u32, text: &str) -> Option<Vec<u8>> {
+        match text.contains(char::REPLACEMENT_CHARACTER) {
+            true => self.tokenizer.raw_bytes(token),
+            false => Some(text.as_bytes().to_vec()),
+        }
     }
 
     /// The text of a token, including that of a special token; U+FFFD for a part of a character.
@@ -147,7 +161,7 @@ mod tests {
         };
         let ended = tokenizer.encode(text).unwrap().into_iter().any(|token| take(decoder.push(token, logprobs(token))));
         if !ended {
-            take(decoder.finish());
+            take(decoder.finish(None));
         }
         (all, tokens, stopped, pieces)
     }

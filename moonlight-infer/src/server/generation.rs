@@ -209,8 +209,8 @@ impl<'t> Generation<'t> {
                 }
                 (Finish::Stop, None)
             }
-            Event::End { reason, usage, .. } => {
-                let (piece, stopped) = sequence.decoder.finish();
+            Event::End { reason, stop_logprobs, usage, .. } => {
+                let (piece, stopped) = sequence.decoder.finish(stop_logprobs);
                 send(piece);
                 match reason {
                     StopReason::Length if !stopped => (Finish::Length, Some(usage)),

@@ -26,7 +26,8 @@ struct ChatToken {
 struct Likely {
     token: String,
     logprob: f32,
-    /// The bytes of the token; null for a part of a character whose bytes the tokenizer does not have.
+    /// The bytes of the token, which may be a part of a character: those of all tokens together are the text. Null where the
+    /// tokenizer does not have them.
     bytes: Option<Vec<u8>>,
 }
 
@@ -34,7 +35,7 @@ impl ChatLogprobs {
     pub(super) fn new(placed: &[PlacedLogprobs], texts: &TokenTexts<'_>) -> Self {
         let likely = |token: u32, logprob: f32| {
             let text = texts.text(token);
-            let bytes = (!text.contains(char::REPLACEMENT_CHARACTER)).then(|| text.clone().into_bytes());
+            let bytes = texts.bytes(token, &text);
             Likely { token: text, logprob: finite(logprob), bytes }
         };
         let content = placed.iter().map(|PlacedLogprobs { logprobs, .. }| ChatToken {

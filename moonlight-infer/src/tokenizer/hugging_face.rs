@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+#[cfg(feature = "server")]
+use moonlight_convert::tokenizer::byte_to_char;
 use moonlight_convert::tokenizer::{AddedToken, SpecialNames};
 use serde::Deserialize;
 use tokenizers::Tokenizer as Inner;
@@ -134,6 +136,18 @@ impl HuggingFace {
             false => return self.encode(text, false),
         };
         Ok(tokens)
+    }
+
+    /// The bytes that a token spells: in GPT-2's alphabet, or as `<0xHH>` with byte fallback.
+    #[cfg(feature = "server")]
+    pub(super) fn raw_bytes(&self, token: u32) -> Option<Vec<u8>> {
+        let spelled = self.inner.id_to_token(token)?;
+        let fallback = spelled.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+        if let Some(byte) = fallback.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            return Some(vec![byte]);
+        }
+        let byte = |character| (0..=u8::MAX).find(|&byte| byte_to_char(byte) == character);
+        spelled.chars().map(byte).collect()
     }
 
     fn parsing(&self) -> &Inner {

@@ -438,6 +438,17 @@ impl Tokenizer {
         }
     }
 
+    /// The bytes of one token, also of one that is only a part of a character; `None` for a token of a `tokenizer.json` that is
+    /// neither spelled in GPT-2's alphabet of bytes nor `<0xHH>`.
+    #[cfg(feature = "server")]
+    pub(crate) fn raw_bytes(&self, token: u32) -> Option<Vec<u8>> {
+        match &self.kind {
+            Kind::Bytes(kind) => Some(kind.bytes(&[token], true)),
+            Kind::HuggingFace(kind) => kind.raw_bytes(token),
+            Kind::Tiktoken(kind) => Some(kind.bytes(&[token], true)),
+        }
+    }
+
     /// One more than the largest token id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size

@@ -269,11 +269,13 @@ mod tests {
     use std::fs;
 
     use burn::module::Module;
+    use moonlight_convert::adapter::write_adapter;
     use moonlight_convert::manifest::Manifest;
     use moonlight_convert::{SaveOptions, save};
     use moonlight_infer::engine::{EngineOptions, Event, Request};
     use moonlight_infer::run_dir::TRAINER_STATE;
     use moonlight_model::ModelConfig;
+    use moonlight_model::lora::LoraConfig;
 
     use super::*;
 
@@ -368,6 +370,51 @@ mod tests {
         checkpoint(&run, 100, 2);
         assert_eq!(follower.update(&engine), Some(100));
         assert_eq!(engine.models(), ["demo", "demo@step-00000100"]);
+    }
+
+    /// Writes a complete checkpoint of a LoRA run. A new adapter changes no output.
+    fn adapter_checkpoint(run: &Path, base: &Path, step: u64) {
+        let model = OpenOptions::new().with_device("cpu").open(base).unwrap().model;
+        let model = model.with_lora(&LoraConfig::new(), step).unwrap();
+        let dir = run.join("checkpoints").join(checkpoint_name(step));
+        fs::create_dir_all(&dir).unwrap();
+        write_adapter(&model, &dir, base, None).unwrap();
+        fs::write(dir.join(TRAINER_STATE), format!(r#"{{"version": 2, "step": {step}}}"#)).unwrap();
+        Manifest::compute(&dir).unwrap().write(&dir).unwrap();
+    }
+
+    #[test]
+    fn adapters_are_served_over_their_base() {
+        let home = tempfile::tempdir().unwrap();
+        let (run, base) = (home.path().join("demo"), checkpoint(&home.path().join("base"), 1, 1));
+        adapter_checkpoint(&run, &base, 100);
+        let (mut follower, engine) = started(&run);
+        assert_eq!(engine.models(), ["demo", "demo@step-00000100"]);
+        // The base is not read again.
+        fs::remove_file(base.join("model.safetensors")).unwrap();
+        let model = follower.base.as_ref().unwrap().model.clone();
+        engine.set_model("base", model).unwrap();
+        assert_eq!(written_by(&engine, "demo"), written_by(&engine, "base"));
+        let other = checkpoint(&home.path().join("other"), 1, 1);
+        adapter_checkpoint(&run, &other, 200);
+        assert_eq!(follower.update(&engine), Some(200));
+        assert_eq!(engine.models(), ["base", "demo", "demo@step-00000200"]);
+        assert_eq!(written_by(&engine, "demo"), written_by(&engine, "base"));
+    }
+
+    #[test]
+    fn adapters_are_served_over_a_model_that_is_loaded_already() {
+        let home = tempfile::tempdir().unwrap();
+        let (run, base) = (home.path().join("demo"), checkpoint(&home.path().join("base"), 1, 1));
+        let opened = OpenOptions::new().with_device("cpu").open(&base).unwrap();
+        let options = EngineOptions { context: 64, ..EngineOptions::default() };
+        let engine = Engine::start("base", opened.model.clone(), options).unwrap();
+        let mut follower = follower(&run).with_base(&opened).unwrap();
+        assert_eq!(follower.update(&engine), None);
+        adapter_checkpoint(&run, &base, 100);
+        assert_eq!(follower.update(&engine), Some(100));
+        assert_eq!(engine.models(), ["base", "demo", "demo@step-00000100"]);
+        assert_eq!(written_by(&engine, "demo"), written_by(&engine, "base"));
     }
 
     #[test]

@@ -229,6 +229,11 @@ type NarrowLanes = [f32; NARROW];
 fn q6_k(values: &[f32; BLOCK], block: &mut [u8]) -> bool {
     let x: [NarrowLanes; NARROW] = from_fn(|at| from_fn(|group| values[group * NARROW + at]));
     let (scales, mut quants) = search_symmetric(&x);
+    // The squares of values far outside the range overflow. The reference would write zeros for such a block.
+    if scales.iter().any(|scale| !scale.is_finite()) {
+        block.fill(0);
+        return false;
+    }
     let (mut most, mut magnitude) = (0.0f32, 0.0f32);
     for scale in scales {
         if scale.abs() > magnitude {

@@ -102,7 +102,7 @@ impl Answer {
                 self.tokens.push(token);
                 self.logprobs.extend(logprobs);
             }
-            Event::End { reason, stop_token, usage } => self.end = Some((reason, stop_token, usage)),
+            Event::End { reason, stop_token, usage, .. } => self.end = Some((reason, stop_token, usage)),
             Event::Failed(error) => self.error = Some(error),
         }
     }

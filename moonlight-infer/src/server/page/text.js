@@ -42,7 +42,7 @@ export function blocksOf(source) {
 function inline(text) {
   const nodes = [];
   let at = 0;
-  for (const match of text.matchAll(/(`+)([^`](?:[^\n]*?[^`])?)\1(?!`)|\*\*(\S(?:[^\n]*?\S)?)\*\*/g)) {
+  for (const match of text.matchAll(/(`+)([^`](?:[^\n]*?[^`])??)\1(?!`)|\*\*(\S(?:[^\n]*?\S)??)\*\*/g)) {
     if (match.index > at) nodes.push(text.slice(at, match.index));
     nodes.push(match[3] === undefined ? make("code", {}, match[2]) : make("strong", {}, match[3]));
     at = match.index + match[0].length;

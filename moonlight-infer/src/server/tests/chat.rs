@@ -1,6 +1,6 @@
 //! `/v1/chat/completions`.
 
-use super::scripted::HERMES;
+use super::scripted::{HERMES, KIMI};
 use super::*;
 
 #[tokio::test]
@@ -138,6 +138,35 @@ async fn a_tool_call_is_streamed_in_parts() {
     assert_eq!(arguments, "{\"city\": \"Turin\"}");
     assert!(calls[1..].iter().all(|call| call.get("id").is_none() && call["function"].get("name").is_none()));
     assert_eq!(choices.last().unwrap()["finish_reason"], "tool_calls");
+}
+
+/// The markers of Kimi K2 are special tokens, whose text is left out of other answers.
+#[tokio::test]
+async fn tool_calls_may_be_marked_by_special_tokens() {
+    let words = [
+        "<|tool_calls_section_begin|>",
+        "<|tool_call_begin|>",
+        "functions.weather:0",
+        "<|tool_call_argument_begin|>",
+        "{\"city\": ",
+        "\"Turin\"}",
+        "<|tool_call_end|>",
+        "<|tool_calls_section_end|>",
+    ];
+    let server = scripted::server(KIMI, &words);
+    let choice = server.chat(json!({"tools": weather(), "max_tokens": 50})).await.json()["choices"][0].clone();
+    assert_eq!(choice["finish_reason"], "tool_calls");
+    assert_eq!(choice["message"]["content"], Value::Null);
+    let function = json!({"name": "weather", "arguments": "{\"city\": \"Turin\"}"});
+    let expected = json!([{"id": "functions.weather:0", "type": "function", "function": function}]);
+    assert_eq!(choice["message"]["tool_calls"], expected);
+    let events = server.chat(json!({"tools": weather(), "max_tokens": 50, "stream": true})).await.events();
+    let calls: Vec<&Value> =
+        events.iter().filter_map(|event| event["choices"][0]["delta"]["tool_calls"].as_array()).flatten().collect();
+    let parts: Vec<&str> = calls.iter().map(|call| call["function"]["arguments"].as_str().unwrap()).collect();
+    assert_eq!(parts, ["", "{\"city\": ", "\"Turin\"}"], "arguments are sent as they are written");
+    let plain = server.chat(json!({"max_tokens": 50})).await.json()["choices"][0].clone();
+    assert_eq!(plain["message"]["content"], "functions.weather:0{\"city\": \"Turin\"}");
 }
 
 #[tokio::test]

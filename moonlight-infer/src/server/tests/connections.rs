@@ -18,7 +18,7 @@ struct Running {
 /// A scripted text without an end would need a token of its own for each position, so the random model writes it.
 const ENDLESS: &str = "\"max_tokens\": 100000, \"ignore_eos\": true, \"temperature\": 0";
 /// A context whose text takes far longer than the tests.
-const LONG: usize = 60_000;
+const LONG: usize = 16_000;
 
 fn start(options: ServerOptions) -> Running {
     let model = init(json!({
@@ -74,7 +74,7 @@ fn rest(mut stream: TcpStream) -> String {
 fn wait_until(what: &str, is_reached: impl Fn() -> bool) {
     let started = Instant::now();
     while !is_reached() {
-        assert!(started.elapsed() < Duration::from_secs(60), "{what}");
+        assert!(started.elapsed() < Duration::from_secs(120), "{what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -112,7 +112,7 @@ fn a_slow_reader_is_cut_off_and_holds_no_slot() {
     let options = ServerOptions { write_timeout: Duration::from_millis(300), ..ServerOptions::default() };
     let mut server = start(options);
     // The prompt is repeated with 20 log-probabilities for each byte, and nothing is read, so the buffers of the sockets fill.
-    let prompt = "x".repeat(8000);
+    let prompt = "x".repeat(12_000);
     let body = format!(
         "{{\"model\": \"tiny\", \"prompt\": \"{prompt}\", \"echo\": true, \"stream\": true, \"logprobs\": 20, {ENDLESS}}}"
     );
@@ -211,7 +211,7 @@ fn connections_beyond_the_limit_wait() {
 fn the_end_finishes_what_runs() {
     let mut server = start(ServerOptions::default());
     let idle = server.connect();
-    let body = "{\"model\": \"tiny\", \"prompt\": \"x\", \"max_tokens\": 400, \"ignore_eos\": true, \"stream\": true}";
+    let body = "{\"model\": \"tiny\", \"prompt\": \"x\", \"max_tokens\": 100, \"ignore_eos\": true, \"stream\": true}";
     let client = server.send("/v1/completions", body);
     wait_until("it runs", || server.engine.status().busy == 1);
     let reader = std::thread::spawn(move || rest(client));
@@ -219,7 +219,7 @@ fn the_end_finishes_what_runs() {
     let answer = reader.join().unwrap();
     assert!(answer.contains("\"finish_reason\":\"length\"") && answer.contains("data: [DONE]"), "{answer:.200}");
     // The idle connection did not delay it.
-    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert!(took < Duration::from_secs(60), "{took:?}");
     drop(idle);
     assert!(TcpStream::connect(server.address).is_err());
 }
@@ -229,9 +229,9 @@ fn the_end_finishes_what_runs() {
 fn the_end_does_not_wait_for_a_slow_reader() {
     let options = ServerOptions { end_timeout: Duration::from_millis(200), ..ServerOptions::default() };
     let mut server = start(options);
-    let body = "{\"model\": \"tiny\", \"prompt\": \"x\", \"max_tokens\": 3000, \"ignore_eos\": true, \"stream\": true, \"logprobs\": 20}";
+    let body = "{\"model\": \"tiny\", \"prompt\": \"x\", \"max_tokens\": 1000, \"ignore_eos\": true, \"stream\": true, \"logprobs\": 20}";
     let client = server.send("/v1/completions", body);
     wait_until("it runs", || server.engine.status().busy == 1);
-    assert!(server.end() < Duration::from_secs(50));
+    assert!(server.end() < Duration::from_secs(100));
     drop(client);
 }

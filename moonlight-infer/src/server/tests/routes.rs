@@ -117,7 +117,7 @@ async fn bodies_that_are_not_requests_name_the_problem() {
     let server = TestServer::new();
     for (body, expected) in [
         ("", "the body is not JSON: EOF while parsing a value (line 1, column 0)"),
-        ("{\"model\": \"tiny\",}", "the body is not JSON: trailing comma (line 1, column 17)"),
+        ("{\"model\": \"tiny\",}", "the body is not JSON: trailing comma (line 1, column 18)"),
         ("[]", "the body is not a request: invalid type: sequence, expected an object (line 1, column 0)"),
         ("{}", "`model` is missing"),
         ("{\"model\": 3}", "`model` must be a string, and is `3`"),

@@ -11,12 +11,12 @@ use super::*;
 const FIRST_WORD: usize = 259;
 const HIDDEN: usize = 288;
 
-/// The tokenizer of bytes with an added token for each word.
+/// The tokenizer of bytes with an added token for each word, a special one for `<|...|>`.
 fn tokenizer(words: &[&str]) -> Tokenizer {
     let mut file: Value = serde_json::from_slice(&Tokenizer::bytes().files()[0].contents).unwrap();
     for (index, word) in words.iter().enumerate() {
         file["added_tokens"].as_array_mut().unwrap().push(json!({
-            "id": FIRST_WORD + index, "content": word, "special": false, "single_word": false, "lstrip": false,
+            "id": FIRST_WORD + index, "content": word, "special": word.starts_with("<|"), "single_word": false, "lstrip": false,
             "rstrip": false, "normalized": false,
         }));
     }
@@ -74,3 +74,8 @@ pub(super) fn server(template: &str, words: &[&str]) -> TestServer {
 pub(super) const HERMES: &str = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\
     {% for call in m.tool_calls or [] %}<tool_call>{\"name\": \"{{ call.function.name }}\", \"arguments\": \
     {{ call.function.arguments | tojson }}}</tool_call>{% endfor %}\n{% endfor %}{# 'user' 'assistant' 'tool' #}";
+
+/// The same in the form of Kimi K2.
+pub(super) const KIMI: &str = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\
+    {% for call in m.tool_calls or [] %}<|tool_call_begin|>{{ call.id }}<|tool_call_argument_begin|>\
+    {{ call.function.arguments | tojson }}<|tool_call_end|>{% endfor %}\n{% endfor %}{# 'user' 'assistant' 'tool' #}";
