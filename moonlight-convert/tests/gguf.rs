@@ -320,7 +320,7 @@ fn in_blocks(architecture: &str) -> ModelConfig {
             "q_lora_rank": null, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
             "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "n_shared_experts": 1,
             "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-            "norm_topk_prob": true, "routed_scaling_factor": 2.5,
+            "norm_topk_prob": true, "routed_scaling_factor": 2.5, "num_key_value_heads": 4,
         }),
         _ => serde_json::json!({"head_dim": 64}),
     };
