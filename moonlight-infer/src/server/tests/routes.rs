@@ -129,9 +129,11 @@ async fn bodies_that_are_not_requests_name_the_problem() {
     let large = server.post_text("/v1/completions", vec![b' '; (8 << 20) + 1]).await;
     assert_eq!(large.error(413), "the body has more than 8388608 bytes");
     let long = "word ".repeat(10_000);
-    let expected = format!("the prompt has {} bytes, more than {CONTEXT} tokens can have", long.len());
-    assert_eq!(server.complete(json!({"prompt": long})).await.error(400), expected);
-    assert_eq!(server.chat(json!({"messages": [{"role": "user", "content": long}]})).await.error(400), expected);
+    let expected = |bytes: usize| format!("the prompt has {bytes} bytes, more than {CONTEXT} tokens can have");
+    assert_eq!(server.complete(json!({"prompt": long})).await.error(400), expected(long.len()));
+    // The texts of all fields of a message count.
+    let messages = json!([{"role": "user", "content": long}]);
+    assert_eq!(server.chat(json!({"messages": messages})).await.error(400), expected(long.len() + "user".len()));
 }
 
 /// Every field that is out of range, unknown or unsupported is an error that names it.
