@@ -295,6 +295,10 @@ impl CheckpointError {
             Self::NotADirectory { .. } => Some("pass the directory that contains `config.json` and the weights".into()),
             Self::NotCached { model, .. } => Some(format!("download `{}` into the cache first", Printable(model))),
             Self::Link { .. } => Some("replace the link by a copy of the file, if you trust its target".into()),
+            Self::NoConfig { dir } if dir.join("checkpoints").is_dir() => Some(format!(
+                "it is the folder of a run: pass one of its checkpoints, `{}`",
+                Printable(dir.join("checkpoints").join("step-N").display())
+            )),
             Self::NoConfig { .. } => {
                 Some("pass a directory in the Hugging Face layout, with `config.json` and safetensors files".into())
             }

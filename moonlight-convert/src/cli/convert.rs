@@ -32,7 +32,7 @@ pub(crate) struct Arguments {
     format: Option<FormatName>,
     /// The type of the matrices in a GGUF file, which gives some tensors more bits as `llama-quantize` does [default: as
     /// stored; bf16 for quantized weights]
-    #[arg(long = "type", value_name = "TYPE")]
+    #[arg(long = "type", value_name = "TYPE", ignore_case = true)]
     block_type: Option<TypeName>,
     /// The largest weight file, for example 5GB or 500MB [default: 5GB]
     #[arg(long, value_parser = bytes)]

@@ -150,10 +150,20 @@ impl<'a> Writer<'a> {
     fn add_prompt(&self, choice: &mut Choice, logprobs: &[Option<TokenLogprobs>]) {
         let (Some(texts), Some(all)) = (&self.texts, &mut choice.logprobs) else { return };
         let mut stream = self.tokenizer.stream();
-        let mut offset = 0;
-        for (token, logprobs) in self.prompt(choice.index).tokens.iter().zip(logprobs) {
+        let EncodedPrompt { tokens, text } = self.prompt(choice.index);
+        let (mut offset, mut bytes) = (0, 0);
+        for (token, logprobs) in tokens.iter().zip(logprobs) {
             all.push(*token, logprobs.as_ref(), offset, texts);
-            offset += stream.push(*token).chars().count();
+            let mut part = stream.push(*token);
+            // A special token that the prompt spells is a part of its text; one that the tokenizer added is not.
+            if part.is_empty() && self.tokenizer.is_added(*token) {
+                let spelled = texts.text(*token);
+                if text.get(bytes..).is_some_and(|rest| rest.starts_with(&spelled)) {
+                    part = spelled;
+                }
+            }
+            offset += part.chars().count();
+            bytes += part.len();
         }
     }
 }

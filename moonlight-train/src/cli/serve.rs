@@ -174,6 +174,12 @@ impl Arguments {
     /// Loads the models and starts the engine.
     fn start(&self) -> Result<Served, TrainError> {
         let options = self.open_options();
+        if let Some(run) = self.follow.as_deref().filter(|run| !run.is_dir()) {
+            return Err(TrainError::Request {
+                problem: format!("there is no run `{}` to follow", Printable(run.display())),
+                hint: Some("pass the folder that `moonlight train` writes; it may have no checkpoint yet".into()),
+            });
+        }
         let Some(model) = &self.model else {
             // clap requires one of the two.
             let run = self.follow.as_deref().unwrap_or(Path::new(""));

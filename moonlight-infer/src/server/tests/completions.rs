@@ -118,6 +118,11 @@ async fn echo_returns_the_log_probabilities_of_the_prompt() {
             assert!(value < 0.0 && value <= best && top.len() == 1);
         }
     }
+    // A special token in a prompt is a part of its text.
+    let request = json!({"prompt": "a<|im_end|>b", "max_tokens": 0, "echo": true, "logprobs": 0});
+    let logprobs = &server.complete(request).await.json()["choices"][0]["logprobs"];
+    assert_eq!(logprobs["tokens"], json!(["a", "<|im_end|>", "b"]));
+    assert_eq!(logprobs["text_offset"], json!([0, 1, 11]));
     // They are those of the model.
     let answer =
         server.complete(json!({"prompt": [72, 105], "max_tokens": 0, "echo": true, "logprobs": 0})).await.json();
