@@ -8,8 +8,9 @@ use anyhow::{Context, Result, bail};
 use crate::shell::{command, is_installed, output, run as call, succeeds};
 
 /// Modules that scripts import; they have no `--help`.
-const MODULES: [&str; 6] = [
+const MODULES: [&str; 7] = [
     "scripts/common.py",
+    "scripts/parity/llama_cpp.py",
     "scripts/parity/models.py",
     "scripts/cluster/tiny_run.py",
     "scripts/serve/hostile.py",
