@@ -115,7 +115,10 @@ async function complete(isChat, body, response, error) {
     send({ error: { message: "the request took longer than 600 s", type: "server_error", code: "timeout" } });
     return response.end();
   }
-  if (said === "cut") return response.destroy();
+  if (said === "cut") {
+    await sleep(1000); // a browser forgets what it has not read when a connection breaks
+    return response.destroy();
+  }
   choice("", count >= body.max_tokens ? "length" : "stop");
   send({ choices: [], usage: { prompt_tokens: 12, completion_tokens: count, total_tokens: 12 + count } });
   response.end("data: [DONE]\n\n");
