@@ -14,7 +14,7 @@ use super::decoder::TokenTexts;
 use super::error::ApiError;
 use super::generation::{Decoding, Finish, Generation, Update, Work};
 use super::logprobs::ChatLogprobs;
-use super::reply::{EventSender, Gone, Head, UsageReport, event_stream};
+use super::reply::{EventSender, Gone, Head, UsageReport, answer_with_events};
 use super::request::{ChatRequest, Settings};
 use super::tools::{Delta, ToolFormat, ToolParser};
 use crate::chat::{ChatEncoder, Message};
@@ -47,17 +47,7 @@ pub(super) async fn chat_completions(State(app): State<Arc<App>>, request: Reque
     if job.settings.stream.is_none() {
         return complete(&app, job).await;
     }
-    let (sender, response) = event_stream();
-    let (started, start) = oneshot::channel();
-    tokio::spawn(async move {
-        tokio::select! {
-            // The sequences are cancelled when the client goes away, also while they wait.
-            () = sender.closed() => {}
-            _ = stream(&app, job, &sender, started) => {}
-        }
-    });
-    let ended = |_| ApiError::Internal { problem: "the stream has ended".into() };
-    start.await.map_err(ended)?.map(|()| response)
+    answer_with_events(|sender, started| async move { stream(&app, job, &sender, started).await }).await
 }
 
 /// The bytes of the texts in a value.

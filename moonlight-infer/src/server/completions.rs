@@ -13,7 +13,7 @@ use super::decoder::{Piece, TokenTexts};
 use super::error::ApiError;
 use super::generation::{Decoding, Generation, Update, Work};
 use super::logprobs::CompletionLogprobs;
-use super::reply::{EventSender, Gone, Head, UsageReport, event_stream};
+use super::reply::{EventSender, Gone, Head, UsageReport, answer_with_events};
 use super::request::{CompletionRequest, Prompt, Settings};
 use crate::engine::TokenLogprobs;
 use crate::tokenizer::{AddBos, Tokenizer};
@@ -59,17 +59,7 @@ pub(super) async fn completions(State(app): State<Arc<App>>, request: Request) -
     if job.settings.stream.is_none() {
         return complete(&app, job).await;
     }
-    let (sender, response) = event_stream();
-    let (started, start) = oneshot::channel();
-    tokio::spawn(async move {
-        tokio::select! {
-            // The sequences are cancelled when the client goes away, also while they wait.
-            () = sender.closed() => {}
-            _ = stream(&app, job, &sender, started) => {}
-        }
-    });
-    let ended = |_| ApiError::Internal { problem: "the stream has ended".into() };
-    start.await.map_err(ended)?.map(|()| response)
+    answer_with_events(|sender, started| async move { stream(&app, job, &sender, started).await }).await
 }
 
 fn encode_prompt(prompt: Prompt, app: &App, tokenizer: &Tokenizer, echo: bool) -> Result<EncodedPrompt, ApiError> {

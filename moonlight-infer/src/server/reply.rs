@@ -8,7 +8,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use rand::RngExt;
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::error::ApiError;
 use super::generation::{Finish, Tokens};
@@ -112,8 +112,29 @@ impl EventSender {
     }
 }
 
+/// Answers with the events that `write` sends, or with the error that it reports instead of starting. `write` is dropped, which
+/// cancels its sequences, when the client goes away, also while they wait.
+pub(super) async fn answer_with_events<F>(
+    write: impl FnOnce(EventSender, oneshot::Sender<Result<(), ApiError>>) -> F,
+) -> Result<Response, ApiError>
+where
+    F: Future<Output = Result<(), Gone>> + Send + 'static,
+{
+    let (sender, response) = event_stream();
+    let (started, start) = oneshot::channel();
+    let written = write(sender.clone(), started);
+    tokio::spawn(async move {
+        tokio::select! {
+            () = sender.closed() => {}
+            _ = written => {}
+        }
+    });
+    let ended = |_| ApiError::Internal { problem: "the stream has ended".into() };
+    start.await.map_err(ended)?.map(|()| response)
+}
+
 /// A response that is sent as its events come.
-pub(super) fn event_stream() -> (EventSender, Response) {
+fn event_stream() -> (EventSender, Response) {
     let (sender, receiver) = mpsc::channel(EVENTS);
     let events = futures_util::stream::unfold(receiver, |mut receiver| async {
         let event = receiver.recv().await?;
