@@ -11,6 +11,7 @@ pub use multiversion;
 use thiserror::Error;
 
 pub mod gemm;
+pub mod quant;
 pub mod testing;
 
 /// The environment variable with the highest level to use.
