@@ -13,8 +13,14 @@
 //! follow one another, then the next tile. The scales are in a second array: for each tile and block those of the 16 outputs. Outputs
 //! and inputs that fill the last tile and block have the scale 0 and the value of 0.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod kernel;
 mod rows;
+#[cfg(test)]
+mod tests;
 
 pub use rows::QuantizedRows;
 
