@@ -142,11 +142,26 @@ proptest! {
     fn any_shape_and_size(
         input in 1_usize..150, output in 1_usize..60, rows in 1_usize..16, kind in 0_usize..4, seed in 0_u64..1000,
         weight_size in prop::sample::select(vec![0.0_f32, 1e-30, 1e-3, 1.0, 3e4]),
-        x_size in prop::sample::select(vec![0.0_f32, 1e-38, 1e-4, 1.0, 1e30]),
+        x_size in prop::sample::select(vec![0.0_f32, 1e-42, 1e-38, 1e-4, 1.0, 1e30]),
     ) {
         let (bits, scale_type) = KINDS[kind];
         let weights: Vec<f32> = noise(input * output, seed).iter().map(|weight| weight * weight_size).collect();
         let x: Vec<f32> = noise(input * rows, seed + 1).iter().map(|x| x * x_size).collect();
         at_each_level("quantized products of any shape", |_| check(Shape { bits, input, output }, scale_type, &weights, &x));
     }
+}
+
+#[test]
+fn values_that_are_not_finite_reach_every_output() {
+    at_each_level("quantized products of NaN", |_| {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let shape = Shape { bits: Bits::Four, input: 64, output: 20 };
+            let owned = Owned::new(shape, ScaleType::F16, &noise(64 * 20, 3));
+            let mut x = noise(128, 4);
+            x[40] = bad;
+            let mut out = [0.0; 40];
+            owned.view().multiply(&QuantizedRows::new(&x, 64), 0..2, 0..2, &mut out, 20);
+            assert!(out[..20].iter().all(|x| x.is_nan()) && out[20..].iter().all(|x| x.is_finite()), "{out:?}");
+        }
+    });
 }
