@@ -136,6 +136,28 @@ fn the_largest_integers_do_not_overflow() {
     });
 }
 
+#[test]
+fn panels_have_the_weights() {
+    at_each_level("panels of quantized weights", |_| {
+        for (bits, scale_type) in KINDS {
+            let shape = Shape { bits, input: 100, output: 40 };
+            let owned = Owned::new(shape, scale_type, &noise(100 * 40, 9));
+            let (tiles, blocks) = (1..3, 1..4);
+            let (mut panel, mut rounded) = (vec![f32::NAN; 96 * 32], vec![half::bf16::NAN; 96 * 32]);
+            owned.view().dequantize(tiles.clone(), blocks.clone(), &mut panel);
+            owned.view().dequantize(tiles, blocks, &mut rounded);
+            for input in 0..96 {
+                for output in 0..32 {
+                    let inside = input + 32 < 100 && output + 16 < 40;
+                    let expected = if inside { owned.view().get(input + 32, output + 16) } else { 0.0 };
+                    assert_eq!(panel[input * 32 + output], expected);
+                    assert_eq!(rounded[input * 32 + output], half::bf16::from_f32(expected));
+                }
+            }
+        }
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
