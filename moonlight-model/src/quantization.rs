@@ -79,6 +79,12 @@ impl QuantizedWeight {
         [self.scales.lazy_shape()[0], self.spec.input, self.spec.output]
     }
 
+    /// The weight as the kernel that decodes few tokens reads it; `None` if it cannot.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn few_tokens(&self) -> Option<crate::kernels::few_tokens::Matrix> {
+        None
+    }
+
     /// `x W` for a single matrix: `[rows, in]` to `[rows, out]`.
     pub(crate) fn product(&self, x: Tensor<2>) -> Tensor<2> {
         let [rows, _] = x.dims();
