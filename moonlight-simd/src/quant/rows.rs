@@ -53,6 +53,23 @@ impl QuantizedRows {
         }
     }
 
+    /// All rows of several, one after the other.
+    ///
+    /// # Panics
+    ///
+    /// If they differ in width.
+    pub fn joined(parts: Vec<Self>) -> Self {
+        let mut parts = parts.into_iter();
+        let mut all = parts.next().unwrap_or_default();
+        for part in parts {
+            assert_eq!(part.blocks, all.blocks, "rows must have one width");
+            all.values.extend_from_slice(&part.values);
+            all.scales.extend_from_slice(&part.scales);
+            all.sums.extend_from_slice(&part.sums);
+        }
+        all
+    }
+
     /// The number of rows.
     pub fn len(&self) -> usize {
         self.scales.len() / self.blocks.max(1)
@@ -85,8 +102,10 @@ crate::by_level! {
             // As integers, whose order is that of magnitudes: a maximum of floats is not vectorized.
             let largest = whole.iter().fold(0, |most, x| (x.to_bits() & 0x7fff_ffff).max(most));
             let largest = f32::from_bits(largest);
-            *scale = largest / 127.0;
-            let inverse = if *scale == 0.0 { 0.0 } else { 127.0 / largest };
+            // Below this the inverse is infinite; such a block is 0.
+            let is_zero = largest < 128.0 * f32::MIN_POSITIVE;
+            *scale = if is_zero { 0.0 } else { largest / 127.0 };
+            let inverse = if is_zero { 0.0 } else { 127.0 / largest };
             let mut total = 0;
             for (value, x) in values.iter_mut().zip(whole) {
                 let integer = (x * inverse).round_ties_even() as i32;
