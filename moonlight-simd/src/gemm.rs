@@ -11,13 +11,25 @@ use crate::{Level, level};
 
 /// A read-only matrix: element `(i, j)` is at `i * row_stride + j * column_stride`.
 #[derive(Debug, Clone, Copy)]
-pub struct Operand {
+pub struct Operand<T = f32> {
     /// A pointer to element `(0, 0)`.
-    pub values: *const f32,
+    pub values: *const T,
     /// The distance between rows, in values.
     pub row_stride: usize,
     /// The distance between columns, in values.
     pub column_stride: usize,
+}
+
+impl<T> Operand<T> {
+    /// The part from element `(row, column)` on.
+    ///
+    /// # Safety
+    ///
+    /// The element must be in the allocation of the matrix, or one past its end.
+    pub(crate) unsafe fn at(self, row: usize, column: usize) -> Self {
+        // SAFETY: as the caller ensures.
+        Self { values: unsafe { self.values.add(row * self.row_stride + column * self.column_stride) }, ..self }
+    }
 }
 
 /// Whether the processor has the features of the kernels of the level `avx2`, FMA among them.

@@ -10,6 +10,9 @@ use std::sync::OnceLock;
 pub use multiversion;
 use thiserror::Error;
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+pub mod bf16_gemm;
 pub mod gemm;
 pub mod quant;
 pub mod testing;
