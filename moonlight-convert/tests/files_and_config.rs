@@ -221,7 +221,10 @@ fn scales_of_another_granularity_than_in_the_config_are_refused() {
     let error = load(home.path(), &Device::default(), None).unwrap_err();
     assert!(matches!(error, CheckpointError::Mismatch { .. }), "{error}");
     let hint = error.hint().unwrap();
-    assert!(hint.contains("supported are FP8 (E4M3) with one scale per tensor, row or block, and INT4 and INT8"), "{hint}");
+    assert!(
+        hint.contains("supported are FP8 (E4M3) with one scale per tensor, row or block, and INT4 and INT8"),
+        "{hint}"
+    );
 }
 
 /// transformers' FP8 integrations (fbgemm, fine-grained) save these in addition to the weights.
@@ -302,8 +305,14 @@ fn packed_weights_must_match_the_config() {
     assert_eq!(packed(columns.div_ceil(8), 9, int(4, 9)), []);
     assert_eq!(packed(columns.div_ceil(4), 9, int(8, 9)), []);
     for (found, named) in [
-        (packed(columns.div_ceil(8), 9, int(8, 9)), "has weights of 4 bits; `quantization_config` has the `num_bits` 8"),
-        (packed(columns.div_ceil(4), 9, int(4, 9)), "has weights of 8 bits; `quantization_config` has the `num_bits` 4"),
+        (
+            packed(columns.div_ceil(8), 9, int(8, 9)),
+            "has weights of 4 bits; `quantization_config` has the `num_bits` 8",
+        ),
+        (
+            packed(columns.div_ceil(4), 9, int(4, 9)),
+            "has weights of 8 bits; `quantization_config` has the `num_bits` 4",
+        ),
         (packed(columns.div_ceil(4), 9, int(6, 9)), "has weights of 6 bits"),
         (
             packed(columns.div_ceil(8), 9, int(4, 18)),

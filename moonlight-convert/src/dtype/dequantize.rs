@@ -44,9 +44,16 @@ pub(crate) struct SourceTensor {
 #[derive(Debug)]
 pub(crate) enum Encoding {
     Plain(Layout),
-    Fp8 { scale: (FileRange, WeightDtype), block: [usize; 2] },
+    Fp8 {
+        scale: (FileRange, WeightDtype),
+        block: [usize; 2],
+    },
     /// Integers of 4 or 8 bits, packed into words.
-    Packed { bits: Bits, scale: (FileRange, WeightDtype), group: usize },
+    Packed {
+        bits: Bits,
+        scale: (FileRange, WeightDtype),
+        group: usize,
+    },
     Gguf(GgufRows),
 }
 

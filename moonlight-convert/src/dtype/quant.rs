@@ -424,7 +424,8 @@ mod tests {
         (bytes[0], bytes[4]) = (0xf7, 0x98);
         (bytes[8], bytes[12]) = (0x80, 0x0a);
         let scales = Scales { first: 0, values: vec![1.0, 2.0, 4.0, 8.0] };
-        let matrix = PackedIntegers { bits: Bits::Four, bytes: &bytes, first: 0, columns: 10, group: 5, scales: &scales };
+        let matrix =
+            PackedIntegers { bits: Bits::Four, bytes: &bytes, first: 0, columns: 10, group: 5, scales: &scales };
         let mut line = [0.0f32; 10];
         assert!(matrix.read_row(0, 0, &mut line));
         assert_eq!(line, [-1.0, 7.0, -8.0, -8.0, -8.0, -16.0, -16.0, -16.0, 0.0, 2.0]);
@@ -433,7 +434,8 @@ mod tests {
         assert_eq!(line[8..], [16.0, -64.0]);
         // The second row alone.
         let scales = Scales { first: 1, values: vec![4.0, 8.0] };
-        let second = PackedIntegers { bits: Bits::Four, bytes: &bytes[8..], first: 1, columns: 10, group: 5, scales: &scales };
+        let second =
+            PackedIntegers { bits: Bits::Four, bytes: &bytes[8..], first: 1, columns: 10, group: 5, scales: &scales };
         assert!(second.read_row(1, 0, &mut line));
         assert_eq!((line[0], line[9]), (-32.0, -64.0));
     }
@@ -442,7 +444,8 @@ mod tests {
     fn a_value_of_8_bits_is_a_byte_without_sign() {
         let scales = Scales { first: 0, values: vec![0.5, -2.0] };
         let bytes = [0, 1, 128, 255, 129, 127, 0, 0];
-        let matrix = PackedIntegers { bits: Bits::Eight, bytes: &bytes, first: 0, columns: 6, group: 3, scales: &scales };
+        let matrix =
+            PackedIntegers { bits: Bits::Eight, bytes: &bytes, first: 0, columns: 6, group: 3, scales: &scales };
         let mut line = [0.0f32; 6];
         assert!(matrix.read_row(0, 0, &mut line));
         assert_eq!(line, [-64.0, -63.5, 0.0, -254.0, -2.0, 2.0]);
@@ -468,7 +471,9 @@ mod tests {
         }
         let int8 = scheme(packed(json!({"num_bits": 8, "type": "int"})));
         assert_eq!((int8.packed_problem.as_deref(), int8.packed_bits(64, Some(16))), (None, Ok(Bits::Eight)));
-        assert!(int8.packed_bits(64, Some(8)).unwrap_err().contains("weights of 4 bits; `quantization_config` has the"));
+        assert!(
+            int8.packed_bits(64, Some(8)).unwrap_err().contains("weights of 4 bits; `quantization_config` has the")
+        );
         // A row of one word, and one that fits no number of bits.
         assert_eq!((int8.packed_bits(4, Some(1)), int8.packed_bits(64, Some(7))), (Ok(Bits::Eight), Ok(Bits::Eight)));
         assert_eq!(QuantScheme::default().packed_bits(64, Some(16)), Ok(Bits::Eight));

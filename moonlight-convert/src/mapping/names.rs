@@ -130,7 +130,11 @@ pub(crate) struct PackedNames {
 
 /// The names for the matrix that would be called `weight`.
 pub(crate) fn packed_names(weight: &str) -> PackedNames {
-    PackedNames { values: format!("{weight}_packed"), scale: format!("{weight}_scale"), shape: format!("{weight}_shape") }
+    PackedNames {
+        values: format!("{weight}_packed"),
+        scale: format!("{weight}_scale"),
+        shape: format!("{weight}_shape"),
+    }
 }
 
 /// The layer of a tensor, `None` if it belongs to none.
