@@ -12,7 +12,7 @@
 //! The complete checkpoint has 32 GB. Weights are bf16 with magnitudes from 2^-11 to 2^-7 and random signs, norms from
 //! 1/2 to 1; equal seeds give equal files.
 //!
-//! With `--quantize int4` it has 9.6 GB: the tensors and the `config.json` of `moonlight-convert convert --quantize int4`,
+//! With `--quantize int4` it has 10 GB: the tensors and the `config.json` of `moonlight-convert convert --quantize int4`,
 //! with random integers, and scales so that the largest weights are about 2^-7.
 
 mod published;
