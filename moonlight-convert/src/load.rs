@@ -8,14 +8,13 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use moonlight_model::config::ParameterKind;
 use moonlight_model::disjoint::DisjointMut;
-use moonlight_model::{CausalLm, QuantBits};
+use moonlight_model::{CausalLm, QuantBits, huge_pages};
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{Outcome, Weight, WeightDtype, all_finite, with_weight};
 use crate::dtype::dequantize::{Layout, SourceTensor};
 use crate::dtype::transpose::HEIGHT;
 use crate::error::CheckpointError;
-use crate::io::huge_pages;
 use crate::io::parallel_copy::{self, RowChunk, in_order};
 use crate::io::prefetch::PrefetchReader;
 use crate::mapping::load_plan::{LoadPlan, PlannedParameter, Scope};

@@ -10,9 +10,8 @@ use std::time::Duration;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use moonlight_model::kernels::{
-    AttentionSpec, GroupLayout, QUANT_BLOCK, QuantBits, QuantizedSpec, RotationSpec, combine_rows, cross_entropy,
-    dispatch_rows, grouped_attention, grouped_matmul, latent_attention, project, quantized_matmul, rms_norm, rotate,
-    swiglu,
+    AttentionSpec, GroupLayout, QuantBits, QuantizedShape, RotationSpec, combine_rows, cross_entropy, dispatch_rows,
+    grouped_attention, grouped_matmul, latent_attention, project, quantized_matmul, rms_norm, rotate, swiglu,
 };
 
 const BATCH: usize = 4;
@@ -98,11 +97,11 @@ fn products(criterion: &mut Criterion) {
         let name = format!("quantized_matmul {bits:?}");
         // The weight is frozen, so the backward pass has one product.
         bench(criterion, &name, [operations, operations].map(Work::Operations), |device| {
-            let spec = QuantizedSpec { bits, input: HIDDEN, output: WIDTH };
-            let bytes = bits.bytes(HIDDEN * WIDTH);
+            let spec = QuantizedShape { bits, input: HIDDEN, output: WIDTH };
+            let bytes = spec.value_bytes();
             let values = TensorData::new(vec![bits.zero() + 1; EXPERTS * bytes], [EXPERTS, bytes]);
             let values = Tensor::<2, Int>::from_data(values, (device, DType::U8));
-            let scales = Tensor::full([EXPERTS, HIDDEN * WIDTH / QUANT_BLOCK], 0.01, device);
+            let scales = Tensor::full([EXPERTS, spec.scales()], 0.01, (device, DType::F16));
             let (rows, layout) = (input([ROWS, HIDDEN], device), layout());
             Box::new(move || quantized_matmul(rows.clone(), values.clone(), scales.clone(), spec, &layout))
         });

@@ -13,6 +13,7 @@ use crate::kernels::{cross_entropy, project};
 use crate::layer::{DecoderLayer, FeedForward, LayerOutput};
 use crate::moe::bias_step;
 use crate::norm::RmsNorm;
+use crate::quantization::QuantizedWeight;
 use crate::rope::RotaryEmbedding;
 
 /// A decoder-only language model of the Moonlight family.
@@ -41,6 +42,8 @@ pub struct CausalLm {
     pub norm: RmsNorm,
     /// `[hidden, vocab]`; `None` if the head is the transposed embedding (`tie_word_embeddings`).
     pub lm_head: Option<Linear>,
+    /// The head in 8 bits, used instead of `lm_head` (whose weight is then a `[1, 1]` zero) or of the transposed embedding.
+    pub head_quantized: Option<QuantizedWeight>,
     #[module(skip)]
     config: ModelConfig,
     #[module(skip)]
@@ -100,6 +103,7 @@ impl ModelConfig {
             layers: (0..self.num_hidden_layers).map(|layer| self.layer(layer).build(init)).collect(),
             norm: RmsNorm::build(hidden, self.rms_norm_eps, init),
             lm_head: (!self.tie_word_embeddings).then(|| init.head([hidden, vocab], deviation)),
+            head_quantized: None,
             rotary: self.rotary(),
             config: self.clone(),
         }
@@ -240,10 +244,11 @@ impl CausalLm {
     /// - output: `[tokens, vocab]`
     pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
         let hidden = self.norm.forward_rows(hidden);
-        match &self.lm_head {
-            Some(head) => project(hidden, head.weight.val()),
+        match (&self.head_quantized, &self.lm_head) {
+            (Some(head), _) => head.product(hidden),
+            (None, Some(head)) => project(hidden, head.weight.val()),
             // Tied: [vocab, hidden]^T. `project` would copy the transposed view to make it contiguous.
-            None => hidden.matmul(self.embed_tokens.weight.val().transpose()),
+            (None, None) => hidden.matmul(self.embed_tokens.weight.val().transpose()),
         }
     }
 

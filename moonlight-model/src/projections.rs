@@ -106,10 +106,30 @@ impl DecoderLayer {
 }
 
 impl CausalLm {
-    /// Quantizes and freezes every projection of the layers, one layer at a time; embedding, head, norms and routers do not
-    /// change.
+    /// Quantizes and freezes every projection of the layers, one layer at a time, and the head ([`quantize_head`]); embedding, norms
+    /// and routers do not change.
+    ///
+    /// [`quantize_head`]: CausalLm::quantize_head
     pub fn quantized(mut self, bits: QuantBits) -> Self {
         self.layers = self.layers.into_iter().map(|layer| layer.quantized(bits)).collect();
+        self.quantize_head()
+    }
+
+    /// Quantizes and freezes the head, to 8 bits: errors of the logits are not averaged by later layers, and the head is a small part
+    /// of a model. Of a tied head the embedding stays as it is, for reading tokens.
+    pub fn quantize_head(mut self) -> Self {
+        if self.head_quantized.is_some() {
+            return self;
+        }
+        let weight = match &self.lm_head {
+            Some(head) => head.weight.val(),
+            None => self.embed_tokens.weight.val().transpose(),
+        };
+        self.head_quantized = Some(QuantizedWeight::new(weight.unsqueeze(), QuantBits::Eight));
+        if let Some(head) = &mut self.lm_head {
+            replace_value(&mut head.weight, |old| Tensor::zeros([1, 1], (&old.device(), old.dtype())));
+            head.weight = head.weight.clone().set_require_grad(false);
+        }
         self
     }
 
@@ -125,6 +145,10 @@ impl CausalLm {
                 }
                 ProjectionMut::Matrix(_) | ProjectionMut::Experts(_) => {}
             }
+        }
+        match &mut self.lm_head {
+            Some(head) => dequantize(&mut head.weight, &mut self.head_quantized),
+            None => self.head_quantized = None,
         }
         self
     }
@@ -146,13 +170,13 @@ impl CausalLm {
         self.quantized_bytes() > 0
     }
 
-    /// Bytes of all quantized weights, scales included.
+    /// Bytes of all quantized weights, scales and the head included.
     pub fn quantized_bytes(&self) -> usize {
         let quantized = self.projections().into_iter().filter_map(|entry| match entry.projection {
             ProjectionRef::Matrix(weight) => weight.quantized.and_then(Option::as_ref),
             ProjectionRef::Experts(weight) => weight.quantized.and_then(Option::as_ref),
         });
-        quantized.map(QuantizedWeight::bytes).sum()
+        quantized.chain(&self.head_quantized).map(QuantizedWeight::bytes).sum()
     }
 
     /// Every projection of the decoder layers, routers included; not embedding, head and norms.

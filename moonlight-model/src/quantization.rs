@@ -1,9 +1,8 @@
 //! Weights in 8 or 4 bits, for frozen models.
 //!
-//! A matrix is split into blocks of 64 consecutive values. A block has one f32 scale, its largest magnitude divided by the
-//! largest integer, and its values are rounded to multiples of the scale: 8.5 or 4.5 bits a value, and an error of at most half
-//! the scale. A matrix is dequantized only for its product, in the forward pass and again in the backward pass (`dX = dY W^T`),
-//! one expert at a time.
+//! A block of 32 consecutive inputs of one output has one scale of 16 bits: 8.5 or 4.5 bits a value, as GGUF's `Q8_0` and `Q4_0`
+//! have. On the CPU rows are quantized too and products are sums of integers ([`moonlight_simd::quant`]); the backward pass
+//! (`dX = dY W^T`) dequantizes a panel of a matrix at a time.
 //!
 //! Burn 0.22.1's own quantization was tried and is not used: on the CPU its 4-bit values take a byte each, and the product of a
 //! float and a quantized tensor dequantizes the whole weight (all experts of a stack), which autodiff keeps until the backward
@@ -12,71 +11,134 @@
 use std::sync::Arc;
 
 use burn::module::{Module, Param, ParamId};
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData, bf16, f16};
+use moonlight_simd::quant::{QuantizedMatrix, quantize_tiles};
+use rayon::prelude::*;
 
-pub use crate::kernels::QuantBits;
-use crate::kernels::{GroupLayout, QUANT_BLOCK as BLOCK, QuantizedSpec, quantized_matmul};
+use crate::huge_pages;
+use crate::kernels::{GroupLayout, QUANT_BLOCK, QUANT_TILE, quantized_matmul};
+pub use crate::kernels::{QuantBits, QuantizedShape};
+pub use moonlight_simd::quant::ScaleType;
 
 /// A quantized matrix, or the quantized stack of a layer's experts.
 #[derive(Module, Debug)]
 pub struct QuantizedWeight {
-    /// u8 `[experts, bytes]`.
+    /// u8 `[experts, bytes]`, in the order of [`moonlight_simd::quant`].
     values: Param<Tensor<2, Int>>,
-    /// f32 `[experts, blocks]`.
+    /// f16 or bf16 `[experts, scales]`; f32 on devices without these types.
     scales: Param<Tensor<2>>,
     #[module(skip)]
-    spec: QuantizedSpec,
+    shape: QuantizedShape,
 }
 
 impl QuantizedWeight {
-    /// Quantizes `[experts, in, out]`, one expert at a time, so that the cast to f32 and the intermediate tensors take the memory of
-    /// one expert.
+    /// Quantizes `[experts, in, out]`, one expert at a time, so that the copy in f32 takes the memory of one expert.
     pub(crate) fn new(weight: Tensor<3>, bits: QuantBits) -> Self {
         let [experts, input, output] = weight.dims();
-        let spec = QuantizedSpec { bits, input, output };
-        // The quantized weight has no gradient, so the autodiff graph must not record these operations.
-        let autodiff = weight.is_autodiff();
-        let weight = if autodiff { weight.inner() } else { weight };
-        let quantized: Vec<_> = (0..experts)
-            .map(|expert| quantize(weight.clone().slice_dim(0, expert..expert + 1).cast(DType::F32), spec))
-            .collect();
-        let (values, scales): (Vec<_>, Vec<_>) = quantized.into_iter().unzip();
-        let (values, scales) = (Tensor::cat(values, 0), Tensor::cat(scales, 0));
-        let (values, scales) = match autodiff {
-            true => (Tensor::from_inner(values), Tensor::from_inner(scales)),
-            false => (values, scales),
+        let shape = QuantizedShape { bits, input, output };
+        let device = weight.device();
+        let weight = if weight.is_autodiff() { weight.inner() } else { weight };
+        let (mut values, mut scales) =
+            (huge_pages::zeros(experts * shape.value_bytes()), huge_pages::zeros(experts * shape.scales()));
+        let parts = values.chunks_exact_mut(shape.value_bytes()).zip(scales.chunks_exact_mut(shape.scales()));
+        for (expert, (values, scales)) in parts.enumerate() {
+            let matrix = weight.clone().slice_dim(0, expert..expert + 1).cast(DType::F32).into_data();
+            let matrix = matrix.as_slice::<f32>().expect("the matrix was cast to f32");
+            let tiles = values
+                .par_chunks_exact_mut(shape.blocks() * bits.tile_bytes())
+                .zip(scales.par_chunks_exact_mut(shape.blocks() * QUANT_TILE));
+            tiles.enumerate().for_each(|(tile, (values, scales))| {
+                quantize_tiles(matrix, shape, ScaleType::F16, tile, values, scales);
+            });
+        }
+        Self::from_parts(values, scales, ScaleType::F16, experts, shape, &device)
+    }
+
+    /// A weight from its values and scales, in the order of [`moonlight_simd::quant`], one expert after the other.
+    ///
+    /// # Panics
+    ///
+    /// If the numbers of values and scales are not those of `experts` matrices of the shape.
+    pub fn from_parts(
+        values: Vec<u8>,
+        scales: Vec<u16>,
+        scale_type: ScaleType,
+        experts: usize,
+        shape: QuantizedShape,
+        device: &Device,
+    ) -> Self {
+        assert_eq!(values.len(), experts * shape.value_bytes(), "the bytes of the values must fit the shape");
+        assert_eq!(scales.len(), experts * shape.scales(), "the number of scales must fit the shape");
+        let dims = [experts, shape.scales()];
+        let (scales, dtype) = match scale_type {
+            ScaleType::F16 => (TensorData::new(bytemuck::allocation::cast_vec::<u16, f16>(scales), dims), DType::F16),
+            ScaleType::Bf16 => {
+                (TensorData::new(bytemuck::allocation::cast_vec::<u16, bf16>(scales), dims), DType::BF16)
+            }
         };
+        let dtype = if device.supports_dtype(dtype) { dtype } else { DType::F32 };
+        let scales = Tensor::from_data(scales.convert_dtype(dtype), (device, dtype));
+        let values = TensorData::new(values, [experts, shape.value_bytes()]);
+        // WGSL has no byte type: on WGPU each byte is an integer of 32 bits.
+        let dtype = if device.supports_dtype(DType::U8) { DType::U8 } else { DType::I32 };
+        let values = Tensor::from_data(values.convert_dtype(dtype), (device, dtype));
         let scales = Param::from_tensor(scales).set_require_grad(false);
-        Self { values: Param::initialized(ParamId::new(), values), scales, spec }
+        Self { values: Param::initialized(ParamId::new(), values), scales, shape }
     }
 
     /// The dequantized matrices, f32 `[experts, in, out]`.
     pub(crate) fn dequantized(&self) -> Tensor<3> {
-        let QuantizedSpec { bits, input, output } = self.spec;
-        let (values, scales) = (self.values.val(), self.scales.val());
-        let [experts, blocks] = scales.dims();
-        let matrices = (0..experts).map(|expert| {
-            let bytes = values.clone().slice_dim(0, expert..expert + 1).float().cast(DType::F32);
-            let bytes = bytes.reshape([blocks, bits.bytes(BLOCK)]);
-            let integers = match bits {
-                QuantBits::Eight => bytes,
-                // A byte has value `i` of the block in its low half and value `i + 32` in its high half. They are split in f32, which
-                // is exact for integers below 256.
-                QuantBits::Four => {
-                    let high = bytes.clone().div_scalar(16.0).floor();
-                    Tensor::cat(vec![bytes - high.clone() * 16.0, high], 1)
+        let QuantizedShape { input, output, .. } = self.shape;
+        let [experts, _, _] = self.dims();
+        let scales = self.scales.val();
+        let device = scales.device();
+        let values = self.values.val().into_data().convert::<u8>();
+        let values = values.as_slice::<u8>().expect("the values were converted");
+        let scales = scales.into_data();
+        let (scales, scale_type): (Vec<u16>, _) = match scales.dtype() {
+            DType::BF16 => (scales.iter::<bf16>().map(bf16::to_bits).collect(), ScaleType::Bf16),
+            // f32 on devices without types of 16 bits: it was converted from one of them.
+            _ => {
+                let f16_bits: Vec<u16> = scales.iter::<f32>().map(|scale| f16::from_f32(scale).to_bits()).collect();
+                let exact =
+                    scales.iter::<f32>().zip(&f16_bits).all(|(scale, &bits)| f16::from_bits(bits).to_f32() == scale);
+                if exact {
+                    (f16_bits, ScaleType::F16)
+                } else {
+                    (scales.iter::<f32>().map(|scale| bf16::from_f32(scale).to_bits()).collect(), ScaleType::Bf16)
                 }
-            };
-            let scales = scales.clone().slice_dim(0, expert..expert + 1).reshape([blocks, 1]);
-            let weight = (integers - f64::from(bits.zero())) * scales; // [blocks, BLOCK]
-            weight.reshape([blocks * BLOCK]).slice_dim(0, 0..input * output).reshape([1, input, output])
-        });
-        Tensor::cat(matrices.collect(), 0)
+            }
+        };
+        let mut weights = vec![0.0; experts * input * output];
+        let matrices = weights.chunks_exact_mut(input * output);
+        let parts = values.chunks_exact(self.shape.value_bytes()).zip(scales.chunks_exact(self.shape.scales()));
+        for (weights, (values, scales)) in matrices.zip(parts) {
+            let matrix = QuantizedMatrix::new(self.shape, scale_type, values, scales);
+            weights.par_chunks_mut(QUANT_BLOCK * output).enumerate().for_each(|(block, rows)| {
+                let width = self.shape.tiles() * QUANT_TILE;
+                let mut panel = vec![0.0; QUANT_BLOCK * width];
+                matrix.dequantize(0..self.shape.tiles(), block..block + 1, &mut panel);
+                for (row, panel) in rows.chunks_exact_mut(output).zip(panel.chunks_exact(width)) {
+                    row.copy_from_slice(&panel[..output]);
+                }
+            });
+        }
+        Tensor::from_data(TensorData::new(weights, [experts, input, output]), (&device, DType::F32))
     }
 
     /// `[experts, in, out]`.
-    pub(crate) fn dims(&self) -> [usize; 3] {
-        [self.scales.lazy_shape()[0], self.spec.input, self.spec.output]
+    pub fn dims(&self) -> [usize; 3] {
+        [self.scales.lazy_shape()[0], self.shape.input, self.shape.output]
+    }
+
+    /// The number of bits of a value.
+    pub fn bits(&self) -> QuantBits {
+        self.shape.bits
+    }
+
+    /// Values and scales, for kernels.
+    pub(crate) fn parts(&self) -> (Tensor<2, Int>, Tensor<2>, QuantizedShape) {
+        (self.values.val(), self.scales.val(), self.shape)
     }
 
     /// `x W` for a single matrix: `[rows, in]` to `[rows, out]`.
@@ -87,98 +149,67 @@ impl QuantizedWeight {
 
     /// The grouped product: each row times the matrix of its expert, `[rows, in]` to `[rows, out]`.
     pub(crate) fn grouped_product(&self, rows: Tensor<2>, layout: &Arc<GroupLayout>) -> Tensor<2> {
-        quantized_matmul(rows, self.values.val(), self.scales.val(), self.spec, layout)
+        quantized_matmul(rows, self.values.val(), self.scales.val(), self.shape, layout)
     }
 
-    /// The bytes of values and scales. On a device without a byte type, values take four times as many.
+    /// The bytes of values and scales. On a device without types of 8 or 16 bits they take more.
     pub fn bytes(&self) -> usize {
-        let [experts, input, output] = self.dims();
-        let blocks = (input * output).div_ceil(BLOCK);
-        experts * blocks * (self.spec.bits.bytes(BLOCK) + size_of::<f32>())
+        let [experts, _, _] = self.dims();
+        experts * (self.shape.value_bytes() + 2 * self.shape.scales())
     }
-}
-
-/// Quantizes one matrix `[1, in, out]` to bytes `[1, bytes]` and scales `[1, blocks]`.
-fn quantize(weight: Tensor<3>, spec: QuantizedSpec) -> (Tensor<2, Int>, Tensor<2>) {
-    let count = spec.input * spec.output;
-    let blocks = count.div_ceil(BLOCK);
-    let mut flat = weight.reshape([count]);
-    // Fill the last block with zeros, which do not change its scale.
-    if count < blocks * BLOCK {
-        let padding = Tensor::zeros([blocks * BLOCK - count], (&flat.device(), DType::F32));
-        flat = Tensor::cat(vec![flat, padding], 0);
-    }
-    let values = flat.reshape([blocks, BLOCK]);
-    let scales = values.clone().abs().max_dim(1) / f64::from(spec.bits.largest());
-    // A block of zeros has the scale 0. Dividing by 1 instead gives zeros and not NaN.
-    let divisors = scales.clone().mask_fill(scales.clone().equal_elem(0.0), 1.0);
-    let integers = (values / divisors).round() + f64::from(spec.bits.zero());
-    let bytes = match spec.bits {
-        QuantBits::Eight => integers,
-        QuantBits::Four => {
-            let half = BLOCK / 2;
-            integers.clone().slice_dim(1, 0..half) + integers.slice_dim(1, half..BLOCK) * 16.0
-        }
-    };
-    let bytes = bytes.reshape([1, blocks * spec.bits.bytes(BLOCK)]).int();
-    // WGSL has no byte type: on WGPU each byte is an integer of 32 bits.
-    let bytes = if bytes.device().supports_dtype(DType::U8) { bytes.cast(DType::U8) } else { bytes };
-    (bytes, scales.reshape([1, blocks]))
 }
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, Distribution, Tolerance};
+    use burn::tensor::{Distribution, Tolerance};
 
     use super::*;
 
     fn weight(device: &Device) -> Tensor<3> {
-        // 23 x 37 values are 13.3 blocks, so the last block is padded.
-        let drawn = Tensor::<3>::random([3, 23, 37], Distribution::Normal(0.0, 0.5), device);
-        // An outlier and a block of zeros.
+        // 53 x 37: the last block and the last tile are filled.
+        let drawn = Tensor::<3>::random([3, 53, 37], Distribution::Normal(0.0, 0.5), device);
+        // An outlier, and an output whose first block is 0.
         let mut values: Vec<f32> = drawn.into_data().iter::<f32>().collect();
         values[70] = 40.0;
-        values[128..192].fill(0.0);
-        Tensor::from_data(burn::tensor::TensorData::new(values, [3, 23, 37]), device)
+        (0..QUANT_BLOCK).for_each(|input| values[input * 37 + 5] = 0.0);
+        Tensor::from_data(TensorData::new(values, [3, 53, 37]), device)
+    }
+
+    fn values(tensor: Tensor<3>) -> Vec<f32> {
+        tensor.into_data().iter::<f32>().collect()
     }
 
     #[test]
-    fn each_value_is_off_by_at_most_half_a_scale() {
+    fn quantizing_dequantized_values_changes_little() {
         let device = Device::default();
-        let weight = weight(&device);
-        for (bits, largest) in [(QuantBits::Eight, 127.0), (QuantBits::Four, 7.0)] {
-            let quantized = QuantizedWeight::new(weight.clone(), bits);
-            let values = |tensor: Tensor<3>| tensor.into_data().iter::<f32>().collect::<Vec<_>>();
-            let (before, after) = (values(weight.clone()), values(quantized.dequantized()));
-            for (before, after) in before.chunks(23 * 37).zip(after.chunks(23 * 37)) {
-                for (before, after) in before.chunks(BLOCK).zip(after.chunks(BLOCK)) {
-                    let scale = before.iter().fold(0.0_f32, |most, value| most.max(value.abs())) / largest;
-                    for (before, after) in before.iter().zip(after) {
-                        assert!((before - after).abs() <= 0.5001 * scale, "{before} {after} {scale}");
-                    }
-                }
-            }
-            // Quantizing dequantized values again changes nothing.
+        for (bits, share) in [(QuantBits::Eight, 0.005), (QuantBits::Four, 0.09)] {
+            let quantized = QuantizedWeight::new(weight(&device), bits);
+            let (before, after) = (values(weight(&device)), values(quantized.dequantized()));
+            let error: f32 = before.iter().zip(&after).map(|(a, b)| (a - b).powi(2)).sum();
+            let size: f32 = before.iter().map(|a| a.powi(2)).sum();
+            assert!((error / size).sqrt() < share, "{}", (error / size).sqrt());
             let again = values(QuantizedWeight::new(quantized.dequantized(), bits).dequantized());
             let off = again.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(off < 1e-5, "{off}");
+            assert!(off < 0.02, "{off}");
         }
     }
 
     #[test]
     fn bytes_counts_what_the_tensors_hold() {
         let quantized = |bits| QuantizedWeight::new(weight(&Device::default()), bits);
-        for (bits, per_block) in [(QuantBits::Eight, 68), (QuantBits::Four, 36)] {
+        // 3 tiles of 2 blocks, each with 16 scales of 2 bytes.
+        for (bits, per_block) in [(QuantBits::Eight, 544), (QuantBits::Four, 288)] {
             let quantized = quantized(bits);
-            assert_eq!(quantized.bytes(), 3 * 14 * per_block);
+            assert_eq!(quantized.bytes(), 3 * 3 * 2 * per_block);
             let held =
                 quantized.values.val().into_data().bytes().len() + quantized.scales.val().into_data().bytes().len();
             assert_eq!(held, quantized.bytes());
         }
     }
 
+    /// Rows are rounded to 127 steps of the largest in their block; the gradient is not, except to bf16.
     #[test]
-    fn product_and_gradient_are_those_of_the_dequantized_matrix() {
+    fn product_and_gradient_are_close_to_those_of_the_dequantized_matrix() {
         let device = Device::default().autodiff();
         let choices: Vec<u32> = (0..50).map(|slot| [0, 2, 2, 0, 2][slot % 5]).collect();
         let layout = Arc::new(GroupLayout::from_choices(&choices, 1, 3));
@@ -186,16 +217,17 @@ mod tests {
             let quantized = QuantizedWeight::new(weight(&device), bits);
             let plain = quantized.dequantized();
             let run = |product: &dyn Fn(Tensor<2>) -> Tensor<2>| {
-                let x = Tensor::<2>::ones([50, 23], &device).cumsum(0).sin().require_grad();
+                let x = Tensor::<2>::ones([50, 53], &device).cumsum(0).cumsum(1).sin().require_grad();
                 let y = product(x.clone());
-                let gradients = (y.clone() * y.clone().cos()).sum().backward();
+                let weights = Tensor::<2>::ones([50, 37], &device).cumsum(1).cos();
+                let gradients = (y.clone() * weights).sum().backward();
                 (y.into_data(), x.grad(&gradients).unwrap().into_data())
             };
             let ours = run(&|x| quantized.grouped_product(x, &layout));
             let expected = run(&|x| crate::kernels::grouped_matmul(x, plain.clone(), &layout));
-            for (ours, expected) in [(ours.0, expected.0), (ours.1, expected.1)] {
-                ours.assert_approx_eq(&expected, Tolerance::<f32>::rel_abs(1e-4, 1e-4));
-            }
+            // The outlier alone may move a result by half a step: 40 / 254.
+            ours.0.assert_approx_eq(&expected.0, Tolerance::<f32>::rel_abs(1e-2, 0.2));
+            ours.1.assert_approx_eq(&expected.1, Tolerance::<f32>::rel_abs(1e-2, 0.1));
         }
     }
 }

@@ -189,14 +189,15 @@ fn call_quantized_matmul(arguments: &mut Arguments) -> Outcome {
     let [tokens, input, output, groups, k] = arguments.case.sizes;
     let layout = arguments.layout(tokens, k, groups)?;
     let bits = if arguments.case.seed.is_multiple_of(2) { QuantBits::Eight } else { QuantBits::Four };
-    let blocks = (input * output).div_ceil(QUANT_BLOCK);
-    let spec = QuantizedSpec { bits, input: arguments.number(input), output: arguments.number(output) };
+    let whole = QuantizedShape { bits, input, output };
+    let spec = QuantizedShape { bits, input: arguments.number(input), output: arguments.number(output) };
     let rows = arguments.float([tokens * k, input]);
     // The values of float tensors are in -1/2..1/2.
-    let values = arguments.tensor([groups, blocks * bits.bytes(QUANT_BLOCK)], DType::F32);
+    let values = arguments.tensor([groups, whole.value_bytes()], DType::F32);
     let values: Tensor<2, Int> = (values * 255.0 + 127.5).int();
     let values = if values.device().supports_dtype(DType::U8) { values.cast(DType::U8) } else { values };
-    let scales = arguments.tensor([groups, blocks], DType::F32);
+    let dtype = if arguments.case.seed.is_multiple_of(3) { DType::F32 } else { DType::F16 };
+    let scales = arguments.tensor([groups, whole.scales()], dtype);
     let inputs = vec![of(&rows)];
     outcome(quantized_matmul(rows, values, scales, spec, &layout), inputs)
 }

@@ -4,7 +4,6 @@ pub(crate) mod atomic_dir;
 pub(crate) mod confined_dir;
 pub(crate) mod disk_space;
 pub(crate) mod file_error;
-pub(crate) mod huge_pages;
 pub(crate) mod parallel_copy;
 pub(crate) mod prefetch;
 pub(crate) mod read_at;

@@ -11,7 +11,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, Backend};
 
 use super::reference::AttentionSaved;
-use super::{AttentionSpec, CachedAttentionSpec, GroupLayout, Kernels, ModelOps, QuantizedSpec, RotationSpec};
+use super::{AttentionSpec, CachedAttentionSpec, GroupLayout, Kernels, ModelOps, QuantizedShape, RotationSpec};
 
 /// Evaluates `forward`. If a parent is tracked, the result becomes a node of the graph, and its backward step receives `state`, which
 /// saves parents by `prep.checkpoint`.
@@ -63,7 +63,7 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
         rows: FloatTensor<Self>,
         values: IntTensor<Self>,
         scales: FloatTensor<Self>,
-        spec: QuantizedSpec,
+        spec: QuantizedShape,
         layout: Arc<GroupLayout>,
     ) -> FloatTensor<Self> {
         let scales = scales.into_primitive();
@@ -295,7 +295,7 @@ impl<B: Kernels> Backward<B, 2> for RmsNorm {
 struct QuantizedMatmul;
 
 impl<B: Kernels> Backward<B, 1> for QuantizedMatmul {
-    type State = (IntTensor<B>, FloatTensor<B>, QuantizedSpec, Arc<GroupLayout>);
+    type State = (IntTensor<B>, FloatTensor<B>, QuantizedShape, Arc<GroupLayout>);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let (values, scales, spec, layout) = ops.state;

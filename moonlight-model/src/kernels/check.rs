@@ -5,7 +5,7 @@
 
 use burn::tensor::{DType, Tensor};
 
-use super::{AttentionSpec, CachedAttentionSpec, QUANT_BLOCK, QuantizedSpec};
+use super::{AttentionSpec, CachedAttentionSpec, QUANT_BLOCK, QUANT_TILE, QuantizedShape};
 
 /// The checks of one operation, whose name begins every message.
 #[derive(Clone, Copy)]
@@ -87,16 +87,15 @@ impl Check {
         self.rule(remaining == 0, "spans have fewer tokens than there are queries");
     }
 
-    /// Asserts that the matrix is not empty and can be addressed, and returns its number of bytes and of blocks.
+    /// Asserts that the matrix is not empty and can be addressed.
     #[track_caller]
-    pub(super) fn quantized(self, spec: QuantizedSpec) -> [usize; 2] {
+    pub(super) fn quantized(self, spec: QuantizedShape) {
         self.not_empty("spec", [spec.input, spec.output]);
-        let values = spec
-            .input
-            .checked_mul(spec.output)
-            .filter(|&values| isize::try_from(values.saturating_add(QUANT_BLOCK)).is_ok());
+        let filled = |count: usize, unit| count.checked_next_multiple_of(unit);
+        let values = filled(spec.input, QUANT_BLOCK)
+            .zip(filled(spec.output, QUANT_TILE))
+            .and_then(|(input, output)| input.checked_mul(output))
+            .filter(|&values| isize::try_from(values).is_ok());
         self.rule(values.is_some(), "a matrix has more values than memory can hold");
-        let blocks = values.unwrap_or_default().div_ceil(QUANT_BLOCK);
-        [blocks * spec.bits.bytes(QUANT_BLOCK), blocks]
     }
 }

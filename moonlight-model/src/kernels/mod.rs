@@ -109,9 +109,10 @@ pub(crate) use cached_attention::uniform_span;
 pub use cached_attention::{CacheSpan, CachedAttentionSpec};
 use check::Check;
 pub use group_layout::{GroupLayout, GroupLayoutError};
+pub use moonlight_simd::quant::{BLOCK as QUANT_BLOCK, Bits as QuantBits, Shape as QuantizedShape, TILE as QUANT_TILE};
 use ops::ops;
 use reference::AttentionSaved;
-pub use spec::{AttentionSpec, QUANT_BLOCK, QuantBits, QuantizedSpec, RotationSpec};
+pub use spec::{AttentionSpec, RotationSpec};
 
 ops! {
     kernels {
@@ -147,14 +148,14 @@ ops! {
                 rows: FloatTensor<Self>,
                 values: IntTensor<Self>,
                 scales: FloatTensor<Self>,
-                spec: QuantizedSpec,
+                spec: QuantizedShape,
                 layout: &GroupLayout,
             ) -> FloatTensor<Self>;
             fn quantized_matmul_rows_grad(
                 grad: FloatTensor<Self>,
                 values: IntTensor<Self>,
                 scales: FloatTensor<Self>,
-                spec: QuantizedSpec,
+                spec: QuantizedShape,
                 layout: &GroupLayout,
             ) -> FloatTensor<Self>;
         }
@@ -250,7 +251,7 @@ ops! {
             rows: FloatTensor<Self>,
             values: IntTensor<Self>,
             scales: FloatTensor<Self>,
-            spec: QuantizedSpec,
+            spec: QuantizedShape,
             layout: Arc<GroupLayout>,
         ) = B::quantized_matmul_forward(rows, values, scales, spec, &layout);
         fn dispatch_rows(tokens: FloatTensor<Self>, layout: Arc<GroupLayout>) =
@@ -322,15 +323,19 @@ pub fn grouped_matmul(rows: Tensor<2>, weight: Tensor<3>, layout: &Arc<GroupLayo
     ))
 }
 
-/// [`grouped_matmul`] by frozen quantized weights, `w = (value - zero) * scale`. One group is dequantized at a time.
+/// [`grouped_matmul`] by frozen quantized weights, `w = (value - zero) * scale`, in the order of [`moonlight_simd::quant`].
 ///
-/// Only the rows have a gradient. The backward pass dequantizes the weights again.
+/// On the CPU rows are quantized to 8 bits in the blocks of the weights and multiplied in integers, as llama.cpp does; the error
+/// of a row's value is at most 1/254 of the largest in its block. On other devices one group is dequantized at a time.
+///
+/// Only the rows have a gradient: that of the dequantized weights, as if rows had not been rounded. On CPUs with AVX512-BF16 its
+/// operands are rounded to bf16.
 ///
 /// # Shapes
 ///
 /// - rows: `[rows, in]`, sorted by group as in `layout`
-/// - values: u8 `[groups, bytes]`; each matrix is `blocks = ceil(in * out / 64)` blocks of [`QUANT_BLOCK`] values, the last padded
-/// - scales: f32 `[groups, blocks]`
+/// - values: u8 `[groups, bytes]`
+/// - scales: f16 or bf16 `[groups, scales]`; f32 on devices without these types
 /// - output: `[rows, out]`
 ///
 /// # Panics
@@ -341,15 +346,14 @@ pub fn quantized_matmul(
     rows: Tensor<2>,
     values: Tensor<2, Int>,
     scales: Tensor<2>,
-    spec: QuantizedSpec,
+    spec: QuantizedShape,
     layout: &Arc<GroupLayout>,
 ) -> Tensor<2> {
     let check = Check("quantized_matmul");
-    let [bytes, blocks] = check.quantized(spec);
+    check.quantized(spec);
     check.shape("rows", check.float("rows", &rows), [layout.rows(), spec.input]);
-    check.shape("values", values.dims(), [layout.groups(), bytes]);
-    check.shape("scales", check.float("scales", &scales), [layout.groups(), blocks]);
-    check.dtype("scales", scales.dtype(), DType::F32);
+    check.shape("values", values.dims(), [layout.groups(), spec.value_bytes()]);
+    check.shape("scales", check.float("scales", &scales), [layout.groups(), spec.scales()]);
     Tensor::from_dispatch(<Dispatch as ModelOps>::quantized_matmul(
         rows.into_dispatch(),
         values.into_dispatch(),

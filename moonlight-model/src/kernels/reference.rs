@@ -10,8 +10,8 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, FloatDType, IntDType, Shape, Slice, TensorData};
 
 use super::{
-    AttentionSpec, CacheSpan, CachedAttentionSpec, GroupLayout, QUANT_BLOCK, QuantBits, QuantizedSpec, RotationSpec,
-    uniform_span,
+    AttentionSpec, CacheSpan, CachedAttentionSpec, GroupLayout, QUANT_BLOCK, QUANT_TILE, QuantBits, QuantizedShape,
+    RotationSpec, uniform_span,
 };
 
 /// See [`super::project`].
@@ -75,7 +75,7 @@ pub(super) fn quantized_matmul_forward<B: Backend>(
     rows: FloatTensor<B>,
     values: IntTensor<B>,
     scales: FloatTensor<B>,
-    spec: QuantizedSpec,
+    spec: QuantizedShape,
     layout: &GroupLayout,
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(rows.dtype());
@@ -87,7 +87,7 @@ pub(super) fn quantized_matmul_rows_grad<B: Backend>(
     grad: FloatTensor<B>,
     values: IntTensor<B>,
     scales: FloatTensor<B>,
-    spec: QuantizedSpec,
+    spec: QuantizedShape,
     layout: &GroupLayout,
 ) -> FloatTensor<B> {
     let dtype = FloatDType::from(grad.dtype());
@@ -96,32 +96,37 @@ pub(super) fn quantized_matmul_rows_grad<B: Backend>(
     })
 }
 
-/// The matrix of one group, `[in, out]`.
+/// The matrix of one group, `[in, out]`; [`moonlight_simd::quant`] has the order of its values and scales.
 fn dequantized<B: Backend>(
     values: IntTensor<B>,
     scales: FloatTensor<B>,
-    spec: QuantizedSpec,
+    spec: QuantizedShape,
     group: usize,
     dtype: FloatDType,
 ) -> FloatTensor<B> {
-    let QuantizedSpec { bits, input, output } = spec;
-    let (bytes, blocks) = (values.shape()[1], scales.shape()[1]);
+    let (tiles, blocks, bytes) = (spec.tiles(), spec.blocks(), spec.value_bytes());
     let values = B::int_slice(values, &[(group..group + 1).into(), (0..bytes).into()]);
+    let quads = spec.bits.tile_bytes() / (4 * QUANT_TILE);
     let bytes =
-        B::float_reshape(B::int_into_float(values, FloatDType::F32), Shape::new([blocks, bits.bytes(QUANT_BLOCK)]));
-    let integers = match bits {
+        B::float_reshape(B::int_into_float(values, FloatDType::F32), Shape::new([tiles, blocks, quads, QUANT_TILE, 4]));
+    let integers = match spec.bits {
         QuantBits::Eight => bytes,
         // Halves by division, because not every backend has bit operations on integers. In f32 this is exact: a byte is below 256.
         QuantBits::Four => {
             let high = B::float_floor(B::float_div_scalar(bytes.clone(), 16_f32.into()));
             let low = B::float_sub(bytes, B::float_mul_scalar(high.clone(), 16_f32.into()));
-            B::float_cat(vec![low, high], 1)
+            B::float_cat(vec![low, high], 2)
         }
     };
-    let integers = B::float_sub_scalar(integers, f32::from(bits.zero()).into()); // [blocks, QUANT_BLOCK]
-    let scales = B::float_reshape(slice::<B>(scales, 0, group, group + 1), Shape::new([blocks, 1]));
-    let weight = B::float_reshape(B::float_mul(integers, scales), Shape::new([blocks * QUANT_BLOCK]));
-    let weight = B::float_reshape(slice::<B>(weight, 0, 0, input * output), Shape::new([input, output]));
+    let integers = B::float_sub_scalar(integers, f32::from(spec.bits.zero()).into());
+    let integers = B::float_permute(integers, &[1, 2, 4, 0, 3]); // [blocks, quads, 4, tiles, 16]
+    let integers = B::float_reshape(integers, Shape::new([blocks, QUANT_BLOCK, tiles * QUANT_TILE]));
+    let scales = B::float_cast(slice::<B>(scales, 0, group, group + 1), FloatDType::F32);
+    let scales = B::float_permute(B::float_reshape(scales, Shape::new([tiles, blocks, QUANT_TILE])), &[1, 0, 2]);
+    let scales = B::float_reshape(scales, Shape::new([blocks, 1, tiles * QUANT_TILE]));
+    let weight = B::float_mul(integers, scales);
+    let weight = B::float_reshape(weight, Shape::new([blocks * QUANT_BLOCK, tiles * QUANT_TILE]));
+    let weight = slice::<B>(slice::<B>(weight, 0, 0, spec.input), 1, 0, spec.output);
     B::float_cast(weight, dtype)
 }
 

@@ -13,10 +13,18 @@
 //! follow one another, then the next tile. The scales are in a second array: for each tile and block those of the 16 outputs. Outputs
 //! and inputs that fill the last tile and block have the scale 0 and the value of 0.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod kernel;
 mod rows;
+#[cfg(test)]
+mod tests;
 
 pub use rows::QuantizedRows;
+
+use std::ops::Range;
 
 use half::{bf16, f16};
 
@@ -157,6 +165,29 @@ impl<'a> QuantizedMatrix<'a> {
         self.shape
     }
 
+    /// Dequantizes a panel: the inputs of some blocks and the outputs of some tiles, `[32 * blocks, 16 * tiles]`, from the start of
+    /// `panel`. Inputs and outputs that fill the last block and tile are 0.
+    ///
+    /// # Panics
+    ///
+    /// If a range exceeds what there is, or `panel` is too short.
+    pub fn dequantize(self, tiles: Range<usize>, blocks: Range<usize>, panel: &mut [f32]) {
+        let all = self.shape.blocks();
+        assert!(tiles.end <= self.shape.tiles() && blocks.end <= all, "tiles and blocks must exist");
+        let (size, width) = (self.shape.bits.tile_bytes(), tiles.len() * TILE);
+        for (column, tile) in tiles.enumerate() {
+            for (row, block) in blocks.clone().enumerate() {
+                let at = tile * all + block;
+                let mut scales = [0.0; TILE];
+                for (scale, &bits) in scales.iter_mut().zip(&self.scales[at * TILE..][..TILE]) {
+                    *scale = self.scale_type.widen(bits);
+                }
+                let panel = &mut panel[row * BLOCK * width + column * TILE..];
+                dequantize_block(self.shape.bits, &self.values[at * size..][..size], &scales, panel, width);
+            }
+        }
+    }
+
     /// One weight: `(value - zero) * scale`. Slow: for tests and single values.
     pub fn get(self, input: usize, output: usize) -> f32 {
         let (byte, high) = self.shape.value_at(output, input);
@@ -168,6 +199,34 @@ impl<'a> QuantizedMatrix<'a> {
         };
         let scale = self.scale_type.widen(self.scales[self.shape.scale_at(output, input / BLOCK)]);
         (f32::from(value) - f32::from(self.shape.bits.zero())) * scale
+    }
+}
+
+crate::by_level! {
+    /// Writes the weights of one tile and block to `panel`, `[32, 16]` with rows `width` values apart.
+    fn dequantize_block[](bits: Bits, values: &[u8], scales: &[f32; TILE], panel: &mut [f32], width: usize) {
+        let zero = i32::from(bits.zero());
+        let (mask, halves) = match bits {
+            Bits::Eight => (255, 1),
+            Bits::Four => (15, 2),
+        };
+        for (quad, bytes) in values.as_chunks::<{ 4 * TILE }>().0.iter().enumerate() {
+            // The 4 bytes of each output as one number, so that all outputs are shifted at once.
+            let mut words = [0; TILE];
+            for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *word = u32::from_le_bytes(*bytes);
+            }
+            for half in 0..halves {
+                for input in 0..4 {
+                    let row = half * (BLOCK / 2) + quad * 4 + input;
+                    let target: &mut [f32; TILE] = panel[row * width..].first_chunk_mut().expect("the panel has the row");
+                    let shift = 8 * input + 4 * half;
+                    for ((target, word), scale) in target.iter_mut().zip(words).zip(scales) {
+                        *target = (((word >> shift) & mask) as i32 - zero) as f32 * scale;
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -238,6 +297,45 @@ impl<'a> MatrixWriter<'a> {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Quantizes the tiles from `first_tile` on whose values and scales the slices have, from a matrix `[input, output]`. The slices may
+/// be those of some tiles, so that threads can share a matrix.
+///
+/// # Panics
+///
+/// If the slices are not those of whole tiles, or the matrix is not that of the shape.
+pub fn quantize_tiles(
+    weights: &[f32],
+    shape: Shape,
+    scale_type: ScaleType,
+    first_tile: usize,
+    values: &mut [u8],
+    scales: &mut [u16],
+) {
+    let Shape { bits, input, output } = shape;
+    assert_eq!(weights.len(), input * output, "the matrix must have the shape");
+    let mut writer = MatrixWriter::new(shape, first_tile, values, scales);
+    writer.fill();
+    let tiles = writer.scales.len() / (shape.blocks() * TILE);
+    let outputs = first_tile * TILE..output.min((first_tile + tiles) * TILE);
+    let mut columns = vec![0.0; TILE * input];
+    let (mut codes, mut stored) = (vec![0; input], vec![0; shape.blocks()]);
+    for first in outputs.clone().step_by(TILE) {
+        let count = TILE.min(outputs.end - first);
+        for (index, row) in weights.chunks_exact(output).enumerate() {
+            for (lane, &weight) in row[first..first + count].iter().enumerate() {
+                columns[lane * input + index] = weight;
+            }
+        }
+        for (lane, column) in columns.chunks_exact(input).take(count).enumerate() {
+            let blocks = column.chunks(BLOCK).zip(codes.chunks_mut(BLOCK)).zip(&mut stored);
+            for ((weights, codes), stored) in blocks {
+                *stored = quantize_block(weights, bits, scale_type, codes);
+            }
+            writer.write(first + lane, &codes, &stored);
         }
     }
 }

@@ -53,6 +53,23 @@ impl QuantizedRows {
         }
     }
 
+    /// All rows of several, one after the other.
+    ///
+    /// # Panics
+    ///
+    /// If they differ in width.
+    pub fn joined(parts: Vec<Self>) -> Self {
+        let mut parts = parts.into_iter();
+        let mut all = parts.next().unwrap_or_default();
+        for part in parts {
+            assert_eq!(part.blocks, all.blocks, "rows must have one width");
+            all.values.extend_from_slice(&part.values);
+            all.scales.extend_from_slice(&part.scales);
+            all.sums.extend_from_slice(&part.sums);
+        }
+        all
+    }
+
     /// The number of rows.
     pub fn len(&self) -> usize {
         self.scales.len() / self.blocks.max(1)

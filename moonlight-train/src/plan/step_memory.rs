@@ -6,7 +6,7 @@
 use moonlight_model::ModelConfig;
 use moonlight_model::QuantBits;
 use moonlight_model::config::{ParameterKind, ParameterShape};
-use moonlight_model::kernels::QUANT_BLOCK;
+use moonlight_model::kernels::QuantizedShape;
 use moonlight_model::lora::{AdapterShape, LoraConfig};
 use moonlight_optim::memory::step_batches;
 use serde::Serialize;
@@ -219,9 +219,9 @@ impl Parameter {
     fn weight(&self) -> u64 {
         let Some(bits) = self.quantization else { return self.values * self.bytes };
         let [stack, rows, columns] = self.shape;
-        let blocks = (rows * columns).div_ceil(QUANT_BLOCK as u64);
-        // Each block is its quantized values and one f32 scale.
-        stack * blocks * (bits.bytes(QUANT_BLOCK) as u64 + 4)
+        let shape = QuantizedShape { bits, input: rows as usize, output: columns as usize };
+        // Scales have 2 bytes.
+        stack * (shape.value_bytes() + 2 * shape.scales()) as u64
     }
 
     /// Bytes of one dequantized matrix, which exists during its product.

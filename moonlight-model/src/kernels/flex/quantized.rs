@@ -1,28 +1,36 @@
-//! Grouped products by quantized weights. All threads dequantize the matrix of one group, then all multiply by it, so there is only
-//! one dequantized matrix in memory.
+//! Grouped products by quantized weights: forward in integers, the gradient of the rows by panels of the dequantized matrix.
 
-use crate::disjoint::DisjointVec;
+use std::cell::RefCell;
+use std::ops::Range;
+
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::{DType, bf16, f16};
+use moonlight_simd::quant::{QuantizedMatrix, QuantizedRows, ScaleType};
 use rayon::prelude::*;
 
-use super::dtype::Element;
-use super::matrix::{Matrix, Write, multiply};
-use super::tensor::{by_dtype, dims, tensor_of, values, values_of};
-use crate::kernels::{GroupLayout, QUANT_BLOCK, QuantBits, QuantizedMatmulKernel, QuantizedSpec, reference};
+use super::dtype::{Element, round_into, widen};
+use super::matrix::{Matrix, MatrixMut, Write, multiply};
+use super::tensor::{by_dtype, dims, tensor_of, values_of};
+use crate::disjoint::DisjointVec;
+use crate::kernels::{GroupLayout, QUANT_BLOCK, QUANT_TILE, QuantizedMatmulKernel, QuantizedShape, reference};
 
 impl QuantizedMatmulKernel for Flex {
     fn quantized_matmul_forward(
         rows: FloatTensor<Self>,
         values: IntTensor<Self>,
         scales: FloatTensor<Self>,
-        spec: QuantizedSpec,
+        spec: QuantizedShape,
         layout: &GroupLayout,
     ) -> FloatTensor<Self> {
+        let Some(scale_type) = scale_type(&scales) else {
+            return reference::quantized_matmul_forward::<Self>(rows, values, scales, spec, layout);
+        };
+        let weights = Weights::new(&values, &scales, spec, scale_type);
         by_dtype!(
-            [rows] f32: [scales],
-            E => product::<E>(&rows, &values.to_contiguous(), &scales, spec, layout, false),
+            [rows],
+            E => forward::<E>(&rows, weights.view(), layout),
             reference::quantized_matmul_forward::<Self>(rows, values, scales, spec, layout)
         )
     }
@@ -31,79 +39,203 @@ impl QuantizedMatmulKernel for Flex {
         grad: FloatTensor<Self>,
         values: IntTensor<Self>,
         scales: FloatTensor<Self>,
-        spec: QuantizedSpec,
+        spec: QuantizedShape,
         layout: &GroupLayout,
     ) -> FloatTensor<Self> {
+        let Some(scale_type) = scale_type(&scales) else {
+            return reference::quantized_matmul_rows_grad::<Self>(grad, values, scales, spec, layout);
+        };
+        let weights = Weights::new(&values, &scales, spec, scale_type);
         by_dtype!(
-            [grad] f32: [scales],
-            E => product::<E>(&grad, &values.to_contiguous(), &scales, spec, layout, true),
+            [grad],
+            E => rows_grad::<E>(&grad, weights.view(), layout),
             reference::quantized_matmul_rows_grad::<Self>(grad, values, scales, spec, layout)
         )
     }
 }
 
-/// Quantization blocks of a dequantizing task.
-const BLOCKS_PER_TASK: usize = 64;
-/// Rows of a multiplying task.
-const ROWS_PER_TASK: usize = 64;
-
-/// `out[r] = rows[r] x weight[group of r]`, or with each matrix transposed.
-fn product<E: Element>(
-    rows: &FlexTensor,
-    quantized: &FlexTensor,
-    scales: &FlexTensor,
-    spec: QuantizedSpec,
-    layout: &GroupLayout,
-    transpose: bool,
-) -> FlexTensor {
-    let [count, width] = dims(rows);
-    let ([_, bytes], [_, blocks]) = (dims(quantized), dims(scales));
-    let QuantizedSpec { bits, input, output } = spec;
-    let (from, to) = if transpose { (output, input) } else { (input, output) };
-    assert_eq!(width, from, "the width of the rows must be the input width of the weight");
-    let quantized: &[u8] = quantized.as_slice().expect("quantized values are u8 and contiguous");
-    let (rows, scales) = (values_of::<E>(rows), values(scales));
-    let out = DisjointVec::<E>::new(count * to);
-    let mut weight = vec![0.0; input * output]; // [in, out] of one group after the other
-    for group in 0..layout.groups() {
-        let range = layout.group(group);
-        if range.is_empty() {
-            continue;
-        }
-        dequantize(&quantized[group * bytes..][..bytes], &scales[group * blocks..][..blocks], bits, &mut weight);
-        let inputs = rows[range.start * from..range.end * from].par_chunks(ROWS_PER_TASK * from).enumerate();
-        inputs.for_each_init(Default::default, |(lhs, wide), (task, inputs)| {
-            let height = inputs.len() / from;
-            let first = range.start + task * ROWS_PER_TASK;
-            let matrix = Matrix::new(&weight, input, output);
-            let matrix = if transpose { matrix.transposed() } else { matrix };
-            let inputs = E::view(inputs, height, from, from, lhs);
-            // SAFETY: a task writes the rows of its chunk of the inputs, and groups share no rows (`GroupLayout`'s constructors).
-            let target = unsafe { out.block(to, first..first + height, 0..to) };
-            E::write(target, wide, |out| multiply(out, inputs, matrix, 1.0, Write::Set));
-        });
+fn scale_type(scales: &FlexTensor) -> Option<ScaleType> {
+    match scales.dtype() {
+        DType::F16 => Some(ScaleType::F16),
+        DType::BF16 => Some(ScaleType::Bf16),
+        _ => None,
     }
-    // SAFETY: `E::write` wrote all of each task's block.
-    tensor_of(unsafe { out.finish() }, [count, to])
 }
 
-/// Writes the f32 values of one matrix to `weight`.
-fn dequantize(quantized: &[u8], scales: &[f32], bits: QuantBits, weight: &mut [f32]) {
-    let size = bits.bytes(QUANT_BLOCK);
-    weight.par_chunks_mut(BLOCKS_PER_TASK * QUANT_BLOCK).enumerate().for_each(|(task, weight)| {
-        for (index, weight) in weight.chunks_mut(QUANT_BLOCK).enumerate() {
-            let block = task * BLOCKS_PER_TASK + index;
-            let (quantized, scale) = (&quantized[block * size..][..size], scales[block]);
-            let value = |number: u8| f32::from(i16::from(number) - i16::from(bits.zero())) * scale;
-            match bits {
-                QuantBits::Eight => weight.iter_mut().zip(quantized).for_each(|(weight, &byte)| *weight = value(byte)),
-                QuantBits::Four => {
-                    // The last block of a matrix may be shorter.
-                    let (low, high) = weight.split_at_mut(weight.len().min(size));
-                    low.iter_mut().zip(quantized).for_each(|(weight, byte)| *weight = value(byte & 15));
-                    high.iter_mut().zip(quantized).for_each(|(weight, byte)| *weight = value(byte >> 4));
-                }
+/// Contiguous tensors of a stack of quantized matrices.
+struct Weights {
+    values: FlexTensor,
+    scales: FlexTensor,
+    spec: QuantizedShape,
+    scale_type: ScaleType,
+}
+
+impl Weights {
+    fn new(values: &FlexTensor, scales: &FlexTensor, spec: QuantizedShape, scale_type: ScaleType) -> Self {
+        Self { values: values.to_contiguous(), scales: scales.to_contiguous(), spec, scale_type }
+    }
+
+    fn view(&self) -> QuantizedStack<'_> {
+        let scales: &[u16] = match self.scale_type {
+            ScaleType::F16 => {
+                bytemuck::cast_slice(self.scales.as_slice::<f16>().expect("scales are f16 and contiguous"))
             }
+            ScaleType::Bf16 => {
+                bytemuck::cast_slice(self.scales.as_slice::<bf16>().expect("scales are bf16 and contiguous"))
+            }
+        };
+        QuantizedStack {
+            values: self.values.as_slice().expect("quantized values are u8 and contiguous"),
+            scales,
+            spec: self.spec,
+            scale_type: self.scale_type,
         }
+    }
+}
+
+/// The quantized matrices of all groups.
+#[derive(Clone, Copy)]
+pub(super) struct QuantizedStack<'a> {
+    pub(super) values: &'a [u8],
+    pub(super) scales: &'a [u16],
+    pub(super) spec: QuantizedShape,
+    pub(super) scale_type: ScaleType,
+}
+
+impl<'a> QuantizedStack<'a> {
+    /// The matrix of a group.
+    pub(super) fn matrix(self, group: usize) -> QuantizedMatrix<'a> {
+        let (bytes, scales) = (self.spec.value_bytes(), self.spec.scales());
+        QuantizedMatrix::new(
+            self.spec,
+            self.scale_type,
+            &self.values[group * bytes..][..bytes],
+            &self.scales[group * scales..][..scales],
+        )
+    }
+}
+
+/// Bytes of values that a task reads at least, so that a task lasts microseconds.
+const BYTES_PER_TASK: usize = 1 << 17;
+/// Rows of a task. Its quantized rows then stay in the L2 cache.
+const ROWS_PER_TASK: usize = 192;
+/// Rows that are quantized together by a thread.
+const ROWS_PER_QUANTIZING: usize = 8;
+
+/// `out[r] = rows[r] x weight[group of r]`.
+fn forward<E: Element>(rows: &FlexTensor, weights: QuantizedStack<'_>, layout: &GroupLayout) -> FlexTensor {
+    let [count, width] = dims(rows);
+    let spec = weights.spec;
+    assert_eq!(width, spec.input, "the width of the rows must be the input width of the weight");
+    let rows = quantized_rows(values_of::<E>(rows), width);
+    let bytes = (spec.blocks() * spec.bits.tile_bytes()).max(1);
+    let tiles = BYTES_PER_TASK.div_ceil(bytes).next_multiple_of(2);
+    let mut tasks = Vec::new();
+    for group in 0..layout.groups() {
+        let range = layout.group(group);
+        for start in range.clone().step_by(ROWS_PER_TASK) {
+            let end = range.end.min(start + ROWS_PER_TASK);
+            // Many rows make a tile expensive.
+            let tiles = if end - start > 16 { tiles.min(4) } else { tiles };
+            let blocks = (0..spec.tiles()).step_by(tiles);
+            tasks.extend(blocks.map(|first| (group, start..end, first..spec.tiles().min(first + tiles))));
+        }
+    }
+    let out = DisjointVec::<E>::new(count * spec.output);
+    tasks.into_par_iter().with_max_len(1).for_each(|(group, range, tiles)| {
+        let columns = tiles.start * QUANT_TILE..spec.output.min(tiles.end * QUANT_TILE);
+        let width = columns.len();
+        // SAFETY: groups share no rows (`GroupLayout`'s constructors), and the tasks of a group share no rows or no columns.
+        let mut target = unsafe { out.block(spec.output, range.clone(), columns) };
+        SCRATCH.with_borrow_mut(|Scratch { sums, .. }| {
+            sums.resize(sums.len().max(range.len() * width), 0.0);
+            let sums = &mut sums[..range.len() * width];
+            weights.matrix(group).multiply(&rows, range.clone(), tiles.clone(), sums, width);
+            for (row, sums) in sums.chunks_exact(width).enumerate() {
+                round_into(sums, target.row(row));
+            }
+        });
     });
+    // SAFETY: each task wrote all of its block, and blocks cover all rows and columns.
+    tensor_of(unsafe { out.finish() }, [count, spec.output])
+}
+
+/// Quantizes all rows, on all threads.
+fn quantized_rows<E: Element>(rows: &[E], width: usize) -> QuantizedRows {
+    let parts: Vec<QuantizedRows> = rows
+        .par_chunks(ROWS_PER_QUANTIZING * width)
+        .map(|rows| {
+            let mut wide = vec![0.0; rows.len()];
+            widen(rows, &mut wide);
+            QuantizedRows::new(&wide, width)
+        })
+        .collect();
+    QuantizedRows::joined(parts)
+}
+
+/// Inputs and outputs of a panel of the dequantized matrix: 256 KiB in f32, which stay in the L2 cache.
+const PANEL: usize = 256;
+
+#[derive(Default)]
+struct Scratch {
+    sums: Vec<f32>,
+    panel: Vec<f32>,
+    rows: Vec<f32>,
+}
+
+thread_local! {
+    /// While it is borrowed, nothing waits for rayon: a stolen task would borrow it a second time and panic.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// `out[r] = grad[r] x weight[group of r]^T`.
+fn rows_grad<E: Element>(grad: &FlexTensor, weights: QuantizedStack<'_>, layout: &GroupLayout) -> FlexTensor {
+    let [count, width] = dims(grad);
+    let spec = weights.spec;
+    assert_eq!(width, spec.output, "the width of the gradient must be the output width of the weight");
+    let grad = values_of::<E>(grad);
+    let mut tasks: Vec<(usize, Range<usize>, Range<usize>)> = Vec::new();
+    for group in 0..layout.groups() {
+        let range = layout.group(group);
+        for start in range.clone().step_by(ROWS_PER_TASK) {
+            let rows = start..range.end.min(start + ROWS_PER_TASK);
+            let inputs = (0..spec.input).step_by(PANEL);
+            tasks.extend(inputs.map(|first| (group, rows.clone(), first..spec.input.min(first + PANEL))));
+        }
+    }
+    let out = DisjointVec::<E>::new(count * spec.input);
+    tasks.into_par_iter().with_max_len(1).for_each(|(group, range, inputs)| {
+        // SAFETY: groups share no rows (`GroupLayout`'s constructors), and the tasks of a group share no rows or no columns.
+        let target = unsafe { out.block(spec.input, range.clone(), inputs.clone()) };
+        SCRATCH.with_borrow_mut(|Scratch { sums, panel, rows }| {
+            E::write(target, sums, |out| {
+                product_by_panels::<E>(out, (panel, rows), grad, weights.matrix(group), range, inputs)
+            });
+        });
+    });
+    // SAFETY: each task wrote all of its block, and blocks cover all rows and columns.
+    tensor_of(unsafe { out.finish() }, [count, spec.input])
+}
+
+/// The gradient of some rows for some inputs, whose first is that of a block.
+fn product_by_panels<E: Element>(
+    out: &mut MatrixMut<'_>,
+    (panel, scratch): (&mut Vec<f32>, &mut Vec<f32>),
+    grad: &[E],
+    matrix: QuantizedMatrix<'_>,
+    rows: Range<usize>,
+    inputs: Range<usize>,
+) {
+    let QuantizedShape { output, .. } = matrix.shape();
+    let blocks = inputs.start / QUANT_BLOCK..inputs.end.div_ceil(QUANT_BLOCK);
+    for first in (0..output).step_by(PANEL) {
+        let columns = first..output.min(first + PANEL);
+        let tiles = first / QUANT_TILE..columns.end.div_ceil(QUANT_TILE);
+        let width = tiles.len() * QUANT_TILE;
+        panel.resize(panel.len().max(blocks.len() * QUANT_BLOCK * width), 0.0);
+        matrix.dequantize(tiles, blocks.clone(), panel); // [inputs, width]
+        let grad = E::view(&grad[rows.start * output + first..], rows.len(), columns.len(), output, scratch);
+        let weight = Matrix::strided(panel, inputs.len(), columns.len(), width).transposed();
+        multiply(out, grad, weight, 1.0, if first == 0 { Write::Set } else { Write::Add });
+    }
 }

@@ -1,8 +1,9 @@
 //! Memory for parameters, in huge pages.
 
-/// A vector of zeros, whose pages the system clears when they are first touched. Large tensors ask for huge pages:
-/// faulting one in takes an eighth of the time with pages of 2 MiB instead of 4 KiB.
-pub(crate) fn zeros<T: bytemuck::Zeroable>(count: usize) -> Vec<T> {
+/// A vector of zeros, whose pages the system clears when they are first touched. Large tensors ask for huge pages of 2 MiB instead
+/// of 4 KiB: faulting one in takes an eighth of the time, and one thread reads weights at 32 instead of 17 GB/s (Zen 4), because
+/// hardware prefetching ends at a page and addresses are translated less often.
+pub fn zeros<T: bytemuck::Zeroable>(count: usize) -> Vec<T> {
     let mut values = bytemuck::zeroed_vec(count);
     ask_for_huge_pages(&mut values);
     values
