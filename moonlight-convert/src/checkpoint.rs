@@ -289,7 +289,7 @@ impl Checkpoint {
     fn find_tied_head(&self) -> Result<TiedHead, CheckpointError> {
         let find = |key: &str| self.tensors.iter().find(|tensor| names::key(&tensor.name) == key);
         let absent = |key: &str| self.unreadable_keys.as_ref().is_some_and(|unread| !unread.contains(key));
-        let packed = names::int4_names(names::HEAD).values;
+        let packed = names::packed_names(names::HEAD).values;
         Ok(match (find(names::EMBEDDING), find(names::HEAD)) {
             // A quantized head cannot equal the embedding, which is not quantized.
             _ if find(&packed).is_some() => TiedHead::Separate,

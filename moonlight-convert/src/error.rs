@@ -180,6 +180,12 @@ pub enum CheckpointError {
         /// What GGUF or llama.cpp does not have, as a sentence.
         problem: String,
     },
+    /// No matrix of the model can be quantized.
+    #[error("`{}` has no matrix with rows of a multiple of 32 values, so that nothing can be quantized", Printable(dir.display()))]
+    NothingToQuantize {
+        /// The checkpoint.
+        dir: PathBuf,
+    },
     /// A target that is not replaced.
     #[error("`{}` {problem}", Printable(path.display()))]
     Target {
@@ -458,6 +464,7 @@ mod tests {
                 dir: "model".into(),
                 problem: "the architecture `deepseek2` has shared experts, and the model has none".into(),
             }],
+            E::NothingToQuantize { .. } => [E::NothingToQuantize { dir: "model".into() }],
             E::Target { .. } => [E::Target {
                 path: "notes.txt".into(),
                 problem: "is not a GGUF file, and is not replaced".into(),

@@ -30,6 +30,7 @@ mod mapping;
 mod module_path;
 mod printable;
 mod progress;
+mod quantize;
 pub mod report;
 mod save;
 pub mod tokenizer;
@@ -38,6 +39,8 @@ pub use checkpoint::{Checkpoint, StoredTensor, TiedHead, WeightFile};
 pub use dtype::conversion::WeightDtype;
 pub use error::CheckpointError;
 pub use format::gguf;
+#[doc(hidden)]
+pub use format::pack_quantized::{WrittenTensor, written_config, written_tensors};
 pub use format::sidecars::sidecars_in;
 pub use format::tensor_entry::StoredDtype;
 #[doc(hidden)]
@@ -53,4 +56,5 @@ pub use load::{LoadReport, Loaded, load};
 pub use mapping::names::{HfTensor, SkipReason, hugging_face_tensors};
 pub use printable::{Printable, printable, printable_lines};
 pub use progress::Progress;
+pub use quantize::QuantizeReport;
 pub use save::{Format, SaveOptions, save, write_into};

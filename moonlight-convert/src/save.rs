@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData};
+use moonlight_model::CausalLm;
 use moonlight_model::config::{ParameterKind, ParameterShape};
-use moonlight_model::{CausalLm, ModelConfig};
 
 use crate::checkpoint::{CONFIG, Checkpoint};
 use crate::dtype::conversion::{self, Outcome, PlainRows, Weight, WeightDtype, with_weight};
 use crate::dtype::dequantize::Layout;
 use crate::dtype::transpose::transpose;
 use crate::error::CheckpointError;
-use crate::format::sidecars;
+use crate::format::sidecars::{self, SavedConfig};
 use crate::io::atomic_dir::replace_directory;
 use crate::io::disk_space;
 use crate::io::parallel_copy::{self, CopyTask, RowChunk, copy_tensors, in_order, row_chunks};
@@ -137,23 +137,28 @@ fn write_files(model: &CausalLm, dir: &Path, shown: &Path, options: &SaveOptions
         starts.push(tensors.len());
         let dtype = dtype_of(index);
         if options.format == Format::Burnpack {
-            tensors.push(OutTensor { name: parameter.path.clone(), dtype, shape: parameter.shape.clone() });
+            tensors.push(OutTensor {
+                name: parameter.path.clone(),
+                dtype: dtype.into(),
+                shape: parameter.shape.clone(),
+            });
             continue;
         }
         let hugging_face = names::hugging_face_tensors(parameter);
         tensors.extend(hugging_face.into_iter().map(|tensor| OutTensor {
             name: tensor.name,
-            dtype,
+            dtype: dtype.into(),
             shape: tensor.shape,
         }));
     }
     // The embedding comes first, and the model computes in its dtype.
     let config_dtype = dtype_of(0);
-    fill(model.config(), config_dtype, &tensors, dir, shown, options, |output| {
+    fill(&SavedConfig::plain(model.config(), config_dtype), &tensors, dir, shown, options, |output| {
         let mut saving = WeightSaver {
             parameters: &parameters,
             tensors: &tensors,
             starts: &starts,
+            dtypes: parameters.iter().enumerate().map(|(index, _)| dtype_of(index)).collect(),
             format: options.format,
             output,
             at: 0,
@@ -198,7 +203,8 @@ impl Checkpoint {
         options.sidecars_from.get_or_insert_with(|| self.dir().to_path_buf());
         check_target(dir, options.overwrite)?;
         replace_directory(dir, |new| {
-            fill(self.config(), config_dtype, &tensors, new, dir, &options, |output| {
+            fill(&SavedConfig::plain(self.config(), config_dtype), &tensors, new, dir, &options, |output| {
+                progress.begin(output.total());
                 copy_tensors(self, &tasks, output, progress)
             })
         })
@@ -220,13 +226,17 @@ fn tasks(plan: &LoadPlan, dtype: Option<WeightDtype>, format: Format) -> (Vec<Ou
                 for source in &planned.sources {
                     let HfTensor { name, shape } = &source.tensor;
                     let tensor = tensors.len();
-                    tensors.push(OutTensor { name: name.clone(), dtype, shape: shape.clone() });
+                    tensors.push(OutTensor { name: name.clone(), dtype: dtype.into(), shape: shape.clone() });
                     tasks.push(CopyTask { source, tensor, at: 0, layout: Layout::HuggingFace, dtype });
                 }
             }
             Format::Burnpack => {
                 let tensor = tensors.len();
-                tensors.push(OutTensor { name: parameter.path.clone(), dtype, shape: parameter.shape.clone() });
+                tensors.push(OutTensor {
+                    name: parameter.path.clone(),
+                    dtype: dtype.into(),
+                    shape: parameter.shape.clone(),
+                });
                 let mut at = 0;
                 for source in &planned.sources {
                     tasks.push(CopyTask { source, tensor, at, layout: Layout::Burn, dtype });
@@ -240,9 +250,8 @@ fn tasks(plan: &LoadPlan, dtype: Option<WeightDtype>, format: Format) -> (Vec<Ou
 
 /// Fills the temporary directory `dir`: writes sidecars and configs itself, and the weights by `write`. Messages name it
 /// `shown`, the path that the user passed.
-fn fill(
-    config: &ModelConfig,
-    dtype: WeightDtype,
+pub(crate) fn fill(
+    config: &SavedConfig<'_>,
     tensors: &[OutTensor],
     dir: &Path,
     shown: &Path,
@@ -260,13 +269,13 @@ fn fill(
     {
         return Err(CheckpointError::NoRoom { dir: shown.to_path_buf(), needed, free });
     }
-    sidecars::write(config, dtype, options.sidecars_from.as_deref(), dir, shown, needed)?;
+    sidecars::write(config, options.sidecars_from.as_deref(), dir, shown, needed)?;
     write(&output)?;
     output.finish()
 }
 
 /// Refuses a target that must not be replaced.
-fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
+pub(crate) fn check_target(dir: &Path, overwrite: bool) -> Result<(), CheckpointError> {
     // A file at the path is refused by `replace_directory`.
     if !dir.is_dir() {
         return Ok(());
@@ -327,6 +336,8 @@ struct WeightSaver<'a> {
     tensors: &'a [OutTensor],
     /// For each parameter, the index of its first tensor.
     starts: &'a [usize],
+    /// The dtype in which each parameter is written.
+    dtypes: Vec<WeightDtype>,
     format: Format,
     output: &'a Output,
     at: usize,
@@ -338,11 +349,11 @@ impl ModuleVisitor for WeightSaver<'_> {
         if self.failure.is_some() {
             return;
         }
-        let (parameter, first) = (&self.parameters[self.at], self.starts[self.at]);
+        let (parameter, first, dtype) = (&self.parameters[self.at], self.starts[self.at], self.dtypes[self.at]);
         self.at += 1;
         let device = |error: String| CheckpointError::Device { parameter: parameter.path.clone(), problem: error };
         let written = match param.val().try_into_data() {
-            Ok(data) => self.write(parameter, first, &data),
+            Ok(data) => self.write(parameter, first, dtype, &data),
             Err(error) => Err(device(error.to_string())),
         };
         self.failure = written.err();
@@ -350,13 +361,19 @@ impl ModuleVisitor for WeightSaver<'_> {
 }
 
 impl WeightSaver<'_> {
-    fn write(&mut self, parameter: &ParameterShape, first: usize, data: &TensorData) -> Result<(), CheckpointError> {
+    fn write(
+        &mut self,
+        parameter: &ParameterShape,
+        first: usize,
+        dtype: WeightDtype,
+        data: &TensorData,
+    ) -> Result<(), CheckpointError> {
         with_weight!(weight_dtype(data.dtype())?, S => {
             let values = data.as_slice::<S>().map_err(|error| CheckpointError::Device {
                 parameter: parameter.path.clone(),
                 problem: error.to_string(),
             })?;
-            with_weight!(self.tensors[first].dtype, T => self.write_values::<S, T>(parameter, first, values))
+            with_weight!(dtype, T => self.write_values::<S, T>(parameter, first, values))
         })
     }
 

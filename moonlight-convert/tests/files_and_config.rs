@@ -221,7 +221,10 @@ fn scales_of_another_granularity_than_in_the_config_are_refused() {
     let error = load(home.path(), &Device::default(), None).unwrap_err();
     assert!(matches!(error, CheckpointError::Mismatch { .. }), "{error}");
     let hint = error.hint().unwrap();
-    assert!(hint.contains("supported are FP8 (E4M3) with one scale per tensor, row or block, and INT4"), "{hint}");
+    assert!(
+        hint.contains("supported are FP8 (E4M3) with one scale per tensor, row or block, and INT4 and INT8"),
+        "{hint}"
+    );
 }
 
 /// transformers' FP8 integrations (fbgemm, fine-grained) save these in addition to the weights.
@@ -278,9 +281,9 @@ fn an_unsupported_quantization_is_refused_by_name() {
     assert!(error.hint().unwrap().contains("to bf16 with torch"), "{error}");
 }
 
-/// 8-bit values, floats, or groups of another size in the layout of INT4.
+/// Values of other bits, floats, or groups of another size in the layout of packed integers.
 #[test]
-fn int4_weights_must_match_the_config() {
+fn packed_weights_must_match_the_config() {
     let home = tempfile::tempdir().unwrap();
     let weight = "model.layers.0.mlp.up_proj.weight";
     let mut tensors = read_tensors(&fixture("llama"));
@@ -300,9 +303,17 @@ fn int4_weights_must_match_the_config() {
     };
     let int = |bits: u8, size: usize| json!({"num_bits": bits, "type": "int", "symmetric": true, "strategy": "group", "group_size": size});
     assert_eq!(packed(columns.div_ceil(8), 9, int(4, 9)), []);
+    assert_eq!(packed(columns.div_ceil(4), 9, int(8, 9)), []);
     for (found, named) in [
-        (packed(columns.div_ceil(4), 9, int(8, 9)), "has weights of 8 bits"),
-        (packed(columns.div_ceil(4), 9, int(4, 9)), "has weights of 8 bits"),
+        (
+            packed(columns.div_ceil(8), 9, int(8, 9)),
+            "has weights of 4 bits; `quantization_config` has the `num_bits` 8",
+        ),
+        (
+            packed(columns.div_ceil(4), 9, int(4, 9)),
+            "has weights of 8 bits; `quantization_config` has the `num_bits` 4",
+        ),
+        (packed(columns.div_ceil(4), 9, int(6, 9)), "has weights of 6 bits"),
         (
             packed(columns.div_ceil(8), 9, int(4, 18)),
             "has one scale per 9 values; `quantization_config` has the `group_size` 18",

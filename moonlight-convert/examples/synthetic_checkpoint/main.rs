@@ -5,11 +5,15 @@
 //!     [--shards A..B]   only these of the 27 files, both ends included (the index lists them all)
 //!     [--layers N]      a model of the first N layers, in N files
 //!     [--scale K]       every width divided by K
+//!     [--quantize int8|int4]
 //!     [--seed S]
 //! ```
 //!
 //! The complete checkpoint has 32 GB. Weights are bf16 with magnitudes from 2^-11 to 2^-7 and random signs, norms from
 //! 1/2 to 1; equal seeds give equal files.
+//!
+//! With `--quantize int4` it has 10 GB: the tensors and the `config.json` of `moonlight-convert convert --quantize int4`,
+//! with random integers, and scales so that the largest weights are about 2^-7.
 
 mod published;
 
@@ -19,10 +23,12 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use clap::Parser;
-use moonlight_model::ModelConfig;
+use clap::{Parser, ValueEnum};
+use moonlight_convert::{WrittenTensor, written_config};
 use moonlight_model::config::AttentionShape;
-use published::{PublishedFile, published_files};
+use moonlight_model::{ModelConfig, QuantBits};
+use published::{PublishedFile, bytes, published_files, quantized_files};
+use safetensors::Dtype;
 use serde_json::json;
 
 /// Bytes generated at a time; each chunk has its own random sequence.
@@ -42,9 +48,27 @@ struct Arguments {
     /// Divide every width by this
     #[arg(long, default_value_t = 1)]
     scale: usize,
+    /// Write the projections quantized
+    #[arg(long, value_enum)]
+    quantize: Option<Quantize>,
     /// The seed of the random numbers
     #[arg(long, default_value_t = 1)]
     seed: u64,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Quantize {
+    Int8,
+    Int4,
+}
+
+impl Quantize {
+    fn bits(self) -> QuantBits {
+        match self {
+            Self::Int8 => QuantBits::Eight,
+            Self::Int4 => QuantBits::Four,
+        }
+    }
 }
 
 fn range(text: &str) -> Result<(usize, usize), String> {
@@ -54,8 +78,15 @@ fn range(text: &str) -> Result<(usize, usize), String> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments = Arguments::parse();
-    let config = config(&arguments)?;
-    let files = published_files(&config)?;
+    let mut config = config(&arguments)?;
+    let files = match arguments.quantize {
+        None => published_files(&config)?,
+        Some(quantize) => {
+            let bits = quantize.bits();
+            config.extra.insert("quantization_config".into(), written_config(bits));
+            quantized_files(&config, bits)?
+        }
+    };
     fs::create_dir_all(&arguments.dir)?;
     fs::write(arguments.dir.join("config.json"), config.to_json())?;
     fs::write(
@@ -72,8 +103,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             let mut out = File::create(arguments.dir.join(&file.name))?;
             out.write_all(&file.header)?;
             for (place, tensor) in file.tensors.iter().enumerate() {
-                let base = if tensor.name.ends_with("norm.weight") { NORM } else { WEIGHT };
-                let mut left = 2 * tensor.shape.iter().product::<usize>();
+                if tensor.dtype == Dtype::I64 {
+                    out.write_all(&matrix_shape(tensor, &file.tensors))?;
+                    continue;
+                }
+                let base = base(tensor, arguments.quantize);
+                let mut left = bytes(tensor);
                 let mut seed = arguments.seed << 48 ^ (*number as u64) << 32 ^ (place as u64) << 16;
                 while left > 0 {
                     let part = &mut chunk[..left.min(CHUNK)];
@@ -131,6 +166,37 @@ fn index(files: &[PublishedFile]) -> String {
     let bytes: u64 = files.iter().map(|file| file.bytes() - file.header.len() as u64).sum();
     format!("{:#}\n", json!({"metadata": {"total_size": bytes}, "weight_map": map}))
 }
+
+/// The contents of a `weight_shape`: output and input width, as the number of rows and of groups of the matrix's scales has it.
+fn matrix_shape(tensor: &WrittenTensor, all: &[WrittenTensor]) -> Vec<u8> {
+    let name = tensor.name.replace("weight_shape", "weight_scale");
+    let scale = all.iter().find(|tensor| tensor.name == name).expect("a packed matrix has scales");
+    [scale.shape[0], 32 * scale.shape[1]].iter().flat_map(|side| (*side as i64).to_le_bytes()).collect()
+}
+
+/// The fixed bits of a tensor's values, and a mask of their random bits.
+fn base(tensor: &WrittenTensor, quantize: Option<Quantize>) -> (u64, u64) {
+    match (tensor.dtype, quantize) {
+        (Dtype::I32, Some(Quantize::Int8)) => CODES_8,
+        (Dtype::I32, _) => CODES_4,
+        (Dtype::F32, _) => BIAS,
+        _ if tensor.name.ends_with("weight_scale") => match quantize {
+            Some(Quantize::Int8) => SCALE_8,
+            _ => SCALE_4,
+        },
+        _ if tensor.name.ends_with("norm.weight") => NORM,
+        _ => WEIGHT,
+    }
+}
+
+/// Any nibble. Of bytes, all but 0, which `convert --quantize int8` does not write: odd ones.
+const CODES_4: (u64, u64) = (0, u64::MAX);
+const CODES_8: (u64, u64) = (0x0101_0101_0101_0101, u64::MAX);
+/// Scales from 2^-11 to 2^-10 with 4 bits, from 2^-15 to 2^-14 with 8, so that weights are at most 2^-7.
+const SCALE_4: (u64, u64) = (0x3a00_3a00_3a00_3a00, 0x007f_007f_007f_007f);
+const SCALE_8: (u64, u64) = (0x3800_3800_3800_3800, 0x007f_007f_007f_007f);
+/// Correction biases in f32, from 2^-7 to 2^-6.
+const BIAS: (u64, u64) = (0x3c00_0000_3c00_0000, 0x007f_ffff_007f_ffff);
 
 /// The fixed bits of four bf16 values, and a mask of their random bits. Weights have the exponent of 2^-11 with two
 /// random bits added, norms that of 1/2.

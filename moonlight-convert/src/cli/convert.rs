@@ -5,11 +5,12 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::gguf::{BlockType, GgufOptions};
-use crate::{Checkpoint, Format, SaveOptions};
+use crate::{Checkpoint, Format, QuantizeReport, SaveOptions};
 use burn::tensor::DType;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, ValueEnum};
 use indicatif::DecimalBytes;
+use moonlight_model::QuantBits;
 
 use super::Failure;
 use super::adapter::{self, AdapterLayout};
@@ -34,6 +35,10 @@ pub(crate) struct Arguments {
     /// stored; bf16 for quantized weights]
     #[arg(long = "type", value_name = "TYPE", ignore_case = true)]
     block_type: Option<TypeName>,
+    /// Quantize the projections of all layers, in groups of 32 values with one scale each, in the layout `pack-quantized` of
+    /// compressed-tensors, which vLLM, SGLang and transformers open
+    #[arg(long, alias = "quantise", value_enum)]
+    quantize: Option<QuantizeName>,
     /// The largest weight file, for example 5GB or 500MB [default: 5GB]
     #[arg(long, value_parser = bytes)]
     max_shard_size: Option<u64>,
@@ -77,6 +82,23 @@ enum FormatName {
     Burnpack,
     /// One file with tokenizer and template, for llama.cpp, Ollama and LM Studio
     Gguf,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum QuantizeName {
+    /// 8 bits and a scale of 16 bits for each 32 values
+    Int8,
+    /// 4 bits and a scale of 16 bits for each 32 values
+    Int4,
+}
+
+impl From<QuantizeName> for QuantBits {
+    fn from(name: QuantizeName) -> Self {
+        match name {
+            QuantizeName::Int8 => Self::Eight,
+            QuantizeName::Int4 => Self::Four,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -141,11 +163,23 @@ pub(crate) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
 }
 
 fn convert_adapter(layout: AdapterLayout, arguments: &Arguments, is_gguf: bool) -> Result<ExitCode, Failure> {
-    let Arguments { src, dst, dtype, format, block_type, max_shard_size, shard_by_layer, partial, base, force } =
-        arguments;
+    let Arguments {
+        src,
+        dst,
+        dtype,
+        format,
+        block_type,
+        quantize,
+        max_shard_size,
+        shard_by_layer,
+        partial,
+        base,
+        force,
+    } = arguments;
     for (given, option) in [
         (dtype.is_some(), "--dtype"),
         (block_type.is_some(), "--type"),
+        (quantize.is_some(), "--quantize"),
         (max_shard_size.is_some(), "--max-shard-size"),
         (*shard_by_layer, "--shard-by-layer"),
         (*partial, "--partial"),
@@ -175,9 +209,11 @@ fn conflict(message: &str) -> ! {
 }
 
 fn write_gguf(arguments: &Arguments) -> Result<ExitCode, Failure> {
-    let Arguments { src, dst, dtype, block_type, max_shard_size, shard_by_layer, partial, force, .. } = arguments;
+    let Arguments { src, dst, dtype, block_type, quantize, max_shard_size, shard_by_layer, partial, force, .. } =
+        arguments;
     for (given, option, problem) in [
         (dtype.is_some(), "--dtype", "the types of a GGUF file are set by `--type`"),
+        (quantize.is_some(), "--quantize", "the types of a GGUF file are set by `--type`"),
         (max_shard_size.is_some(), "--max-shard-size", "a GGUF is one file"),
         (*shard_by_layer, "--shard-by-layer", "a GGUF is one file"),
         (*partial, "--partial", "llama.cpp opens complete files only"),
@@ -207,9 +243,13 @@ fn write_gguf(arguments: &Arguments) -> Result<ExitCode, Failure> {
 }
 
 fn write_directory(arguments: Arguments, format: Format) -> Result<ExitCode, Failure> {
-    let Arguments { src, dst, dtype, block_type, max_shard_size, shard_by_layer, partial, force, .. } = arguments;
+    let Arguments { src, dst, dtype, block_type, quantize, max_shard_size, shard_by_layer, partial, force, .. } =
+        arguments;
     if block_type.is_some() {
         conflict("`--type` applies to GGUF only: the dtype of other formats is set by `--dtype`");
+    }
+    if quantize.is_some() && format == Format::Burnpack {
+        conflict("`--quantize` does not apply to burnpack: the layout of quantized weights is one of safetensors");
     }
     let options = SaveOptions {
         dtype: dtype.map(Into::into),
@@ -222,7 +262,13 @@ fn write_directory(arguments: Arguments, format: Format) -> Result<ExitCode, Fai
     };
     let start = Instant::now();
     let source = Checkpoint::open(src)?;
-    source.convert_with(&dst, &options, &Bar::new())?;
+    let quantized = match quantize {
+        Some(bits) => Some(source.convert_quantized(&dst, bits.into(), &options, &Bar::new())?),
+        None => {
+            source.convert_with(&dst, &options, &Bar::new())?;
+            None
+        }
+    };
     let seconds = start.elapsed().as_secs_f64();
     let written = Checkpoint::open(&dst)?;
     let bytes: u64 = written.files().iter().map(|file| file.bytes).sum();
@@ -233,11 +279,31 @@ fn write_directory(arguments: Arguments, format: Format) -> Result<ExitCode, Fai
         dst.display(),
         bytes as f64 / 1e6 / seconds
     ));
+    if let Some(report) = &quantized {
+        report_quantized(report);
+    }
     report_source(&source);
     for skipped in source.skipped_notes() {
         note(format_args!("{skipped}"));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn report_quantized(report: &QuantizeReport) {
+    let QuantizeReport { quantized, copied, unquantized } = report;
+    let copied = match copied {
+        0 => String::new(),
+        copied => format!(", {copied} of which had this form"),
+    };
+    let matrices = if *quantized == 1 { "matrix" } else { "matrices" };
+    note(format_args!("quantized {quantized} {matrices} with one scale per group of 32{copied}"));
+    if let Some(first) = unquantized.first() {
+        let more = match unquantized.len() - 1 {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        note(format_args!("not quantized: `{first}`{more}, whose rows are not a multiple of 32 values"));
+    }
 }
 
 /// Reports what is unusual about the source's weights.

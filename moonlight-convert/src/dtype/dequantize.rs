@@ -3,11 +3,12 @@
 use std::ops::Range;
 
 use moonlight_model::disjoint::DisjointMut;
+use moonlight_simd::quant::Bits;
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{self, Outcome, PlainRows, RowPieces, Weight, WeightDtype, with_weight};
 use crate::dtype::gguf_rows::{GgufMatrix, GgufRows, StoredOrder, key_rows};
-use crate::dtype::quant::{Fp8, Int4, Scales, scales};
+use crate::dtype::quant::{Fp8, PackedIntegers, Scales, bit_count, scales};
 use crate::dtype::transpose::{transpose, transpose_into};
 use crate::error::CheckpointError;
 use crate::format::shard::FileRange;
@@ -43,8 +44,16 @@ pub(crate) struct SourceTensor {
 #[derive(Debug)]
 pub(crate) enum Encoding {
     Plain(Layout),
-    Fp8 { scale: (FileRange, WeightDtype), block: [usize; 2] },
-    Int4 { scale: (FileRange, WeightDtype), group: usize },
+    Fp8 {
+        scale: (FileRange, WeightDtype),
+        block: [usize; 2],
+    },
+    /// Integers of 4 or 8 bits, packed into words.
+    Packed {
+        bits: Bits,
+        scale: (FileRange, WeightDtype),
+        group: usize,
+    },
     Gguf(GgufRows),
 }
 
@@ -89,7 +98,7 @@ impl SourceTensor {
             Encoding::Fp8 { block, .. } if block == [rows, columns] => "FP8, one scale per tensor".into(),
             Encoding::Fp8 { block: [1, width], .. } if width == columns => "FP8, one scale per row".into(),
             Encoding::Fp8 { block: [height, width], .. } => format!("FP8, one scale per block of {height} x {width}"),
-            Encoding::Int4 { group, .. } => format!("INT4, one scale per group of {group}"),
+            Encoding::Packed { bits, group, .. } => format!("INT{}, one scale per group of {group}", bit_count(bits)),
         })
     }
 
@@ -97,7 +106,7 @@ impl SourceTensor {
     pub(crate) fn parts(&self) -> impl Iterator<Item = &FileRange> {
         let second = match &self.encoding {
             Encoding::Plain(_) => None,
-            Encoding::Fp8 { scale, .. } | Encoding::Int4 { scale, .. } => Some(&scale.0),
+            Encoding::Fp8 { scale, .. } | Encoding::Packed { scale, .. } => Some(&scale.0),
             Encoding::Gguf(GgufRows { order: StoredOrder::ValueUp { keys, .. }, .. }) => Some(&keys.0),
             Encoding::Gguf(_) => None,
         };
@@ -113,7 +122,7 @@ impl SourceTensor {
     pub(crate) fn stored(&self) -> Layout {
         match self.encoding {
             Encoding::Plain(layout) => layout,
-            Encoding::Fp8 { .. } | Encoding::Int4 { .. } | Encoding::Gguf(_) => Layout::HuggingFace,
+            Encoding::Fp8 { .. } | Encoding::Packed { .. } | Encoding::Gguf(_) => Layout::HuggingFace,
         }
     }
 
@@ -151,8 +160,8 @@ macro_rules! with_rows {
                 let $lines = &$rows;
                 $body
             }
-            &Encoding::Int4 { group, .. } => {
-                let $part = |first, bytes| Int4 { bytes, first, columns, group, scales };
+            &Encoding::Packed { bits, group, .. } => {
+                let $part = |first, bytes| PackedIntegers { bits, bytes, first, columns, group, scales };
                 let $lines = &$rows;
                 $body
             }
@@ -201,7 +210,7 @@ impl Checkpoint {
         let ((scale, dtype), height) = match &source.encoding {
             Encoding::Plain(_) => return Ok(Scales::default()),
             Encoding::Fp8 { scale, block } => (scale, block[0]),
-            Encoding::Int4 { scale, .. } => (scale, 1),
+            Encoding::Packed { scale, .. } => (scale, 1),
             Encoding::Gguf(GgufRows { order: StoredOrder::ValueUp { rows: head, keys }, .. }) => {
                 let (part, block_type) = keys;
                 let bytes = part.range.len() / head.heads.max(1);

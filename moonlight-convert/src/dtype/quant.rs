@@ -1,11 +1,12 @@
 //! Quantized matrices: FP8 by block (DeepSeek-V3, Kimi-K2), by row or by tensor (compressed-tensors'
-//! `float-quantized`), INT4 by group (Kimi-K2-Thinking, Kimi-K2.5).
+//! `float-quantized`), INT4 and INT8 by group (`pack-quantized`: Kimi-K2-Thinking, Kimi-K2.5).
 //!
 //! A value is a small number times a scale. The product is taken in f32 and rounded once to the requested dtype. This
 //! is bit for bit what torch computes: `(fp8.float() * scale).to(bfloat16)`, and compressed-tensors' product in bf16.
 
 use half::{bf16, f16};
 use moonlight_model::ModelConfig;
+use moonlight_simd::quant::Bits;
 use serde_json::Value;
 
 use crate::dtype::conversion::{RowSource, Weight, WeightDtype};
@@ -14,10 +15,22 @@ mod config_keys;
 
 /// DeepSeek-V3's block, used if the config has none.
 const DEFAULT_BLOCK: [usize; 2] = [128, 128];
-/// The zero point of a nibble: compressed-tensors stores 0 to 15 for -8 to 7.
-const NIBBLE_OFFSET: i32 = 8;
-/// Nibbles in a 32-bit word.
-pub(crate) const NIBBLES_PER_WORD: usize = 8;
+
+/// The number of values of a packed matrix in a 32-bit word.
+pub(crate) const fn values_per_word(bits: Bits) -> usize {
+    match bits {
+        Bits::Four => 8,
+        Bits::Eight => 4,
+    }
+}
+
+/// The bits of a value as a number.
+pub(crate) const fn bit_count(bits: Bits) -> u8 {
+    match bits {
+        Bits::Four => 4,
+        Bits::Eight => 8,
+    }
+}
 
 /// The part of `quantization_config` that concerns weights.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -28,11 +41,13 @@ pub(crate) struct QuantScheme {
     block: Option<[usize; 2]>,
     /// The granularities of FP8 scales in the config; empty if it has none.
     strategies: Vec<ScaleStrategy>,
-    /// Why INT4 weights of this checkpoint are not supported, as the rest of a sentence.
-    pub(crate) int4_problem: Option<String>,
+    /// Why packed integers of this checkpoint are not supported, as the rest of a sentence.
+    pub(crate) packed_problem: Option<String>,
+    /// The bits of packed integers in the config; empty if it has none.
+    bits: Vec<Bits>,
     /// Why FP8 weights of this checkpoint are not supported, as the rest of a sentence.
     pub(crate) fp8_problem: Option<String>,
-    /// The group sizes of INT4 weights in the config; empty if it has none.
+    /// The group sizes of packed integers in the config; empty if it has none.
     groups: Vec<usize>,
     /// Unsupported settings of the config, each as a sentence without a full stop.
     pub(crate) unsupported: Vec<String>,
@@ -53,10 +68,11 @@ impl QuantScheme {
             method: Some(method.to_owned()),
             block: block_size.or_else(|| weights.iter().find_map(|weights| block(weights.get("block_structure")?))),
             strategies,
-            int4_problem: weights
+            packed_problem: weights
                 .iter()
-                .find_map(|weights| unsupported_int4(weights))
-                .or_else(|| none_of(&weights, "int", "4-bit integers")),
+                .find_map(|weights| unsupported_integers(weights))
+                .or_else(|| none_of(&weights, "int", "packed integers")),
+            bits: weights.iter().filter_map(|weights| declared_bits(weights)).collect(),
             fp8_problem: none_of(&weights, "float", "FP8"),
             groups: weights
                 .iter()
@@ -74,6 +90,27 @@ impl QuantScheme {
                 Err(format!("has one scale per {found} values; `quantization_config` has the `group_size` {declared}"))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// The bits of a packed matrix with `columns` columns, stored in `words` words a row. If no number of bits has that many
+    /// words, the one of the config is expected.
+    ///
+    /// # Errors
+    ///
+    /// The rest of a sentence about the matrix, if the config declares other bits.
+    pub(crate) fn packed_bits(&self, columns: usize, words: Option<usize>) -> Result<Bits, String> {
+        const BOTH: [Bits; 2] = [Bits::Four, Bits::Eight];
+        let fits = |bits: &&Bits| words == Some(columns.div_ceil(values_per_word(**bits)));
+        // The config's first: in a matrix of at most 4 columns, each number of bits has one word.
+        match self.bits.iter().chain(&BOTH).find(fits) {
+            Some(bits) if self.bits.is_empty() || self.bits.contains(bits) => Ok(*bits),
+            Some(bits) => Err(format!(
+                "has weights of {} bits; `quantization_config` has the `num_bits` {}",
+                bit_count(*bits),
+                bit_count(self.bits[0])
+            )),
+            None => Ok(self.bits.first().copied().unwrap_or(Bits::Four)),
         }
     }
 
@@ -216,12 +253,20 @@ fn block(value: &Value) -> Option<[usize; 2]> {
     <[usize; 2]>::try_from(sides).ok().filter(|sides| !sides.contains(&0))
 }
 
-/// Why INT4 weights of a group are not supported, as the rest of a sentence.
-fn unsupported_int4(weights: &Value) -> Option<String> {
+/// The bits of a group, if its weights are packed integers.
+fn declared_bits(weights: &Value) -> Option<Bits> {
+    match weights.get("num_bits").and_then(Value::as_u64).filter(|_| is_type(weights, "int"))? {
+        4 => Some(Bits::Four),
+        // Without a type, a group of 8 bits may be one of FP8.
+        8 if weights.get("type").is_some_and(|kind| kind == "int") => Some(Bits::Eight),
+        _ => None,
+    }
+}
+
+/// Why packed integers of a group are not supported, as the rest of a sentence.
+fn unsupported_integers(weights: &Value) -> Option<String> {
     match weights.get("num_bits").and_then(Value::as_u64) {
-        None | Some(4) => {}
-        // A group of FP8 weights in a checkpoint that may have INT4 weights, too.
-        Some(8) if weights.get("type").is_none_or(|kind| kind != "int") => {}
+        None | Some(4 | 8) => {}
         Some(bits) => return Some(format!("has weights of {bits} bits")),
     }
     if weights.get("symmetric") == Some(&Value::Bool(false)) {
@@ -298,8 +343,10 @@ impl<T: Weight> RowSource<T> for Fp8<'_> {
     }
 }
 
-/// A matrix of 4-bit values, eight to a 32-bit word, the lowest bits first, with one scale for each group of a row.
-pub(crate) struct Int4<'a> {
+/// A matrix of integers of 4 or 8 bits, eight or four to a 32-bit word, the lowest bits first, with one scale for each group
+/// of a row. compressed-tensors stores them without a sign: with 4 bits 0 to 15 for -8 to 7, with 8 bits 0 to 255.
+pub(crate) struct PackedIntegers<'a> {
+    pub(crate) bits: Bits,
     pub(crate) bytes: &'a [u8],
     /// The matrix row with which `bytes` begins.
     pub(crate) first: usize,
@@ -310,14 +357,19 @@ pub(crate) struct Int4<'a> {
     pub(crate) scales: &'a Scales,
 }
 
-impl<T: Weight> RowSource<T> for Int4<'_> {
+impl<T: Weight> RowSource<T> for PackedIntegers<'_> {
     fn read_row(&self, row: usize, first: usize, target: &mut [T]) -> bool {
         let scales = &self.scales.values[(row - self.scales.first) * (self.columns / self.group)..];
-        let bytes = &self.bytes[(row - self.first) * self.columns.div_ceil(NIBBLES_PER_WORD) * 4..];
+        let bytes = &self.bytes[(row - self.first) * self.columns.div_ceil(values_per_word(self.bits)) * 4..];
+        let zero = i32::from(self.bits.zero());
         let mut finite = true;
         for (at, target) in (first..).zip(target) {
-            // Two nibbles in a byte, the low one first; words are little-endian.
-            let value = i32::from(bytes[at / 2] >> (at % 2 * 4) & 0xf) - NIBBLE_OFFSET;
+            // Words are little-endian. Two values of 4 bits are in a byte, the first in its low half.
+            let value = match self.bits {
+                Bits::Four => bytes[at / 2] >> (at % 2 * 4) & 0xf,
+                Bits::Eight => bytes[at],
+            };
+            let value = i32::from(value) - zero;
             *target = T::narrow(value as f32 * scales[at / self.group]);
             finite &= target.finite();
         }
@@ -372,7 +424,8 @@ mod tests {
         (bytes[0], bytes[4]) = (0xf7, 0x98);
         (bytes[8], bytes[12]) = (0x80, 0x0a);
         let scales = Scales { first: 0, values: vec![1.0, 2.0, 4.0, 8.0] };
-        let matrix = Int4 { bytes: &bytes, first: 0, columns: 10, group: 5, scales: &scales };
+        let matrix =
+            PackedIntegers { bits: Bits::Four, bytes: &bytes, first: 0, columns: 10, group: 5, scales: &scales };
         let mut line = [0.0f32; 10];
         assert!(matrix.read_row(0, 0, &mut line));
         assert_eq!(line, [-1.0, 7.0, -8.0, -8.0, -8.0, -16.0, -16.0, -16.0, 0.0, 2.0]);
@@ -381,9 +434,21 @@ mod tests {
         assert_eq!(line[8..], [16.0, -64.0]);
         // The second row alone.
         let scales = Scales { first: 1, values: vec![4.0, 8.0] };
-        let second = Int4 { bytes: &bytes[8..], first: 1, columns: 10, group: 5, scales: &scales };
+        let second =
+            PackedIntegers { bits: Bits::Four, bytes: &bytes[8..], first: 1, columns: 10, group: 5, scales: &scales };
         assert!(second.read_row(1, 0, &mut line));
         assert_eq!((line[0], line[9]), (-32.0, -64.0));
+    }
+
+    #[test]
+    fn a_value_of_8_bits_is_a_byte_without_sign() {
+        let scales = Scales { first: 0, values: vec![0.5, -2.0] };
+        let bytes = [0, 1, 128, 255, 129, 127, 0, 0];
+        let matrix =
+            PackedIntegers { bits: Bits::Eight, bytes: &bytes, first: 0, columns: 6, group: 3, scales: &scales };
+        let mut line = [0.0f32; 6];
+        assert!(matrix.read_row(0, 0, &mut line));
+        assert_eq!(line, [-64.0, -63.5, 0.0, -254.0, -2.0, 2.0]);
     }
 
     #[test]
@@ -398,16 +463,22 @@ mod tests {
         let fp8 = scheme(json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 32]}));
         assert_eq!((fp8.method.as_deref(), fp8.block()), (Some("fp8"), [64, 32]));
         let packed = |weights: Value| json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}});
-        assert_eq!(scheme(packed(json!({"num_bits": 4, "symmetric": true}))).int4_problem, None);
-        assert!(scheme(packed(json!({"num_bits": 4, "symmetric": false}))).int4_problem.is_some());
-        assert!(scheme(packed(json!({"num_bits": 3}))).int4_problem.is_some());
+        assert_eq!(scheme(packed(json!({"num_bits": 4, "symmetric": true}))).packed_problem, None);
+        assert!(scheme(packed(json!({"num_bits": 4, "symmetric": false}))).packed_problem.is_some());
+        assert!(scheme(packed(json!({"num_bits": 3}))).packed_problem.is_some());
         for structure in [json!([128, 64]), json!("128x64")] {
             assert_eq!(scheme(packed(json!({"num_bits": 8, "block_structure": structure}))).block(), [128, 64]);
         }
         let int8 = scheme(packed(json!({"num_bits": 8, "type": "int"})));
-        assert!(int8.int4_problem.unwrap().contains("weights of 8 bits"));
+        assert_eq!((int8.packed_problem.as_deref(), int8.packed_bits(64, Some(16))), (None, Ok(Bits::Eight)));
+        assert!(
+            int8.packed_bits(64, Some(8)).unwrap_err().contains("weights of 4 bits; `quantization_config` has the")
+        );
+        // A row of one word, and one that fits no number of bits.
+        assert_eq!((int8.packed_bits(4, Some(1)), int8.packed_bits(64, Some(7))), (Ok(Bits::Eight), Ok(Bits::Eight)));
+        assert_eq!(QuantScheme::default().packed_bits(64, Some(16)), Ok(Bits::Eight));
         let mixed = scheme(packed(json!({"num_bits": 8, "type": "float"})));
-        assert!(mixed.int4_problem.unwrap().contains("no group of the `type` `int`"));
+        assert!(mixed.packed_problem.unwrap().contains("no group of the `type` `int`"));
         assert_eq!(mixed.fp8_problem, None);
         let int4 = scheme(packed(json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64})));
         assert!(int4.fp8_problem.is_some() && int4.check_group(64).is_ok());

@@ -1,5 +1,5 @@
-//! The files of a checkpoint: safetensors shards and their index, Burn's burnpack, llama.cpp's GGUF, and the sidecars
-//! (tokenizer, configs). To add a format:
+//! The files of a checkpoint: safetensors shards and their index, also with packed integers, Burn's burnpack, llama.cpp's GGUF,
+//! and the sidecars (tokenizer, configs). To add a format:
 //!
 //! 1. `format/NAME.rs`: its header, read into [`TensorEntry`](tensor_entry::TensorEntry)s and laid out for writing.
 //! 2. `format/shard.rs`, `checkpoint.rs`: open such a file, and find it in a directory.
@@ -13,6 +13,7 @@
 pub(crate) mod burnpack;
 pub mod gguf;
 pub(crate) mod index;
+pub(crate) mod pack_quantized;
 pub(crate) mod shard;
 pub(crate) mod sidecars;
 pub(crate) mod tensor_entry;

@@ -123,8 +123,7 @@ fn copy_one(
 
 /// Copies the sidecars, and writes `config.json` and, unless it was copied, `generation_config.json`.
 pub(crate) fn write(
-    config: &ModelConfig,
-    dtype: WeightDtype,
+    config: &SavedConfig<'_>,
     from: Option<&Path>,
     dir: &Path,
     shown: &Path,
@@ -143,19 +142,44 @@ pub(crate) fn write(
             copy_one(from, name, dir, |error| write_failure(shown, name, needed, error))?;
         }
     }
-    write_file(dir, CONFIG, saved_config(config, dtype, &sidecars).to_json().as_bytes(), shown, needed)?;
+    write_file(dir, CONFIG, config.with_sidecars(&sidecars).to_json().as_bytes(), shown, needed)?;
     if !sidecars.iter().any(|name| name == GENERATION_CONFIG) {
-        write_file(dir, GENERATION_CONFIG, generation_config(config).as_bytes(), shown, needed)?;
+        write_file(dir, GENERATION_CONFIG, generation_config(config.model).as_bytes(), shown, needed)?;
     }
     Ok(())
 }
 
-/// The config of the written checkpoint: with its dtype, and without what the files no longer contain (quantization,
-/// MTP layers, remote code).
+/// The config of a checkpoint to be written.
+#[derive(Debug)]
+pub(crate) struct SavedConfig<'a> {
+    pub(crate) model: &'a ModelConfig,
+    /// The dtype of the weights that are not quantized.
+    pub(crate) dtype: WeightDtype,
+    /// The `quantization_config`, if weights are written quantized.
+    pub(crate) quantization: Option<Value>,
+}
+
+impl<'a> SavedConfig<'a> {
+    /// The config of unquantized weights.
+    pub(crate) fn plain(model: &'a ModelConfig, dtype: WeightDtype) -> Self {
+        Self { model, dtype, quantization: None }
+    }
+
+    /// The config with the dtype and quantization of the written weights, and without what the files no longer contain (MTP
+    /// layers, remote code).
+    fn with_sidecars(&self, sidecars: &[String]) -> ModelConfig {
+        let mut config = saved_config(self.model, self.dtype, sidecars);
+        if let Some(quantization) = &self.quantization {
+            config.extra.insert(QUANTIZATION[0].into(), quantization.clone());
+        }
+        config
+    }
+}
+
 fn saved_config(config: &ModelConfig, dtype: WeightDtype, sidecars: &[String]) -> ModelConfig {
     let mut config = config.clone();
     config.dtype = Some(dtype.torch_name().to_owned());
-    // Weights are written unquantized.
+    // That of the source.
     for key in QUANTIZATION {
         config.extra.remove(key);
     }

@@ -281,14 +281,13 @@ impl BufferedTensor {
     }
 }
 
-/// Copies every task's values. `progress` counts the bytes written.
+/// Copies every task's values. `progress` has begun, and counts the bytes written.
 pub(crate) fn copy_tensors(
     checkpoint: &Checkpoint,
     tasks: &[CopyTask<'_>],
     output: &Output,
     progress: &dyn Progress,
 ) -> Result<(), CheckpointError> {
-    progress.begin(output.total());
     let chunks = row_chunks(tasks.iter().map(|task| {
         let (rows, columns) = task.source.dims(task.layout);
         (rows, columns * task.dtype.size())

@@ -22,11 +22,56 @@ use crate::mapping::names;
 /// Headers are padded to this multiple, so that the data after them is aligned for every dtype.
 const ALIGNMENT: usize = 8;
 
+/// The dtype of a tensor to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OutDtype {
+    Weight(WeightDtype),
+    /// The words of packed integers.
+    I32,
+    /// The shape of a packed matrix.
+    I64,
+}
+
+impl OutDtype {
+    /// Size of a value in bytes.
+    pub(crate) fn size(self) -> usize {
+        match self {
+            Self::Weight(dtype) => dtype.size(),
+            Self::I32 => 4,
+            Self::I64 => 8,
+        }
+    }
+
+    pub(crate) fn to_safetensors(self) -> safetensors::Dtype {
+        match self {
+            Self::Weight(dtype) => dtype.to_safetensors(),
+            Self::I32 => safetensors::Dtype::I32,
+            Self::I64 => safetensors::Dtype::I64,
+        }
+    }
+}
+
+impl From<WeightDtype> for OutDtype {
+    fn from(dtype: WeightDtype) -> Self {
+        Self::Weight(dtype)
+    }
+}
+
+impl From<OutDtype> for DType {
+    fn from(dtype: OutDtype) -> Self {
+        match dtype {
+            OutDtype::Weight(dtype) => Self::from(dtype),
+            OutDtype::I32 => Self::I32,
+            OutDtype::I64 => Self::I64,
+        }
+    }
+}
+
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct OutTensor {
     pub(crate) name: String,
-    pub(crate) dtype: WeightDtype,
+    pub(crate) dtype: OutDtype,
     pub(crate) shape: Vec<usize>,
 }
 
@@ -309,7 +354,8 @@ mod tests {
             "model.layers.1.a",
             "model.norm.weight",
         ];
-        let tensors = names.map(|name| OutTensor { name: name.into(), dtype: WeightDtype::Bf16, shape: vec![4] });
+        let tensors =
+            names.map(|name| OutTensor { name: name.into(), dtype: WeightDtype::Bf16.into(), shape: vec![4] });
         assert_eq!(divide(&tensors, Sharding::Layer), [vec![0, 1, 2], vec![3, 4]]);
         assert_eq!(divide(&tensors, Sharding::Size(16)), [vec![0, 1], vec![2, 3], vec![4]]);
         assert_eq!(divide(&tensors, Sharding::Size(1)).len(), 5);

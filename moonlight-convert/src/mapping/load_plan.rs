@@ -8,12 +8,13 @@ use std::ops::Range;
 
 use moonlight_model::ModelConfig;
 use moonlight_model::config::{ParameterKind, ParameterShape};
+use moonlight_simd::quant::Bits;
 use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, StoredTensor, TiedHead};
 use crate::dtype::conversion::WeightDtype;
 use crate::dtype::dequantize::{Encoding, Layout, SourceTensor};
-use crate::dtype::quant::{NIBBLES_PER_WORD, QuantScheme};
+use crate::dtype::quant::{QuantScheme, values_per_word};
 use crate::error::CheckpointError;
 use crate::format::gguf::names::ROPE_FACTORS;
 use crate::format::shard::FileRange;
@@ -28,7 +29,7 @@ const MOST_EXPERTS: usize = 1 << 16;
 const MOST_STACKED: usize = 1 << 15;
 /// The same limit if a file cannot be read and may contain any tensor.
 const MOST_UNREAD: usize = 1 << 17;
-/// Group size of the INT4 weights of Kimi-K2-Thinking and Kimi-K2.5: values of a row that share a scale.
+/// Group size of the packed weights of Kimi-K2-Thinking and Kimi-K2.5: values of a row that share a scale.
 const USUAL_GROUP: usize = 32;
 /// Wider than any matrix of the family; a product of three such numbers fits into 64 bits.
 const WIDEST: usize = 1 << 21;
@@ -253,7 +254,7 @@ impl<'a> TensorMatcher<'a> {
         let transposed = names::transposed(parameter.kind);
         // If files contain both layouts, the separate tensors are used, and the stack is reported as unexpected.
         let one_by_one = wanted.iter().any(|tensor| {
-            let packed = names::int4_names(&tensor.name).values;
+            let packed = names::packed_names(&tensor.name).values;
             self.by_key.contains_key(names::key(&tensor.name)) || self.by_key.contains_key(names::key(&packed))
         });
         let stacked = names::stacked(&parameter)
@@ -360,10 +361,10 @@ impl<'a> TensorMatcher<'a> {
     }
 
     fn match_by_name(&mut self, tensor: HfTensor, transposed: bool) -> Option<SourceTensor> {
-        let packed = names::int4_names(&tensor.name);
+        let packed = names::packed_names(&tensor.name);
         let key = names::key(&tensor.name);
         if !self.by_key.contains_key(key) && self.may_exist(names::key(&packed.values)) {
-            return self.match_int4(tensor, packed, transposed);
+            return self.match_packed(tensor, packed, transposed);
         }
         let (stored_index, part) = self.find(&tensor)?;
         if self.stored(stored_index).dtype == Dtype::F8_E4M3 {
@@ -440,26 +441,27 @@ impl<'a> TensorMatcher<'a> {
         Some((part, self.plain_dtype(stored_index)?))
     }
 
-    /// An INT4 matrix: packed values, the scales of its groups, and its shape.
-    fn match_int4(&mut self, tensor: HfTensor, packed: names::Int4Names, transposed: bool) -> Option<SourceTensor> {
+    /// A matrix of packed integers: values, the scales of its groups, and its shape.
+    fn match_packed(&mut self, tensor: HfTensor, packed: names::PackedNames, transposed: bool) -> Option<SourceTensor> {
         let &[rows, columns] = tensor.shape.as_slice() else {
             self.missing(names::key(&tensor.name), &tensor.name);
             return None;
         };
-        let words = columns.div_ceil(NIBBLES_PER_WORD);
-        if let Some(&stored_index) = self.by_key.get(names::key(&packed.values)) {
-            let shape = self.stored(stored_index).shape.as_slice();
-            // A word holds eight 4-bit or four 8-bit values, so that 8-bit weights have twice as many words. In a
-            // narrow matrix the two counts can be equal; then it is read as INT4.
-            let is_8_bit = shape == [rows, columns.div_ceil(NIBBLES_PER_WORD / 2)] && shape != [rows, words];
-            let of_8_bits = || is_8_bit.then(|| "has weights of 8 bits".to_owned());
-            if let Some(problem) = self.scheme.int4_problem.clone().or_else(of_8_bits) {
+        let stored_index = self.by_key.get(names::key(&packed.values)).copied();
+        let words = stored_index.and_then(|stored_index| match *self.stored(stored_index).shape.as_slice() {
+            [found, words] if found == rows => Some(words),
+            _ => None,
+        });
+        let bits = match (self.scheme.packed_problem.clone(), self.scheme.packed_bits(columns, words), stored_index) {
+            (Some(problem), _, Some(stored_index)) | (None, Err(problem), Some(stored_index)) => {
                 self.unsupported(stored_index, problem);
                 [&packed.values, &packed.scale, &packed.shape].into_iter().for_each(|name| self.mark_used(name));
                 self.mark_used(&format!("{}_zero_point", tensor.name));
                 return None;
             }
-        }
+            (_, bits, _) => bits.unwrap_or(Bits::Four),
+        };
+        let words = columns.div_ceil(values_per_word(bits));
         let values = self.find(&HfTensor { name: packed.values, shape: vec![rows, words] });
         let scale = self.match_group_scales(packed.scale, rows, columns);
         // All three tensors are looked up before the first return, so that every problem is listed and none is reported
@@ -481,7 +483,7 @@ impl<'a> TensorMatcher<'a> {
             stored_index,
             dtype: scale.1, // as compressed-tensors dequantizes
             part,
-            encoding: Encoding::Int4 { scale, group },
+            encoding: Encoding::Packed { bits, scale, group },
             transposed,
         })
     }

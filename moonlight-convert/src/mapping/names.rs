@@ -9,7 +9,7 @@
 //! | the same | or, in transformers 5, `….experts.gate_up_proj`, `[experts, 2 out, in]`: rows of gate, then rows of up |
 //! | the same, `down_proj` | or `….experts.down_proj`, `[experts, out, in]` |
 //! | a projection in FP8 | `….weight` in F8_E4M3 with `….weight_scale_inv` (compressed-tensors: `….weight_scale`) |
-//! | a projection in INT4 | `….weight_packed`, `….weight_scale`, `….weight_shape` instead of `….weight` |
+//! | a projection in INT4 or INT8 | `….weight_packed`, `….weight_scale`, `….weight_shape` instead of `….weight` |
 //!
 //! A burnpack file names tensors by the module path.
 //!
@@ -121,16 +121,20 @@ pub(crate) fn fp8_scales(weight: &str) -> [String; 2] {
     [format!("{weight}_scale_inv"), format!("{weight}_scale")]
 }
 
-/// The three tensors of an INT4 matrix in the layout of compressed-tensors (`pack-quantized`).
-pub(crate) struct Int4Names {
+/// The three tensors of an INT4 or INT8 matrix in the layout of compressed-tensors (`pack-quantized`).
+pub(crate) struct PackedNames {
     pub(crate) values: String,
     pub(crate) scale: String,
     pub(crate) shape: String,
 }
 
 /// The names for the matrix that would be called `weight`.
-pub(crate) fn int4_names(weight: &str) -> Int4Names {
-    Int4Names { values: format!("{weight}_packed"), scale: format!("{weight}_scale"), shape: format!("{weight}_shape") }
+pub(crate) fn packed_names(weight: &str) -> PackedNames {
+    PackedNames {
+        values: format!("{weight}_packed"),
+        scale: format!("{weight}_scale"),
+        shape: format!("{weight}_shape"),
+    }
 }
 
 /// The layer of a tensor, `None` if it belongs to none.

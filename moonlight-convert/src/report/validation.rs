@@ -250,8 +250,8 @@ impl ProblemList {
         {
             return Some(format!(
                 "use the unquantized weights, or write them in bf16 with the program that quantized them (`quant_method` \
-                 `{method}`); supported are FP8 (E4M3) with one scale per tensor, row or block, and INT4 with one scale per \
-                 group in the layout of compressed-tensors"
+                 `{method}`); supported are FP8 (E4M3) with one scale per tensor, row or block, and INT4 and INT8 with one \
+                 scale per group in the layout of compressed-tensors (`pack-quantized`)"
             ));
         }
         if any(Kind::WrongDtype) {

@@ -57,8 +57,8 @@ const WEIGHTS: &[&str] = &[
     "zp_dtype",
 ];
 
-/// The supported values of keys that also have unsupported ones. A `format` may be that of int8 weights, too: those are
-/// refused for their type.
+/// The supported values of keys that also have unsupported ones. A `format` may be that of int8 weights in bytes, too: those
+/// are refused for their dtype.
 const SUPPORTED_VALUES: &[(&str, &[&str])] = &[
     ("expert_dtype", &["fp8"]),
     ("fmt", &["e4m3", "e4m3fn", "float8_e4m3fn"]),
