@@ -19,10 +19,12 @@ mod avx2;
 mod avx512;
 mod kernel;
 mod rows;
+mod scale;
 #[cfg(test)]
 mod tests;
 
 pub use rows::QuantizedRows;
+pub use scale::quantize_block;
 
 use std::ops::Range;
 
@@ -338,28 +340,4 @@ pub fn quantize_tiles(
             writer.write(first + lane, &codes, &stored);
         }
     }
-}
-
-/// Quantizes a block of up to 32 weights: writes the stored values and returns the scale, rounded to `scale_type`.
-///
-/// 8 bits: the scale is the largest magnitude divided by 127, as in `Q8_0`. 4 bits: as in `Q4_0`, the value of the largest magnitude
-/// becomes -8, so that the range is used whole.
-pub fn quantize_block(weights: &[f32], bits: Bits, scale_type: ScaleType, values: &mut [u8]) -> u16 {
-    let largest =
-        weights.iter().copied().fold(0.0_f32, |most, weight| if weight.abs() > most.abs() { weight } else { most });
-    let scale = match bits {
-        Bits::Eight => largest.abs() / 127.0,
-        Bits::Four => largest / -8.0,
-    };
-    let stored = scale_type.narrow(scale);
-    let scale = scale_type.widen(stored);
-    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    let (zero, least, most) = match bits {
-        Bits::Eight => (128.0, 1.0, 255.0),
-        Bits::Four => (8.0, 0.0, 15.0),
-    };
-    for (value, weight) in values.iter_mut().zip(weights) {
-        *value = (weight * inverse + zero).round_ties_even().clamp(least, most) as u8;
-    }
-    stored
 }
