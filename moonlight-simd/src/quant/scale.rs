@@ -2,8 +2,8 @@
 
 use super::{BLOCK, Bits, ScaleType};
 
-/// The magnitudes, in steps, that the largest weight of a block of 4 bits is tried at: in eighths, from 6.5 to 9. Above 8 it is clipped.
-const EIGHTHS: std::ops::RangeInclusive<u8> = 52..=72;
+/// The magnitudes, in steps, that the largest weight of a block of 4 bits is tried at: in eighths, from 6 to 9. Above 8 it is clipped.
+const EIGHTHS: std::ops::RangeInclusive<u8> = 48..=72;
 
 /// Quantizes a block of up to 32 weights: writes the stored values and returns the scale, rounded to `scale_type`.
 ///
