@@ -17,11 +17,13 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod codes;
 mod kernel;
 mod rows;
 #[cfg(test)]
 mod tests;
 
+pub use codes::CodeOrder;
 pub use rows::QuantizedRows;
 
 use std::ops::Range;
