@@ -52,6 +52,7 @@ pub use io::file_error::{Access, FileError};
 pub use io::storage;
 #[doc(hidden)]
 pub use io::temporary::new_file;
+pub use load::quantized::LoadQuantization;
 pub use load::{LoadReport, Loaded, load};
 pub use mapping::names::{HfTensor, SkipReason, hugging_face_tensors};
 pub use printable::{Printable, printable, printable_lines};

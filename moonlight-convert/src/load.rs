@@ -1,5 +1,7 @@
 //! Loading: from the files straight into the model's parameters, in Burn's layout.
 
+pub(crate) mod quantized;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -8,7 +10,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use moonlight_model::config::ParameterKind;
 use moonlight_model::disjoint::DisjointMut;
-use moonlight_model::{CausalLm, QuantBits, huge_pages};
+use moonlight_model::{CausalLm, QuantBits, QuantizedWeight, huge_pages};
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::conversion::{Outcome, Weight, WeightDtype, all_finite, with_weight};
@@ -17,6 +19,7 @@ use crate::dtype::transpose::HEIGHT;
 use crate::error::CheckpointError;
 use crate::io::parallel_copy::{self, RowChunk, in_order};
 use crate::io::prefetch::PrefetchReader;
+use crate::load::quantized::LoadQuantization;
 use crate::mapping::load_plan::{LoadPlan, PlannedParameter, Scope};
 use crate::mapping::names::SkipReason;
 use crate::module_path::ModulePath;
@@ -86,29 +89,67 @@ impl Checkpoint {
     ///
     /// Those of [`load`](fn@crate::load).
     pub fn load(&self, device: &Device, dtype: Option<DType>) -> Result<Loaded, CheckpointError> {
-        let plan = self.checked_plan(Scope::All)?;
-        self.warn();
-        let (model, report) = self.fill(self.config().init(device), "", &plan, device, dtype)?;
-        Ok(Loaded { model, report })
+        self.load_with(device, dtype, LoadQuantization::Dequantize)
     }
 
-    /// [`load`](Checkpoint::load) with the projections of all layers quantized to `bits` and frozen. Each layer is
-    /// quantized as soon as it is loaded, so that at most one is in memory in full precision.
+    /// [`load`](Checkpoint::load) with a choice of the weights that are quantized in memory. Quantized weights are frozen.
+    ///
+    /// Weights that are quantized are never in memory as floats, except for a chunk of rows of each thread (and, for a burnpack
+    /// file, one layer).
     ///
     /// # Errors
     ///
     /// Those of [`load`](fn@crate::load).
-    pub fn load_quantized(
+    pub fn load_with(
         &self,
         device: &Device,
         dtype: Option<DType>,
-        bits: QuantBits,
-    ) -> Result<CausalLm, CheckpointError> {
-        // Before the first layer is read, so that a missing file is not found only minutes later.
-        self.checked_plan(Scope::All)?;
+        quantization: LoadQuantization,
+    ) -> Result<Loaded, CheckpointError> {
+        let plan = self.checked_plan(Scope::All)?;
         self.warn();
+        if let (LoadQuantization::To(bits), true) = (quantization, self.is_burnpack()) {
+            return self.load_by_layer(&plan, device, dtype, bits);
+        }
+        let (model, report, quantized) =
+            self.fill_quantized(self.config().init(device), "", &plan, device, dtype, quantization)?;
+        let mut model = model;
+        let (head, projections): (Vec<_>, Vec<_>) = quantized.into_iter().partition(|weight| weight.is_head);
+        model =
+            model.with_quantized(projections.into_iter().map(|QuantizedParameter { path, weight, .. }| (path, weight)));
+        if let Some(head) = head.into_iter().next() {
+            model.head_quantized = Some(head.weight);
+        }
+        if matches!(quantization, LoadQuantization::To(_)) {
+            // That of a model whose head is tied to the embedding.
+            model = model.quantize_head();
+        }
+        Ok(Loaded { model, report })
+    }
+
+    /// The bits in which [`LoadQuantization::AsStored`] loads projections; the fewest, if there are several. `None` if it loads all
+    /// of them as floats.
+    pub fn stored_bits(&self) -> Option<QuantBits> {
+        let plan = self.plan(Scope::Present).ok()?;
+        let bits = plan.parameters.iter().filter(|planned| planned.parameter.kind != ParameterKind::Head);
+        bits.filter_map(|planned| quantized::bits_of(planned, LoadQuantization::AsStored)).min_by_key(|bits| match bits
+        {
+            QuantBits::Four => 4,
+            QuantBits::Eight => 8,
+        })
+    }
+
+    /// Loads a burnpack file, each layer of which is quantized as soon as it is loaded: the rows of its matrices are the inputs,
+    /// so that a block of a scale is scattered over the file.
+    fn load_by_layer(
+        &self,
+        plan: &LoadPlan,
+        device: &Device,
+        dtype: Option<DType>,
+        bits: QuantBits,
+    ) -> Result<Loaded, CheckpointError> {
         let mut model = self.config().init(device);
-        // Only projections of layers are quantized.
+        // Only projections of layers are quantized, and the head.
         model.embed_tokens = self.load_part(model.embed_tokens, "embed_tokens", device, dtype)?.0;
         model.norm = self.load_part(model.norm, "norm", device, dtype)?.0;
         if let Some(head) = model.lm_head.take() {
@@ -121,7 +162,8 @@ impl Checkpoint {
                 Ok(loaded.quantized(bits))
             })
             .collect::<Result<_, CheckpointError>>()?;
-        Ok(model)
+        let common = dtype.map(weight_dtype).transpose()?.unwrap_or_else(|| stored_dtype(plan));
+        Ok(Loaded { model: model.quantize_head(), report: report(plan, common) })
     }
 
     /// Loads a part of the model: `module` is the part at `path`, such as a decoder layer at `layers.3`, the embedding
@@ -185,6 +227,21 @@ impl Checkpoint {
         device: &Device,
         dtype: Option<DType>,
     ) -> Result<(M, LoadReport), CheckpointError> {
+        let (module, report, _) =
+            self.fill_quantized(module, path, plan, device, dtype, LoadQuantization::Dequantize)?;
+        Ok((module, report))
+    }
+
+    /// Fills a module. Where a weight is quantized, the module has a placeholder, and the list the weight.
+    fn fill_quantized<M: Module>(
+        &self,
+        module: M,
+        path: &str,
+        plan: &LoadPlan,
+        device: &Device,
+        dtype: Option<DType>,
+        quantization: LoadQuantization,
+    ) -> Result<(M, LoadReport, Vec<QuantizedParameter>), CheckpointError> {
         let dtype = dtype.map(weight_dtype).transpose()?;
         let common = dtype.unwrap_or_else(|| stored_dtype(plan));
         // Correction biases are f32, whatever the dtype of the weights.
@@ -193,26 +250,28 @@ impl Checkpoint {
                 return Err(CheckpointError::DeviceDtype { dtype: needed });
             }
         }
-        let module = PrefetchReader::open(self, plan, |reader| {
-            let path = ModulePath::new(path);
-            let mut loader =
-                WeightLoader { checkpoint: self, plan, reader, device, dtype, common, path, loaded: 0, failure: None };
+        let (module, quantized) = PrefetchReader::open(self, plan, |reader| {
+            let mut loader = WeightLoader {
+                checkpoint: self,
+                plan,
+                reader,
+                device,
+                dtype,
+                common,
+                quantization,
+                path: ModulePath::new(path),
+                loaded: 0,
+                quantized: Vec::new(),
+                failure: None,
+            };
             let module = module.map(&mut loader);
             if let Some(failure) = loader.failure {
                 return Err(failure);
             }
             assert_eq!(loader.loaded, plan.parameters.len(), "the plan lists every parameter of the module");
-            Ok(module)
+            Ok((module, loader.quantized))
         })?;
-        let sources = || plan.parameters.iter().flat_map(|planned| &planned.sources);
-        let report = LoadReport {
-            dtype: common,
-            parameters: plan.parameters.len(),
-            tensors: sources().count(),
-            bytes: sources().map(SourceTensor::bytes).sum(),
-            skipped: plan.skipped.clone(),
-        };
-        Ok((module, report))
+        Ok((module, report(plan, common), quantized))
     }
 
     /// Reads the values of a parameter in Burn's layout. All threads take chunks of rows in the order of the files, so
@@ -252,6 +311,25 @@ impl Checkpoint {
         target.finish();
         Ok(values)
     }
+}
+
+fn report(plan: &LoadPlan, dtype: WeightDtype) -> LoadReport {
+    let sources = || plan.parameters.iter().flat_map(|planned| &planned.sources);
+    LoadReport {
+        dtype,
+        parameters: plan.parameters.len(),
+        tensors: sources().count(),
+        bytes: sources().map(SourceTensor::bytes).sum(),
+        skipped: plan.skipped.clone(),
+    }
+}
+
+/// A weight that is quantized.
+struct QuantizedParameter {
+    /// The path of its projection, such as `layers.3.self_attn.q_proj`.
+    path: String,
+    is_head: bool,
+    weight: QuantizedWeight,
 }
 
 /// Divides sources into chunks of rows in the order of the files.
@@ -301,9 +379,11 @@ struct WeightLoader<'a> {
     device: &'a Device,
     dtype: Option<WeightDtype>,
     common: WeightDtype,
+    quantization: LoadQuantization,
     path: ModulePath,
     /// How many parameters have been replaced. The plan lists them in the module's order.
     loaded: usize,
+    quantized: Vec<QuantizedParameter>,
     failure: Option<CheckpointError>,
 }
 
@@ -325,6 +405,9 @@ impl ModuleMapper for WeightLoader<'_> {
         let planned = self.plan.parameters.get(self.loaded).filter(|planned| planned.parameter.path == path);
         let planned = planned.unwrap_or_else(|| panic!("the plan lists `{path}` next"));
         self.loaded += 1;
+        if let Some(bits) = quantized::bits_of(planned, self.quantization) {
+            return self.quantized(param, planned, bits);
+        }
         let dtype = match (planned.parameter.kind, self.dtype) {
             (ParameterKind::CorrectionBias, _) => WeightDtype::F32,
             (ParameterKind::Router, None) => planned.stored(),
@@ -340,6 +423,31 @@ impl ModuleMapper for WeightLoader<'_> {
                 let id = param.id;
                 // Keeps the parameter's id, by which Burn's optimizers find their state.
                 param.transform_for_load(tensor, id)
+            }
+            Err(failure) => {
+                self.failure = Some(failure);
+                param
+            }
+        }
+    }
+}
+
+impl WeightLoader<'_> {
+    /// Reads a parameter as a quantized weight, and returns a placeholder with the dtype that dequantizing gives it.
+    fn quantized<const D: usize>(
+        &mut self,
+        param: Param<Tensor<D>>,
+        planned: &PlannedParameter,
+        bits: QuantBits,
+    ) -> Param<Tensor<D>> {
+        match self.checkpoint.read_quantized(planned, bits, self.reader, self.device) {
+            Ok(weight) => {
+                let path = planned.parameter.path.trim_end_matches(".weight").to_owned();
+                let is_head = planned.parameter.kind == ParameterKind::Head;
+                self.quantized.push(QuantizedParameter { path, is_head, weight });
+                let placeholder = Tensor::zeros([1; D], (self.device, DType::from(self.common)));
+                let id = param.id;
+                param.transform_for_load(placeholder, id).set_require_grad(false)
             }
             Err(failure) => {
                 self.failure = Some(failure);

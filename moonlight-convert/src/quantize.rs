@@ -3,7 +3,6 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use moonlight_model::QuantBits;
 use moonlight_model::config::ParameterKind;
 use moonlight_simd::quant::{BLOCK, Bits, ScaleType};
 
@@ -76,7 +75,7 @@ impl Checkpoint {
     pub fn convert_quantized(
         &self,
         dir: &Path,
-        bits: QuantBits,
+        bits: Bits,
         options: &SaveOptions,
         progress: &dyn Progress,
     ) -> Result<QuantizeReport, CheckpointError> {
@@ -88,7 +87,7 @@ impl Checkpoint {
             WeightDtype::F16 => ScaleType::F16,
             WeightDtype::Bf16 | WeightDtype::F32 => ScaleType::Bf16,
         };
-        let form = Form { bits: pack_quantized::kernel_bits(bits), scale_type };
+        let form = Form { bits, scale_type };
         let Tasks { tensors, copies, matrices, unquantized } = tasks(&plan, dtype, config_dtype, form.bits);
         if matrices.is_empty() {
             return Err(CheckpointError::NothingToQuantize { dir: self.dir().to_path_buf() });

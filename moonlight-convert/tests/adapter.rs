@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData, Tolerance};
 use moonlight_convert::adapter::{AdapterError, base_of, is_adapter, load_adapter, read_adapter, write_adapter};
-use moonlight_convert::{SaveOptions, load, save};
+use moonlight_convert::{LoadQuantization, SaveOptions, load, save};
 use moonlight_model::CausalLm;
 use moonlight_model::lora::{Adapter, LoraConfig};
 use safetensors::SafeTensors;
@@ -367,7 +367,10 @@ fn quantizing_while_loading_equals_quantizing_afterwards() {
         let checkpoint = moonlight_convert::Checkpoint::open(fixture(name)).unwrap();
         let device = Device::default();
         for bits in [QuantBits::Eight, QuantBits::Four] {
-            let quantized = checkpoint.load_quantized(&device, Some(burn::tensor::DType::F32), bits).unwrap();
+            let quantized = checkpoint
+                .load_with(&device, Some(burn::tensor::DType::F32), LoadQuantization::To(bits))
+                .unwrap()
+                .model;
             assert!(quantized.is_quantized());
             assert_eq!(logits(&quantized), logits(&base(name).quantized(bits)));
             // What is saved is dequantized.

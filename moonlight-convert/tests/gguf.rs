@@ -9,7 +9,7 @@ use burn::tensor::{DType, Device};
 use common::{FAMILIES, Tensors, fixture, parameters, read_tensors};
 use moonlight_convert::gguf::{BlockType, GgufHeader, GgufOptions, Metadata, TensorInfo, Value, write_header};
 use moonlight_convert::report::{CheckpointState, TensorDifference};
-use moonlight_convert::{Checkpoint, Format, SaveOptions, WeightDtype, load, save};
+use moonlight_convert::{Checkpoint, Format, LoadQuantization, SaveOptions, WeightDtype, load, save};
 use moonlight_model::{ModelConfig, QuantBits};
 use safetensors::Dtype;
 
@@ -133,7 +133,7 @@ fn every_type_is_loaded_and_converted_alike() {
                 // Random weights in 4 bits.
                 assert!(distance.cosine > 0.99, "{family} {block_type} {tensor}: {distance:?}");
             }
-            opened.load_quantized(&device, Some(DType::F32), QuantBits::Eight).unwrap();
+            opened.load_with(&device, Some(DType::F32), LoadQuantization::To(QuantBits::Eight)).unwrap().model;
         }
     }
 }
@@ -361,7 +361,7 @@ fn quantized_tensors_are_where_they_belong() {
                 let converted = parameters(&load(&path("converted"), &device, None).unwrap().model);
                 assert_eq!(converted, loaded, "{architecture} {block_type}");
             }
-            opened.load_quantized(&device, Some(DType::F32), QuantBits::Eight).unwrap();
+            opened.load_with(&device, Some(DType::F32), LoadQuantization::To(QuantBits::Eight)).unwrap().model;
             // A file of blocks is bf16 unless its norms are wider.
             assert_eq!(opened.load(&device, None).unwrap().report.dtype, WeightDtype::Bf16);
         }

@@ -11,7 +11,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use moonlight_convert::adapter::{
     AdapterError, base_of, load_adapter, load_adapter_with_head, read_adapter, write_adapter,
 };
-use moonlight_convert::{Checkpoint, SaveOptions, TiedHead, load, save};
+use moonlight_convert::{Checkpoint, LoadQuantization, SaveOptions, TiedHead, load, save};
 use moonlight_model::lora::LoraConfig;
 use moonlight_model::{CausalLm, QuantBits};
 use serde::Deserialize;
@@ -116,7 +116,12 @@ fn adapters_that_change_weights_are_not_trained_further() {
 #[test]
 fn quantized_weights_are_not_changed() {
     let checkpoint = Checkpoint::open(fixture("llama")).unwrap();
-    let quantized = || checkpoint.load_quantized(&Device::default(), Some(DType::F32), QuantBits::Eight).unwrap();
+    let quantized = || {
+        checkpoint
+            .load_with(&Device::default(), Some(DType::F32), LoadQuantization::To(QuantBits::Eight))
+            .unwrap()
+            .model
+    };
     let error = load_adapter(quantized(), &kind("dora")).unwrap_err();
     assert!(matches!(error, AdapterError::Quantized { .. }), "{error}");
     assert!(error.hint().unwrap().contains("merge the adapter into the unquantized model first"));

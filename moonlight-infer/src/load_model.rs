@@ -4,8 +4,8 @@ use std::path::Path;
 
 use burn::tensor::{DType, Device};
 use moonlight_convert::adapter::{base_of, is_adapter, load_adapter_with_head};
-use moonlight_convert::{Checkpoint, CheckpointError};
-use moonlight_model::{CausalLm, QuantBits};
+use moonlight_convert::{Checkpoint, CheckpointError, LoadQuantization};
+use moonlight_model::CausalLm;
 
 use crate::error::InferError;
 use crate::model_dir::{ModelDir, resolve_weights};
@@ -22,8 +22,8 @@ pub struct LoadedModel {
 /// Loads a checkpoint, and `adapter` if there is one. If `dir` is itself the directory of an adapter, loads the base model
 /// that its `adapter_config.json` names, and that adapter.
 ///
-/// The weights are loaded as `dtype`; `None` keeps the dtype of the checkpoint. With `bits` the projections are quantized as
-/// they are read, so that the complete unquantized model is never in memory.
+/// The weights are loaded as `dtype`; `None` keeps the dtype of the checkpoint. Projections that are quantized in memory are so as
+/// they are read: the complete unquantized model is never in memory.
 ///
 /// # Errors
 ///
@@ -34,7 +34,7 @@ pub fn load_model(
     adapter: Option<&Path>,
     device: &Device,
     dtype: Option<DType>,
-    bits: Option<QuantBits>,
+    quantization: LoadQuantization,
 ) -> Result<LoadedModel, InferError> {
     let (base, adapter) = match (is_adapter(dir), adapter) {
         (true, Some(_)) => return Err(InferError::AdapterOnAdapter(dir.to_owned())),
@@ -44,7 +44,7 @@ pub fn load_model(
     // The base model of an adapter may be the folder of a run. Its checkpoint is locked as long as the returned `dir` exists.
     let base = resolve_weights(&base)?;
     let checkpoint = Checkpoint::open(&base)?;
-    let model = load_opened(&checkpoint, device, dtype, bits)?;
+    let model = load_opened(&checkpoint, device, dtype, quantization)?;
     let model = match adapter {
         Some(adapter) => load_adapter_with_head(model, checkpoint.tied_head(), adapter)?,
         None => model,
@@ -52,7 +52,7 @@ pub fn load_model(
     Ok(LoadedModel { model, dir: base })
 }
 
-/// Loads a checkpoint without an adapter; `dtype` and `bits` as in [`load_model`].
+/// Loads a checkpoint without an adapter; `dtype` and `quantization` as in [`load_model`].
 ///
 /// # Errors
 ///
@@ -61,19 +61,16 @@ pub fn load_base(
     dir: &Path,
     device: &Device,
     dtype: Option<DType>,
-    bits: Option<QuantBits>,
+    quantization: LoadQuantization,
 ) -> Result<CausalLm, CheckpointError> {
-    load_opened(&Checkpoint::open(dir)?, device, dtype, bits)
+    load_opened(&Checkpoint::open(dir)?, device, dtype, quantization)
 }
 
 fn load_opened(
     checkpoint: &Checkpoint,
     device: &Device,
     dtype: Option<DType>,
-    bits: Option<QuantBits>,
+    quantization: LoadQuantization,
 ) -> Result<CausalLm, CheckpointError> {
-    match bits {
-        None => Ok(checkpoint.load(device, dtype)?.model),
-        Some(bits) => checkpoint.load_quantized(device, dtype, bits),
-    }
+    Ok(checkpoint.load_with(device, dtype, quantization)?.model)
 }

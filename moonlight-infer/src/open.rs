@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use moonlight_model::{CausalLm, QuantBits};
+use moonlight_convert::LoadQuantization;
+use moonlight_model::CausalLm;
 use serde_json::Value;
 
 use crate::chat::{ChatEncoder, ChatTemplate};
@@ -20,18 +21,18 @@ use crate::tokenizer::Tokenizer;
 /// | [`with_device`](Self::with_device) | `auto`: the first of CUDA, Metal, Vulkan, WGPU and CPU that is compiled in |
 /// | [`with_dtype`](Self::with_dtype) | `auto`: f32 on the CPU, the dtype of the checkpoint on other devices |
 /// | [`with_adapter`](Self::with_adapter) | none; the directory of an adapter can also be opened as a model |
-/// | [`with_bits`](Self::with_bits) | not quantized |
+/// | [`with_quantization`](Self::with_quantization) | on the CPU as stored: quantized weights stay quantized; on other devices they are dequantized |
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
     device: String,
     dtype: String,
     adapter: Option<PathBuf>,
-    bits: Option<QuantBits>,
+    quantization: Option<LoadQuantization>,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { device: "auto".into(), dtype: "auto".into(), adapter: None, bits: None }
+        Self { device: "auto".into(), dtype: "auto".into(), adapter: None, quantization: None }
     }
 }
 
@@ -56,9 +57,9 @@ impl OpenOptions {
         Self { adapter: Some(adapter.into()), ..self }
     }
 
-    /// Quantizes the projections of the layers, with a scale for each block of 64 weights.
-    pub fn with_bits(self, bits: QuantBits) -> Self {
-        Self { bits: Some(bits), ..self }
+    /// Sets which weights are quantized in memory, with a scale for each block of 32 weights.
+    pub fn with_quantization(self, quantization: LoadQuantization) -> Self {
+        Self { quantization: Some(quantization), ..self }
     }
 
     /// Opens a model by any name that [`resolve_model`] accepts.
@@ -72,7 +73,10 @@ impl OpenOptions {
         let dtype = device::parse_dtype(&self.dtype, &target)?;
         let dir = resolve_model(model)?;
         let adapter = self.adapter.as_deref().map(resolve_weights).transpose()?;
-        let LoadedModel { model, dir } = load_model(&dir, adapter.as_deref(), &target.device, dtype, self.bits)?;
+        // The kernels for integers are those of the CPU.
+        let default = if target.is_cpu { LoadQuantization::AsStored } else { LoadQuantization::Dequantize };
+        let quantization = self.quantization.unwrap_or(default);
+        let LoadedModel { model, dir } = load_model(&dir, adapter.as_deref(), &target.device, dtype, quantization)?;
         let tokenizer = Tokenizer::from_model_dir(&dir)?;
         let mut eos = generation_eos(&dir)?.unwrap_or_else(|| model.config().eos_token_id.clone());
         if eos.is_empty() {

@@ -1,5 +1,7 @@
 //! Operations on every projection of a model: quantize, dequantize, merge adapters.
 
+use std::collections::HashMap;
+
 use burn::module::Param;
 use burn::tensor::Tensor;
 
@@ -54,6 +56,12 @@ impl<const D: usize> WeightMut<'_, D> {
         }
         let Some(lora) = lora.take() else { return };
         replace_value(weight, |old| lora.merged_into(old));
+    }
+
+    fn set_quantized(self, new: QuantizedWeight, path: &str) {
+        let Self { weight, quantized, .. } = self;
+        *quantized.unwrap_or_else(|| panic!("`{path}` is never quantized")) = Some(new);
+        *weight = weight.clone().set_require_grad(false);
     }
 
     fn quantize(self, bits: QuantBits) {
@@ -113,6 +121,26 @@ impl CausalLm {
     pub fn quantized(mut self, bits: QuantBits) -> Self {
         self.layers = self.layers.into_iter().map(|layer| layer.quantized(bits)).collect();
         self.quantize_head()
+    }
+
+    /// Gives projections of the layers, by path (`layers.3.self_attn.q_proj`), weights that are quantized already, and freezes
+    /// them. For loaders: `weight` of such a projection may be any placeholder of the model's dtype.
+    ///
+    /// # Panics
+    ///
+    /// If the model has no such projection, or it is never quantized (a router).
+    pub fn with_quantized(mut self, weights: impl IntoIterator<Item = (String, QuantizedWeight)>) -> Self {
+        let mut weights: HashMap<String, QuantizedWeight> = weights.into_iter().collect();
+        for entry in self.projections_mut() {
+            let path = entry.path();
+            let Some(new) = weights.remove(&path) else { continue };
+            match entry.projection {
+                ProjectionMut::Matrix(weight) => weight.set_quantized(new, &path),
+                ProjectionMut::Experts(weight) => weight.set_quantized(new, &path),
+            }
+        }
+        assert!(weights.is_empty(), "the model has no projection {:?}", weights.keys());
+        self
     }
 
     /// Quantizes and freezes the head, to 8 bits: errors of the logits are not averaged by later layers, and the head is a small part

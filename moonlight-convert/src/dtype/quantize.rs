@@ -22,7 +22,7 @@ pub(crate) fn quantize(
 ) -> bool {
     let mut finite = true;
     let (blocks, _) = weights.as_chunks::<BLOCK>();
-    let packed = values.chunks_exact_mut(packed_bytes(bits, BLOCK));
+    let packed = values.chunks_exact_mut(bits.block_bytes());
     assert!(blocks.len() == scales.len() && packed.len() == scales.len(), "one scale and one block of values a block");
     for ((block, packed), scale) in blocks.iter().zip(packed).zip(scales) {
         let mut codes = [0u8; BLOCK];

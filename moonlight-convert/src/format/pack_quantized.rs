@@ -2,7 +2,6 @@
 //! `[out, in]` the tensors `weight_packed` (integers without sign in 32-bit words, the lowest bits first), `weight_scale` (one
 //! for each group of a row) and `weight_shape`. vLLM, SGLang and transformers open it.
 
-use moonlight_model::QuantBits;
 use moonlight_model::config::{ParameterKind, ParameterShape};
 use moonlight_simd::quant::{BLOCK, Bits};
 use serde_json::{Value, json};
@@ -14,14 +13,6 @@ use crate::mapping::names::{self, HfTensor};
 
 /// The version of compressed-tensors whose layout this is.
 const VERSION: &str = "0.12.2";
-
-/// The bits in the terms of the kernels.
-pub(crate) fn kernel_bits(bits: QuantBits) -> Bits {
-    match bits {
-        QuantBits::Eight => Bits::Eight,
-        QuantBits::Four => Bits::Four,
-    }
-}
 
 /// Whether a parameter is quantized: a projection of a layer, also of its experts. Embedding, head, router and norms are not.
 pub(crate) fn is_quantized(parameter: &ParameterShape) -> bool {
@@ -117,7 +108,7 @@ pub struct WrittenTensor {
 /// # Panics
 ///
 /// If rows of a matrix are not a multiple of 32 values.
-pub fn written_tensors(parameter: &ParameterShape, bits: QuantBits) -> Vec<WrittenTensor> {
+pub fn written_tensors(parameter: &ParameterShape, bits: Bits) -> Vec<WrittenTensor> {
     let written =
         |OutTensor { name, dtype, shape }| WrittenTensor { name, dtype: OutDtype::to_safetensors(dtype), shape };
     let plain = |tensor: HfTensor| OutTensor {
@@ -134,12 +125,12 @@ pub fn written_tensors(parameter: &ParameterShape, bits: QuantBits) -> Vec<Writt
     }
     let packed = |tensor: &HfTensor| {
         assert!(has_whole_groups(&tensor.shape), "`{}` has rows of whole groups", tensor.name);
-        self::tensors(tensor, kernel_bits(bits), WeightDtype::Bf16).map(written)
+        self::tensors(tensor, bits, WeightDtype::Bf16).map(written)
     };
     tensors.iter().flat_map(packed).collect()
 }
 
 /// The `quantization_config` of a model all of whose matrices are quantized; see [`written_tensors`].
-pub fn written_config(bits: QuantBits) -> Value {
-    quantization_config(kernel_bits(bits), &[])
+pub fn written_config(bits: Bits) -> Value {
+    quantization_config(bits, &[])
 }

@@ -17,6 +17,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod codes;
 mod dequantize;
 mod kernel;
 #[cfg(target_arch = "aarch64")]
@@ -27,6 +28,7 @@ mod scale;
 mod tests;
 mod write;
 
+pub use codes::CodeOrder;
 pub use dequantize::PanelValue;
 pub use rows::QuantizedRows;
 pub use scale::quantize_block;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use burn::tensor::DType;
 use clap::Args;
 use moonlight_convert::adapter::base_of;
-use moonlight_convert::{Checkpoint, CheckpointError, SaveOptions, replace_directory, write_into};
+use moonlight_convert::{Checkpoint, CheckpointError, LoadQuantization, SaveOptions, replace_directory, write_into};
 use moonlight_infer::device::{self, ComputeDevice};
 use moonlight_infer::{LoadedModel, load_model, resolve_model, resolve_weights};
 
@@ -43,7 +43,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     };
     // The sum is computed in f32 and rounded once, to the dtype of the loaded model. To write f32, the model must be loaded as f32.
     let loaded = dtype.filter(|&dtype| dtype == DType::F32);
-    let LoadedModel { model, dir: base } = load_model(&base, Some(&adapter), &target.device, loaded, None)?;
+    let LoadedModel { model, dir: base } =
+        load_model(&base, Some(&adapter), &target.device, loaded, LoadQuantization::Dequantize)?;
     let options = SaveOptions { dtype, sidecars_from: Some(base.to_path_buf()), ..SaveOptions::default() };
     let count = model.adapters().len();
     // Tensors of the base that the model does not use; the merged model lacks them.

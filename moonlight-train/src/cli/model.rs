@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use moonlight_convert::LoadQuantization;
 use moonlight_infer::tokenizer::{AddBos, Tokenizer};
 use moonlight_infer::{OpenOptions, OpenedModel};
 use moonlight_model::QuantBits;
@@ -19,7 +20,8 @@ pub(super) struct ModelArguments {
     /// A LoRA adapter for the model, as peft or a `[lora]` run saves it; or give the adapter as `--model`
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Quantize the weights of the layers, with a scale for each block of 64 values
+    /// Quantize the weights of the layers, with a scale for each block of 32 values [default: on the CPU what is stored so
+    /// stays quantized]
     #[arg(long, alias = old_names::QUANTIZE, value_enum)]
     quantize: Option<QuantizeTo>,
     /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has
@@ -76,13 +78,16 @@ pub(super) enum QuantizeTo {
     Int8,
     /// 4 bits
     Int4,
+    /// Dequantize what is stored quantized
+    None,
 }
 
 impl QuantizeTo {
-    pub(super) fn bits(self) -> QuantBits {
+    pub(super) fn quantization(self) -> LoadQuantization {
         match self {
-            Self::Int8 => QuantBits::Eight,
-            Self::Int4 => QuantBits::Four,
+            Self::Int8 => LoadQuantization::To(QuantBits::Eight),
+            Self::Int4 => LoadQuantization::To(QuantBits::Four),
+            Self::None => LoadQuantization::Dequantize,
         }
     }
 }
@@ -95,7 +100,7 @@ impl ModelArguments {
             options = options.with_adapter(adapter);
         }
         if let Some(quantize) = self.quantize {
-            options = options.with_bits(quantize.bits());
+            options = options.with_quantization(quantize.quantization());
         }
         Ok(options.open(&self.model)?)
     }

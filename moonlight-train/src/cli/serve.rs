@@ -50,7 +50,8 @@ pub(super) struct Arguments {
     network: NetworkArguments,
     #[command(flatten)]
     limits: LimitArguments,
-    /// Quantize the weights of the layers, with a scale for each block of 64 values
+    /// Quantize the weights of the layers, with a scale for each block of 32 values [default: on the CPU what is stored so
+    /// stays quantized]
     #[arg(long, alias = old_names::QUANTIZE, value_enum)]
     quantize: Option<QuantizeTo>,
     /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has
@@ -231,7 +232,7 @@ impl Arguments {
     fn open_options(&self) -> OpenOptions {
         let options = OpenOptions::new().with_device(&self.device).with_dtype(&self.dtype);
         match self.quantize {
-            Some(quantize) => options.with_bits(quantize.bits()),
+            Some(quantize) => options.with_quantization(quantize.quantization()),
             None => options,
         }
     }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use moonlight_convert::{Checkpoint, gguf};
+use moonlight_convert::{Checkpoint, LoadQuantization, gguf};
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_infer::{ModelDir, resolve_model};
 use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, fill_class_defaults, ignore_reason, shape_keys};
@@ -93,7 +93,7 @@ impl ModelDtype {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantize {
-    /// Not at all.
+    /// Not at all; weights that are stored quantized are dequantized.
     #[default]
     None,
     /// To 8-bit integers with a scale for each block, about half of bf16's memory.
@@ -103,6 +103,11 @@ pub enum Quantize {
 }
 
 impl Quantize {
+    /// How the weights are loaded. Those that are stored in this form already are taken as they are.
+    pub fn on_load(self) -> LoadQuantization {
+        self.bits().map_or(LoadQuantization::Dequantize, LoadQuantization::To)
+    }
+
     /// The setting as the model takes it; `None` for weights that are not quantized.
     pub fn bits(self) -> Option<QuantBits> {
         match self {

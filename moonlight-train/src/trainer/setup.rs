@@ -11,7 +11,7 @@ use moonlight_convert::{Checkpoint, CheckpointError, ConfinedDir, load};
 use moonlight_infer::device::{self, ComputeDevice};
 use moonlight_infer::tokenizer::{Tokenizer, TokenizerFile};
 use moonlight_infer::{InferError, load_base};
-use moonlight_model::{CausalLm, ModelConfig};
+use moonlight_model::{CausalLm, ModelConfig, QuantBits};
 use moonlight_optim::distributed::Communicator;
 use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions, StateError};
 use serde_json::{Value, json};
@@ -29,7 +29,7 @@ use crate::data::{Dataset, Prefetcher};
 use crate::error::TrainError;
 use crate::metrics::{ConsoleLines, LogEvery, MetricsFile, Reporter};
 use crate::plan::{MemoryPlan, MemorySettings, Threads, available_memory};
-use crate::recipe::{LoraRecipe, Recipe};
+use crate::recipe::{LoraRecipe, Quantize, Recipe};
 use crate::schedule::Schedule;
 use crate::tensorboard::EventFile;
 
@@ -287,14 +287,32 @@ struct Weights<'a> {
 }
 
 impl Weights<'_> {
+    /// Logs that quantized weights are dequantized, which takes more memory than the files suggest.
+    fn log_dequantized(&self) -> Result<(), TrainError> {
+        let Some(path) = self.path.filter(|_| self.recipe.model.quantize == Quantize::None) else { return Ok(()) };
+        if let Some(bits) = Checkpoint::open(path)?.stored_bits() {
+            let name = match bits {
+                QuantBits::Eight => "int8",
+                QuantBits::Four => "int4",
+            };
+            let keep = match &self.recipe.lora {
+                Some(_) => format!("; `model.quantize = \"{name}\"` keeps them"),
+                None => ", because they are trained".into(),
+            };
+            tracing::info!("the weights of `{}` are stored as {name} and are dequantized{keep}", path.display());
+        }
+        Ok(())
+    }
+
     /// The model that the run starts from, and the checkpoint that contains it if the run resumes.
     fn open(&self, config: &ModelConfig, from: ResumePoint) -> Result<(CausalLm, Option<FoundCheckpoint>), TrainError> {
         let Self { recipe, path, target, checkpoints } = *self;
         let device = target.device.clone().autodiff();
         let dtype = device::parse_dtype(recipe.model.dtype.as_str(), target)?;
+        self.log_dequantized()?;
         // Checkpoints of a LoRA run contain adapters only. Their base model is loaded once, however many checkpoints are tried.
         let base = match (&recipe.lora, path) {
-            (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantize.bits())?),
+            (Some(_), Some(path)) => Some(load_base(path, &device, dtype, recipe.model.quantize.on_load())?),
             _ => None,
         };
         let adapters = base.as_ref().zip(recipe.lora.as_ref());

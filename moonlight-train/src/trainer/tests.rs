@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Int, Tensor};
-use moonlight_convert::{SaveOptions, save};
-use moonlight_model::{CausalLm, ModelConfig, QuantBits};
+use moonlight_convert::{LoadQuantization, SaveOptions, save};
+use moonlight_model::{CausalLm, ModelConfig};
 use serde_json::json;
 
 use moonlight_infer::device::ComputeDevice;
@@ -14,7 +14,7 @@ use moonlight_infer::load_base;
 use moonlight_optim::distributed::Communicator;
 
 use super::setup::{ResumePoint, Setup};
-use crate::recipe::Recipe;
+use crate::recipe::{Quantize, Recipe};
 
 const RECIPE: &str = r#"
 [run]
@@ -121,8 +121,9 @@ fn training_adapters_leaves_every_bit_of_the_base_model_unchanged() {
     let model = home.path().join("model");
     let before = files(&model);
     let device = ComputeDevice::open("cpu").unwrap().device.autodiff();
-    for (quantize, packed) in [("none", None), ("int8", Some(QuantBits::Eight)), ("int4", Some(QuantBits::Four))] {
-        let base = load_base(&model, &device, Some(DType::F32), packed).unwrap();
+    for quantize in [Quantize::None, Quantize::Int8, Quantize::Int4] {
+        let base = load_base(&model, &device, Some(DType::F32), quantize.on_load()).unwrap();
+        let quantize = format!("{quantize:?}").to_lowercase();
         let of_files = bits(&base);
         for optimizer in ["muon", "adamw"] {
             let name = format!("{quantize}-{optimizer}");
@@ -146,7 +147,7 @@ fn frozen_parameters_keep_every_bit_of_the_files() {
     let home = home();
     let model = home.path().join("model");
     let device = ComputeDevice::open("cpu").unwrap().device.autodiff();
-    let of_files = bits(&load_base(&model, &device, Some(DType::F32), None).unwrap());
+    let of_files = bits(&load_base(&model, &device, Some(DType::F32), LoadQuantization::Dequantize).unwrap());
     for optimizer in ["muon", "adamw"] {
         let name = format!("optimizer.name={optimizer}");
         let sets =
