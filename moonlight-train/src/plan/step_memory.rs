@@ -172,6 +172,12 @@ pub(super) fn phases(config: &ModelConfig, settings: &MemorySettings) -> Vec<Ste
         .enumerate()
         .map(|(index, shape)| Parameter::new(shape, frozen(index), settings.bytes_per_value, config, settings))
         .collect();
+    if config.tie_word_embeddings && settings.quantization.is_some() {
+        // The head in 8 bits is a copy; the embedding is still needed to read tokens.
+        let shape = vec![config.hidden_size, config.vocab_size];
+        let head = ParameterShape { path: "lm_head".into(), shape, kind: ParameterKind::Head, role: None, layer: None };
+        parameters.push(Parameter::new(&head, true, settings.bytes_per_value, config, settings));
+    }
     let adapters = settings.lora.as_ref().map(|lora| lora.adapter_shapes(config)).unwrap_or_default();
     for adapter in &adapters {
         for shape in [&adapter.a, &adapter.b] {
@@ -210,8 +216,12 @@ impl Parameter {
             _ => [1, 1, dims.iter().product()],
         };
         let bytes = if shape.kind == ParameterKind::CorrectionBias { 4 } else { bytes };
-        let projection = matches!(shape.kind, ParameterKind::Matrix | ParameterKind::Experts);
-        let quantization = settings.quantization.filter(|_| frozen && projection);
+        let quantization = match shape.kind {
+            ParameterKind::Matrix | ParameterKind::Experts => settings.quantization,
+            ParameterKind::Head => settings.quantization.map(|_| QuantBits::Eight),
+            _ => None,
+        };
+        let quantization = quantization.filter(|_| frozen);
         Self { stage, shape: shape3, values: shape.count(), bytes, quantization, updated_by }
     }
 
@@ -222,12 +232,6 @@ impl Parameter {
         let shape = QuantizedShape { bits, input: rows as usize, output: columns as usize };
         // Scales have 2 bytes.
         stack * (shape.value_bytes() + 2 * shape.scales()) as u64
-    }
-
-    /// Bytes of one dequantized matrix, which exists during its product.
-    fn dequantized(&self) -> u64 {
-        let [_, rows, columns] = self.shape;
-        if self.quantization.is_some() { rows * columns * self.bytes } else { 0 }
     }
 
     fn gradient(&self) -> u64 {
@@ -277,8 +281,6 @@ impl Step<'_> {
         let phase = StepPhase { name: name.to_owned(), bytes: [0; MemoryPart::ALL.len()] };
         phase
             .with(MemoryPart::Weights, self.parameters.iter().map(Parameter::weight).sum())
-            // Matrices are dequantized one at a time, so the largest one counts.
-            .with(MemoryPart::Weights, self.parameters.iter().map(Parameter::dequantized).max().unwrap_or_default())
             .with(
                 MemoryPart::OptimizerState,
                 self.parameters.iter().map(|parameter| parameter.state(self.settings)).sum(),
@@ -287,9 +289,13 @@ impl Step<'_> {
     }
 
     /// The scratch buffers of the CPU's matrix products, one for each thread: tiles of both operands widened to f32 (256 rows, 128
-    /// columns) and their product. Products in f32 need none.
+    /// columns) and their product. Products in f32 need none. Those of quantized weights compute in integers; their gradient
+    /// dequantizes a panel of 256 by 256 and widens up to 192 rows.
     fn scratch(&self) -> u64 {
         let Self { config, settings, .. } = self;
+        if settings.cpu && settings.quantization.is_some() {
+            return settings.threads as u64 * 4 * (256 * 256 + 2 * 192 * 256);
+        }
         if !settings.cpu || settings.bytes_per_value == 4 {
             return 0;
         }
