@@ -5,10 +5,10 @@ use super::{BLOCK, Bits, ScaleType, Shape, TILE, quantize_block};
 /// A quantized matrix while it is written. A writer may be given some tiles only, so that threads can share a matrix.
 #[derive(Debug)]
 pub struct MatrixWriter<'a> {
-    shape: Shape,
-    first_tile: usize,
-    values: &'a mut [u8],
-    scales: &'a mut [u16],
+    pub(super) shape: Shape,
+    pub(super) first_tile: usize,
+    pub(super) values: &'a mut [u8],
+    pub(super) scales: &'a mut [u16],
 }
 
 impl<'a> MatrixWriter<'a> {
