@@ -12,6 +12,7 @@ use std::io::{BufRead, Write};
 use std::ops::ControlFlow;
 use std::time::Instant;
 
+use moonlight_convert::LoadQuantization;
 use moonlight_infer::{OpenOptions, OpenedModel, Sampler, Sampling, Session};
 use moonlight_model::QuantBits;
 use serde::Deserialize;
@@ -32,8 +33,8 @@ fn main() -> Result<(), Error> {
     let mut options = OpenOptions::new().with_device("cpu").with_dtype(arguments.next().as_deref().unwrap_or("f32"));
     options = match arguments.next().as_deref() {
         None => options,
-        Some("int8") => options.with_bits(QuantBits::Eight),
-        Some("int4") => options.with_bits(QuantBits::Four),
+        Some("int8") => options.with_quantization(LoadQuantization::To(QuantBits::Eight)),
+        Some("int4") => options.with_quantization(LoadQuantization::To(QuantBits::Four)),
         Some(other) => return Err(format!("unknown precision `{other}`").into()),
     };
     let start = Instant::now();
