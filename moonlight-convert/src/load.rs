@@ -120,8 +120,8 @@ impl Checkpoint {
         if let Some(head) = head.into_iter().next() {
             model.head_quantized = Some(head.weight);
         }
-        if matches!(quantization, LoadQuantization::To(_)) {
-            // That of a model whose head is tied to the embedding.
+        if model.is_quantized() {
+            // A head that is stored in bf16, or tied to the embedding: in 4 bits it would be a third of the bytes of a token.
             model = model.quantize_head();
         }
         Ok(Loaded { model, report })

@@ -8,6 +8,7 @@
 use std::io::{BufRead, Write};
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use moonlight_convert::LoadQuantization;
 use moonlight_infer::{OpenOptions, OpenedModel};
 use moonlight_model::QuantBits;
 
@@ -18,8 +19,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut options = OpenOptions::new().with_device("cpu").with_dtype(arguments.next().as_deref().unwrap_or("f32"));
     options = match arguments.next().as_deref() {
         None => options,
-        Some("int8") => options.with_bits(QuantBits::Eight),
-        Some("int4") => options.with_bits(QuantBits::Four),
+        Some("int8") => options.with_quantization(LoadQuantization::To(QuantBits::Eight)),
+        Some("int4") => options.with_quantization(LoadQuantization::To(QuantBits::Four)),
         Some(other) => return Err(format!("unknown precision `{other}`").into()),
     };
     let OpenedModel { model, .. } = options.open(path)?;
