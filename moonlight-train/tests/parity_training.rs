@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
-use common::{Step, checkpoint, follows, moonlight, text};
+use common::{Step, checkpoint, follows, follows_within, moonlight, text};
 use moonlight_convert::{Checkpoint, SaveOptions, load, save};
 use moonlight_model::CausalLm;
 use moonlight_optim::{AdamWConfig, MuonConfig, ParameterRules};
@@ -23,6 +23,11 @@ const STEP_BUDGET: f64 = 1e-5;
 /// The same, relative to the largest change. An expert with few tokens has a gradient of low rank, and Newton-Schulz multiplies
 /// the rounding errors outside that rank by up to 3.4445^5: torch in f32 differs from torch in f64 by 1.6e-5 here.
 const CHANGE_BUDGET: f64 = 5e-5;
+
+/// The largest difference of losses allowed in forty steps in bf16 from those of torch in f32.
+const BF16_LOSS_BUDGET: f64 = 0.05;
+/// The largest relative difference of gradient norms.
+const BF16_NORM_BUDGET: f64 = 0.2;
 
 #[derive(Deserialize)]
 struct Reference {
@@ -65,7 +70,7 @@ impl Reference {
 }
 
 /// Runs the program over the fixture's sequences in their order, four a step, in one or several micro-batches.
-fn train(home: &Path, name: &str, batch_size: usize, passes: usize) -> PathBuf {
+fn train(home: &Path, name: &str, dtype: &str, batch_size: usize, passes: usize) -> PathBuf {
     let reference = Reference::read();
     let Rules { learning_rate, final_learning_rate, warmup_steps, weight_decay, momentum, betas, epsilon, .. } =
         reference.rules;
@@ -79,7 +84,7 @@ dir = {:?}
 device = "cpu"
 [model]
 path = {:?}
-dtype = "f32"
+dtype = "{dtype}"
 [data]
 train = [{:?}]
 format = "tokens"
@@ -128,7 +133,7 @@ fn forty_steps_of_the_program_match_torch() {
     let reference = Reference::read();
     let home = tempfile::tempdir().unwrap();
     for (name, batch_size, passes) in [("whole", reference.batch_size, 1), ("accumulated", 1, reference.batch_size)] {
-        let run = train(home.path(), name, batch_size, passes);
+        let run = train(home.path(), name, "f32", batch_size, passes);
         let (worst, worst_norm) = follows(&run, &reference.steps);
         println!("40 steps, {name}: loss differs by at most {worst:.1e}, gradient norm by {worst_norm:.1e}");
 
@@ -141,6 +146,16 @@ fn forty_steps_of_the_program_match_torch() {
             assert!(distance < 1e-6, "{name} differs by {distance}");
         }
     }
+}
+
+/// Weights, activations and products in bf16 against torch in f32: what bf16 costs.
+#[test]
+fn forty_steps_in_bf16_stay_near_torch_in_f32() {
+    let reference = Reference::read();
+    let home = tempfile::tempdir().unwrap();
+    let run = train(home.path(), "half", "bf16", reference.batch_size, 1);
+    let (worst, worst_norm) = follows_within(&run, &reference.steps, BF16_LOSS_BUDGET, BF16_NORM_BUDGET);
+    println!("40 steps in bf16: loss differs by at most {worst:.1e}, gradient norm by {worst_norm:.1e}");
 }
 
 /// The weights of a model by their names in a checkpoint, in f32.

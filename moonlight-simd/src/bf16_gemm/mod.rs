@@ -9,6 +9,8 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod few_rows;
+#[cfg(target_arch = "x86_64")]
 mod pack;
 #[cfg(test)]
 mod tests;
@@ -82,6 +84,45 @@ pub unsafe fn multiply(shape: [usize; 3], out: Output, stride: usize, lhs: Opera
     }
     // SAFETY: as the caller ensures.
     unsafe { multiply_widened(shape, out, stride, lhs, rhs) };
+}
+
+/// The most rows of [`add_few_rows`].
+pub const MAX_FEW_ROWS: usize = 8;
+
+/// Adds to `sums`, `[rows, width]`, the product of up to [`MAX_FEW_ROWS`] rows and `weight`, `[length of a row, width]`, which is read
+/// once, in the order of memory.
+///
+/// # Panics
+///
+/// If there are more rows, rows differ in length, or `sums` or `weight` have another size.
+pub fn add_few_rows(sums: &mut [f32], rows: &[&[bf16]], weight: &[bf16], width: usize) {
+    let Some(first) = rows.first() else { return assert!(sums.is_empty(), "without rows there are no sums") };
+    assert!(rows.len() <= MAX_FEW_ROWS, "{} rows are too many", rows.len());
+    assert!(rows.iter().all(|row| row.len() == first.len()), "rows have one length");
+    assert_eq!(sums.len(), rows.len() * width, "each row has `width` sums");
+    assert_eq!(weight.len(), first.len() * width, "the weight has `width` values for each value of a row");
+    if width == 0 {
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if is_native() {
+        // SAFETY: the processor has the instructions, and the assertions are the other requirements.
+        return unsafe { few_rows::add(sums, rows, weight, width) };
+    }
+    for (index, line) in weight.chunks_exact(width).enumerate() {
+        for (sums, row) in sums.chunks_exact_mut(width).zip(rows) {
+            add_line(sums, row[index], line);
+        }
+    }
+}
+
+crate::by_level! {
+    fn add_line[](sums: &mut [f32], factor: bf16, line: &[bf16]) {
+        let wide = |value: bf16| f32::from_bits(u32::from(value.to_bits()) << 16);
+        for (sum, &value) in sums.iter_mut().zip(line) {
+            *sum += wide(factor) * wide(value);
+        }
+    }
 }
 
 /// Rows, columns and inner indices of a block whose operands are widened together.

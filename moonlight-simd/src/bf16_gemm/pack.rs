@@ -1,7 +1,8 @@
 //! Copies of operands in the order in which a tile reads them, by lanes of 32 bits: two bf16 that are neighbors along the inner index.
 
 use std::arch::x86_64::{
-    _mm512_maskz_loadu_epi16, _mm512_permutex2var_epi16, _mm512_set_epi16, _mm512_setzero_si512, _mm512_store_si512,
+    __m512i, _mm512_maskz_loadu_epi16, _mm512_permutex2var_epi16, _mm512_set_epi16, _mm512_setzero_si512,
+    _mm512_store_si512,
 };
 
 use half::bf16;
@@ -59,15 +60,7 @@ pub(super) unsafe fn pack_any(source: Source, out: *mut Line, step: usize) {
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(super) unsafe fn pack_lines(source: Source, out: *mut Line, step: usize) {
     let mask = u32::MAX >> (2 * LANES - source.outer);
-    // The values of two inner indices in turns: lane i gets value i of the first and value i of the second.
-    let low = _mm512_set_epi16(
-        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1,
-        32, 0,
-    );
-    let high = _mm512_set_epi16(
-        63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22, 53, 21, 52, 20, 51, 19, 50, 18,
-        49, 17, 48, 16,
-    );
+    let [low, high] = interleaving();
     for pair in 0..source.inner.div_ceil(2) {
         // SAFETY: the mask selects outer indices of the matrix; the second row is read only if there is one. `out` has the lines.
         unsafe {
@@ -84,4 +77,21 @@ pub(super) unsafe fn pack_lines(source: Source, out: *mut Line, step: usize) {
             }
         }
     }
+}
+
+/// The indices that interleave the values of two registers of bf16: lane i gets value i of the first and value i of the second, in two
+/// registers of 16 lanes.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) fn interleaving() -> [__m512i; 2] {
+    [
+        _mm512_set_epi16(
+            47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33,
+            1, 32, 0,
+        ),
+        _mm512_set_epi16(
+            63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22, 53, 21, 52, 20, 51, 19, 50,
+            18, 49, 17, 48, 16,
+        ),
+    ]
 }

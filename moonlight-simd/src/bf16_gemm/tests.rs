@@ -83,6 +83,34 @@ fn expected(lhs: &Matrix, rhs: &Matrix, row: usize, column: usize) -> Expected {
     expected
 }
 
+impl Expected {
+    /// Compares `found` with `kept + factor * sum`, of `depth` terms. A narrow result was rounded to bf16.
+    fn compare(&self, found: f32, kept: f64, factor: f32, is_narrow: bool, depth: usize) {
+        let (found, factor) = (f64::from(found), f64::from(factor));
+        let exact = kept + factor * self.sum;
+        let size = kept.abs() + factor.abs() * self.magnitude;
+        if self.is_open {
+            assert!(!found.is_finite(), "{found:e}, not {exact:e}, of {depth} terms");
+        } else if self.sum.is_nan() {
+            assert!(found.is_nan(), "{found:e} of {depth} terms");
+        } else if self.sum.is_infinite() {
+            // Finite terms may overflow to the other infinity first, which makes NaN.
+            assert!(found == exact || found.is_nan(), "{found:e}, not {exact:e}, of {depth} terms");
+        } else if self.magnitude.max(size).max(self.largest * factor.abs()) < f64::from(f32::MAX) / 2.0 {
+            // An operand that is so small that its product with the factor is denormal loses digits.
+            let scaled = if is_native() { 0.0 } else { depth as f64 * self.largest * 2f64.powi(-149) };
+            let flushed = self.denormal + (depth as f64 + 4.0) * f64::from(f32::MIN_POSITIVE) + scaled;
+            let summed = relative_error(depth) * size + flushed * factor.abs().max(1.0);
+            let rounded = if is_narrow { 2f64.powi(-8) * (exact.abs() + summed) } else { 0.0 };
+            assert!(
+                (found - exact).abs() <= summed + rounded,
+                "{found:e}, not {exact:e} within {:e}, of {depth} terms",
+                summed + rounded
+            );
+        }
+    }
+}
+
 /// Compares a product with that in f64, within the proven bound, and returns its bits.
 fn check(lhs: &Matrix, rhs: &Matrix, keep: f32, factor: f32) -> (Vec<u32>, Vec<u16>) {
     let (shape, stride) = ([lhs.rows, lhs.columns, rhs.columns], rhs.columns + 3);
@@ -107,30 +135,10 @@ fn check(lhs: &Matrix, rhs: &Matrix, keep: f32, factor: f32) -> (Vec<u32>, Vec<u
             assert!(wide == UNTOUCHED && half.to_f32() == UNTOUCHED, "a value between rows was written");
             continue;
         }
-        let Expected { sum, magnitude, denormal, is_open, largest } = expected(lhs, rhs, row, column);
+        let expected = expected(lhs, rhs, row, column);
         let kept = if keep == 0.0 { 0.0 } else { f64::from(keep) * f64::from(start(row, column)) };
-        for (found, kept, narrowing) in [(wide, kept, 0.0), (half.to_f32(), 0.0, 2f64.powi(-8))] {
-            let (found, exact) = (f64::from(found), kept + f64::from(factor) * sum);
-            let about = || format!("{shape:?} at [{row}, {column}]: {found:e}, not {exact:e}");
-            let size = kept.abs() + f64::from(factor).abs() * magnitude;
-            if is_open {
-                assert!(!found.is_finite(), "{}", about());
-            } else if sum.is_nan() {
-                assert!(found.is_nan(), "{}", about());
-            } else if sum.is_infinite() {
-                // Finite terms may overflow to the other infinity first, which makes NaN.
-                assert!(found == exact || found.is_nan(), "{}", about());
-            } else if magnitude.max(size).max(largest * f64::from(factor).abs()) < f64::from(f32::MAX) / 2.0 {
-                let depth = lhs.columns as f64;
-                // An operand that is so small that its product with the factor is denormal loses digits.
-                let scaled = if is_native() { 0.0 } else { depth * largest * 2f64.powi(-149) };
-                let flushed = denormal + (depth + 4.0) * f64::from(f32::MIN_POSITIVE) + scaled;
-                let bound = relative_error(lhs.columns) * size
-                    + flushed * f64::from(factor).abs().max(1.0)
-                    + narrowing * (exact.abs() + size * relative_error(lhs.columns));
-                assert!((found - exact).abs() <= bound, "{} within {bound:e}", about());
-            }
-        }
+        expected.compare(wide, kept, factor, false, lhs.columns);
+        expected.compare(half.to_f32(), 0.0, factor, true, lhs.columns);
     }
     let wide = wide.iter().map(|value| value.to_bits()).collect();
     (wide, half.iter().map(|value| value.to_bits()).collect())
@@ -182,6 +190,31 @@ proptest! {
         let lhs = Matrix::new(rows, depth, left, gap, || value(&mut seed, extreme));
         let rhs = Matrix::new(depth, columns, right, gap, || value(&mut seed, extreme));
         at_each_level("products in bf16", |_| { check(&lhs, &rhs, keep, factor); });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    fn products_of_few_rows_are_within_the_bound(
+        (rows, depth, width) in (1_usize..=MAX_FEW_ROWS, extent(60), extent(150)),
+        extreme in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let mut seed = seed;
+        let lhs = Matrix::new(rows, depth, Order::Rows, 0, || value(&mut seed, extreme));
+        let rhs = Matrix::new(depth, width, Order::Rows, 0, || value(&mut seed, extreme));
+        let rows: Vec<&[bf16]> = (0..rows).map(|row| &lhs.values[row * depth..][..depth]).collect();
+        at_each_level("products of few rows in bf16", |_| {
+            let start = |place: usize| place as f32 / 8.0 - 3.0;
+            let mut sums: Vec<f32> = (0..rows.len() * width).map(start).collect();
+            add_few_rows(&mut sums, &rows, &rhs.values, width);
+            for (place, &found) in sums.iter().enumerate() {
+                let expected = expected(&lhs, &rhs, place / width, place % width);
+                expected.compare(found, f64::from(start(place)), 1.0, false, depth);
+            }
+        });
     }
 }
 

@@ -129,7 +129,7 @@ pub(super) static KERNELS: [[[Kernel; 2]; 2]; MAX_ROWS] = {
 /// Lanes as pairs of bf16.
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
-fn pairs(lanes: __m512i) -> __m512bh {
+pub(super) fn pairs(lanes: __m512i) -> __m512bh {
     // SAFETY: both types are 512 bits, valid in any pattern.
     unsafe { std::mem::transmute(lanes) }
 }

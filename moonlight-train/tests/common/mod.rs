@@ -193,6 +193,11 @@ pub(crate) struct Step {
 
 /// Asserts that the run took these steps, and returns the largest difference of losses and relative difference of norms.
 pub(crate) fn follows(run: &Path, steps: &[Step]) -> (f64, f64) {
+    follows_within(run, steps, LOSS_BUDGET, NORM_BUDGET)
+}
+
+/// [`follows`] with budgets for the difference of losses and the relative difference of norms.
+pub(crate) fn follows_within(run: &Path, steps: &[Step], loss_budget: f64, norm_budget: f64) -> (f64, f64) {
     let metrics = metrics(run);
     let ours: Vec<_> = metrics.iter().filter(|line| line["split"] == "train").collect();
     assert_eq!(ours.len(), steps.len());
@@ -201,10 +206,10 @@ pub(crate) fn follows(run: &Path, steps: &[Step]) -> (f64, f64) {
         let of = |key: &str| ours[key].as_f64().unwrap();
         assert!((of("lr") / expected.lr - 1.0).abs() < 1e-12, "step {step}: {} and {}", of("lr"), expected.lr);
         let difference = (of("loss") - expected.loss).abs();
-        assert!(difference <= LOSS_BUDGET, "step {step}: the loss differs by {difference}");
+        assert!(difference <= loss_budget, "step {step}: the loss differs by {difference}");
         worst = f64::max(worst, difference);
         let relative = (of("grad_norm") / expected.grad_norm - 1.0).abs();
-        assert!(relative <= NORM_BUDGET, "step {step}: the gradient norm differs by {relative}");
+        assert!(relative <= norm_budget, "step {step}: the gradient norm differs by {relative}");
         worst_norm = f64::max(worst_norm, relative);
     }
     (worst, worst_norm)

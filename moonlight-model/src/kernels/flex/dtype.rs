@@ -9,6 +9,7 @@ use moonlight_simd::bf16_gemm::{self, Output};
 use moonlight_simd::by_level;
 use moonlight_simd::gemm::{self, Operand};
 
+use super::gemv;
 use super::matrix::{Matrix, MatrixMut};
 
 /// A dtype of the kernels. All sums are in f32 and rounded once.
@@ -41,6 +42,10 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
     ///
     /// As for [`gemm::multiply`].
     unsafe fn multiply_into(shape: [usize; 3], out: *mut Self, stride: usize, lhs: Operand<Self>, rhs: Operand<Self>);
+
+    /// Adds to `sums`, `[rows, width]`, the product of few `rows` and `weight`, `[length of a row, width]`, which is read once, in the
+    /// order of memory.
+    fn add_product(sums: &mut [f32], rows: &[&[Self]], weight: &[Self], width: usize);
 
     /// A view in f32 of `rows x columns` from the start of `values`, whose rows are `row_stride` apart. bf16 is converted into
     /// `scratch`; f32 is not copied.
@@ -91,6 +96,10 @@ impl Element for f32 {
     unsafe fn multiply_into(shape: [usize; 3], out: *mut f32, stride: usize, lhs: Operand<f32>, rhs: Operand<f32>) {
         // SAFETY: as the caller ensures; with a `keep` of 0 the result is not read.
         unsafe { gemm::multiply(shape, out, stride, lhs, rhs, 0.0, 1.0) };
+    }
+
+    fn add_product(sums: &mut [f32], rows: &[&[f32]], weight: &[f32], width: usize) {
+        gemv::add_product(sums, rows, weight, width);
     }
 
     fn view<'a>(
@@ -152,6 +161,14 @@ impl Element for bf16 {
     unsafe fn multiply_into(shape: [usize; 3], out: *mut bf16, stride: usize, lhs: Operand<bf16>, rhs: Operand<bf16>) {
         // SAFETY: as the caller ensures.
         unsafe { bf16_gemm::multiply(shape, Output::Bf16 { values: out, factor: 1.0 }, stride, lhs, rhs) };
+    }
+
+    fn add_product(sums: &mut [f32], rows: &[&[bf16]], weight: &[bf16], width: usize) {
+        if bf16_gemm::is_native() {
+            bf16_gemm::add_few_rows(sums, rows, weight, width);
+        } else {
+            gemv::add_product(sums, rows, weight, width);
+        }
     }
 
     fn view<'a>(

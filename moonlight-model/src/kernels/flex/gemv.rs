@@ -7,14 +7,14 @@
 use std::ops::Range;
 
 use burn::backend::flex::FlexTensor;
-use moonlight_simd::by_level;
+use moonlight_simd::{bf16_gemm, by_level};
 use rayon::prelude::*;
 
 use super::dtype::Element;
 use super::tensor::tensor_of;
 
 /// Up to this number of rows, reading the weight once is faster than packing it for a matrix product.
-const MAX_ROWS: usize = 8;
+const MAX_ROWS: usize = bf16_gemm::MAX_FEW_ROWS;
 /// Rows of the weight in a task.
 const DEPTH_PER_TASK: usize = 128;
 /// Rows of a wide weight that are added to the sums together, which reads and writes the sums a quarter as often.
@@ -49,7 +49,7 @@ pub(super) fn forward<E: Element>(
         let weight = &weight[(group * input + depth.start) * output..][..depth.len() * output];
         let mut sums = vec![0.0; range.len() * output]; // [rows of the group, output]
         let rows: Vec<&[E]> = range.clone().map(|row| &rows[row * input..][depth.clone()]).collect();
-        add_product(&mut sums, &rows, weight, output);
+        E::add_product(&mut sums, &rows, weight, output);
         (range, sums)
     };
     let parts: Vec<_> = tasks.into_par_iter().with_max_len(1).map(sum).collect();
@@ -62,8 +62,9 @@ pub(super) fn forward<E: Element>(
     tensor_of(E::rounded(wide), [count, output])
 }
 
-/// Adds to `sums`, `[rows, width]`, the product of `rows` and `weight`, whose rows have `width` columns.
-fn add_product<E: Element>(sums: &mut [f32], rows: &[&[E]], weight: &[E], width: usize) {
+/// Adds to `sums`, `[rows, width]`, the product of `rows` and `weight`, whose rows have `width` columns. bf16 is widened where it is
+/// read.
+pub(super) fn add_product<E: Element>(sums: &mut [f32], rows: &[&[E]], weight: &[E], width: usize) {
     let unroll = if width <= MAX_NARROW_WIDTH { 1 } else { UNROLL };
     for (index, lines) in weight.chunks(unroll * width).enumerate() {
         for (sums, row) in sums.chunks_exact_mut(width).zip(rows) {
