@@ -7,6 +7,8 @@ use burn::tensor::{DType, Device, Tensor};
 use crate::attention::LayerCache;
 use crate::config::ModelConfig;
 use crate::kernels::CacheSpan;
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens::Decoder;
 
 /// Keys and values of earlier tokens, for a batch of sequences that may differ in length.
 ///
@@ -20,6 +22,9 @@ pub struct KvCache {
     pub(crate) layers: Vec<LayerCache>,
     lengths: Vec<usize>,
     capacity: usize,
+    /// See [`PreparedWeights::decoder`].
+    #[cfg(feature = "cpu")]
+    pub(crate) decoder: Option<Option<Arc<Decoder>>>,
 }
 
 /// Weights of one model in the layout that decoding reads (for latent attention the halves of `kv_b_proj`), which a cache makes
@@ -28,16 +33,28 @@ pub struct KvCache {
 pub struct PreparedWeights {
     /// For each layer what [`LayerCache::prepared`] is; empty if there are none yet.
     layers: Vec<Option<Vec<Tensor<3>>>>,
+    /// The model as the kernel that decodes few tokens reads it, which is `None` if it cannot; `None` before its first use.
+    #[cfg(feature = "cpu")]
+    decoder: Option<Option<Arc<Decoder>>>,
 }
 
 impl KvCache {
-    /// An empty cache with room for `capacity` tokens in each of `batch` sequences. `dtype` must be the dtype of the model's
-    /// weights ([`CausalLm::dtype`](crate::CausalLm::dtype)).
+    /// An empty cache with room for `capacity` tokens in each of `batch` sequences.
+    ///
+    /// `dtype` is the dtype of the model ([`CausalLm::dtype`](crate::CausalLm::dtype)), or a narrower one: bf16 takes half the memory of
+    /// f32, and half the time to read it in long contexts. Rounding the cache of an f32 model to bf16 changes log-probabilities by
+    /// about as much as rounding its weights to 8 bits.
     pub fn new(config: &ModelConfig, batch: usize, capacity: usize, device: &Device, dtype: DType) -> Self {
         let shape = config.attention_widths().cache;
         let layer = |_| LayerCache::new(batch, shape, capacity, device, dtype);
         let layers = (0..config.num_hidden_layers).map(layer).collect();
-        Self { layers, lengths: vec![0; batch], capacity }
+        Self {
+            layers,
+            lengths: vec![0; batch],
+            capacity,
+            #[cfg(feature = "cpu")]
+            decoder: None,
+        }
     }
 
     /// Bytes of a cache of this size. Saturates, so that no size is taken for a small one.
@@ -139,6 +156,8 @@ impl KvCache {
         for (layer, prepared) in self.layers.iter_mut().zip(&mut prepared.layers) {
             std::mem::swap(&mut layer.prepared, prepared);
         }
+        #[cfg(feature = "cpu")]
+        std::mem::swap(&mut self.decoder, &mut prepared.decoder);
     }
 
     /// Reserves rows for `counts[i]` new tokens of sequence `i`, and returns their positions.

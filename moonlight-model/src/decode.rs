@@ -7,6 +7,8 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use crate::cache::KvCache;
 use crate::forward::{DecodeContext, ForwardContext};
 use crate::kernels::CacheSpan;
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens::{self, Decoder, Output, Positions, Store};
 use crate::model::CausalLm;
 use crate::rayon_pool::run_in_pool;
 
@@ -45,6 +47,13 @@ impl CausalLm {
         let device = tokens.device();
         let spans = cache.append(&vec![new; batch]);
         run_in_pool(&device, || {
+            #[cfg(feature = "cpu")]
+            if let Some(decoder) = self.decoder(batch * new, cache) {
+                let tokens: Vec<u32> = tokens.into_data().iter::<u32>().collect();
+                let all: Vec<usize> = (0..tokens.len()).collect();
+                let logits = self.decode_few(&decoder, &tokens, &spans, &all, cache, Output::Logits);
+                return logits.reshape([batch, new, self.config().vocab_size]);
+            }
             let hidden = self.decode_layers(tokens.reshape([1, batch * new]), spans, cache);
             self.head(hidden).reshape([batch, new, self.config().vocab_size])
         })
@@ -67,6 +76,12 @@ impl CausalLm {
     pub fn extend(&self, tokens: &[&[u32]], cache: &mut KvCache) -> Tensor<2> {
         let wanted: Vec<usize> = tokens.iter().map(|tokens| tokens.len().min(1)).collect();
         run_in_pool(&self.device(), || {
+            #[cfg(feature = "cpu")]
+            if let Some(decoder) = self.decoder(tokens.iter().map(|tokens| tokens.len()).sum(), cache) {
+                let Chunk { tokens, counts, wanted } = next_chunk(&mut tokens.to_vec(), &wanted);
+                let spans = cache.append(&counts);
+                return self.decode_few(&decoder, &tokens, &spans, &wanted, cache, Output::Logits);
+            }
             self.head(self.extend_layers(tokens, &wanted, cache).expect("some sequence has new tokens"))
         })
     }
@@ -101,7 +116,15 @@ impl CausalLm {
     /// - hidden: `[tokens, hidden]`
     /// - output: `[tokens, vocab]`
     pub fn decode_head(&self, hidden: Tensor<2>) -> Tensor<2> {
-        run_in_pool(&self.device(), || self.head(hidden))
+        run_in_pool(&self.device(), || {
+            #[cfg(feature = "cpu")]
+            if hidden.dims()[0] <= few_tokens::MAX_TOKENS
+                && let (Some(head), Some(values)) = (self.decoder_head(), few_tokens::vector(hidden.clone()))
+            {
+                return head.head(&values);
+            }
+            self.head(hidden)
+        })
     }
 
     fn device(&self) -> Device {
@@ -116,17 +139,86 @@ impl CausalLm {
             let Chunk { tokens, counts, wanted } = next_chunk(&mut rest, wanted);
             let spans = cache.append(&counts);
             let count = tokens.len();
-            let tokens = Tensor::from_data(TensorData::new(tokens, [1, count]), &device);
+            #[cfg(feature = "cpu")]
+            if let Some(decoder) = self.decoder(count, cache) {
+                if wanted.is_empty() {
+                    // Only the cache is wanted.
+                    self.decode_few(&decoder, &tokens, &spans, &[0], cache, Output::Hidden);
+                } else {
+                    parts.push(self.decode_few(&decoder, &tokens, &spans, &wanted, cache, Output::Hidden));
+                }
+                continue;
+            }
+            let tokens = tokens.iter().map(|&token| token as i32).collect();
+            let tokens = Tensor::from_data(TensorData::new::<i32, _>(tokens, [1, count]), &device);
             let hidden = self.decode_layers(tokens, spans, cache);
             if wanted.len() == count {
                 parts.push(hidden);
             } else if !wanted.is_empty() {
+                let wanted: Vec<i32> = wanted.iter().map(|&index| index as i32).collect();
                 let wanted = Tensor::<1, Int>::from_data(TensorData::from(wanted.as_slice()), &device);
                 parts.push(hidden.select(0, wanted));
             }
         }
         // `cat` would copy a single part.
         if parts.len() < 2 { parts.pop() } else { Some(Tensor::cat(parts, 0)) }
+    }
+
+    /// The model as the CPU's kernel for few tokens reads it. `None` if there are too many tokens, or if the kernel does not have what
+    /// the model needs.
+    ///
+    /// It is made once for each cache, so weights must not change while a cache is in use.
+    #[cfg(feature = "cpu")]
+    fn decoder(&self, tokens: usize, cache: &mut KvCache) -> Option<Arc<Decoder>> {
+        if tokens > few_tokens::MAX_TOKENS {
+            return None;
+        }
+        if cache.decoder.is_none() {
+            let decoder = self.few_tokens(cache).map(Arc::new);
+            cache.decoder = Some(decoder);
+        }
+        cache.decoder.clone().flatten()
+    }
+
+    #[cfg(feature = "cpu")]
+    fn few_tokens(&self, cache: &mut KvCache) -> Option<Decoder> {
+        if self.device() != Device::flex() || !cache.layers.iter().all(|layer| Store::accepts(&layer.rows())) {
+            return None;
+        }
+        let layers = self.layers.iter().zip(&mut cache.layers).map(|(layer, cache)| layer.few_tokens(cache));
+        let layers: Vec<_> = layers.collect::<Option<_>>()?;
+        Some(Decoder { layers, ..self.decoder_head()? })
+    }
+
+    /// [`decoder`](Self::decoder) without layers.
+    #[cfg(feature = "cpu")]
+    fn decoder_head(&self) -> Option<Decoder> {
+        let head = match &self.lm_head {
+            None => None,
+            Some(head) => Some(few_tokens::Matrix::new(head.weight.val())?),
+        };
+        let embedding = few_tokens::Table::new(self.embed_tokens.weight.val())?;
+        Some(Decoder { embedding, layers: Vec::new(), norm: self.norm.few_tokens()?, head })
+    }
+
+    /// Runs all layers over new tokens, and returns the output of those that are wanted.
+    #[cfg(feature = "cpu")]
+    fn decode_few(
+        &self,
+        decoder: &Decoder,
+        tokens: &[u32],
+        spans: &[CacheSpan],
+        wanted: &[usize],
+        cache: &mut KvCache,
+        output: Output,
+    ) -> Tensor<2> {
+        let positions: Vec<u32> = spans.iter().flat_map(|span| span.start as u32..span.end() as u32).collect();
+        let (cos, sin) = self.rotary().cos_sin(&positions);
+        let positions = Positions { spans, cos: &cos, sin: &sin, interleave: self.rotary().interleaves() };
+        let mut stores: Vec<Store> = cache.layers.iter_mut().map(|layer| Store::new(layer.take())).collect();
+        let result = decoder.decode(tokens, positions, &mut stores, wanted, output);
+        cache.layers.iter_mut().zip(stores).for_each(|(layer, store)| layer.put_back(store.into_tensor()));
+        result
     }
 
     /// Runs the layers over `[1, tokens]`, which `spans` assigns to sequences; returns `[tokens, hidden]`.
@@ -143,11 +235,11 @@ impl CausalLm {
 
 /// Tokens of one pass.
 struct Chunk {
-    tokens: Vec<i32>,
+    tokens: Vec<u32>,
     /// The number of tokens from each sequence.
     counts: Vec<usize>,
     /// The indices in `tokens` of those whose output is wanted.
-    wanted: Vec<i32>,
+    wanted: Vec<usize>,
 }
 
 /// Removes up to [`CHUNK_TOKENS`] tokens from the front of the sequences, in order. The last `wanted[i]` tokens of sequence `i` are
@@ -157,10 +249,10 @@ fn next_chunk(rest: &mut [&[u32]], wanted: &[usize]) -> Chunk {
     for (rest, wanted) in rest.iter_mut().zip(wanted) {
         let first = chunk.tokens.len();
         let (taken, after) = rest.split_at(rest.len().min(CHUNK_TOKENS - first));
-        chunk.tokens.extend(taken.iter().map(|&token| token as i32));
+        chunk.tokens.extend(taken);
         chunk.counts.push(taken.len());
         let skipped = rest.len().saturating_sub(*wanted).min(taken.len());
-        chunk.wanted.extend((first + skipped..chunk.tokens.len()).map(|index| index as i32));
+        chunk.wanted.extend(first + skipped..chunk.tokens.len());
         *rest = after;
     }
     chunk
@@ -191,7 +283,7 @@ mod tests {
         let wanted = [1, 0, 6, 0];
         let chunk = next_chunk(&mut rest, &wanted);
         assert_eq!((chunk.tokens.len(), chunk.counts), (CHUNK_TOKENS, vec![2, 0, CHUNK_TOKENS - 2, 0]));
-        assert_eq!(chunk.wanted, [1, CHUNK_TOKENS as i32 - 1]);
+        assert_eq!(chunk.wanted, [1, CHUNK_TOKENS - 1]);
         let chunk = next_chunk(&mut rest, &wanted);
         assert_eq!((chunk.tokens.last(), chunk.counts), (Some(&9), vec![0, 0, 5, 1]));
         assert_eq!(chunk.wanted, [0, 1, 2, 3, 4]);

@@ -10,6 +10,8 @@ use crate::config::ModelConfig;
 use crate::forward::{DecodeContext, ForwardContext};
 use crate::forward_stats::LayerStats;
 use crate::init::Init;
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens;
 use crate::mlp::{Mlp, MlpConfig};
 use crate::module_enum::delegate_module;
 use crate::moe::{Moe, MoeConfig, MoeOutput};
@@ -180,6 +182,21 @@ impl DecoderLayer {
     pub(crate) fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2> {
         let attended = self.self_attn.decode(self.input_layernorm.forward_rows(x.clone()), new, cache);
         self.feed_forward(x + attended, &new.tokens).0
+    }
+
+    /// The layer as the kernel that decodes few tokens reads it; `None` if it cannot.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn few_tokens(&self, cache: &mut LayerCache) -> Option<few_tokens::Layer> {
+        let feed_forward = match &self.mlp {
+            FeedForward::Dense(mlp) => few_tokens::FeedForward::Dense(mlp.few_tokens()?),
+            FeedForward::Moe(moe) => few_tokens::FeedForward::Moe(Box::new(moe.few_tokens()?)),
+        };
+        Some(few_tokens::Layer {
+            attention_norm: self.input_layernorm.few_tokens()?,
+            attention: self.self_attn.few_tokens(cache)?,
+            feed_forward_norm: self.post_attention_layernorm.few_tokens()?,
+            feed_forward,
+        })
     }
 
     fn feed_forward(&self, x: Tensor<2>, context: &ForwardContext) -> (Tensor<2>, Option<Vec<u64>>, Option<Tensor<1>>) {

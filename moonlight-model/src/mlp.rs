@@ -5,6 +5,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
 use crate::init::Init;
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens;
 use crate::kernels::swiglu;
 use crate::parameter::{MlpRole, ProjectionRole};
 use crate::projection::{Projection, projections_of_fields};
@@ -65,6 +67,16 @@ impl Mlp {
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let shape @ [batch, sequence, hidden] = x.dims();
         self.forward_rows(x.reshape([batch * sequence, hidden])).reshape(shape)
+    }
+
+    /// The MLP as the kernel that decodes few tokens reads it; `None` if it cannot.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn few_tokens(&self) -> Option<few_tokens::Gated> {
+        Some(few_tokens::Gated {
+            gate: self.gate_proj.few_tokens()?,
+            up: self.up_proj.few_tokens()?,
+            down: self.down_proj.few_tokens()?,
+        })
     }
 
     /// [`forward`](Self::forward) over `[tokens, hidden]`.

@@ -5,6 +5,8 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
 use crate::init::Init;
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens;
 use crate::kernels::rms_norm;
 
 /// The config of an [`RmsNorm`].
@@ -66,6 +68,12 @@ impl RmsNorm {
         let [width] = self.weight.lazy_shape().dims();
         let rows = shape.num_elements() / width.max(1);
         self.forward_rows(x.reshape([rows, width])).reshape(shape)
+    }
+
+    /// The norm as the kernel that decodes few tokens reads it; `None` if it cannot.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn few_tokens(&self) -> Option<few_tokens::Norm> {
+        Some(few_tokens::Norm { gain: few_tokens::vector(self.weight.val())?, epsilon: self.epsilon as f32 })
     }
 
     /// [`forward`](Self::forward) over `[rows, width]`.

@@ -4,6 +4,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens;
 use crate::kernels::project;
 use crate::lora::low_rank::LowRank;
 use crate::parameter::ProjectionRole;
@@ -43,6 +45,19 @@ impl Projection {
     /// Which projection of its layer it is.
     pub fn role(&self) -> ProjectionRole {
         self.role
+    }
+
+    /// The projection as the kernel that decodes few tokens reads it; `None` if it cannot, or with an adapter.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn few_tokens(&self) -> Option<few_tokens::Matrix> {
+        if self.lora.is_some() {
+            return None;
+        }
+        let matrix = match &self.quantized {
+            None => few_tokens::Matrix::new(self.weight.val()),
+            Some(quantized) => quantized.few_tokens(),
+        };
+        matrix?.with_bias(self.bias.as_ref().map(Param::val))
     }
 
     /// `x W + bias`, without the adapter.

@@ -142,6 +142,12 @@ impl QuantizedWeight {
         (self.values.val(), self.scales.val(), self.shape)
     }
 
+    /// The weight as the kernel that decodes few tokens reads it; `None` if it cannot.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn few_tokens(&self) -> Option<crate::kernels::few_tokens::Matrix> {
+        None
+    }
+
     /// `x W` for a single matrix: `[rows, in]` to `[rows, out]`.
     pub(crate) fn product(&self, x: Tensor<2>) -> Tensor<2> {
         let [rows, _] = x.dims();

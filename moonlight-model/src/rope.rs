@@ -50,17 +50,30 @@ impl RotaryEmbedding {
     ///
     /// The angle is the f32 product of position and frequency, as in transformers, so that logits agree at long contexts.
     pub fn at(&self, positions: &[u32], device: &Device) -> Rotation {
-        let angles = || {
-            positions.iter().flat_map(|&position| self.inverse_frequencies.iter().map(move |&f| position as f32 * f))
-        };
         let shape = [positions.len(), self.inverse_frequencies.len()];
-        let cos: Vec<f32> = angles().map(|angle| angle.cos() * self.scale).collect();
-        let sin: Vec<f32> = angles().map(|angle| angle.sin() * self.scale).collect();
+        let (cos, sin) = self.cos_sin(positions);
         Rotation {
             cos: Tensor::from_data(TensorData::new(cos, shape), device),
             sin: Tensor::from_data(TensorData::new(sin, shape), device),
             interleave: self.interleave,
         }
+    }
+
+    /// The values of [`at`](Self::at).
+    pub(crate) fn cos_sin(&self, positions: &[u32]) -> (Vec<f32>, Vec<f32>) {
+        let angles = || {
+            positions.iter().flat_map(|&position| self.inverse_frequencies.iter().map(move |&f| position as f32 * f))
+        };
+        (
+            angles().map(|angle| angle.cos() * self.scale).collect(),
+            angles().map(|angle| angle.sin() * self.scale).collect(),
+        )
+    }
+
+    /// Whether the dimensions of a pair are adjacent.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn interleaves(&self) -> bool {
+        self.interleave
     }
 }
 

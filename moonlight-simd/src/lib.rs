@@ -10,9 +10,12 @@ use std::sync::OnceLock;
 pub use multiversion;
 use thiserror::Error;
 
+pub mod bf16_gemm;
 pub mod gemm;
 pub mod quant;
 pub mod testing;
+#[cfg(target_arch = "x86_64")]
+mod transpose;
 
 /// The environment variable with the highest level to use.
 pub const LEVEL_VARIABLE: &str = "MOONLIGHT_SIMD";

@@ -4,6 +4,9 @@ The library is the one in the npm package `@node-llama-cpp/linux-x64` (llama.cpp
 `npm pack`, checks its digest and unpacks it into ~/.cache/moonlight-for-burn/llama.cpp, or into the folder in LLAMA_CPP_CACHE. The structures
 below are those of include/llama.h of that release; `Library` compares the defaults that the library fills in with what that header says, so
 that another release is refused rather than misread.
+
+A `Model` is exact by default: f32 keys and values, and no flash attention, as for comparing log-probabilities. With `exact=False` it has the
+settings that llama.cpp's own programs have, and a pool of threads that stays, as for measuring time.
 """
 
 import ctypes
@@ -134,6 +137,37 @@ class ContextParams(ctypes.Structure):
     ]
 
 
+class QuantizeParams(ctypes.Structure):
+    _fields_ = [
+        ("nthread", INT),
+        ("ftype", INT),
+        ("output_tensor_type", INT),
+        ("token_embedding_type", INT),
+        ("allow_requantize", BOOL),
+        ("quantize_output_tensor", BOOL),
+        ("only_copy", BOOL),
+        ("pure", BOOL),
+        ("keep_split", BOOL),
+        ("dry_run", BOOL),
+        ("imatrix", POINTER),
+        ("kv_overrides", POINTER),
+        ("tt_overrides", POINTER),
+        ("prune_layers", POINTER),
+        ("max_buf_size", ctypes.c_size_t),
+    ]
+
+
+class ThreadpoolParams(ctypes.Structure):
+    _fields_ = [
+        ("cpumask", BOOL * 512),
+        ("n_threads", ctypes.c_int),
+        ("prio", ctypes.c_int),
+        ("poll", UINT),
+        ("strict_cpu", BOOL),
+        ("paused", BOOL),
+    ]
+
+
 class Batch(ctypes.Structure):
     _fields_ = [
         ("n_tokens", INT),
@@ -148,13 +182,16 @@ class Batch(ctypes.Structure):
 
 LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, POINTER)
 ERROR_LEVEL = 4
+# `llama_ftype`: the mixtures that llama.cpp's own quantizer makes.
+MIXTURES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15, "bf16": 32}
 
 
 class Library:
     """The loaded library. `messages` has what it logged as errors since it was last emptied."""
 
-    def __init__(self):
-        folder = install()
+    def __init__(self, folder=None):
+        """`folder` has the libraries; without it they are those of `install`."""
+        folder = pathlib.Path(folder or install())
         base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
         ggml = ctypes.CDLL(str(folder / f"libggml.{VERSION}.so"), mode=ctypes.RTLD_GLOBAL)
         self.llama = ctypes.CDLL(str(folder / f"libllama.{VERSION}.so"), mode=ctypes.RTLD_GLOBAL)
@@ -189,8 +226,18 @@ class Library:
             ("llama_memory_clear", None, [POINTER, BOOL]),
             ("llama_batch_init", Batch, [INT, INT, INT]),
             ("llama_batch_free", None, [Batch]),
+            ("llama_batch_get_one", Batch, [tokens, INT]),
             ("llama_decode", INT, [POINTER, Batch]),
             ("llama_get_logits_ith", ctypes.POINTER(FLOAT), [POINTER, INT]),
+            ("llama_memory_seq_rm", BOOL, [POINTER, INT, INT, INT]),
+            ("llama_synchronize", None, [POINTER]),
+            ("llama_attach_threadpool", None, [POINTER, POINTER, POINTER]),
+            ("llama_sampler_init_greedy", POINTER, []),
+            ("llama_sampler_sample", INT, [POINTER, POINTER, INT]),
+            ("llama_model_quantize_default_params", QuantizeParams, []),
+            ("llama_model_quantize", UINT, [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(QuantizeParams)]),
+            ("llama_model_size", ctypes.c_uint64, [POINTER]),
+            ("llama_model_n_params", ctypes.c_uint64, [POINTER]),
             ("llama_adapter_lora_init", POINTER, [POINTER, ctypes.c_char_p]),
             (
                 "llama_set_adapters_lora",
@@ -201,6 +248,13 @@ class Library:
             function = getattr(self.llama, name)
             function.restype, function.argtypes = result, arguments
         ggml.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
+        for library, name, result, arguments in [
+            (ggml, "ggml_backend_reg_by_name", POINTER, [ctypes.c_char_p]),
+            (base, "ggml_backend_reg_get_proc_address", POINTER, [POINTER, ctypes.c_char_p]),
+            (base, "ggml_threadpool_params_default", ThreadpoolParams, [ctypes.c_int]),
+        ]:
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
         self.llama.llama_log_set(self._log, None)
         ggml.ggml_backend_load_all_from_path(str(folder).encode())
         self.llama.llama_backend_init()
@@ -216,11 +270,26 @@ class Library:
         if found != [(-1, 1, False, True), (512, 2048, 512, 1), (-1, 1, 1, True, False)]:
             raise SystemExit(f"the library has another layout than llama_cpp.py: {found}")
 
+    def threadpool(self, threads):
+        """Threads that stay between two calls; without such a pool llama.cpp starts threads for each graph."""
+        base, ggml = self._keep
+        backend = ggml.ggml_backend_reg_by_name(b"CPU")
+        new = base.ggml_backend_reg_get_proc_address(backend, b"ggml_threadpool_new")
+        params = base.ggml_threadpool_params_default(threads)
+        return ctypes.CFUNCTYPE(POINTER, ctypes.POINTER(ThreadpoolParams))(new)(ctypes.byref(params))
+
+    def quantize(self, source, target, mixture, threads=1):
+        """Writes an f32 file in another type, as llama.cpp's program `llama-quantize` does without an importance matrix."""
+        params = self.llama.llama_model_quantize_default_params()
+        params.ftype, params.nthread = MIXTURES[mixture], threads
+        if self.llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+            raise RuntimeError(f"llama.cpp does not quantize {source}: {'; '.join(self.messages)}")
+
 
 class Model:
     """An opened GGUF file; with `vocabulary_only` it can only tokenize."""
 
-    def __init__(self, library, path, vocabulary_only=False, context=512, threads=1):
+    def __init__(self, library, path, vocabulary_only=False, context=512, threads=1, exact=True):
         self.library, self.llama = library, library.llama
         library.messages.clear()
         params = self.llama.llama_model_default_params()
@@ -233,13 +302,18 @@ class Model:
         self.context = None
         if not vocabulary_only:
             params = self.llama.llama_context_default_params()
-            params.n_ctx, params.n_batch, params.n_ubatch = context, context, context
-            params.n_threads = params.n_threads_batch = threads
-            # f32 keys and values, and no flash attention, which would round them.
-            params.type_k = params.type_v = params.flash_attn_type = 0
+            params.n_ctx, params.n_threads, params.n_threads_batch = context, threads, threads
+            if exact:
+                params.n_batch = params.n_ubatch = context
+                # f32 keys and values, and no flash attention, which would round them.
+                params.type_k = params.type_v = params.flash_attn_type = 0
             self.context = self.llama.llama_init_from_model(self.model, params)
             if not self.context:
                 raise RuntimeError(f"llama.cpp makes no context for {path}: {'; '.join(library.messages)}")
+            self.memory = self.llama.llama_get_memory(self.context)
+            self.sampler = self.llama.llama_sampler_init_greedy()
+            if not exact and threads > 1:
+                self.llama.llama_attach_threadpool(self.context, library.threadpool(threads), None)
 
     def close(self):
         if self.context:
@@ -270,7 +344,7 @@ class Model:
 
     def logits(self, tokens):
         """The logits at every position, `[tokens, vocabulary]`."""
-        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), True)
+        self.llama.llama_memory_clear(self.memory, True)
         return self._decode(tokens, 0)
 
     def _decode(self, tokens, start):
@@ -295,6 +369,33 @@ class Model:
             found.append(int(last.argmax()))
             last = self._decode(found[-1:], len(tokens) + at)[-1]
         return found
+
+    def bits_per_weight(self):
+        """The size of all tensors in bits, divided by the number of weights."""
+        size, count = self.llama.llama_model_size(self.model), self.llama.llama_model_n_params(self.model)
+        return 8 * size / count
+
+    def forget(self, length):
+        """Removes everything after the first `length` tokens of the context."""
+        if not self.llama.llama_memory_seq_rm(self.memory, -1, length, -1):
+            raise RuntimeError("llama.cpp cannot shorten its context")
+
+    def extend(self, tokens):
+        """Appends tokens to the context, in pieces of 512, and waits for the logits of the last one."""
+        for start in range(0, len(tokens), 512):
+            piece = tokens[start : start + 512]
+            if status := self.llama.llama_decode(self.context, self._llama_batch(piece)):
+                raise RuntimeError(f"llama_decode returns {status}")
+        self.llama.llama_synchronize(self.context)
+
+    def _llama_batch(self, tokens):
+        # The array has to live until the batch was decoded.
+        self._piece = (INT * len(tokens))(*tokens)
+        return self.llama.llama_batch_get_one(self._piece, len(tokens))
+
+    def most_likely(self):
+        """The token with the highest logit after `extend`, by llama.cpp's own sampler."""
+        return self.llama.llama_sampler_sample(self.sampler, self.context, -1)
 
     def set_adapter(self, path):
         """Applies an adapter; `None` removes it."""

@@ -40,6 +40,7 @@ impl LayerCache {
         // `self` would make every write copy the whole cache.
         let mut store = self.store.take().expect("the store is always put back");
         let [batch, heads, _, row] = store.dims();
+        let new = new.cast(store.dtype());
         if let Some(span) = uniform_span(spans, batch) {
             // All sequences are at the same position, so one assignment writes them all.
             let new = new.reshape([batch, span.count, heads, row]).swap_dims(1, 2); // [batch, heads, count, row]
@@ -56,6 +57,17 @@ impl LayerCache {
         self.store = Some(store);
     }
 
+    /// Lets the kernel that decodes few tokens read and write the store, which [`put_back`](Self::put_back) must follow.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn take(&mut self) -> Tensor<4> {
+        self.store.take().expect("the store is always put back")
+    }
+
+    #[cfg(feature = "cpu")]
+    pub(crate) fn put_back(&mut self, store: Tensor<4>) {
+        self.store = Some(store);
+    }
+
     /// Copies the rows of the first `length` tokens of sequence `from` to sequence `to`.
     pub(crate) fn copy_prefix(&mut self, from: usize, to: usize, length: usize) {
         let store = self.store.take().expect("the store is always put back");
@@ -65,6 +77,11 @@ impl LayerCache {
         // rows, so that the store has one owner again.
         let rows = rows.select(2, Tensor::<1, Int>::arange(0..length as i64, &store.device()));
         self.store = Some(store.slice_assign([to..to + 1, 0..heads, 0..length, 0..row], rows));
+    }
+
+    /// The dtype of the rows. It may be narrower than that of activations.
+    pub(crate) fn dtype(&self) -> DType {
+        self.store.as_ref().expect("the store is always put back").dtype()
     }
 
     /// All rows, `[batch, key heads, capacity, row]`. Those beyond a sequence's length are unspecified.

@@ -17,6 +17,8 @@ use crate::config::model_type::ModelType;
 use crate::config::rope::RopeConfig;
 use crate::forward::{DecodeContext, ForwardContext};
 use crate::init::Init;
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens;
 use crate::module_enum::delegate_module;
 use crate::projection::projections_of_variants;
 use gqa::GqaShape;
@@ -204,5 +206,14 @@ impl Attention {
 
     pub(crate) fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2> {
         self.module().decode(x, new, cache)
+    }
+
+    /// The attention as the kernel that decodes few tokens reads it; `None` if it cannot.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn few_tokens(&self, cache: &mut LayerCache) -> Option<few_tokens::Attention> {
+        Some(match self {
+            Self::Mla(attention) => few_tokens::Attention::Mla(Box::new(attention.few_tokens(cache)?)),
+            Self::Gqa(attention) => few_tokens::Attention::Gqa(Box::new(attention.few_tokens()?)),
+        })
     }
 }

@@ -49,6 +49,7 @@ mod flex {
     mod attention;
     mod cached_attention;
     mod cross_entropy;
+    pub(crate) mod decode;
     mod dispatch;
     mod dtype;
     mod gemv;
@@ -108,6 +109,8 @@ use burn::tensor::{DType, Int, Tensor};
 pub(crate) use cached_attention::uniform_span;
 pub use cached_attention::{CacheSpan, CachedAttentionSpec};
 use check::Check;
+#[cfg(feature = "cpu")]
+pub(crate) use flex::decode as few_tokens;
 pub use group_layout::{GroupLayout, GroupLayoutError};
 pub use moonlight_simd::quant::{BLOCK as QUANT_BLOCK, Bits as QuantBits, Shape as QuantizedShape, TILE as QUANT_TILE};
 use ops::ops;

@@ -7,6 +7,8 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
 use crate::init::Init;
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens;
 use crate::kernels::{GroupLayout, grouped_matmul, swiglu};
 use crate::lora::low_rank::LowRank;
 use crate::parameter::{MlpRole, ProjectionRole};
@@ -108,6 +110,25 @@ impl Experts {
         let down = (&self.down_proj, self.down_quantized.as_ref(), self.down_lora.as_ref());
         let (gate, up) = (project(rows.clone(), gate, layout), project(rows, up, layout));
         project(swiglu(gate, up), down, layout)
+    }
+}
+
+#[cfg(feature = "cpu")]
+impl Experts {
+    /// The experts as the kernel that decodes few tokens reads them; `None` if it cannot, or with an adapter.
+    pub(super) fn few_tokens(&self) -> Option<few_tokens::Gated> {
+        if self.gate_lora.is_some() || self.up_lora.is_some() || self.down_lora.is_some() {
+            return None;
+        }
+        let matrix = |weight: &Param<Tensor<3>>, quantized: &Option<QuantizedWeight>| match quantized {
+            None => few_tokens::Matrix::new(weight.val()),
+            Some(quantized) => quantized.few_tokens(),
+        };
+        Some(few_tokens::Gated {
+            gate: matrix(&self.gate_proj, &self.gate_quantized)?,
+            up: matrix(&self.up_proj, &self.up_quantized)?,
+            down: matrix(&self.down_proj, &self.down_quantized)?,
+        })
     }
 }
 

@@ -17,6 +17,8 @@ use burn::tensor::{Device, Tensor};
 
 use crate::forward::ForwardContext;
 use crate::init::Init;
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens;
 use crate::kernels::{GroupLayout, combine_rows, dispatch_rows};
 use crate::mlp::{Mlp, MlpConfig};
 use crate::parameter::ProjectionRole;
@@ -24,6 +26,8 @@ use crate::projection::projections_of_fields;
 
 pub(crate) use balance::bias_step;
 pub use experts::{Experts, ExpertsConfig};
+#[cfg(feature = "cpu")]
+pub(crate) use router::RoutingRule;
 pub use router::{Router, RouterConfig, RouterOutput};
 
 /// The config of a [`Moe`], with the names of `config.json`.
@@ -116,6 +120,17 @@ pub struct MoeOutput<const D: usize> {
 }
 
 impl Moe {
+    /// The layer as the kernel that decodes few tokens reads it; `None` if it cannot.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn few_tokens(&self) -> Option<few_tokens::Moe> {
+        let (router, correction_bias, rule) = self.router.few_tokens()?;
+        let shared = match &self.shared_experts {
+            None => None,
+            Some(shared) => Some(shared.few_tokens()?),
+        };
+        Some(few_tokens::Moe { router, correction_bias, rule, experts: self.experts.few_tokens()?, shared })
+    }
+
     /// Routes each token to its experts and adds the shared experts.
     ///
     /// # Shapes

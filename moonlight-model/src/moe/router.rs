@@ -9,6 +9,8 @@ use rayon::prelude::*;
 use super::shape::{ScoringFunc, TopkMethod};
 use crate::config::limits::MAX_EXPERTS;
 use crate::init::Init;
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens::{Matrix, vector};
 use crate::lora::low_rank::LowRank;
 use crate::parameter::ProjectionRole;
 use crate::projection::{LayerProjection, ProjectionMut, ProjectionRef, Projections, WeightMut, WeightRef};
@@ -192,6 +194,21 @@ impl Router {
     }
 }
 
+#[cfg(feature = "cpu")]
+impl Router {
+    /// The weight, the correction bias and the rule, for the kernel that decodes few tokens. `None` with an adapter.
+    pub(super) fn few_tokens(&self) -> Option<(Matrix, Option<Vec<f32>>, RoutingRule)> {
+        if self.lora.is_some() {
+            return None;
+        }
+        let bias = match &self.e_score_correction_bias {
+            None => None,
+            Some(bias) => Some(vector(bias.val())?),
+        };
+        Some((Matrix::new(self.weight.val())?, bias, self.rule.clone()))
+    }
+}
+
 impl Projections for Router {
     fn projections<'a>(&'a self, path: &mut Vec<&'static str>, list: &mut Vec<LayerProjection<ProjectionRef<'a>>>) {
         let projection = ProjectionRef::Matrix(WeightRef { quantized: None, lora: &self.lora });
@@ -214,6 +231,39 @@ fn to_host(data: TensorData) -> Vec<f32> {
 }
 
 impl RoutingRule {
+    /// The number of experts of a token.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn experts_per_token(&self) -> usize {
+        self.k
+    }
+
+    /// [`Router::route`] on the host: the experts of each token and their weights, `tokens * k` each, from the logits, `[tokens,
+    /// experts]`.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn route(&self, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>, Vec<f32>) {
+        let mut scores = logits.to_vec();
+        for scores in scores.chunks_exact_mut(self.experts) {
+            match self.scoring {
+                ScoringFunc::Sigmoid => scores.iter_mut().for_each(|score| *score = 1.0 / (1.0 + (-*score).exp())),
+                ScoringFunc::Softmax => {
+                    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    scores.iter_mut().for_each(|score| *score = (*score - largest).exp());
+                    let sum: f32 = scores.iter().sum();
+                    scores.iter_mut().for_each(|score| *score /= sum);
+                }
+            }
+        }
+        let choices = self.choose(&scores, bias);
+        let of_token = choices.chunks_exact(self.k).zip(scores.chunks_exact(self.experts));
+        let mut weights: Vec<f32> =
+            of_token.flat_map(|(choices, scores)| choices.iter().map(|&expert| scores[expert as usize])).collect();
+        for weights in weights.chunks_exact_mut(self.k) {
+            let sum = if self.normalize { weights.iter().sum::<f32>() + 1e-20 } else { 1.0 };
+            weights.iter_mut().for_each(|weight| *weight = *weight / sum * self.scale as f32);
+        }
+        (choices, weights)
+    }
+
     /// The `k` best experts of each token, best first; of equal scores the lower index.
     ///
     /// NaN ranks below every number: a model with non-finite values is still routed, and its loss then shows them.

@@ -2,13 +2,18 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 use super::{BLOCK, Bits, QuantizedMatrix, QuantizedRows, ScaleType, TILE};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use crate::{Level, level};
 
 /// The operands of a kernel: some rows and tiles, each with all blocks.
-#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only kernels with intrinsics need it"))]
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    expect(dead_code, reason = "only kernels with intrinsics need it")
+)]
 pub(super) struct Part<'a> {
     pub(super) bits: Bits,
     pub(super) scale_type: ScaleType,
@@ -76,6 +81,8 @@ impl QuantizedMatrix<'_> {
                     Kernel::Avx512 => unsafe { avx512::multiply(&part, row_count, tile_count, sums) },
                     #[cfg(target_arch = "x86_64")]
                     Kernel::Avx2 => unsafe { avx2::multiply(&part, row_count, sums) },
+                    #[cfg(target_arch = "aarch64")]
+                    Kernel::Neon => unsafe { neon::multiply(&part, row_count, sums) },
                     Kernel::Plain => {
                         for (row, sums) in sums.chunks_exact_mut(tile_count * TILE).enumerate() {
                             for (tile, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
@@ -136,6 +143,8 @@ enum Kernel {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     Plain,
 }
 
@@ -147,6 +156,8 @@ impl Kernel {
             Self::Avx512 => avx512::MAX_ROWS,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => avx2::MAX_ROWS,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::MAX_ROWS,
             Self::Plain => 1,
         }
     }
@@ -168,6 +179,8 @@ fn kernel() -> Kernel {
         Level::Avx512 if avx512::is_available() => Kernel::Avx512,
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 | Level::Avx512F | Level::Avx512 if avx2::is_available() => Kernel::Avx2,
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => Kernel::Neon,
         _ => Kernel::Plain,
     }
 }

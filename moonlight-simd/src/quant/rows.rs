@@ -102,8 +102,10 @@ crate::by_level! {
             // As integers, whose order is that of magnitudes: a maximum of floats is not vectorized.
             let largest = whole.iter().fold(0, |most, x| (x.to_bits() & 0x7fff_ffff).max(most));
             let largest = f32::from_bits(largest);
-            *scale = largest / 127.0;
-            let inverse = if *scale == 0.0 { 0.0 } else { 127.0 / largest };
+            // Below this the inverse is infinite; such a block is 0.
+            let is_zero = largest < 128.0 * f32::MIN_POSITIVE;
+            *scale = if is_zero { 0.0 } else { largest / 127.0 };
+            let inverse = if is_zero { 0.0 } else { 127.0 / largest };
             let mut total = 0;
             for (value, x) in values.iter_mut().zip(whole) {
                 let integer = (x * inverse).round_ties_even() as i32;

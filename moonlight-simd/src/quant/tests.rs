@@ -136,17 +136,54 @@ fn the_largest_integers_do_not_overflow() {
     });
 }
 
+#[test]
+fn panels_have_the_weights() {
+    at_each_level("panels of quantized weights", |_| {
+        for (bits, scale_type) in KINDS {
+            let shape = Shape { bits, input: 100, output: 40 };
+            let owned = Owned::new(shape, scale_type, &noise(100 * 40, 9));
+            let (tiles, blocks) = (1..3, 1..4);
+            let (mut panel, mut rounded) = (vec![f32::NAN; 96 * 32], vec![half::bf16::NAN; 96 * 32]);
+            owned.view().dequantize(tiles.clone(), blocks.clone(), &mut panel);
+            owned.view().dequantize(tiles, blocks, &mut rounded);
+            for input in 0..96 {
+                for output in 0..32 {
+                    let inside = input + 32 < 100 && output + 16 < 40;
+                    let expected = if inside { owned.view().get(input + 32, output + 16) } else { 0.0 };
+                    assert_eq!(panel[input * 32 + output], expected);
+                    assert_eq!(rounded[input * 32 + output], half::bf16::from_f32(expected));
+                }
+            }
+        }
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn any_shape_and_size(
         input in 1_usize..150, output in 1_usize..60, rows in 1_usize..16, kind in 0_usize..4, seed in 0_u64..1000,
         weight_size in prop::sample::select(vec![0.0_f32, 1e-30, 1e-3, 1.0, 3e4]),
-        x_size in prop::sample::select(vec![0.0_f32, 1e-38, 1e-4, 1.0, 1e30]),
+        x_size in prop::sample::select(vec![0.0_f32, 1e-42, 1e-38, 1e-4, 1.0, 1e30]),
     ) {
         let (bits, scale_type) = KINDS[kind];
         let weights: Vec<f32> = noise(input * output, seed).iter().map(|weight| weight * weight_size).collect();
         let x: Vec<f32> = noise(input * rows, seed + 1).iter().map(|x| x * x_size).collect();
         at_each_level("quantized products of any shape", |_| check(Shape { bits, input, output }, scale_type, &weights, &x));
     }
+}
+
+#[test]
+fn values_that_are_not_finite_reach_every_output() {
+    at_each_level("quantized products of NaN", |_| {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let shape = Shape { bits: Bits::Four, input: 64, output: 20 };
+            let owned = Owned::new(shape, ScaleType::F16, &noise(64 * 20, 3));
+            let mut x = noise(128, 4);
+            x[40] = bad;
+            let mut out = [0.0; 40];
+            owned.view().multiply(&QuantizedRows::new(&x, 64), 0..2, 0..2, &mut out, 20);
+            assert!(out[..20].iter().all(|x| x.is_nan()) && out[20..].iter().all(|x| x.is_finite()), "{out:?}");
+        }
+    });
 }

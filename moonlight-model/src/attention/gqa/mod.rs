@@ -11,6 +11,8 @@ use super::kind::{AttentionModule, QkClipProjections};
 use super::logit_stats::{LogitStats, logit_stats};
 use crate::forward::{DecodeContext, ForwardContext};
 use crate::init::Init;
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens;
 use crate::kernels::{CachedAttentionSpec, cached_attention, grouped_attention};
 use crate::parameter::{AttentionRole, ProjectionRole};
 use crate::projection::{Projection, projections_of_fields};
@@ -150,6 +152,19 @@ impl GroupedQueryAttention {
         (self.o_proj.forward(output.reshape([batch * sequence, self.heads * self.width])), statistics)
     }
 
+    /// The attention as the kernel that decodes few tokens reads it; `None` if it cannot.
+    #[cfg(feature = "cpu")]
+    pub(super) fn few_tokens(&self) -> Option<few_tokens::Gqa> {
+        let Self { heads, key_heads, width, window, .. } = *self;
+        Some(few_tokens::Gqa {
+            query: self.q_proj.few_tokens()?,
+            key: self.k_proj.few_tokens()?,
+            value: self.v_proj.few_tokens()?,
+            output: self.o_proj.few_tokens()?,
+            widths: few_tokens::GqaWidths { heads, key_heads, width, scale: self.scale as f32, window },
+        })
+    }
+
     /// Queries `[batch, sequence, heads, width]` and keys with values `[batch, sequence, key heads, 2 width]`.
     fn project(&self, x: Tensor<2>, context: &ForwardContext) -> (Tensor<4>, Tensor<4>) {
         let shape = |heads| [context.batch(), context.sequence(), heads, self.width];
@@ -188,7 +203,9 @@ impl AttentionModule for GroupedQueryAttention {
             window: self.window,
             spans: new.spans.clone(),
         };
-        let output = cached_attention(query.reshape([count, self.heads, width]), cache.rows(), spec);
+        let dtype = query.dtype();
+        let query = query.reshape([count, self.heads, width]).cast(cache.dtype());
+        let output = cached_attention(query, cache.rows(), spec).cast(dtype);
         self.o_proj.forward(output.reshape([count, self.heads * width]))
     }
 

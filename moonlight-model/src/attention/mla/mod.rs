@@ -13,7 +13,9 @@ use super::kind::{AttentionModule, QkClipProjections};
 use super::logit_stats::{LogitStats, logit_stats};
 use crate::forward::{DecodeContext, ForwardContext};
 use crate::init::Init;
-use crate::kernels::{CachedAttentionSpec, GroupLayout, cached_attention, grouped_matmul, latent_attention};
+#[cfg(feature = "cpu")]
+use crate::kernels::few_tokens;
+use crate::kernels::{CacheSpan, CachedAttentionSpec, GroupLayout, cached_attention, grouped_matmul, latent_attention};
 use crate::norm::RmsNorm;
 use crate::parameter::{AttentionRole, ProjectionRole};
 use crate::projection::{Projection, projections_of_fields};
@@ -187,22 +189,105 @@ impl MultiHeadLatentAttention {
         (self.kv_a_layernorm.forward(latent), shared)
     }
 
+    /// Whether it takes fewer multiplications to expand the keys and values of all cached tokens for the new ones than to attend to the
+    /// latents, which are wider. For Moonlight that is so from 171 new tokens of a sequence on, whatever the context.
+    fn is_expanding_cheaper(&self, spans: &[CacheSpan]) -> bool {
+        let Self { nope, rope, value, latent, .. } = *self;
+        let (mut expanded, mut absorbed) = (0, 0);
+        for span in spans {
+            // A token in the middle of the span sees these keys.
+            let pairs = span.count * (span.start + span.count.div_ceil(2));
+            expanded += span.end() * latent * (nope + value) + pairs * (nope + rope + value);
+            absorbed += span.count * latent * (nope + value) + pairs * (2 * latent + rope);
+        }
+        expanded < absorbed
+    }
+
+    /// The attention of new tokens, whose rows the cache has already, over the expanded keys and values of their sequences.
+    ///
+    /// # Shapes
+    ///
+    /// - query: `[tokens, heads, nope + rope]`
+    /// - output: `[tokens, hidden]`
+    fn decode_expanded(&self, query: Tensor<3>, spans: &[CacheSpan], cache: &LayerCache) -> Tensor<2> {
+        let Self { heads, nope, rope, value, latent, .. } = *self;
+        let (count, dtype) = (query.dims()[0], query.dtype());
+        let mut token = 0;
+        // One sequence after the other, so that only the keys and values of one are in memory.
+        let of_span = spans.iter().map(|span| {
+            let query = query.clone().slice_dim(0, token..token + span.count);
+            token += span.count;
+            let (sequence, end) = (span.sequence, span.end());
+            let rows = cache.rows().slice([sequence..sequence + 1, 0..1, 0..end, 0..latent + rope]);
+            let rows = rows.reshape([end, latent + rope]).cast(dtype);
+            let expanded = self.kv_b_proj.forward(rows.clone().slice_dim(1, 0..latent));
+            let expanded = expanded.reshape([end, heads, nope + value]).swap_dims(0, 1); // [heads, keys, ..]
+            let shared = rows.slice_dim(1, latent..latent + rope).reshape([1, end, rope]).expand([heads, end, rope]);
+            let (own, values) = (expanded.clone().slice_dim(2, 0..nope), expanded.slice_dim(2, nope..nope + value));
+            let rows = Tensor::cat(vec![own, shared, values], 2).reshape([1, heads, end, nope + rope + value]);
+            let spec = CachedAttentionSpec {
+                scale: self.scale as f32,
+                keys: 0..nope + rope,
+                values: nope + rope..nope + rope + value,
+                window: None,
+                spans: Arc::new(vec![CacheSpan { sequence: 0, ..*span }]),
+            };
+            cached_attention(query, rows, spec)
+        });
+        let output = Tensor::cat(of_span.collect(), 0); // [tokens, heads, value]
+        self.o_proj.forward(output.reshape([count, heads * value]))
+    }
+
     /// The key half `[heads, nope, latent]` and the value half `[heads, latent, value]` of `kv_b_proj`. They are made once for each
     /// cache, so weights must not change while a cache is in use.
     fn absorbed(&self, cache: &mut LayerCache) -> [Tensor<3>; 2] {
-        let halves = cache.prepared.get_or_insert_with(|| {
-            let weight = self.kv_b_proj.effective_weight();
-            let weight = weight.reshape([self.latent, self.heads, self.nope + self.value]).swap_dims(0, 1); // [heads, latent, ..]
-            let key = weight.clone().slice_dim(2, 0..self.nope).swap_dims(1, 2); // [heads, nope, latent]
-            let value = weight.slice_dim(2, self.nope..self.nope + self.value);
-            // Both are strided views, which the grouped product would copy for every token. Flattening them copies them once.
-            let copied = |tensor: Tensor<3>| {
-                let [heads, rows, columns] = tensor.dims();
-                tensor.reshape([heads * rows, columns]).reshape([heads, rows, columns])
-            };
-            vec![copied(key), copied(value)]
-        });
+        let halves = cache.prepared.get_or_insert_with(|| self.halves().to_vec());
         [halves[0].clone(), halves[1].clone()]
+    }
+
+    fn halves(&self) -> [Tensor<3>; 2] {
+        let weight = self.kv_b_proj.effective_weight();
+        let weight = weight.reshape([self.latent, self.heads, self.nope + self.value]).swap_dims(0, 1); // [heads, latent, ..]
+        let key = weight.clone().slice_dim(2, 0..self.nope).swap_dims(1, 2); // [heads, nope, latent]
+        let value = weight.slice_dim(2, self.nope..self.nope + self.value);
+        // Both are strided views, which the grouped product would copy for every token. Flattening them copies them once.
+        [key, value].map(|tensor| {
+            let [heads, rows, columns] = tensor.dims();
+            tensor.reshape([heads * rows, columns]).reshape([heads, rows, columns])
+        })
+    }
+
+    /// The attention as the kernel that decodes few tokens reads it; `None` if it cannot.
+    #[cfg(feature = "cpu")]
+    pub(super) fn few_tokens(&self, cache: &mut LayerCache) -> Option<few_tokens::Mla> {
+        let Self { heads, nope, rope, value, latent, .. } = *self;
+        let query = match (&self.q_proj, &self.q_a_proj, &self.q_a_layernorm, &self.q_b_proj) {
+            (Some(direct), ..) => few_tokens::MlaQuery::Direct(direct.few_tokens()?),
+            (None, Some(down), Some(norm), Some(up)) => few_tokens::MlaQuery::Latent {
+                down: down.few_tokens()?,
+                norm: norm.few_tokens()?,
+                up: up.few_tokens()?,
+            },
+            _ => unreachable!("`build` makes either the one projection or all three parts"),
+        };
+        if self.kv_b_proj.lora.is_some() {
+            return None;
+        }
+        let absorbed = if self.kv_b_proj.quantized.is_some() {
+            let [key, value] = self.halves();
+            few_tokens::AbsorbedHalves::quantized(key, value)
+        } else {
+            let [key, value] = self.absorbed(cache);
+            few_tokens::AbsorbedHalves::plain(key, value)
+        };
+        Some(few_tokens::Mla {
+            query,
+            key_value_down: self.kv_a_proj_with_mqa.few_tokens()?,
+            latent_norm: self.kv_a_layernorm.few_tokens()?,
+            absorbed: absorbed?,
+            output: self.o_proj.few_tokens()?,
+            widths: few_tokens::MlaWidths { heads, nope, rope, value, latent, scale: self.scale as f32 },
+        })
     }
 }
 
@@ -213,10 +298,11 @@ impl AttentionModule for MultiHeadLatentAttention {
         self.attend(x, context, None)
     }
 
-    /// Attends to cached and new tokens without expanding keys or values (arXiv 2405.04434, section 2.1.2).
+    /// Few new tokens attend to cached ones without expanding keys or values (arXiv 2405.04434, section 2.1.2).
     ///
     /// A score is `q_nope . (W_uk c) = (W_uk^T q_nope) . c`, so the key half of `kv_b_proj` is applied to the query, and likewise
-    /// its value half to the weighted sum of latents. A prefill expands keys and values instead, which is cheaper there.
+    /// its value half to the weighted sum of latents. Prompts, and later pieces of long prompts, expand keys and values instead, which
+    /// is cheaper for many tokens.
     fn decode(&self, x: Tensor<2>, new: &DecodeContext, cache: &mut LayerCache) -> Tensor<2> {
         let (count, heads, latent, rope) = (new.tokens.sequence(), self.heads, self.latent, self.rope);
         if new.is_prefill() {
@@ -231,6 +317,9 @@ impl AttentionModule for MultiHeadLatentAttention {
         let shared_key = shared_key.reshape([count, rope]);
         // Written first, because a token attends to itself.
         cache.write(Tensor::cat(vec![new_latent, shared_key], 1).reshape([count, 1, latent + rope]), &new.spans);
+        if self.is_expanding_cheaper(&new.spans) {
+            return self.decode_expanded(query, &new.spans, cache);
+        }
         let [absorbed_key, absorbed_value] = self.absorbed(cache);
         // Each head multiplies by its own matrix: the grouped product with a head as a group.
         let by_head = Arc::new(GroupLayout::uniform(heads, count));
@@ -246,7 +335,8 @@ impl AttentionModule for MultiHeadLatentAttention {
             window: None,
             spans: new.spans.clone(),
         };
-        let latents = cached_attention(query, cache.rows(), spec); // [count, heads, latent]
+        let dtype = query.dtype();
+        let latents = cached_attention(query.cast(cache.dtype()), cache.rows(), spec).cast(dtype); // [count, heads, latent]
         let latents = latents.swap_dims(0, 1).reshape([heads * count, latent]);
         let output = grouped_matmul(latents, absorbed_value, &by_head).reshape([heads, count, self.value]);
         self.o_proj.forward(output.swap_dims(0, 1).reshape([count, heads * self.value]))

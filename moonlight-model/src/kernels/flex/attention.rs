@@ -4,6 +4,9 @@
 //! computes them again from the logarithms of the softmax denominators. This is FlashAttention-2 (arXiv 2307.08691) without
 //! tiling of keys, which is not needed because a block of scores fits into the cache.
 //!
+//! Scores, softmax and sums are in f32. The operands of products have the dtype of the inputs: in bf16 the probabilities, and in the
+//! backward pass the gradients of the scores, are rounded before they are multiplied.
+//!
 //! A forward task is one query head of one sequence, a backward task one key head of one sequence: the gradients of a key
 //! head are sums over its query heads, taken by one task in a fixed order.
 
@@ -18,8 +21,8 @@ use rayon::prelude::*;
 
 use super::dtype::{Element, round_into};
 use super::math::{dot, exp_in_place, largest};
-use super::matrix::{Matrix, MatrixMut, Write, multiply};
-use super::tensor::{by_dtype, dims, shared_dtype, tensor, tensor_of, values, values_of};
+use super::matrix::{Matrix, MatrixMut, Write, multiply, multiply_into};
+use super::tensor::{by_dtype, dims, shared_dtype, tensor, tensor_of, values, values_of, zeros};
 use crate::kernels::reference::{self, AttentionSaved};
 use crate::kernels::{AttentionKernel, AttentionSpec};
 
@@ -117,17 +120,16 @@ impl<'a, E: Element> AttentionInputs<'a, E> {
         self.spec.starts.as_ref().map_or(0, |starts| starts[batch * self.sequence + query] as usize)
     }
 
-    /// The rows `rows` of one query head in `tensor`, `[batch, sequence, heads, width]`, as f32; bf16 is converted into `scratch`.
+    /// The rows `rows` of one query head in `tensor`, `[batch, sequence, heads, width]`.
     fn head<'b>(
         &self,
         tensor: &'b [E],
         (batch, head): (usize, usize),
         width: usize,
         rows: &Range<usize>,
-        scratch: &'b mut Vec<f32>,
-    ) -> Matrix<'b> {
+    ) -> Matrix<'b, E> {
         let first = ((batch * self.sequence + rows.start) * self.heads + head) * width;
-        E::view(&tensor[first..], rows.len(), width, self.heads * width, scratch)
+        Matrix::strided(&tensor[first..], rows.len(), width, self.heads * width)
     }
 
     /// The blocks of queries of a sequence, each with the range of keys that any of its queries sees.
@@ -140,54 +142,61 @@ impl<'a, E: Element> AttentionInputs<'a, E> {
     }
 }
 
-/// Keys and values of one key head of one sequence, copied to contiguous f32. In the inputs, heads alternate within each token; the
+/// Keys and values of one key head of one sequence, copied to contiguous memory. In the inputs, heads alternate within each token; the
 /// copy pays off because every block of queries reads the keys and values before it.
-struct KeyHead {
+struct KeyHead<E> {
     sequence: usize,
     width: usize,
     value: usize,
     /// `[sequence, width]`: the head's own part, then the shared part.
-    keys: Vec<f32>,
+    keys: Vec<E>,
     /// `[width, sequence]`: the right operand of `queries x keys^T`.
-    transposed_keys: Vec<f32>,
+    transposed_keys: Vec<E>,
     /// `[sequence, value]`.
-    values: Vec<f32>,
+    values: Vec<E>,
 }
 
-impl KeyHead {
-    fn new<E: Element>(inputs: &AttentionInputs<'_, E>, batch: usize, key_head: usize) -> Self {
+impl<E: Element> KeyHead<E> {
+    fn new(inputs: &AttentionInputs<'_, E>, batch: usize, key_head: usize) -> Self {
         let AttentionInputs { sequence, key_heads, own, shared, width, value, .. } = *inputs;
         let (mut keys, mut values) = (Vec::with_capacity(sequence * width), Vec::with_capacity(sequence * value));
         for position in batch * sequence..(batch + 1) * sequence {
             let pair = &inputs.key_value[(position * key_heads + key_head) * inputs.pair()..][..inputs.pair()];
             let shared_key = &inputs.shared_key[position * shared..][..shared];
-            keys.extend(pair[..own].iter().chain(shared_key).map(|x| x.wide()));
-            values.extend(pair[own..].iter().map(|x| x.wide()));
+            keys.extend_from_slice(&pair[..own]);
+            keys.extend_from_slice(shared_key);
+            values.extend_from_slice(&pair[own..]);
         }
         let transposed_keys = transposed(&keys, sequence, width);
         Self { sequence, width, value, keys, transposed_keys, values }
     }
 
-    fn keys(&self, range: &Range<usize>) -> Matrix<'_> {
+    fn keys(&self, range: &Range<usize>) -> Matrix<'_, E> {
         Matrix::new(&self.keys[range.start * self.width..][..range.len() * self.width], range.len(), self.width)
     }
 
     /// `[width, range]`.
-    fn transposed_keys(&self, range: &Range<usize>) -> Matrix<'_> {
+    fn transposed_keys(&self, range: &Range<usize>) -> Matrix<'_, E> {
         Matrix::strided(&self.transposed_keys[range.start..], self.width, range.len(), self.sequence)
     }
 
-    fn values(&self, range: &Range<usize>) -> Matrix<'_> {
+    fn values(&self, range: &Range<usize>) -> Matrix<'_, E> {
         Matrix::new(&self.values[range.start * self.value..][..range.len() * self.value], range.len(), self.value)
     }
 }
 
 /// `[rows, columns]` to `[columns, rows]`.
-fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    let mut out = vec![0.0; rows * columns];
-    for (row, values) in values.chunks_exact(columns).enumerate() {
-        for (column, &value) in values.iter().enumerate() {
-            out[column * rows + row] = value;
+fn transposed<E: Element>(values: &[E], rows: usize, columns: usize) -> Vec<E> {
+    /// Rows and columns of a tile, so that the cache lines of both sides stay in the cache.
+    const TILE: usize = 16;
+    let mut out = zeros::<E>(rows * columns);
+    for first in (0..rows).step_by(TILE) {
+        for second in (0..columns).step_by(TILE) {
+            for column in second..columns.min(second + TILE) {
+                for row in first..rows.min(first + TILE) {
+                    out[column * rows + row] = values[row * columns + column];
+                }
+            }
         }
     }
     out
@@ -209,23 +218,22 @@ fn forward<E: Element>(
         let key_head = head / (heads / inputs.key_heads);
         let head_kv = KeyHead::new(&inputs, batch, key_head);
         let mut scratch = vec![0.0; QUERY_BLOCK.min(sequence) * sequence];
-        let (mut wide_queries, mut wide_output) = (Vec::new(), Vec::new());
+        let mut rounded = Vec::new();
         for (rows, keys) in inputs.blocks(batch) {
             let scores = &mut scratch[..rows.len() * keys.len()]; // [rows, keys]
             let mut out = MatrixMut::strided(scores, rows.len(), keys.len(), keys.len());
-            let queries = inputs.head(inputs.query, (batch, head), width, &rows, &mut wide_queries);
+            let queries = inputs.head(inputs.query, (batch, head), width, &rows);
             multiply(&mut out, queries, head_kv.transposed_keys(&keys), spec.scale, Write::Set);
             for (row, scores) in rows.clone().zip(scores.chunks_exact_mut(keys.len())) {
                 log_sums[row] = softmax(scores, inputs.start(batch, row) - keys.start, row - keys.start);
             }
             // SAFETY: a task writes the columns of one head in the rows of one sequence, and `blocks` yields each row once.
             let target = unsafe { output.block(heads * value, inputs.rows(batch, &rows), head_columns(head, value)) };
-            E::write(target, &mut wide_output, |out| {
-                multiply(out, Matrix::new(scores, rows.len(), keys.len()), head_kv.values(&keys), 1.0, Write::Set);
-            });
+            let probabilities = E::operand(scores, &mut rounded);
+            multiply_into(target, Matrix::new(probabilities, rows.len(), keys.len()), head_kv.values(&keys));
         }
     });
-    // SAFETY: `E::write` wrote all of each block.
+    // SAFETY: `multiply_into` wrote all of each block.
     let output = unsafe { output.finish() };
     (tensor_of(output, [batch, sequence, heads, value]), tensor(log_sums, [batch, heads, sequence]))
 }
@@ -278,17 +286,17 @@ fn grad<E: Element>(
         // In f32 until the end: a bf16 sum over blocks and heads would be rounded at every addition.
         let mut grad_keys = vec![0.0; sequence * width];
         let mut grad_values = vec![0.0; sequence * value];
-        let (mut wide_queries, mut wide_grad, mut wide_out) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut rounded_probabilities, mut rounded_scores) = (Vec::new(), Vec::new());
         let group = heads / key_heads;
         for head in key_head * group..(key_head + 1) * group {
             for (rows, keys) in inputs.blocks(batch) {
                 let (height, count) = (rows.len(), keys.len()); // the blocks below are [height, count]
                 let probabilities = &mut probabilities[..height * count];
                 let grad_scores = &mut grad_scores[..height * count];
-                let queries = inputs.head(inputs.query, (batch, head), width, &rows, &mut wide_queries);
+                let queries = inputs.head(inputs.query, (batch, head), width, &rows);
                 let mut out = MatrixMut::strided(probabilities, height, count, count);
                 multiply(&mut out, queries, head_kv.transposed_keys(&keys), spec.scale, Write::Set);
-                let grad_matrix = inputs.head(grad, (batch, head), value, &rows, &mut wide_grad);
+                let grad_matrix = inputs.head(grad, (batch, head), value, &rows);
                 let mut out = MatrixMut::strided(grad_scores, height, count, count);
                 let seen = Matrix::strided(&transposed_values[keys.start..], value, count, sequence);
                 multiply(&mut out, grad_matrix, seen, 1.0, Write::Set);
@@ -307,13 +315,13 @@ fn grad<E: Element>(
                         *grad_score = probability * (*grad_score - delta) * spec.scale;
                     }
                 }
-                let probabilities = Matrix::new(probabilities, height, count);
-                let grad_scores = Matrix::new(grad_scores, height, count);
+                let probabilities = Matrix::new(E::operand(probabilities, &mut rounded_probabilities), height, count);
+                let grad_scores = Matrix::new(E::operand(grad_scores, &mut rounded_scores), height, count);
                 let rows = inputs.rows(batch, &rows);
                 // SAFETY: a task writes the columns of its heads in the rows of its sequence, and `blocks` yields each row once
                 // for a head.
                 let target = unsafe { grad_query.block(heads * width, rows, head_columns(head, width)) };
-                E::write(target, &mut wide_out, |out| multiply(out, grad_scores, head_kv.keys(&keys), 1.0, Write::Set));
+                multiply_into(target, grad_scores, head_kv.keys(&keys));
                 let mut out = MatrixMut::strided(&mut grad_keys[keys.start * width..], count, width, width);
                 multiply(&mut out, grad_scores.transposed(), queries, 1.0, Write::Add);
                 let mut out = MatrixMut::strided(&mut grad_values[keys.start * value..], count, value, value);
@@ -335,7 +343,7 @@ fn grad<E: Element>(
             parts[position * shared..][..shared].write_copy_of_slice(&key[own..]);
         }
     });
-    // SAFETY: `E::write` wrote all of each block of the query gradient. The loop over positions wrote key and value of each row of
+    // SAFETY: `multiply_into` wrote all of each block of the query gradient. The loop over positions wrote key and value of each row of
     // the block, and each row of the part, by functions that assert equal lengths.
     let (grad_query, grad_key_value, grad_shared) =
         unsafe { (grad_query.finish(), grad_key_value.finish(), grad_shared.finish()) };

@@ -3,7 +3,8 @@
 //! A task is a block of queries of one key head with all keys that they see. If there are few queries, it has a segment of those
 //! keys, as in flash-decoding: in decoding a sequence has one query, so only its keys can be divided among threads. The partial
 //! results of segments are combined in order (FlashAttention-2, arXiv 2307.08691), so the result does not depend on the number
-//! of threads. Softmax denominators and sums are in f32.
+//! of threads. Scores, softmax denominators and sums are in f32; in bf16 the weights of the values are rounded before they are
+//! multiplied.
 
 use std::ops::Range;
 
@@ -157,10 +158,10 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
     fn partial(&self, task: &Task) -> PartialSoftmax {
         let CachedAttentionSpec { scale, keys, values, .. } = self.spec;
         let (rows, key_width, value_width) = (task.rows.len(), keys.len(), values.len());
-        let queries: Vec<f32> = task
+        let queries: Vec<E> = task
             .rows
             .clone()
-            .flat_map(|row| self.query[self.query_row(task, row) * key_width..][..key_width].iter().map(|x| x.wide()))
+            .flat_map(|row| self.query[self.query_row(task, row) * key_width..][..key_width].iter().copied())
             .collect();
         let queries = Matrix::new(&queries, rows, key_width);
         let first = (task.span.sequence * self.key_heads + task.key_head) * self.capacity;
@@ -169,12 +170,12 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
             sum: vec![0.0; rows],
             weighted: vec![0.0; rows * value_width],
         };
-        let (mut scratch, mut wide) = (vec![0.0; rows * KEY_BLOCK.min(task.keys.len())], Vec::new());
+        let (mut scratch, mut rounded) = (vec![0.0; rows * KEY_BLOCK.min(task.keys.len())], Vec::new());
         for start in task.keys.clone().step_by(KEY_BLOCK) {
             let count = KEY_BLOCK.min(task.keys.end - start);
             let cached = &self.cache[(first + start) * self.row..][..count * self.row];
             let scores = &mut scratch[..rows * count]; // [queries, keys]
-            let view = E::view(&cached[keys.start..], count, key_width, self.row, &mut wide);
+            let view = Matrix::strided(&cached[keys.start..], count, key_width, self.row);
             multiply(
                 &mut MatrixMut::strided(scores, rows, count, count),
                 queries,
@@ -196,9 +197,10 @@ impl<E: Element> CachedAttentionInputs<'_, E> {
                 partial.rescale(index, largest(seen).max(partial.largest[index]), value_width);
                 partial.sum[index] += exp_in_place(seen, partial.largest[index]);
             }
-            let view = E::view(&cached[values.start..], count, value_width, self.row, &mut wide);
+            let view = Matrix::strided(&cached[values.start..], count, value_width, self.row);
             let mut out = MatrixMut::strided(&mut partial.weighted, rows, value_width, value_width);
-            multiply(&mut out, Matrix::new(scores, rows, count), view, 1.0, Write::Add);
+            let weights = Matrix::new(E::operand(scores, &mut rounded), rows, count);
+            multiply(&mut out, weights, view, 1.0, Write::Add);
         }
         partial
     }

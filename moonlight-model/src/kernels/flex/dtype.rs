@@ -1,22 +1,46 @@
-//! [`Element`]: the dtypes of the kernels, f32 and bf16. bf16 is converted to f32 where it is read and rounded where it is written.
+//! [`Element`]: the dtypes of the kernels, f32 and bf16. Products of bf16 are computed in bf16 where the processor can
+//! ([`moonlight_simd::bf16_gemm`]); elsewhere bf16 is converted to f32 where it is read and rounded where it is written.
 
 use std::mem::MaybeUninit;
 
 use crate::disjoint::BlockMut;
 use burn::tensor::bf16;
+use moonlight_simd::bf16_gemm::{self, Output};
 use moonlight_simd::by_level;
+use moonlight_simd::gemm::{self, Operand};
 
 use super::matrix::{Matrix, MatrixMut};
 
 /// A dtype of the kernels. All sums are in f32 and rounded once.
 pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
-    /// Rows of a task of a matrix product, which bounds the scratch memory of a thread.
-    const ROWS_PER_TASK: usize;
-    /// The most columns of such a task.
-    const MAX_COLUMNS: usize;
-
     /// Rounds each value.
     fn rounded(values: Vec<f32>) -> Vec<Self>;
+
+    /// The operand of a product with these values: each is rounded into `scratch`, f32 is not copied.
+    fn operand<'a>(values: &'a [f32], scratch: &'a mut Vec<Self>) -> &'a [Self];
+
+    /// `out = keep * out + factor * lhs * rhs` in f32, on the calling thread. `lhs` is `[rows, depth]`, `rhs` `[depth, columns]`, and
+    /// `out` `[rows, columns]` with rows `stride` values apart.
+    ///
+    /// # Safety
+    ///
+    /// As for [`gemm::multiply`].
+    unsafe fn multiply(
+        shape: [usize; 3],
+        out: *mut f32,
+        stride: usize,
+        lhs: Operand<Self>,
+        rhs: Operand<Self>,
+        keep: f32,
+        factor: f32,
+    );
+
+    /// `out = lhs * rhs`, rounded; `out` may be uninitialized.
+    ///
+    /// # Safety
+    ///
+    /// As for [`gemm::multiply`].
+    unsafe fn multiply_into(shape: [usize; 3], out: *mut Self, stride: usize, lhs: Operand<Self>, rhs: Operand<Self>);
 
     /// A view in f32 of `rows x columns` from the start of `values`, whose rows are `row_stride` apart. bf16 is converted into
     /// `scratch`; f32 is not copied.
@@ -43,11 +67,30 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
 }
 
 impl Element for f32 {
-    const ROWS_PER_TASK: usize = 2048;
-    const MAX_COLUMNS: usize = 512;
-
     fn rounded(values: Vec<f32>) -> Vec<f32> {
         values
+    }
+
+    fn operand<'a>(values: &'a [f32], _scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        values
+    }
+
+    unsafe fn multiply(
+        shape: [usize; 3],
+        out: *mut f32,
+        stride: usize,
+        lhs: Operand<f32>,
+        rhs: Operand<f32>,
+        keep: f32,
+        factor: f32,
+    ) {
+        // SAFETY: as the caller ensures.
+        unsafe { gemm::multiply(shape, out, stride, lhs, rhs, keep, factor) };
+    }
+
+    unsafe fn multiply_into(shape: [usize; 3], out: *mut f32, stride: usize, lhs: Operand<f32>, rhs: Operand<f32>) {
+        // SAFETY: as the caller ensures; with a `keep` of 0 the result is not read.
+        unsafe { gemm::multiply(shape, out, stride, lhs, rhs, 0.0, 1.0) };
     }
 
     fn view<'a>(
@@ -78,15 +121,37 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
-    const ROWS_PER_TASK: usize = 256;
-    const MAX_COLUMNS: usize = 128;
-
     fn rounded(values: Vec<f32>) -> Vec<bf16> {
         let mut rounded = Vec::with_capacity(values.len());
         round_into(&values, &mut rounded.spare_capacity_mut()[..values.len()]);
         // SAFETY: the vector has this capacity, and `round_into` wrote every element of a slice of this length.
         unsafe { rounded.set_len(values.len()) };
         rounded
+    }
+
+    fn operand<'a>(values: &'a [f32], scratch: &'a mut Vec<bf16>) -> &'a [bf16] {
+        scratch.resize(scratch.len().max(values.len()), bf16::ZERO);
+        let rounded = &mut scratch[..values.len()];
+        round(values, rounded);
+        rounded
+    }
+
+    unsafe fn multiply(
+        shape: [usize; 3],
+        out: *mut f32,
+        stride: usize,
+        lhs: Operand<bf16>,
+        rhs: Operand<bf16>,
+        keep: f32,
+        factor: f32,
+    ) {
+        // SAFETY: as the caller ensures.
+        unsafe { bf16_gemm::multiply(shape, Output::F32 { values: out, keep, factor }, stride, lhs, rhs) };
+    }
+
+    unsafe fn multiply_into(shape: [usize; 3], out: *mut bf16, stride: usize, lhs: Operand<bf16>, rhs: Operand<bf16>) {
+        // SAFETY: as the caller ensures.
+        unsafe { bf16_gemm::multiply(shape, Output::Bf16 { values: out, factor: 1.0 }, stride, lhs, rhs) };
     }
 
     fn view<'a>(

@@ -1,6 +1,5 @@
 //! Grouped matrix products: the rows of each group times the matrix of the group. A plain product has one group.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::disjoint::DisjointVec;
@@ -11,7 +10,7 @@ use rayon::prelude::*;
 
 use super::dtype::Element;
 use super::gemv;
-use super::matrix::{Write, multiply};
+use super::matrix::{Matrix, multiply_into};
 use super::tensor::{by_dtype, dims, tensor_of, values_of};
 use crate::kernels::{GroupLayout, GroupedMatmulKernel, ProjectKernel, reference};
 
@@ -111,9 +110,13 @@ fn one_group(rows: &FlexTensor) -> [usize; 2] {
     [0, dims::<2>(rows)[0]]
 }
 
+/// Rows of a task, which a group with more is divided into.
+const ROWS_PER_TASK: usize = 2048;
 /// Columns of a task. With fewer, the rows are packed for the product more often than necessary; with more, there are too few tasks
 /// to share among threads.
 const COLUMNS_PER_TASK: usize = 128;
+/// The most columns of a task.
+const MAX_COLUMNS: usize = 512;
 /// With at least this many groups, the groups alone are enough tasks for the threads, and a task may have more columns.
 const MANY_GROUPS: usize = 16;
 /// Rows times columns of a task if there are many groups. With few rows most of the time is spent on reading the matrix, and wide
@@ -121,24 +124,10 @@ const MANY_GROUPS: usize = 16;
 const OUTPUTS_PER_TASK: usize = 128 * 256;
 
 /// The ranges of columns of the tasks of a group with `rows` rows, if there are `groups` groups.
-fn blocks<E: Element>(width: usize, rows: usize, groups: usize) -> impl Iterator<Item = Range<usize>> {
-    let wide =
-        (OUTPUTS_PER_TASK / rows.max(1)).next_multiple_of(COLUMNS_PER_TASK).clamp(COLUMNS_PER_TASK, E::MAX_COLUMNS);
+fn blocks(width: usize, rows: usize, groups: usize) -> impl Iterator<Item = Range<usize>> {
+    let wide = (OUTPUTS_PER_TASK / rows.max(1)).next_multiple_of(COLUMNS_PER_TASK).clamp(COLUMNS_PER_TASK, MAX_COLUMNS);
     let columns = if groups < MANY_GROUPS { COLUMNS_PER_TASK } else { wide };
     (0..width).step_by(columns).map(move |first| first..width.min(first + columns))
-}
-
-/// Copies of a task's operands in f32, for bf16. Each thread keeps one `Scratch`, so that tasks do not allocate. While it is borrowed,
-/// nothing waits for rayon: a stolen task would borrow it a second time and panic.
-#[derive(Default)]
-struct Scratch {
-    lhs: Vec<f32>,
-    rhs: Vec<f32>,
-    out: Vec<f32>,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// `out[r] = rows[r] x weight[group of r]`, or with each matrix transposed.
@@ -156,9 +145,9 @@ fn forward<E: Element>(rows: &FlexTensor, weight: &FlexTensor, offsets: Offsets<
     }
     let mut tasks = Vec::new();
     for (group, range) in offsets.iter() {
-        for start in range.clone().step_by(E::ROWS_PER_TASK) {
-            let end = range.end.min(start + E::ROWS_PER_TASK);
-            let blocks = blocks::<E>(to, end - start, offsets.groups());
+        for start in range.clone().step_by(ROWS_PER_TASK) {
+            let end = range.end.min(start + ROWS_PER_TASK);
+            let blocks = blocks(to, end - start, offsets.groups());
             tasks.extend(blocks.map(|columns| (group, start..end, columns)));
         }
     }
@@ -171,19 +160,14 @@ fn forward<E: Element>(rows: &FlexTensor, weight: &FlexTensor, offsets: Offsets<
         // SAFETY: groups share no rows, because offsets never decrease (`GroupLayout`'s constructors); the steps through the rows
         // of a group share none, and blocks share no columns. So no two tasks share an element.
         let target = unsafe { product.block(to, range.clone(), columns.clone()) };
-        SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
-            E::write(target, out, |out| {
-                let rows = E::view(rows, range.len(), from, from, lhs);
-                let weight = if transpose {
-                    E::view(&weight[columns.start * output..], columns.len(), output, output, rhs).transposed()
-                } else {
-                    E::view(&weight[columns.start..], input, columns.len(), output, rhs)
-                };
-                multiply(out, rows, weight, 1.0, Write::Set);
-            });
-        });
+        let weight = if transpose {
+            Matrix::strided(&weight[columns.start * output..], columns.len(), output, output).transposed()
+        } else {
+            Matrix::strided(&weight[columns.start..], input, columns.len(), output)
+        };
+        multiply_into(target, Matrix::new(rows, range.len(), from), weight);
     });
-    // SAFETY: `E::write` wrote all of each task's block.
+    // SAFETY: `multiply_into` wrote all of each task's block.
     tensor_of(unsafe { product.finish() }, [count, to])
 }
 
@@ -200,7 +184,7 @@ fn weight_grad<E: Element>(
     let tasks: Vec<_> = offsets
         .iter()
         .flat_map(|(group, range)| {
-            let blocks = blocks::<E>(output, range.len(), offsets.groups());
+            let blocks = blocks(output, range.len(), offsets.groups());
             blocks.map(move |columns| (group, range.clone(), columns))
         })
         .collect();
@@ -208,23 +192,13 @@ fn weight_grad<E: Element>(
     tasks.into_par_iter().with_max_len(1).for_each(|(group, range, columns)| {
         // SAFETY: a task has a block of columns of the matrix of one group, and each pair of group and block is one task.
         let target = unsafe { gradient.block(output, group * input..(group + 1) * input, columns.clone()) };
-        SCRATCH.with_borrow_mut(|Scratch { lhs, rhs, out }| {
-            E::write(target, out, |out| {
-                if range.is_empty() {
-                    out.clear();
-                }
-                // The rows of a group are summed by one task, in order: the sum does not depend on the threads.
-                for start in range.clone().step_by(E::ROWS_PER_TASK) {
-                    let count = E::ROWS_PER_TASK.min(range.end - start);
-                    let rows = E::view(&rows[start * input..], count, input, input, lhs);
-                    let grad = E::view(&grad[start * output + columns.start..], count, columns.len(), output, rhs);
-                    let write = if start == range.start { Write::Set } else { Write::Add };
-                    multiply(out, rows.transposed(), grad, 1.0, write);
-                }
-            });
-        });
+        // The rows of a group are summed by one task, in order: the sum does not depend on the threads. Without rows it is 0.
+        let rows = Matrix::new(&rows[range.start * input..range.end * input], range.len(), input);
+        let grad = &grad[range.start * output..range.end * output];
+        let grad = Matrix::strided(grad.get(columns.start..).unwrap_or(&[]), range.len(), columns.len(), output);
+        multiply_into(target, rows.transposed(), grad);
     });
-    // SAFETY: `E::write` wrote all of each task's block.
+    // SAFETY: `multiply_into` wrote all of each task's block.
     let out = unsafe { gradient.finish() };
     match groups {
         Some(groups) => tensor_of(out, [groups, input, output]),

@@ -1,35 +1,45 @@
-//! Strided views of f32 matrices, and their product.
+//! Strided views of matrices, and their products.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 use crate::disjoint::BlockMut;
-use moonlight_simd::gemm::{self, Operand};
+use moonlight_simd::gemm::Operand;
+
+use super::dtype::Element;
 
 /// A read-only matrix: element `(i, j)` is at `i * row_stride + j * column_stride`.
-#[derive(Clone, Copy)]
-pub(super) struct Matrix<'a> {
-    values: *const f32,
+pub(super) struct Matrix<'a, E = f32> {
+    values: *const E,
     rows: usize,
     columns: usize,
     row_stride: usize,
     column_stride: usize,
-    lifetime: PhantomData<&'a [f32]>,
+    lifetime: PhantomData<&'a [E]>,
 }
 
-impl<'a> Matrix<'a> {
+// Not derived, which would require `E: Clone`; the view has a pointer only.
+impl<E> Clone for Matrix<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<E> Copy for Matrix<'_, E> {}
+
+impl<'a, E> Matrix<'a, E> {
     /// A view of `rows x columns` whose rows begin `row_stride` values apart.
     ///
     /// # Panics
     ///
     /// If the view exceeds `values`.
-    pub(super) fn strided(values: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+    pub(super) fn strided(values: &'a [E], rows: usize, columns: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || (rows - 1) * row_stride + columns <= values.len(), "the view exceeds its slice");
         Self { values: values.as_ptr(), rows, columns, row_stride, column_stride: 1, lifetime: PhantomData }
     }
 
     /// A view of a whole slice as `rows x columns`.
-    pub(super) fn new(values: &'a [f32], rows: usize, columns: usize) -> Self {
+    pub(super) fn new(values: &'a [E], rows: usize, columns: usize) -> Self {
         Self::strided(values, rows, columns, columns)
     }
 
@@ -41,6 +51,10 @@ impl<'a> Matrix<'a> {
             column_stride: self.row_stride,
             ..self
         }
+    }
+
+    fn operand(self) -> Operand<E> {
+        Operand { values: self.values, row_stride: self.row_stride, column_stride: self.column_stride }
     }
 }
 
@@ -79,16 +93,6 @@ impl<'a> MatrixMut<'a> {
     pub(super) fn is_written(&self) -> bool {
         self.written
     }
-
-    /// Sets every element to zero.
-    pub(super) fn clear(&mut self) {
-        for row in 0..self.rows {
-            // SAFETY: both constructors take a view that is borrowed for writing and whose rows are within its memory, as
-            // asserted; zero bits are a valid f32.
-            unsafe { self.values.add(row * self.row_stride).write_bytes(0, self.columns) };
-        }
-        self.written = true;
-    }
 }
 
 /// What a product does with the elements of its output.
@@ -105,21 +109,34 @@ pub(super) enum Write {
 /// # Panics
 ///
 /// If the shapes do not match, or with [`Write::Add`] if `out` is not initialized.
-pub(super) fn multiply(out: &mut MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix<'_>, scale: f32, write: Write) {
+pub(super) fn multiply<E: Element>(
+    out: &mut MatrixMut<'_>,
+    lhs: Matrix<'_, E>,
+    rhs: Matrix<'_, E>,
+    scale: f32,
+    write: Write,
+) {
     assert!(lhs.columns == rhs.rows && out.rows == lhs.rows && out.columns == rhs.columns, "shapes must fit");
     assert!(write == Write::Set || out.written, "the output is not initialized");
-    let operand = |matrix: Matrix<'_>| Operand {
-        values: matrix.values,
-        row_stride: matrix.row_stride,
-        column_stride: matrix.column_stride,
-    };
     let keep = if write == Write::Add { 1.0 } else { 0.0 };
     let shape = [lhs.rows, lhs.columns, rhs.columns];
     // SAFETY: the constructors of all three views asserted that they are within their memory; the memory of `out` is borrowed for
     // writing, and the shapes match by the first assertion. `out` is read only if it is added to, and then it is
     // initialized by the second assertion. The product writes all of `out`, even if the inner dimension is 0.
-    unsafe { gemm::multiply(shape, out.values, out.row_stride, operand(lhs), operand(rhs), keep, scale) };
+    unsafe { E::multiply(shape, out.values, out.row_stride, lhs.operand(), rhs.operand(), keep, scale) };
     out.written = true;
+}
+
+/// `out = lhs * rhs`, summed in f32 and rounded once, on the calling thread. Afterwards all of `out` is initialized.
+///
+/// # Panics
+///
+/// If the shapes do not match.
+pub(super) fn multiply_into<E: Element>(mut out: BlockMut<'_, MaybeUninit<E>>, lhs: Matrix<'_, E>, rhs: Matrix<'_, E>) {
+    assert!(lhs.columns == rhs.rows && out.rows() == lhs.rows && out.columns() == rhs.columns, "shapes must fit");
+    let (shape, stride) = ([lhs.rows, lhs.columns, rhs.columns], out.row_stride());
+    // SAFETY: as in `multiply`; `out` is not read.
+    unsafe { E::multiply_into(shape, out.as_mut_ptr().cast(), stride, lhs.operand(), rhs.operand()) };
 }
 
 #[cfg(test)]
@@ -148,7 +165,7 @@ mod tests {
         let memory = DisjointVec::<f32>::new(6);
         // SAFETY: it is the only claim.
         let mut out = MatrixMut::unwritten(unsafe { memory.block(3, 0..2, 0..3) });
-        multiply(&mut out, Matrix::new(&[], 2, 0), Matrix::new(&[], 0, 3), 1.0, Write::Set);
+        multiply(&mut out, Matrix::<f32>::new(&[], 2, 0), Matrix::new(&[], 0, 3), 1.0, Write::Set);
         // SAFETY: the product wrote all of the block.
         assert_eq!(unsafe { memory.finish() }, [0.0; 6]);
     }

@@ -7,6 +7,8 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, bf16, f16};
+use moonlight_simd::bf16_gemm;
+use moonlight_simd::gemm::Operand;
 use moonlight_simd::quant::{QuantizedMatrix, QuantizedRows, ScaleType};
 use rayon::prelude::*;
 
@@ -180,7 +182,7 @@ const PANEL: usize = 256;
 struct Scratch {
     sums: Vec<f32>,
     panel: Vec<f32>,
-    rows: Vec<f32>,
+    rounded_panel: Vec<bf16>,
 }
 
 thread_local! {
@@ -188,12 +190,13 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// `out[r] = grad[r] x weight[group of r]^T`.
+/// `out[r] = grad[r] x weight[group of r]^T`, computed in bf16 if the processor does.
 fn rows_grad<E: Element>(grad: &FlexTensor, weights: QuantizedStack<'_>, layout: &GroupLayout) -> FlexTensor {
     let [count, width] = dims(grad);
     let spec = weights.spec;
     assert_eq!(width, spec.output, "the width of the gradient must be the output width of the weight");
     let grad = values_of::<E>(grad);
+    let grad = if bf16_gemm::is_native() { Grad::Rounded(converted(grad)) } else { Grad::Wide(converted(grad)) };
     let mut tasks: Vec<(usize, Range<usize>, Range<usize>)> = Vec::new();
     for group in 0..layout.groups() {
         let range = layout.group(group);
@@ -206,36 +209,84 @@ fn rows_grad<E: Element>(grad: &FlexTensor, weights: QuantizedStack<'_>, layout:
     let out = DisjointVec::<E>::new(count * spec.input);
     tasks.into_par_iter().with_max_len(1).for_each(|(group, range, inputs)| {
         // SAFETY: groups share no rows (`GroupLayout`'s constructors), and the tasks of a group share no rows or no columns.
-        let target = unsafe { out.block(spec.input, range.clone(), inputs.clone()) };
-        SCRATCH.with_borrow_mut(|Scratch { sums, panel, rows }| {
-            E::write(target, sums, |out| {
-                product_by_panels::<E>(out, (panel, rows), grad, weights.matrix(group), range, inputs)
-            });
+        let mut target = unsafe { out.block(spec.input, range.clone(), inputs.clone()) };
+        SCRATCH.with_borrow_mut(|scratch| {
+            let width = inputs.len();
+            let sums = scratch.by_panels(&grad, weights.matrix(group), range, inputs);
+            for (row, sums) in sums.chunks_exact(width).enumerate() {
+                round_into(sums, target.row(row));
+            }
         });
     });
     // SAFETY: each task wrote all of its block, and blocks cover all rows and columns.
     tensor_of(unsafe { out.finish() }, [count, spec.input])
 }
 
-/// The gradient of some rows for some inputs, whose first is that of a block.
-fn product_by_panels<E: Element>(
-    out: &mut MatrixMut<'_>,
-    (panel, scratch): (&mut Vec<f32>, &mut Vec<f32>),
-    grad: &[E],
-    matrix: QuantizedMatrix<'_>,
-    rows: Range<usize>,
-    inputs: Range<usize>,
-) {
-    let QuantizedShape { output, .. } = matrix.shape();
-    let blocks = inputs.start / QUANT_BLOCK..inputs.end.div_ceil(QUANT_BLOCK);
-    for first in (0..output).step_by(PANEL) {
-        let columns = first..output.min(first + PANEL);
-        let tiles = first / QUANT_TILE..columns.end.div_ceil(QUANT_TILE);
-        let width = tiles.len() * QUANT_TILE;
-        panel.resize(panel.len().max(blocks.len() * QUANT_BLOCK * width), 0.0);
-        matrix.dequantize(tiles, blocks.clone(), panel); // [inputs, width]
-        let grad = E::view(&grad[rows.start * output + first..], rows.len(), columns.len(), output, scratch);
-        let weight = Matrix::strided(panel, inputs.len(), columns.len(), width).transposed();
-        multiply(out, grad, weight, 1.0, if first == 0 { Write::Set } else { Write::Add });
+/// A gradient in the type of the product.
+enum Grad {
+    Wide(Vec<f32>),
+    Rounded(Vec<bf16>),
+}
+
+/// Values in another type, on all threads.
+fn converted<E: Element, T: Element>(values: &[E]) -> Vec<T> {
+    const CHUNK: usize = 1 << 14;
+    let convert = |values: &[E]| {
+        let mut wide = vec![0.0; values.len()];
+        widen(values, &mut wide);
+        T::rounded(wide)
+    };
+    values.par_chunks(CHUNK).map(convert).collect::<Vec<_>>().concat()
+}
+
+impl Scratch {
+    /// The gradient of some rows for some inputs, whose first is that of a block: `[rows, inputs]`.
+    fn by_panels(
+        &mut self,
+        grad: &Grad,
+        matrix: QuantizedMatrix<'_>,
+        rows: Range<usize>,
+        inputs: Range<usize>,
+    ) -> &[f32] {
+        let Self { sums, panel, rounded_panel } = self;
+        let QuantizedShape { output, .. } = matrix.shape();
+        sums.resize(sums.len().max(rows.len() * inputs.len()), 0.0);
+        let sums = &mut sums[..rows.len() * inputs.len()];
+        let blocks = inputs.start / QUANT_BLOCK..inputs.end.div_ceil(QUANT_BLOCK);
+        for first in (0..output).step_by(PANEL) {
+            let columns = first..output.min(first + PANEL);
+            let tiles = first / QUANT_TILE..columns.end.div_ceil(QUANT_TILE);
+            let width = tiles.len() * QUANT_TILE; // of the panel, [inputs, width]
+            let size = blocks.len() * QUANT_BLOCK * width;
+            let start = rows.start * output + first;
+            match grad {
+                Grad::Wide(grad) => {
+                    panel.resize(panel.len().max(size), 0.0);
+                    matrix.dequantize(tiles, blocks.clone(), panel);
+                    let grad = Matrix::strided(&grad[start..], rows.len(), columns.len(), output);
+                    let weight = Matrix::strided(panel, inputs.len(), columns.len(), width).transposed();
+                    let mut out = MatrixMut::strided(sums, rows.len(), inputs.len(), inputs.len());
+                    multiply(&mut out, grad, weight, 1.0, if first == 0 { Write::Set } else { Write::Add });
+                }
+                Grad::Rounded(grad) => {
+                    rounded_panel.resize(rounded_panel.len().max(size), bf16::ZERO);
+                    matrix.dequantize(tiles, blocks.clone(), rounded_panel);
+                    let grad = &grad[start..][..(rows.len() - 1) * output + columns.len()];
+                    let weight = &rounded_panel[..(inputs.len() - 1) * width + columns.len()];
+                    let keep = if first == 0 { 0.0 } else { 1.0 };
+                    // SAFETY: the two slices are those of the operands, and `sums` has all rows and inputs.
+                    unsafe {
+                        bf16_gemm::multiply(
+                            [rows.len(), columns.len(), inputs.len()],
+                            bf16_gemm::Output::F32 { values: sums.as_mut_ptr(), keep, factor: 1.0 },
+                            inputs.len(),
+                            Operand { values: grad.as_ptr(), row_stride: output, column_stride: 1 },
+                            Operand { values: weight.as_ptr(), row_stride: 1, column_stride: width },
+                        );
+                    }
+                }
+            }
+        }
+        sums
     }
 }

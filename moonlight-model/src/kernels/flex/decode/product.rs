@@ -1,0 +1,411 @@
+//! Products of few rows and the weights of a phase, divided into chunks.
+//!
+//! Their cost is reading the weights once from memory. A weight `[input, output]` in f32 or bf16 is divided by inputs, so that a chunk
+//! is one stretch of memory: on one machine two threads read 31 GB a second that way, and 27 GB in strips of 256 outputs. Its chunks
+//! therefore compute partial sums, which are added in order when they are read ([`Sums::read`]). A quantized weight is stored by
+//! tiles of outputs, and its chunks compute whole outputs.
+
+use std::ops::Range;
+
+use moonlight_simd::by_level;
+use moonlight_simd::quant::{QuantizedRows, TILE};
+
+use super::super::dtype::Element;
+use super::team::Team;
+use super::weights::View;
+use crate::disjoint::DisjointMut;
+
+/// Bytes of a chunk of a weight in f32 or bf16.
+const PLAIN_BYTES: Range<usize> = 64 << 10..1 << 20;
+/// Chunks of a phase of such weights, within [`PLAIN_BYTES`]. More would make more partial sums.
+const PLAIN_CHUNKS: usize = 24;
+/// Bytes of a chunk of a quantized weight.
+const QUANTIZED_BYTES: Range<usize> = 16 << 10..256 << 10;
+/// Chunks of a phase of quantized weights, within [`QUANTIZED_BYTES`].
+const QUANTIZED_CHUNKS: usize = 48;
+/// The most outputs of a chunk, whose sums stay in the L1 cache.
+const MAX_COLUMNS: usize = 2048;
+
+/// Rows of activations, in f32 and if a weight needs it in 8 bits.
+#[derive(Debug, Default)]
+pub(super) struct Rows {
+    pub(super) width: usize,
+    /// `[rows, width]`.
+    pub(super) values: Vec<f32>,
+    quantized: QuantizedRows,
+}
+
+impl Rows {
+    /// Rows of `width` values.
+    pub(super) fn new(values: Vec<f32>, width: usize) -> Self {
+        Self { width, values, quantized: QuantizedRows::default() }
+    }
+
+    /// Zeros, `[rows, width]`.
+    pub(super) fn resize(&mut self, rows: usize, width: usize) {
+        self.width = width;
+        self.values.clear();
+        self.values.resize(rows * width, 0.0);
+    }
+
+    pub(super) fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.width..][..self.width]
+    }
+
+    pub(super) fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        &mut self.values[row * self.width..][..self.width]
+    }
+
+    /// Quantizes the rows for products by quantized weights.
+    pub(super) fn quantize(&mut self) {
+        self.quantized.set(&self.values, self.width);
+    }
+}
+
+/// The product of some rows and one weight.
+#[derive(Clone, Copy)]
+pub(super) struct Product<'a> {
+    pub(super) weight: View<'a>,
+    /// Width of the weight's input and output.
+    pub(super) shape: [usize; 2],
+    pub(super) x: &'a Rows,
+    /// Indices of rows of `x`.
+    pub(super) rows: &'a [u32],
+}
+
+/// The results of the products of a phase, as partial sums.
+#[derive(Debug, Default)]
+pub(super) struct Sums {
+    splits: Vec<Split>,
+    values: Vec<f32>,
+}
+
+/// How one product is divided. A chunk has some inputs and some outputs, and its sums `[rows, outputs of the chunk]` are consecutive.
+/// Chunks are ordered by inputs, then outputs.
+#[derive(Debug, Clone, Copy)]
+struct Split {
+    /// The first of its values in [`Sums::values`].
+    first: usize,
+    first_chunk: usize,
+    rows: usize,
+    output: usize,
+    /// Outputs of a chunk; fewer in the last.
+    columns: usize,
+    /// Inputs of a chunk; fewer in the last.
+    depth: usize,
+    /// Chunks that share outputs.
+    parts: usize,
+}
+
+impl Split {
+    fn blocks(&self) -> usize {
+        self.output.div_ceil(self.columns)
+    }
+
+    /// The outputs of block `block` of a part.
+    fn block(&self, block: usize) -> Range<usize> {
+        block * self.columns..self.output.min((block + 1) * self.columns)
+    }
+
+    /// The place of the sums of a chunk.
+    fn sums(&self, part: usize, block: usize) -> Range<usize> {
+        let columns = self.block(block);
+        let start = self.first + (part * self.output + columns.start) * self.rows;
+        start..start + columns.len() * self.rows
+    }
+}
+
+/// Divides `total` into equal steps of about `step`, each a multiple of `unit` but the last.
+fn even_step(total: usize, step: usize, unit: usize) -> usize {
+    let count = (total as f64 / step.max(1) as f64).round().max(1.0) as usize;
+    total.div_ceil(count).next_multiple_of(unit)
+}
+
+/// Bytes of a chunk, for a phase that reads `bytes`.
+fn chunk_bytes(bytes: usize, chunks: usize, limits: &Range<usize>) -> usize {
+    (bytes / chunks).clamp(limits.start, limits.end)
+}
+
+/// Computes products. All weights of a phase should be given together.
+pub(super) fn multiply(team: &Team, products: &[Product<'_>], sums: &mut Sums) {
+    let bytes = products.iter().map(|product| product.weight.bytes(product.shape[0], product.shape[1])).sum();
+    sums.splits.clear();
+    let (mut values, mut chunks) = (0, 0);
+    for product in products {
+        let [input, output] = product.shape;
+        let (columns, depth) = match product.weight {
+            View::Quantized(_) => {
+                let share = chunk_bytes(bytes, QUANTIZED_CHUNKS, &QUANTIZED_BYTES);
+                (even_step(output, share * TILE / product.weight.bytes(input, TILE), TILE), input)
+            }
+            View::F32(_) | View::Bf16(_) => {
+                let share = chunk_bytes(bytes, PLAIN_CHUNKS, &PLAIN_BYTES);
+                let columns = even_step(output, MAX_COLUMNS.min(output), TILE);
+                // If many chunks have the same inputs anyway, whole columns need no partial sums.
+                let blocks = output.div_ceil(columns);
+                let inputs = if blocks >= 2 * PLAIN_CHUNKS { input } else { share / product.weight.bytes(1, columns) };
+                (columns, even_step(input, inputs.min(input), 4))
+            }
+        };
+        let split = Split {
+            first: values,
+            first_chunk: chunks,
+            rows: product.rows.len(),
+            output,
+            columns,
+            depth,
+            parts: input.div_ceil(depth),
+        };
+        values += split.parts * output * split.rows;
+        chunks += split.parts * split.blocks();
+        sums.splits.push(split);
+    }
+    if sums.values.len() < values {
+        sums.values.resize(values, 0.0);
+    }
+    let splits = &sums.splits;
+    let target = DisjointMut::new(&mut sums.values[..values]);
+    team.run(chunks, &|chunk| {
+        let index = splits.partition_point(|split| split.first_chunk <= chunk) - 1;
+        let (split, product) = (&splits[index], &products[index]);
+        let (part, block) =
+            ((chunk - split.first_chunk) / split.blocks(), (chunk - split.first_chunk) % split.blocks());
+        // SAFETY: each chunk has its own sums.
+        let sums = unsafe { target.row(split.sums(part, block)) };
+        let depth = part * split.depth..product.shape[0].min((part + 1) * split.depth);
+        product.compute(depth, split.block(block), sums);
+    });
+    target.finish();
+}
+
+impl Product<'_> {
+    fn compute(&self, depth: Range<usize>, columns: Range<usize>, sums: &mut [f32]) {
+        match self.weight {
+            View::F32(weight) => self.compute_plain(weight, depth, columns, sums),
+            View::Bf16(weight) => self.compute_plain(weight, depth, columns, sums),
+            View::Quantized(matrix) => {
+                let tiles = columns.start / TILE..columns.end.div_ceil(TILE);
+                // Consecutive rows are computed together.
+                let mut start = 0;
+                for end in 1..=self.rows.len() {
+                    if end == self.rows.len() || self.rows[end] != self.rows[end - 1] + 1 {
+                        let range = self.rows[start] as usize..self.rows[end - 1] as usize + 1;
+                        let out = &mut sums[start * columns.len()..end * columns.len()];
+                        matrix.multiply(&self.x.quantized, range, tiles.clone(), out, columns.len());
+                        start = end;
+                    }
+                }
+            }
+        }
+    }
+
+    fn compute_plain<E: Element>(&self, weight: &[E], depth: Range<usize>, columns: Range<usize>, sums: &mut [f32]) {
+        let stride = self.shape[1];
+        let lines = &weight[depth.start * stride + columns.start..(depth.end - 1) * stride + columns.end];
+        let factors = |&row: &u32| &self.x.row(row as usize)[depth.clone()];
+        match self.rows {
+            [row] => add_lines(sums, factors(row), lines, stride),
+            rows => {
+                // [depth / 4, rows, 4]: the factors of four lines for each row.
+                let mut quads = vec![[0.0; 4]; rows.len() * depth.len().div_ceil(4)];
+                for (index, row) in rows.iter().enumerate() {
+                    for (quad, values) in factors(row).chunks(4).enumerate() {
+                        quads[quad * rows.len() + index][..values.len()].copy_from_slice(values);
+                    }
+                }
+                add_quads(sums, &quads, rows.len(), lines, stride);
+            }
+        }
+    }
+}
+
+impl Sums {
+    /// Outputs `range` of one row of a product.
+    pub(super) fn read(&self, product: usize, row: usize, range: Range<usize>, out: &mut [f32]) {
+        out.fill(0.0);
+        self.add(product, row, range, 1.0, out);
+    }
+
+    /// Adds `factor` times the outputs `range` of one row of a product to `out`.
+    pub(super) fn add(&self, product: usize, row: usize, range: Range<usize>, factor: f32, out: &mut [f32]) {
+        let split = &self.splits[product];
+        assert!(range.end <= split.output && row < split.rows, "row and outputs must exist");
+        let mut place = range.start;
+        while place < range.end {
+            let block = place / split.columns;
+            let columns = split.block(block);
+            let end = columns.end.min(range.end);
+            let out = &mut out[place - range.start..end - range.start];
+            for part in 0..split.parts {
+                let sums = &self.values[split.sums(part, block)][row * columns.len()..][..columns.len()];
+                add_scaled(out, factor, &sums[place - columns.start..end - columns.start]);
+            }
+            place = end;
+        }
+    }
+
+    /// The number of values that are read for each output of a product.
+    pub(super) fn parts(&self, product: usize) -> usize {
+        self.splits[product].parts
+    }
+}
+
+by_level! {
+    fn add_scaled[](sums: &mut [f32], factor: f32, values: &[f32]) {
+        sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += factor * value);
+    }
+}
+
+/// Bytes that are prefetched ahead of the weights that are read.
+const PREFETCH: usize = 2048;
+
+/// Loads a line of the cache, wherever the address points to.
+#[inline(always)]
+pub(super) fn prefetch<E>(address: *const E) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch does not fault, and every x86-64 processor has it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
+by_level! {
+    /// Writes to `sums` the sum of `lines`, each times its factor. Lines are `stride` values apart and as wide as `sums`.
+    fn add_lines[E: Element](sums: &mut [f32], factors: &[f32], lines: &[E], stride: usize) {
+        let width = sums.len();
+        sums.fill(0.0);
+        // Of narrow strips the next one is prefetched, because what follows in memory belongs to other chunks.
+        let ahead = if stride == width { PREFETCH / size_of::<E>() } else { stride };
+        for (&factor, line) in factors.iter().zip(lines.chunks(stride)) {
+            let (line, rest) = line[..width].as_chunks::<64>();
+            let (sums, rest_sums) = sums.as_chunks_mut::<64>();
+            for (sums, line) in sums.iter_mut().zip(line) {
+                for place in (0..64).step_by(64 / size_of::<E>()) {
+                    prefetch(line.as_ptr().wrapping_add(ahead + place));
+                }
+                for (sum, value) in sums.iter_mut().zip(line) {
+                    *sum += factor * value.wide();
+                }
+            }
+            for (sum, value) in rest_sums.iter_mut().zip(rest) {
+                *sum += factor * value.wide();
+            }
+        }
+    }
+}
+
+by_level! {
+    /// [`add_lines`] for several rows: `quads` has for each four lines the factors of each row, and `sums` is `[rows, width]`.
+    fn add_quads[E: Element](sums: &mut [f32], quads: &[[f32; 4]], rows: usize, lines: &[E], stride: usize) {
+        const LANES: usize = 16;
+        let width = sums.len() / rows;
+        sums.fill(0.0);
+        for (index, quads) in quads.chunks_exact(rows).enumerate() {
+            let lines = &lines[index * 4 * stride..];
+            let whole = lines.len() >= 3 * stride + width;
+            // Four lines; those beyond the last have the factor 0 and are read from the last.
+            let line = |line: usize| {
+                let last = (lines.len() - width) / stride;
+                &lines[line.min(last) * stride..][..width]
+            };
+            let [a, b, c, d] = [line(0), line(1), line(2), line(3)];
+            let mut place = 0;
+            while place + LANES <= width {
+                if whole {
+                    for line in [a, b, c, d] {
+                        prefetch(line[place..].as_ptr().wrapping_add(4 * stride));
+                    }
+                }
+                let wide = |line: &[E]| -> [f32; LANES] {
+                    let line: &[E; LANES] = line[place..place + LANES].try_into().expect("the slice has this length");
+                    line.map(E::wide)
+                };
+                let (a, b, c, d) = (wide(a), wide(b), wide(c), wide(d));
+                for (row, [p, q, r, s]) in quads.iter().enumerate() {
+                    let sums: &mut [f32; LANES] =
+                        (&mut sums[row * width + place..][..LANES]).try_into().expect("the slice has this length");
+                    for lane in 0..LANES {
+                        sums[lane] += (p * a[lane] + q * b[lane]) + (r * c[lane] + s * d[lane]);
+                    }
+                }
+                place += LANES;
+            }
+            for (row, [p, q, r, s]) in quads.iter().enumerate() {
+                for column in place..width {
+                    sums[row * width + column] += (p * a[column].wide() + q * b[column].wide())
+                        + (r * c[column].wide() + s * d[column].wide());
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::bf16;
+    use proptest::prelude::*;
+
+    use super::super::team::with_team;
+    use super::*;
+
+    /// Values whose products and sums are exact.
+    fn integers(count: usize, seed: usize) -> Vec<f32> {
+        (0..count).map(|index| ((index * 7 + seed * 13 + index / 11) % 17) as f32 - 8.0).collect()
+    }
+
+    fn check(shapes: &[[usize; 2]], rows: usize) {
+        let inputs: Vec<Rows> =
+            shapes.iter().map(|&[input, _]| Rows::new(integers((rows + 1) * input, 3), input)).collect();
+        let weights: Vec<Vec<f32>> = shapes.iter().map(|[input, output]| integers(input * output, 5)).collect();
+        let half: Vec<Vec<bf16>> = weights.iter().map(|w| w.iter().map(|&w| bf16::from_f32(w)).collect()).collect();
+        let list: Vec<u32> = (0..rows as u32).map(|row| row + 1).rev().collect();
+        for is_half in [false, true] {
+            let products: Vec<Product<'_>> = (0..shapes.len())
+                .map(|index| Product {
+                    weight: if is_half { View::Bf16(&half[index]) } else { View::F32(&weights[index]) },
+                    shape: shapes[index],
+                    x: &inputs[index],
+                    rows: &list,
+                })
+                .collect();
+            let mut sums = Sums::default();
+            with_team(|team| multiply(team, &products, &mut sums));
+            for (index, &[input, output]) in shapes.iter().enumerate() {
+                for (place, &row) in list.iter().enumerate() {
+                    let mut out = vec![f32::NAN; output];
+                    sums.read(index, place, 0..output, &mut out);
+                    for (column, out) in out.iter().enumerate() {
+                        let x = inputs[index].row(row as usize);
+                        let expected: f32 = (0..input).map(|k| x[k] * weights[index][k * output + column]).sum();
+                        assert_eq!(*out, expected, "product {index}, row {row}, column {column}");
+                    }
+                    let middle = output / 3..output - output / 4;
+                    let mut part = vec![1.0; middle.len()];
+                    sums.add(index, place, middle.clone(), 2.0, &mut part);
+                    assert!(part.iter().zip(&out[middle]).all(|(part, out)| *part == 1.0 + 2.0 * out));
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn products_are_those_of_plain_loops(
+            shapes in prop::collection::vec([1_usize..90, 1_usize..200], 1..4),
+            rows in 1_usize..9,
+        ) {
+            moonlight_simd::testing::at_each_level("decoding: products", |_| check(&shapes, rows));
+        }
+    }
+
+    #[test]
+    fn wide_and_deep_products_are_those_of_plain_loops() {
+        // Several parts, several blocks, and more blocks than chunks are wanted.
+        for (shape, rows) in [([700, 300], 1), ([33, 5000], 2), ([3, 2048 * 50 + 5], 1), ([700, 129], 5)] {
+            check(&[shape], rows);
+        }
+    }
+}
