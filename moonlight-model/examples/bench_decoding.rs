@@ -2,7 +2,7 @@
 //! `scripts/bench/bench_decoding.py` runs it against transformers.
 //!
 //! Decoding a token reads every activated weight once, and the cache, so it takes at least their bytes divided by the memory
-//! bandwidth. The bandwidth is measured between tokens: all threads sum an array that is larger than the caches. Both results are
+//! bandwidth. The bandwidth is measured before and after: all threads sum an array that is larger than the caches. Both results are
 //! medians, because the bandwidth of a shared machine changes from second to second.
 //!
 //! `cargo run --release -p moonlight-model --example bench_decoding -- [tokens] [batch] [dtype] [shape] [context] [prompt]`, where
@@ -20,8 +20,8 @@ use serde_json::json;
 
 /// Values in the array for measuring the bandwidth: 256 MiB.
 const VALUES: usize = 1 << 26;
-/// Tokens between two measurements of the bandwidth.
-const TOKENS_PER_READING: usize = 4;
+/// Measurements of the bandwidth before the tokens, and as many after them.
+const READINGS: usize = 6;
 /// Prompts that are timed.
 const PROMPTS: usize = 3;
 
@@ -140,12 +140,10 @@ fn decode(model: &CausalLm, config: &ModelConfig, count: usize, context: usize, 
     extend(model, config, 1, cache); // prepares the weights for decoding
     let values = vec![1.0f32; VALUES];
     let (mut seconds, mut bandwidths) = (Vec::new(), Vec::new());
-    for index in 0..count {
-        if index % TOKENS_PER_READING == 0 {
-            bandwidths.push(bandwidth(&values));
-        }
-        seconds.push(extend(model, config, 1, cache));
-    }
+    // Not between tokens: what threads do there would change which processors they are on.
+    bandwidths.extend((0..READINGS).map(|_| bandwidth(&values)));
+    seconds.extend((0..count).map(|_| extend(model, config, 1, cache)));
+    bandwidths.extend((0..READINGS).map(|_| bandwidth(&values)));
     let fastest = seconds.iter().copied().fold(f64::INFINITY, f64::min);
     Timings { seconds: median(seconds), fastest, bandwidth: median(bandwidths) }
 }

@@ -46,14 +46,14 @@ impl CausalLm {
         let [batch, new] = tokens.dims();
         let device = tokens.device();
         let spans = cache.append(&vec![new; batch]);
+        #[cfg(feature = "cpu")]
+        if let Some(decoder) = self.decoder(batch * new, cache) {
+            let tokens: Vec<u32> = tokens.into_data().iter::<u32>().collect();
+            let all: Vec<usize> = (0..tokens.len()).collect();
+            let logits = self.decode_few(&decoder, &tokens, &spans, &all, cache, Output::Logits);
+            return logits.reshape([batch, new, self.config().vocab_size]);
+        }
         run_in_pool(&device, || {
-            #[cfg(feature = "cpu")]
-            if let Some(decoder) = self.decoder(batch * new, cache) {
-                let tokens: Vec<u32> = tokens.into_data().iter::<u32>().collect();
-                let all: Vec<usize> = (0..tokens.len()).collect();
-                let logits = self.decode_few(&decoder, &tokens, &spans, &all, cache, Output::Logits);
-                return logits.reshape([batch, new, self.config().vocab_size]);
-            }
             let hidden = self.decode_layers(tokens.reshape([1, batch * new]), spans, cache);
             self.head(hidden).reshape([batch, new, self.config().vocab_size])
         })
@@ -75,13 +75,13 @@ impl CausalLm {
     /// If the cache has no room for the tokens, or was made for another batch size or model; if no sequence has new tokens.
     pub fn extend(&self, tokens: &[&[u32]], cache: &mut KvCache) -> Tensor<2> {
         let wanted: Vec<usize> = tokens.iter().map(|tokens| tokens.len().min(1)).collect();
+        #[cfg(feature = "cpu")]
+        if let Some(decoder) = self.decoder(tokens.iter().map(|tokens| tokens.len()).sum(), cache) {
+            let Chunk { tokens, counts, wanted } = next_chunk(&mut tokens.to_vec(), &wanted);
+            let spans = cache.append(&counts);
+            return self.decode_few(&decoder, &tokens, &spans, &wanted, cache, Output::Logits);
+        }
         run_in_pool(&self.device(), || {
-            #[cfg(feature = "cpu")]
-            if let Some(decoder) = self.decoder(tokens.iter().map(|tokens| tokens.len()).sum(), cache) {
-                let Chunk { tokens, counts, wanted } = next_chunk(&mut tokens.to_vec(), &wanted);
-                let spans = cache.append(&counts);
-                return self.decode_few(&decoder, &tokens, &spans, &wanted, cache, Output::Logits);
-            }
             self.head(self.extend_layers(tokens, &wanted, cache).expect("some sequence has new tokens"))
         })
     }
@@ -116,15 +116,13 @@ impl CausalLm {
     /// - hidden: `[tokens, hidden]`
     /// - output: `[tokens, vocab]`
     pub fn decode_head(&self, hidden: Tensor<2>) -> Tensor<2> {
-        run_in_pool(&self.device(), || {
-            #[cfg(feature = "cpu")]
-            if hidden.dims()[0] <= few_tokens::MAX_TOKENS
-                && let (Some(head), Some(values)) = (self.decoder_head(), few_tokens::vector(hidden.clone()))
-            {
-                return head.head(&values);
-            }
-            self.head(hidden)
-        })
+        #[cfg(feature = "cpu")]
+        if hidden.dims()[0] <= few_tokens::MAX_TOKENS
+            && let (Some(head), Some(values)) = (self.decoder_of(Vec::new()), few_tokens::vector(hidden.clone()))
+        {
+            return head.head(&values);
+        }
+        run_in_pool(&self.device(), || self.head(hidden))
     }
 
     fn device(&self) -> Device {
@@ -187,19 +185,18 @@ impl CausalLm {
         }
         let layers = self.layers.iter().zip(&mut cache.layers).map(|(layer, cache)| layer.few_tokens(cache));
         let layers: Vec<_> = layers.collect::<Option<_>>()?;
-        Some(Decoder { layers, ..self.decoder_head()? })
+        self.decoder_of(layers)
     }
 
-    /// [`decoder`](Self::decoder) without layers.
     #[cfg(feature = "cpu")]
-    fn decoder_head(&self) -> Option<Decoder> {
+    fn decoder_of(&self, layers: Vec<few_tokens::Layer>) -> Option<Decoder> {
         let head = match (&self.head_quantized, &self.lm_head) {
             (Some(head), _) => Some(head.few_tokens()?),
             (None, Some(head)) => Some(few_tokens::Matrix::new(head.weight.val())?),
             (None, None) => None,
         };
         let embedding = few_tokens::Table::new(self.embed_tokens.weight.val())?;
-        Some(Decoder { embedding, layers: Vec::new(), norm: self.norm.few_tokens()?, head })
+        Some(Decoder::new(embedding, layers, self.norm.few_tokens()?, head))
     }
 
     /// Runs all layers over new tokens, and returns the output of those that are wanted.

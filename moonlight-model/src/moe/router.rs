@@ -253,7 +253,8 @@ impl RoutingRule {
                 }
             }
         }
-        let choices = self.choose(&scores, bias);
+        let mut choices = vec![0; scores.len() / self.experts * self.k];
+        self.choose_into(&mut choices, &scores, bias);
         let of_token = choices.chunks_exact(self.k).zip(scores.chunks_exact(self.experts));
         let mut weights: Vec<f32> =
             of_token.flat_map(|(choices, scores)| choices.iter().map(|&expert| scores[expert as usize])).collect();
@@ -272,18 +273,21 @@ impl RoutingRule {
         choices
             .par_chunks_mut(TOKENS_PER_TASK * self.k)
             .zip(scores.par_chunks(TOKENS_PER_TASK * self.experts))
-            .for_each(|(choices, scores)| {
-                let mut ranked = vec![0.0; self.experts];
-                for (choices, scores) in choices.chunks_exact_mut(self.k).zip(scores.chunks_exact(self.experts)) {
-                    ranked.copy_from_slice(scores);
-                    if let Some(bias) = bias {
-                        ranked.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
-                    }
-                    self.mask_groups(&mut ranked);
-                    top_k(&mut ranked, choices);
-                }
-            });
+            .for_each(|(choices, scores)| self.choose_into(choices, scores, bias));
         choices
+    }
+
+    /// [`choose`](Self::choose) on this thread.
+    fn choose_into(&self, choices: &mut [u32], scores: &[f32], bias: Option<&[f32]>) {
+        let mut ranked = vec![0.0; self.experts];
+        for (choices, scores) in choices.chunks_exact_mut(self.k).zip(scores.chunks_exact(self.experts)) {
+            ranked.copy_from_slice(scores);
+            if let Some(bias) = bias {
+                ranked.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+            }
+            self.mask_groups(&mut ranked);
+            top_k(&mut ranked, choices);
+        }
     }
 
     /// Sets the scores of all experts outside the token's best groups to minus infinity.

@@ -74,7 +74,7 @@ struct Task {
 /// Attends to the cache: queries `[tokens * heads, key width]` to `output`, `[heads * tokens, value width]`: all tokens of the first
 /// head, then those of the second.
 pub(super) fn attend(
-    team: &Team,
+    team: &mut Team,
     shape: &AttentionShape,
     spans: &[CacheSpan],
     queries: &Rows,
@@ -187,14 +187,15 @@ impl Task {
                 let rows = &cache[keys.start * shape.row..keys.end * shape.row];
                 let scores = &mut scores[..keys.len() * lanes];
                 let query = &transposed[index * width * lanes..][..width * lanes];
-                match lanes {
-                    4 => scores_4(scores, query, rows, shape.row, shape.keys.start),
-                    8 => scores_8(scores, query, rows, shape.row, shape.keys.start),
-                    _ => scores_16(scores, query, rows, shape.row, shape.keys.start),
-                }
                 let largest = &mut largest[index * lanes..][..lanes];
                 let sums = &mut sums[index * lanes..][..lanes];
-                exponentiate(scores, largest, sums, &mut factors);
+                let state = [largest, sums, &mut factors[..]];
+                let place = [shape.row, shape.keys.start];
+                match lanes {
+                    4 => weights_4(scores, state, query, rows, place),
+                    8 => weights_8(scores, state, query, rows, place),
+                    _ => weights_16(scores, state, query, rows, place),
+                }
                 let weighted = &mut out[index * shape.partial() + 2 * group..][..group * shape.values.len()];
                 for (weighted, factor) in weighted.chunks_exact_mut(shape.values.len()).zip(&factors) {
                     if *factor != 1.0 {
@@ -212,73 +213,93 @@ impl Task {
     }
 }
 
-/// Defines a function that writes the scores `[keys, lanes]` of the queries `[key width, lanes]`, for some number of lanes, of which it
-/// computes some at a time. Cache rows are `row` values apart, and the key starts at `first`.
-macro_rules! scores {
+/// Defines a function that attends to some keys, for some number of lanes, of which it computes some at a time. It writes the weights
+/// `[keys, lanes]` of the queries `[key width, lanes]`, relative to the largest score so far, adds them to `sums`, and writes the
+/// factors by which earlier results become relative to the new largest score. Cache rows are `row` values apart, and the key starts at
+/// `first`.
+macro_rules! weights {
     ($name:ident, $lanes:literal) => {
         by_level! {
-            fn $name[E: Element](scores: &mut [f32], query: &[f32], cache: &[E], row: usize, first: usize) {
+            fn $name[E: Element](
+                weights: &mut [f32],
+                state: [&mut [f32]; 3],
+                query: &[f32],
+                cache: &[E],
+                place: [usize; 2],
+            ) {
                 const LANES: usize = $lanes;
+                let ([largest, sums, factors], [row, first]) = (state, place);
                 /// Keys at a time, whose sums stay in registers.
                 const KEYS: usize = 8;
+                /// Values of a key that are widened together.
+                const DEPTH: usize = 16;
                 let keys = cache.len() / row;
-                let lanes = scores.len() / keys;
+                let lanes = weights.len() / keys;
                 let width = query.len() / lanes;
-                for key in (0..keys).step_by(KEYS) {
-                    let count = KEYS.min(keys - key);
-                    // Beyond the last key it is computed again.
-                    let lines: [&[E]; KEYS] =
-                        std::array::from_fn(|index| &cache[(key + index.min(count - 1)) * row + first..][..width]);
-                    for group in (0..lanes).step_by(LANES) {
-                        let mut sums = [[0.0_f32; LANES]; KEYS];
-                        for (place, query) in query.chunks_exact(lanes).enumerate() {
-                            let query: &[f32; LANES] =
-                                query[group..group + LANES].try_into().expect("the slice has this length");
-                            for (sums, line) in sums.iter_mut().zip(&lines) {
-                                let value = line[place].wide();
-                                for (sum, query) in sums.iter_mut().zip(query) {
-                                    *sum += value * query;
+                for group in (0..lanes).step_by(LANES) {
+                    let mut most = [0.0_f32; LANES];
+                    most.copy_from_slice(&largest[group..group + LANES]);
+                    let old = most;
+                    for key in (0..keys).step_by(KEYS) {
+                        let count = KEYS.min(keys - key);
+                        // Beyond the last key it is computed again.
+                        let lines: [&[E]; KEYS] =
+                            std::array::from_fn(|index| &cache[(key + index.min(count - 1)) * row + first..][..width]);
+                        let mut scores = [[0.0_f32; LANES]; KEYS];
+                        for place in (0..width).step_by(DEPTH) {
+                            let depth = DEPTH.min(width - place);
+                            let mut wide = [[0.0_f32; DEPTH]; KEYS];
+                            for (wide, line) in wide.iter_mut().zip(&lines) {
+                                if let Some(line) = line[place..].first_chunk::<DEPTH>() {
+                                    *wide = line.map(E::wide);
+                                } else {
+                                    wide.iter_mut().zip(&line[place..]).for_each(|(wide, value)| *wide = value.wide());
+                                }
+                            }
+                            for (index, query) in query[place * lanes..].chunks_exact(lanes).enumerate().take(depth) {
+                                let query: &[f32; LANES] =
+                                    query[group..group + LANES].try_into().expect("the slice has this length");
+                                for (scores, wide) in scores.iter_mut().zip(&wide) {
+                                    for (score, query) in scores.iter_mut().zip(query) {
+                                        *score += wide[index] * query;
+                                    }
                                 }
                             }
                         }
-                        for (index, sums) in sums.iter().enumerate().take(count) {
-                            scores[(key + index) * lanes + group..][..LANES].copy_from_slice(sums);
+                        for (index, scores) in scores.iter().enumerate().take(count) {
+                            weights[(key + index) * lanes + group..][..LANES].copy_from_slice(scores);
+                            for (most, &score) in most.iter_mut().zip(scores) {
+                                *most = if score > *most { score } else { *most };
+                            }
                         }
                     }
+                    let mut total = [0.0_f32; LANES];
+                    total.copy_from_slice(&sums[group..group + LANES]);
+                    for lane in 0..LANES {
+                        // Nothing was added yet if the largest score was minus infinity.
+                        let factor = if old[lane] == most[lane] { 1.0 } else { exp(old[lane] - most[lane]) };
+                        total[lane] *= factor;
+                        factors[group + lane] = factor;
+                    }
+                    for weights in weights.chunks_exact_mut(lanes) {
+                        let weights: &mut [f32; LANES] =
+                            (&mut weights[group..group + LANES]).try_into().expect("the slice has this length");
+                        for lane in 0..LANES {
+                            weights[lane] = exp(weights[lane] - most[lane]);
+                            total[lane] += weights[lane];
+                        }
+                    }
+                    sums[group..group + LANES].copy_from_slice(&total);
+                    largest[group..group + LANES].copy_from_slice(&most);
                 }
             }
         }
     };
 }
 
-scores!(scores_4, 4);
-scores!(scores_8, 8);
-scores!(scores_16, 16);
-
-by_level! {
-    /// Replaces scores `[keys, lanes]` by weights relative to the largest score so far, adds them to `sums`, and writes the factors by
-    /// which earlier results become relative to the new largest score.
-    fn exponentiate[](scores: &mut [f32], largest: &mut [f32], sums: &mut [f32], factors: &mut [f32]) {
-        let lanes = largest.len();
-        factors.copy_from_slice(largest);
-        for scores in scores.chunks_exact(lanes) {
-            for (largest, &score) in largest.iter_mut().zip(scores) {
-                *largest = if score > *largest { score } else { *largest };
-            }
-        }
-        for ((factor, largest), sum) in factors.iter_mut().zip(&*largest).zip(&mut *sums) {
-            // Nothing was added yet if the largest score was minus infinity.
-            *factor = if *factor == *largest { 1.0 } else { exp(*factor - *largest) };
-            *sum *= *factor;
-        }
-        for scores in scores.chunks_exact_mut(lanes) {
-            for ((score, largest), sum) in scores.iter_mut().zip(&*largest).zip(&mut *sums) {
-                *score = exp(*score - *largest);
-                *sum += *score;
-            }
-        }
-    }
-}
+weights!(weights_4, 4);
+weights!(weights_8, 8);
+weights!(weights_16, 16);
 
 by_level! {
     /// Adds to `out`, `[heads, value width]`, the values times their weights `[keys, lanes]`.

@@ -6,7 +6,7 @@ use moonlight_simd::by_level;
 
 use super::super::math::sigmoid;
 use super::product::{Product, Rows};
-use super::run::{Run, Term, add_bias, product};
+use super::run::{Run, Term, add_bias, fill, product};
 use super::weights::Matrix;
 use crate::moe::RoutingRule;
 
@@ -43,18 +43,19 @@ impl Gated {
     }
 
     /// `silu(gate) * up` of rows whose products are given by `places`: for each row the products of gate and up, and the row in them.
-    fn activate(&self, run: &Run<'_>, places: &[(usize, usize, usize)]) -> Rows {
+    fn activate(&self, run: &mut Run<'_>, places: &[(usize, usize, usize)]) -> Rows {
         let mut rows = Rows::default();
         rows.resize(places.len(), self.gate.output);
         let parts: usize = places.iter().map(|&(gate, up, _)| run.sums.parts(gate) + run.sums.parts(up)).sum();
         // An activation takes about as long as reading ten values.
         let cost = (parts + 10 * places.len()) * rows.width;
-        run.fill(&mut rows, cost, &|row, range: Range<usize>, out| {
+        let sums = &run.sums;
+        fill(run.team, &mut rows, cost, &|row, range: Range<usize>, out| {
             let (gate, up, place) = places[row];
-            run.sums.read(gate, place, range.clone(), out);
+            sums.read(gate, place, range.clone(), out);
             add_bias(out, &self.gate, range.clone());
             let mut other = vec![0.0; range.len()];
-            run.sums.read(up, place, range.clone(), &mut other);
+            sums.read(up, place, range.clone(), &mut other);
             add_bias(&mut other, &self.up, range);
             swiglu(out, &other);
         });

@@ -20,6 +20,8 @@ mod team;
 mod tests;
 mod weights;
 
+use std::sync::{Mutex, PoisonError};
+
 use burn::backend::Flex;
 use burn::tensor::{DType, Tensor, bf16};
 use moonlight_simd::by_level;
@@ -30,7 +32,7 @@ use super::tensor::tensor_of;
 use crate::disjoint::DisjointMut;
 use product::{Rows, Sums};
 use run::{Run, product};
-use team::{Team, with_team};
+use team::Team;
 use weights::View;
 
 pub(crate) use feed_forward::{FeedForward, Gated, Moe};
@@ -46,11 +48,13 @@ pub(crate) const MAX_TOKENS: usize = 8;
 /// A model as decoding reads it. It shares its memory with the parameters, except for small ones.
 #[derive(Debug)]
 pub(crate) struct Decoder {
-    pub(crate) embedding: Table,
-    pub(crate) layers: Vec<Layer>,
-    pub(crate) norm: Norm,
+    embedding: Table,
+    layers: Vec<Layer>,
+    norm: Norm,
     /// `[hidden, vocab]`; `None` if it is the transposed embedding.
-    pub(crate) head: Option<Matrix>,
+    head: Option<Matrix>,
+    /// Threads that stay for the next token.
+    team: Mutex<Team>,
 }
 
 /// A decoder layer.
@@ -79,6 +83,10 @@ pub(crate) enum Output {
 }
 
 impl Decoder {
+    pub(crate) fn new(embedding: Table, layers: Vec<Layer>, norm: Norm, head: Option<Matrix>) -> Self {
+        Self { embedding, layers, norm, head, team: Mutex::new(Team::new()) }
+    }
+
     /// Appends tokens to the cache and returns the output of those whose indices are `wanted`, in the dtype of the embedding.
     ///
     /// # Panics
@@ -99,36 +107,33 @@ impl Decoder {
             self.embedding.row(token as usize, hidden.row_mut(row));
         }
         let indices = self.indices(tokens.len());
-        let rows = with_team(|team| {
-            let mut run =
-                Run { team, positions, tokens: tokens.len(), indices: &indices, sums: Sums::default(), hidden };
-            for (layer, store) in self.layers.iter().zip(stores) {
-                layer.decode(&mut run, store);
-            }
-            let mut rows = Rows::default();
-            rows.resize(wanted.len(), run.hidden.width);
-            for (row, &token) in wanted.iter().enumerate() {
-                rows.row_mut(row).copy_from_slice(run.hidden.row(token));
-            }
-            match output {
-                Output::Hidden => rows,
-                Output::Logits => self.logits(&mut run, rows),
-            }
-        });
-        self.output(rows)
+        let mut team = self.team.lock().unwrap_or_else(PoisonError::into_inner);
+        let (tokens, sums) = (tokens.len(), Sums::default());
+        let mut run = Run { team: &mut team, positions, tokens, indices: &indices, sums, hidden };
+        for (layer, store) in self.layers.iter().zip(stores) {
+            layer.decode(&mut run, store);
+        }
+        let mut rows = Rows::default();
+        rows.resize(wanted.len(), run.hidden.width);
+        for (row, &token) in wanted.iter().enumerate() {
+            rows.row_mut(row).copy_from_slice(run.hidden.row(token));
+        }
+        self.output(match output {
+            Output::Hidden => rows,
+            Output::Logits => self.logits(&mut run, rows),
+        })
     }
 
     /// Final norm and head of `[rows, hidden]`.
     pub(crate) fn head(&self, hidden: &[f32]) -> Tensor<2> {
         let rows = Rows::new(hidden.to_vec(), self.embedding.width);
-        let count = hidden.len() / rows.width;
-        let indices = self.indices(count);
+        let tokens = hidden.len() / rows.width;
+        let indices = self.indices(tokens);
         let positions = Positions { spans: &[], cos: &[], sin: &[], interleave: false };
+        let mut team = self.team.lock().unwrap_or_else(PoisonError::into_inner);
         let (sums, hidden) = (Sums::default(), Rows::default());
-        let logits = with_team(|team| {
-            self.logits(&mut Run { team, positions, tokens: count, indices: &indices, sums, hidden }, rows)
-        });
-        self.output(logits)
+        let mut run = Run { team: &mut team, positions, tokens, indices: &indices, sums, hidden };
+        self.output(self.logits(&mut run, rows))
     }
 
     /// 0, 1, 2, ...: as many as rows of any product for this number of tokens.
@@ -194,7 +199,7 @@ impl Layer {
 const TIED_ROWS: usize = 256;
 
 /// The products of rows and each row of an embedding.
-fn tied_logits<E: Element>(team: &Team, table: &[E], rows: &Rows, logits: &mut Rows) {
+fn tied_logits<E: Element>(team: &mut Team, table: &[E], rows: &Rows, logits: &mut Rows) {
     let (width, vocab) = (rows.width, logits.width);
     let target = DisjointMut::new(&mut logits.values);
     team.run(vocab.div_ceil(TIED_ROWS), &|chunk| {

@@ -11,9 +11,9 @@ use super::weights::Matrix;
 use crate::disjoint::DisjointMut;
 use crate::kernels::CacheSpan;
 
-/// Values that a chunk of [`Run::fill`] writes.
+/// Values that a chunk of [`fill`] writes.
 const FILL_COLUMNS: usize = 512;
-/// Up to this number of values that are read, [`Run::fill`] uses no other threads.
+/// Up to this number of values that are read, [`fill`] uses no other threads.
 const FILL_ALONE: usize = 24 * 1024;
 
 /// Where new tokens belong.
@@ -30,7 +30,7 @@ pub(crate) struct Positions<'a> {
 
 /// The computation of some new tokens.
 pub(super) struct Run<'a> {
-    pub(super) team: &'a Team,
+    pub(super) team: &'a mut Team,
     pub(super) positions: Positions<'a>,
     /// The number of new tokens.
     pub(super) tokens: usize,
@@ -92,12 +92,13 @@ impl<'a> Run<'a> {
     }
 
     /// Reads the rows of a product, with the bias of its matrix.
-    pub(super) fn read(&self, product: usize, rows: usize, matrix: &Matrix) -> Rows {
+    pub(super) fn read(&mut self, product: usize, rows: usize, matrix: &Matrix) -> Rows {
         let mut out = Rows::default();
         out.resize(rows, matrix.output);
         let cost = out.values.len() * self.sums.parts(product);
-        self.fill(&mut out, cost, &|row, range, out| {
-            self.sums.read(product, row, range.clone(), out);
+        let sums = &self.sums;
+        fill(self.team, &mut out, cost, &|row, range, out| {
+            sums.read(product, row, range.clone(), out);
             add_bias(out, matrix, range);
         });
         out
@@ -105,36 +106,14 @@ impl<'a> Run<'a> {
 
     /// Adds products to the residual stream, for each token in the order of `terms`.
     pub(super) fn add(&mut self, terms: &[Term], biases: &[&Matrix]) {
-        let mut hidden = std::mem::take(&mut self.hidden);
-        let cost = terms.iter().map(|term| hidden.width * self.sums.parts(term.product)).sum();
-        self.fill(&mut hidden, cost, &|row, range, out| {
+        let (sums, hidden) = (&self.sums, &mut self.hidden);
+        let cost = terms.iter().map(|term| hidden.width * sums.parts(term.product)).sum();
+        fill(self.team, hidden, cost, &|row, range, out| {
             for term in terms.iter().filter(|term| term.token == row) {
-                self.sums.add(term.product, term.row, range.clone(), term.factor, out);
+                sums.add(term.product, term.row, range.clone(), term.factor, out);
             }
             biases.iter().for_each(|matrix| add_bias(out, matrix, range.clone()));
         });
-        self.hidden = hidden;
-    }
-
-    /// Calls `work` with a row, a range of its columns and these values of `rows`, for all of them; on all threads if the `cost`, the
-    /// number of values that are read, is high.
-    pub(super) fn fill(&self, rows: &mut Rows, cost: usize, work: &(dyn Fn(usize, Range<usize>, &mut [f32]) + Sync)) {
-        let width = rows.width;
-        if cost <= FILL_ALONE {
-            rows.values.chunks_exact_mut(width).enumerate().for_each(|(row, out)| work(row, 0..width, out));
-            return;
-        }
-        let count = rows.values.len() / width;
-        let blocks = width.div_ceil(FILL_COLUMNS);
-        let target = DisjointMut::new(&mut rows.values);
-        self.team.run(count * blocks, &|chunk| {
-            let (row, first) = (chunk / blocks, chunk % blocks * FILL_COLUMNS);
-            let range = first..width.min(first + FILL_COLUMNS);
-            // SAFETY: each chunk has its own part of a row.
-            let out = unsafe { target.row(row * width + range.start..row * width + range.end) };
-            work(row, range, out);
-        });
-        target.finish();
     }
 
     /// Rotates the part of a head that has a position.
@@ -147,6 +126,32 @@ impl<'a> Run<'a> {
             (x[i], x[j]) = (x[i] * cos - x[j] * sin, x[j] * cos + x[i] * sin);
         }
     }
+}
+
+/// Calls `work` with a row, a range of its columns and these values of `rows`, for all of them; on all threads if the `cost`, the
+/// number of values that are read, is high.
+pub(super) fn fill(
+    team: &mut Team,
+    rows: &mut Rows,
+    cost: usize,
+    work: &(dyn Fn(usize, Range<usize>, &mut [f32]) + Sync),
+) {
+    let width = rows.width;
+    if cost <= FILL_ALONE {
+        rows.values.chunks_exact_mut(width).enumerate().for_each(|(row, out)| work(row, 0..width, out));
+        return;
+    }
+    let count = rows.values.len() / width;
+    let blocks = width.div_ceil(FILL_COLUMNS);
+    let target = DisjointMut::new(&mut rows.values);
+    team.run(count * blocks, &|chunk| {
+        let (row, first) = (chunk / blocks, chunk % blocks * FILL_COLUMNS);
+        let range = first..width.min(first + FILL_COLUMNS);
+        // SAFETY: each chunk has its own part of a row.
+        let out = unsafe { target.row(row * width + range.start..row * width + range.end) };
+        work(row, range, out);
+    });
+    target.finish();
 }
 
 /// Adds the part of a matrix's bias for some outputs.

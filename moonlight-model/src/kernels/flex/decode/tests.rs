@@ -231,19 +231,25 @@ fn quantized_models_agree_with_the_operations() {
     let all = json!({ "num_experts_per_tok": 12 });
     let latent_query = json!({ "num_experts_per_tok": 12, "q_lora_rank": 24, "attention_bias": true });
     let configs = [
-        ("latent", latent(all), 0.05),
-        ("query latent and biases", latent(latent_query), 0.05),
-        ("llama", grouped(json!({ "attention_bias": true, "mlp_bias": true })), 1e-4),
-        ("tied", grouped(json!({ "tie_word_embeddings": true })), 1e-4),
+        ("latent", latent(all)),
+        ("query latent and biases", latent(latent_query)),
+        ("llama", grouped(json!({ "attention_bias": true, "mlp_bias": true }))),
+        ("tied", grouped(json!({ "tie_word_embeddings": true }))),
     ];
-    for (name, config, bound) in configs {
+    for (name, config) in configs {
         for bits in [QuantBits::Eight, QuantBits::Four] {
             let quantized = model(&config, DType::F32).quantized(bits);
-            let [ours, expected] = [By::Kernel, By::Operations].map(|by| logits(&quantized, DType::F32, by, true));
-            let distance = distance(&ours, &expected);
-            println!("{name}, {bits:?}: {distance:e}");
-            // Both quantize the same rows. The kernel also quantizes the absorbed halves of `kv_b_proj`, and what they multiply.
-            assert!(distance < bound, "{name}, {bits:?}: {distance:e}");
+            // The same weights, without rounding of rows.
+            let exact = logits(&quantized.clone().dequantized(), DType::F32, By::Operations, true);
+            let [ours, operations] = [By::Kernel, By::Operations].map(|by| logits(&quantized, DType::F32, by, true));
+            let between = distance(&ours, &operations);
+            let (ours, operations) = (distance(&ours, &exact), distance(&operations, &exact));
+            println!("{name}, {bits:?}: {ours:e}, operations {operations:e}, between them {between:e}");
+            // Both quantize the same rows, so grouped-query attention agrees. Of latent attention the kernel also quantizes the
+            // absorbed halves of `kv_b_proj`, and other rows than the operations.
+            let bound = if name.contains("latent") { 2.0 * operations } else { 1e-4 };
+            let off = if name.contains("latent") { ours } else { between };
+            assert!(off < bound, "{name}, {bits:?}: {off:e}, bound {bound:e}");
         }
     }
 }
@@ -253,10 +259,11 @@ fn a_cache_in_bf16_serves_a_model_in_f32() {
     for config in [latent(json!({ "num_experts_per_tok": 12 })), grouped(json!({}))] {
         let model = model(&config, DType::F32);
         let exact = logits(&model, DType::F32, By::Operations, true);
-        for by in [By::Kernel, By::Operations] {
+        // The operations also round the query.
+        for (by, bound) in [(By::Kernel, 0.02), (By::Operations, 0.06)] {
             let distance = distance(&logits(&model, DType::BF16, by, true), &exact);
             println!("{distance:e}");
-            assert!(distance < 0.02, "{distance:e}");
+            assert!(distance < bound, "{distance:e}");
         }
     }
 }

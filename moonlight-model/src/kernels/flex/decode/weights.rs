@@ -66,6 +66,10 @@ impl Matrix {
             _ => return None,
         };
         let is_ready = values.dtype() == DType::U8 && values.is_contiguous() && scales.is_contiguous();
+        if is_ready {
+            huge_pages::collapse(values.bytes());
+            huge_pages::collapse(scales.bytes());
+        }
         let (input, output) = (shape.input, shape.output);
         let store = Store::Quantized { values, scales, scale_type, shape };
         is_ready.then_some(Self { store, experts, input, output, bias: None })
@@ -184,7 +188,11 @@ pub(crate) fn vector<const D: usize>(tensor: Tensor<D>) -> Option<Vec<f32>> {
 /// other tensors are left to Burn's operations.
 fn contiguous<const D: usize>(tensor: Tensor<D>) -> Option<FlexTensor> {
     let tensor = tensor.try_into_primitive::<Flex>().ok()?;
-    (matches!(tensor.dtype(), DType::F32 | DType::BF16) && tensor.is_contiguous()).then_some(tensor)
+    let is_ready = matches!(tensor.dtype(), DType::F32 | DType::BF16) && tensor.is_contiguous();
+    if is_ready {
+        huge_pages::collapse(tensor.bytes());
+    }
+    is_ready.then_some(tensor)
 }
 
 fn plain<E: burn::tensor::Element + bytemuck::Pod>(tensor: &FlexTensor) -> &[E] {
