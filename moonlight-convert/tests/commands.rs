@@ -27,6 +27,7 @@ fn copy(fixture: &str, name: &str) {
 fn prepare() {
     copy("moonlight-like", "model");
     copy("quantized/fp8", "fp8");
+    copy("quantized/int4", "int4");
     copy("moonlight-like", "mixed");
     for name in ["pytorch_model.bin", "consolidated.00.pth", "LICENSE", "optimizer.safetensors", ".gitattributes"] {
         fs::write(format!("mixed/{name}"), "").unwrap();

@@ -11,8 +11,8 @@ in two ways: dequantized while it is loaded (`dequantize=True`), and by compress
 * the keys: none may be missing, unexpected or of another shape;
 * every dequantized weight with the one in the checkpoint that `moonlight-convert convert` makes of the packed one: bit for bit;
 * the integers and scales with those that compressed-tensors packs and unpacks again: bit for bit;
-* log-probabilities of transformers with those of `moonlight score --quantize none`, in f32, by the budgets of unquantized models;
-* `moonlight score` without the option, which multiplies by the integers: the mean difference of the log-probabilities, which rounding the
+* log-probabilities of transformers with those of `moonlight score` of that checkpoint, in f32, by the budgets of unquantized models;
+* `moonlight score` of the packed one, which multiplies by the integers: the mean difference of the log-probabilities, which rounding the
   activations to 8 bits causes.
 
 The exit code is 0 if every comparison holds. vLLM is not run.
@@ -116,32 +116,33 @@ def random_model(architecture, folder):
 
 def compare(name, bits, source, sequences, options, checks):
     """All comparisons of one model in one form."""
-    packed, plain = (options.work / f"{name}-{bits}{suffix}" for suffix in ("", "-plain"))
+    packed = options.work / f"{name}-{bits}"
     call(options.converter, "convert", source, packed, "--quantize", bits, "--force")
-    call(options.converter, "convert", packed, plain, "--force")
     title = f"{name} {bits}"
-    config = json.loads((packed / "config.json").read_text())["quantization_config"]
-    files = tensors(packed)
-    repacked(title, config, files, checks)
-    expected = tensors(plain)
+    config = json.loads((packed / "config.json").read_text())
+    repacked(title, config["quantization_config"], tensors(packed), checks)
     data = models.write_sequences(options.work / "sequences.jsonl", sequences)
-    scores = None
-    if options.moonlight:
-        scores = models.score(options.moonlight, data, "--model", packed, "--dtype", "f32", "--quantize", "none")
     for way in ("dequantize=True", "at the first pass"):
+        # A weight is the product of integer and scale, rounded to the dtype of the scale. In an f32 model compressed-tensors widens
+        # the scales before the first pass, so that products are exact.
+        exact = way == "at the first pass" and config.get("dtype", config.get("torch_dtype")) == "float32"
+        plain = options.work / f"{name}-{bits}-plain"
+        call(options.converter, "convert", packed, plain, "--force", *(["--dtype", "f32"] if exact else []))
+        expected = tensors(plain)
         model, problems = loaded(packed, way == "dequantize=True")
         checks.expect(f"{title}, {way}: keys", not problems, problems or "")
         found = models.logprobs(model, sequences)
-        different = [
-            key for key, value in weights_of(model, expected) if not torch.equal(value.float(), expected[key].float())
-        ]
+        pairs = weights_of(model, expected)
+        different = [key for key, value in pairs if not torch.equal(value.float(), expected[key].float())]
         checks.expect(f"{title}, {way}: {len(expected)} weights are equal", not different, different[:3] or "")
-        if scores is not None:
+        if options.moonlight:
+            scores = models.score(options.moonlight, data, "--model", plain, "--dtype", "f32")
             far = models.distance(found, scores)
             checks.expect(f"{title}, {way}: log-probabilities", far < BUDGETS[name], f"{far:.1e} at the worst token")
     if options.moonlight:
         integers = models.score(options.moonlight, data, "--model", packed, "--dtype", "f32")
-        off = torch.cat([(a - b).abs() for a, b in zip(integers, scores, strict=True)]).mean().item()
+        floats = models.score(options.moonlight, data, "--model", packed, "--dtype", "f32", "--quantize", "none")
+        off = torch.cat([(a - b).abs() for a, b in zip(integers, floats, strict=True)]).mean().item()
         checks.expect(f"{title}: products of integers", 0 < off < ROUNDED[bits], f"{off:.1e} in the mean")
 
 
@@ -170,15 +171,20 @@ def repacked(title, config, files, checks):
 
 
 def loaded(folder, dequantize):
-    """The model in f32, and its keys that are missing, unexpected or of another shape."""
+    """The model with plain weights in f32, and its keys that are missing, unexpected or of another shape."""
     settings = {"experts_implementation": "eager", "attn_implementation": "eager"}
     if dequantize:
         settings["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     with contextlib.redirect_stdout(sys.stderr):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **settings
+            folder, dtype="auto", output_loading_info=True, **settings
         )
-    return model.eval(), {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    model = model.eval()
+    # compressed-tensors replaces packed weights at the first pass. They are widened to f32 after that, not before: in the files'
+    # dtype a weight is the rounded product of integer and scale.
+    models.logprobs(model, [[1, 2, 3]])
+    torch.nn.Module.float(model)  # `model.float` refuses quantized models
+    return model, {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
 
 
 def weights_of(model, expected):

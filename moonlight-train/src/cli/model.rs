@@ -20,8 +20,7 @@ pub(super) struct ModelArguments {
     /// A LoRA adapter for the model, as peft or a `[lora]` run saves it; or give the adapter as `--model`
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Quantize the weights of the layers, with a scale for each block of 32 values [default: on the CPU what is stored so
-    /// stays quantized]
+    /// Quantize the weights of the layers [default: on the CPU as stored, elsewhere dequantized]
     #[arg(long, alias = old_names::QUANTIZE, value_enum)]
     quantize: Option<QuantizeTo>,
     /// cpu, cuda[:N], wgpu[:N], vulkan[:N], metal, or auto for the first that this build has
