@@ -13,8 +13,8 @@
 use std::time::Instant;
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{DType, Device, Tensor};
-use moonlight_model::{CausalLm, KvCache, ModelConfig, QuantBits};
+use burn::tensor::{DType, Device, Element, Tensor, TensorData, bf16};
+use moonlight_model::{CausalLm, KvCache, ModelConfig, QuantBits, huge_pages};
 use rayon::prelude::*;
 use serde_json::json;
 
@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let model = config.init(&device);
     // Bytes of a weight, and of a value in the cache.
     let (model, bytes_per_weight, cache_dtype) = match dtype.as_str() {
-        "f32" => (model, 4.0, DType::F32),
+        "f32" => (model.map(&mut Cast(DType::F32)), 4.0, DType::F32),
         "bf16" => (model.map(&mut Cast(DType::BF16)), 2.0, DType::BF16),
         "int8" => (model.quantized(QuantBits::Eight), 34.0 / 32.0, DType::BF16),
         "int4" => (model.quantized(QuantBits::Four), 18.0 / 32.0, DType::BF16),
@@ -77,12 +77,27 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
+/// Casts parameters, and puts them into huge pages as the loader of checkpoints does.
 struct Cast(DType);
 
 impl ModuleMapper for Cast {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        param.map(|tensor| tensor.cast(self.0))
+        param.map(|tensor| {
+            let (device, data) = (tensor.device(), tensor.cast(self.0).into_data());
+            match self.0 {
+                DType::F32 => in_huge_pages::<f32, D>(data, &device),
+                _ => in_huge_pages::<bf16, D>(data, &device),
+            }
+        })
     }
+}
+
+fn in_huge_pages<E: Element + bytemuck::Zeroable, const D: usize>(data: TensorData, device: &Device) -> Tensor<D> {
+    let values = data.as_slice::<E>().expect("the tensor was cast");
+    let mut copy = huge_pages::zeros::<E>(values.len());
+    copy.copy_from_slice(values);
+    let shape: Vec<usize> = data.shape().iter().copied().collect();
+    Tensor::from_data(TensorData::new(copy, shape), (device, E::dtype()))
 }
 
 /// Medians over the measurements.

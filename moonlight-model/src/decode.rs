@@ -193,9 +193,10 @@ impl CausalLm {
     /// [`decoder`](Self::decoder) without layers.
     #[cfg(feature = "cpu")]
     fn decoder_head(&self) -> Option<Decoder> {
-        let head = match &self.lm_head {
-            None => None,
-            Some(head) => Some(few_tokens::Matrix::new(head.weight.val())?),
+        let head = match (&self.head_quantized, &self.lm_head) {
+            (Some(head), _) => Some(head.few_tokens()?),
+            (None, Some(head)) => Some(few_tokens::Matrix::new(head.weight.val())?),
+            (None, None) => None,
         };
         let embedding = few_tokens::Table::new(self.embed_tokens.weight.val())?;
         Some(Decoder { embedding, layers: Vec::new(), norm: self.norm.few_tokens()?, head })

@@ -136,7 +136,6 @@ impl QuantizedWeight {
         self.shape.bits
     }
 
-    #[expect(dead_code, reason = "for fused decoding")]
     /// Values and scales, for kernels.
     pub(crate) fn parts(&self) -> (Tensor<2, Int>, Tensor<2>, QuantizedShape) {
         (self.values.val(), self.scales.val(), self.shape)
@@ -145,7 +144,8 @@ impl QuantizedWeight {
     /// The weight as the kernel that decodes few tokens reads it; `None` if it cannot.
     #[cfg(feature = "cpu")]
     pub(crate) fn few_tokens(&self) -> Option<crate::kernels::few_tokens::Matrix> {
-        None
+        let (values, scales, shape) = self.parts();
+        crate::kernels::few_tokens::Matrix::quantized(values, scales, shape)
     }
 
     /// `x W` for a single matrix: `[rows, in]` to `[rows, out]`.

@@ -17,7 +17,6 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-mod codes;
 mod dequantize;
 mod kernel;
 #[cfg(target_arch = "aarch64")]
@@ -28,11 +27,10 @@ mod scale;
 mod tests;
 mod write;
 
-pub use codes::CodeOrder;
 pub use dequantize::PanelValue;
 pub use rows::QuantizedRows;
 pub use scale::quantize_block;
-pub use write::{MatrixWriter, quantize_tiles};
+pub use write::{CodeOrder, MatrixWriter, quantize_tiles};
 
 use half::{bf16, f16};
 

@@ -1,5 +1,9 @@
 //! Writing a quantized matrix.
 
+mod codes;
+
+pub use codes::CodeOrder;
+
 use super::{BLOCK, Bits, ScaleType, Shape, TILE, quantize_block};
 
 /// A quantized matrix while it is written. A writer may be given some tiles only, so that threads can share a matrix.

@@ -48,14 +48,18 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let options = SaveOptions { dtype, sidecars_from: Some(base.to_path_buf()), ..SaveOptions::default() };
     let count = model.adapters().len();
     // Tensors of the base that the model does not use; the merged model lacks them.
-    let skipped = Checkpoint::open(&base)?.skipped_notes();
+    let checkpoint = Checkpoint::open(&base)?;
+    let mut notes = checkpoint.skipped_notes();
+    if checkpoint.stored_bits().is_some() {
+        notes.push("the weights of the model are stored quantized; the merged model has them dequantized".into());
+    }
     let mut unfinished = None;
     replace_directory(output, |new| {
         // From now on, a signal that ends the program removes the new directory.
         unfinished = Some(Unfinished::new(new));
         write_into(&model.merge(), new, &options)
     })?;
-    for note in skipped {
+    for note in notes {
         tracing::info!("note: {note}");
     }
     let output = arguments.output.display();

@@ -2,11 +2,11 @@
 
 use burn::backend::Flex;
 use burn::backend::flex::{FlexTensor, Layout};
-use burn::tensor::{Bytes, DType, Int, Shape, Tensor, bf16};
-use moonlight_simd::quant::{BLOCK, Shape as QuantizedShape};
-use moonlight_simd::quant::{Bits, MatrixWriter, QuantizedMatrix, ScaleType, TILE, quantize_block};
+use burn::tensor::{Bytes, DType, Int, Shape, Tensor, bf16, f16};
+use moonlight_simd::quant::{BLOCK, Bits, QuantizedMatrix, ScaleType, Shape as QuantizedShape, TILE, quantize_tiles};
 
 use super::super::dtype::widen;
+use crate::huge_pages;
 
 /// A weight `[experts, input, output]`; other weights have one expert. It shares its memory with the parameter.
 #[derive(Debug)]
@@ -74,33 +74,19 @@ impl Matrix {
     /// f32 `[experts, input, output]` in 8 bits.
     pub(super) fn quantize(weights: &[f32], [experts, input, output]: [usize; 3]) -> Self {
         let shape = QuantizedShape { bits: Bits::Eight, input, output };
-        let mut values = vec![0_u8; experts * shape.value_bytes()];
-        let mut scales = vec![0_u16; experts * shape.scales()];
+        let mut values = huge_pages::zeros::<u8>(experts * shape.value_bytes());
+        let mut scales = huge_pages::zeros::<u16>(experts * shape.scales());
         let parts = values.chunks_exact_mut(shape.value_bytes()).zip(scales.chunks_exact_mut(shape.scales()));
         for (weights, (values, scales)) in weights.chunks_exact(input * output).zip(parts) {
-            let mut writer = MatrixWriter::new(shape, 0, values, scales);
-            writer.fill();
-            let (mut column, mut codes) = (vec![0.0; input], vec![0; input]);
-            for index in 0..output {
-                let weights = weights[index..].iter().step_by(output);
-                column.iter_mut().zip(weights).for_each(|(value, weight)| *value = *weight);
-                let blocks = column.chunks(BLOCK).zip(codes.chunks_mut(BLOCK));
-                let of_block =
-                    |(weights, codes): (&[f32], &mut [u8])| quantize_block(weights, shape.bits, ScaleType::Bf16, codes);
-                let scales: Vec<u16> = blocks.map(of_block).collect();
-                writer.write(index, &codes, &scales);
-            }
+            quantize_tiles(weights, shape, ScaleType::F16, 0, values, scales);
         }
         let tensor =
             |bytes, width, dtype| FlexTensor::new(bytes, Layout::contiguous(Shape::new([experts, width])), dtype);
+        let scales = bytemuck::allocation::cast_vec::<u16, f16>(scales);
         let store = Store::Quantized {
             values: tensor(Bytes::from_elems(values), shape.value_bytes(), DType::U8),
-            scales: tensor(
-                Bytes::from_elems(scales.into_iter().map(bf16::from_bits).collect::<Vec<_>>()),
-                shape.scales(),
-                DType::BF16,
-            ),
-            scale_type: ScaleType::Bf16,
+            scales: tensor(Bytes::from_elems(scales), shape.scales(), DType::F16),
+            scale_type: ScaleType::F16,
             shape,
         };
         Self { store, experts, input, output, bias: None }
@@ -120,7 +106,7 @@ impl Matrix {
             Store::Quantized { values, scales, scale_type, shape } => {
                 let values = &plain::<u8>(values)[expert * shape.value_bytes()..][..shape.value_bytes()];
                 let scales: &[u16] = match scale_type {
-                    ScaleType::F16 => bytemuck::cast_slice(plain::<burn::tensor::f16>(scales)),
+                    ScaleType::F16 => bytemuck::cast_slice(plain::<f16>(scales)),
                     ScaleType::Bf16 => bytemuck::cast_slice(plain::<bf16>(scales)),
                 };
                 let scales = &scales[expert * shape.scales()..][..shape.scales()];

@@ -1,6 +1,7 @@
 //! Writing the values of files, which are packed in other orders, without unpacking them.
 
-use super::{BLOCK, Bits, MatrixWriter, TILE};
+use super::MatrixWriter;
+use crate::quant::{BLOCK, Bits, TILE};
 
 /// The order of the values of a block in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
