@@ -48,8 +48,8 @@ SHAPES = {
     "A": bench_transformers.SHAPE | COMMON,
     "B": bench_block.SHAPE | COMMON | {"vocab_size": 8192},
 }
-# For each type of file what ours computes in: the dtype of what is not quantized, and the bits of what is.
-TYPES = {"f32": ["f32"], "bf16": ["bf16"], "q8_0": ["bf16", "int8"], "q4_0": ["bf16", "int4"]}
+# For each type of file the dtype in which ours keeps what is not quantized; blocks of 8 and 4 bits stay as they are in the file.
+TYPES = {"f32": "f32", "bf16": "bf16", "q8_0": "bf16", "q4_0": "bf16"}
 PREFILL, DECODED, SHORT, LONG = 512, 128, 16, 4096
 QUANTITIES = {"prefill": "prefill of 512", "short": "decoding after 16", "long": "decoding after 4,096"}
 LOADS = {"idle": None, "low": 19, "equal": 0}
@@ -107,7 +107,7 @@ def compare(shape, kind, options):
     environment = common.thread_settings(options.threads)
     peer = [sys.executable, __file__, "--peer", file, "--threads", options.threads]
     peer += ["--llama", options.llama] if options.llama else []
-    commands = {"ours": [options.ours, file, *TYPES[kind]], "llama.cpp": peer}
+    commands = {"ours": [options.ours, file, TYPES[kind]], "llama.cpp": peer}
     rates = {
         (load, quantity): {name: [] for name in commands} for load in options.loads for quantity in options.quantities
     }

@@ -77,6 +77,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", choices=["published", "off the grid"], help="only this part")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
     published = options.model or check_real_model.dequantized(options.work / "smollm2")
     checks = common.Checks()
@@ -156,11 +157,11 @@ class Statistics:
 
     def add(self, logs, reference, tokens):
         # logs, reference: [tokens, vocabulary], log-probabilities of the next token.
-        rows, targets = np.arange(len(tokens) - 1), np.array(tokens[1:])
-        logs, reference = logs[:-1], reference[:-1]
-        self.logprobs += logs[rows, targets].tolist()
-        self.differences += (logs[rows, targets] - reference[rows, targets]).tolist()
-        self.divergences += (np.exp(reference) * (reference - logs)).sum(-1).tolist()
+        logs, reference, targets = logs[:-1], reference[:-1], torch.tensor(tokens[1:])[:, None]
+        found = logs.gather(1, targets)[:, 0]
+        self.logprobs += found.tolist()
+        self.differences += (found - reference.gather(1, targets)[:, 0]).tolist()
+        self.divergences += (reference.exp() * (reference - logs)).sum(-1, dtype=torch.float64).tolist()
         self.same += (logs.argmax(-1) == reference.argmax(-1)).tolist()
 
     def kl(self):
@@ -169,12 +170,6 @@ class Statistics:
 
 def error_of_mean(values):
     return float(np.std(values)) / math.sqrt(len(values))
-
-
-def log_softmax(logits):
-    logits = logits.astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def measure(model, library, options):
@@ -191,7 +186,7 @@ def measure(model, library, options):
     for number, tokens in enumerate(given):
         reference = None
         for name, variant in variants.items():
-            logs = log_softmax(variant.logits(tokens))
+            logs = torch.from_numpy(variant.logits(tokens).copy()).log_softmax(-1)
             reference = logs if reference is None else reference  # the first is our f32
             results[name].add(logs, reference, tokens)
         common.print_progress(f"{number + 1} of {len(given)} sequences")
