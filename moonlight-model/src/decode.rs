@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use crate::cache::KvCache;
 use crate::forward::{DecodeContext, ForwardContext};
@@ -123,6 +123,12 @@ impl CausalLm {
             return head.head(&values);
         }
         run_in_pool(&self.device(), || self.head(hidden))
+    }
+
+    /// The dtype for a [`KvCache`] of this model: bf16 if its weights are quantized, whose own error is larger, else
+    /// [`dtype`](CausalLm::dtype).
+    pub fn cache_dtype(&self) -> DType {
+        if self.is_quantized() && self.device().supports_dtype(DType::BF16) { DType::BF16 } else { self.dtype() }
     }
 
     fn device(&self) -> Device {
@@ -286,6 +292,36 @@ mod tests {
         assert_eq!((chunk.tokens.last(), chunk.counts), (Some(&9), vec![0, 0, 5, 1]));
         assert_eq!(chunk.wanted, [0, 1, 2, 3, 4]);
         assert!(rest.iter().all(|rest| rest.is_empty()));
+    }
+
+    /// Of a later piece of a prompt keys and values are expanded if it is long, and queries are moved to the latents if it is short.
+    #[test]
+    fn pieces_of_a_prompt_attend_as_the_whole_does() {
+        let device = Device::default();
+        let config = serde_json::json!({
+            "model_type": "deepseek_v3", "vocab_size": 61, "hidden_size": 40, "intermediate_size": 56,
+            "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "initializer_range": 0.2, "q_lora_rank": null, "kv_lora_rank": 40, "qk_nope_head_dim": 10,
+            "qk_rope_head_dim": 6, "v_head_dim": 7, "n_routed_experts": 4, "num_experts_per_tok": 4,
+            "moe_intermediate_size": 12, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
+            "topk_group": 1, "norm_topk_prob": true, "routed_scaling_factor": 2.446, "rope_theta": 50000.0,
+        });
+        let model = crate::ModelConfig::from_value(config).unwrap().init(&device);
+        let tokens: Vec<u32> = (0..1000).map(|index| (index * 37 + index / 5) % 61).collect();
+        let whole: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
+        let whole = model.forward(Tensor::from_data(TensorData::new(whole, [1, tokens.len()]), &device));
+        let mut cache = KvCache::new(model.config(), 2, tokens.len(), &device, model.dtype());
+        let mut start = 0;
+        for count in [300, 200, 12, 488] {
+            let piece = &tokens[start..start + count];
+            // A sequence at another position in the same call.
+            let other = &tokens[start / 2..start / 2 + count / 2];
+            let hidden = model.extend_hidden(&[piece, other], &[count, 0], &mut cache).unwrap();
+            let expected = whole.clone().slice_dim(1, start..start + count).squeeze_dim::<2>(0);
+            let off = (model.head(hidden) - expected).abs().max().into_scalar::<f32>();
+            assert!(off < 2e-4, "tokens from {start}: {off:e}");
+            start += count;
+        }
     }
 
     #[test]

@@ -188,7 +188,7 @@ impl DecoderLayer {
     #[cfg(feature = "cpu")]
     pub(crate) fn few_tokens(&self, cache: &mut LayerCache) -> Option<few_tokens::Layer> {
         let feed_forward = match &self.mlp {
-            FeedForward::Dense(mlp) => few_tokens::FeedForward::Dense(mlp.few_tokens()?),
+            FeedForward::Dense(mlp) => few_tokens::FeedForward::Dense(Box::new(mlp.few_tokens()?)),
             FeedForward::Moe(moe) => few_tokens::FeedForward::Moe(Box::new(moe.few_tokens()?)),
         };
         Some(few_tokens::Layer {

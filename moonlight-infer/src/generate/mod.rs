@@ -139,7 +139,7 @@ fn grow_cache(cache: &mut KvCache, needed: usize, max_tokens: usize) {
 fn new_cache(model: &CausalLm, batch: usize, capacity: usize) -> KvCache {
     let config = model.config();
     let device = model.embed_tokens.weight.val().device();
-    KvCache::new(config, batch, capacity.min(config.max_position_embeddings), &device, model.dtype())
+    KvCache::new(config, batch, capacity.min(config.max_position_embeddings), &device, model.cache_dtype())
 }
 
 /// The rows of logits `[batch, vocab]`, on the host in f32.

@@ -13,7 +13,7 @@ use crate::moe::RoutingRule;
 /// The feed-forward part of a layer as decoding reads it.
 #[derive(Debug)]
 pub(crate) enum FeedForward {
-    Dense(Gated),
+    Dense(Box<Gated>),
     Moe(Box<Moe>),
 }
 

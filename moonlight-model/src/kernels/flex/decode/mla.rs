@@ -34,6 +34,7 @@ pub(crate) struct MlaWidths {
 
 /// The projections of queries.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there are a few dozen, one a layer")]
 pub(crate) enum MlaQuery {
     /// `[hidden, heads * (nope + rope)]`.
     Direct(Matrix),

@@ -128,14 +128,12 @@ impl<'a> Run<'a> {
     }
 }
 
+/// What [`fill`] calls with a row, a range of its columns and their values.
+pub(super) type FillWork<'a> = dyn Fn(usize, Range<usize>, &mut [f32]) + Sync + 'a;
+
 /// Calls `work` with a row, a range of its columns and these values of `rows`, for all of them; on all threads if the `cost`, the
 /// number of values that are read, is high.
-pub(super) fn fill(
-    team: &mut Team,
-    rows: &mut Rows,
-    cost: usize,
-    work: &(dyn Fn(usize, Range<usize>, &mut [f32]) + Sync),
-) {
+pub(super) fn fill(team: &mut Team, rows: &mut Rows, cost: usize, work: &FillWork<'_>) {
     let width = rows.width;
     if cost <= FILL_ALONE {
         rows.values.chunks_exact_mut(width).enumerate().for_each(|(row, out)| work(row, 0..width, out));

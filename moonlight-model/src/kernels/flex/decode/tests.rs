@@ -161,7 +161,16 @@ fn the_kernel_computes_what_the_operations_compute() {
 
 #[test]
 fn with_bf16_weights_the_kernel_is_at_least_as_near_to_f32_as_the_operations() {
-    for (name, config) in families() {
+    // Every token goes to all experts: rounding sends some tokens to other ones, which would hide everything else.
+    let all = json!({ "num_experts_per_tok": 12 });
+    let wide = json!({
+        "num_experts_per_tok": 12, "hidden_size": 192, "kv_lora_rank": 130, "v_head_dim": 64, "num_attention_heads": 9,
+    });
+    let mut configs = vec![("all experts", latent(all)), ("wide, all experts", latent(wide))];
+    let dense = ["llama", "llama with biases, a key head for each query head", "one key head", "qwen", "window"];
+    configs.extend(families().into_iter().filter(|(name, _)| dense.contains(name)));
+    assert_eq!(configs.len(), 7);
+    for (name, config) in configs {
         let half = model(&config, DType::BF16);
         // The same weights, without rounding of activations.
         let exact = half.clone().map(&mut Cast(DType::F32));
@@ -169,8 +178,8 @@ fn with_bf16_weights_the_kernel_is_at_least_as_near_to_f32_as_the_operations() {
         let [ours, operations] = [By::Kernel, By::Operations].map(|by| logits(&half, DType::BF16, by, false));
         let (ours, operations) = (distance(&ours, &exact), distance(&operations, &exact));
         println!("{name}: {ours:e}, operations {operations:e}");
-        // The output and the cache are rounded to bf16. A router may choose another expert, more often with the operations.
-        assert!(ours < 0.02_f32.max(operations), "{name}: {ours:e}, operations {operations:e}");
+        // The output and the cache are rounded to bf16; the operations also round every intermediate result.
+        assert!(ours < 0.04_f32.min(operations), "{name}: {ours:e}, operations {operations:e}");
     }
 }
 
