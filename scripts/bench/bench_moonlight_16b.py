@@ -6,8 +6,8 @@
     python scripts/bench/bench_moonlight_16b.py runs/moonlight-16b-int4 --moonlight target/release/moonlight \\
         --generate target/release/examples/bench_generate
 
-The folder is a packed checkpoint of Moonlight-16B; random weights cost as much as the published ones, except that random routers send tokens to
-all experts about equally. `--layers 3` in the second command makes a small model, to try the script.
+The folder is a packed checkpoint of Moonlight-16B. With random weights the routers send random tokens to few experts, which the log shows as
+`imbalance` and `dead`, so that fewer weights are read than with published ones. `--layers 3` in the second command makes a small model, to try the script.
 
 * `first token`: from the start of `moonlight generate` to its end, for a prompt of 16 tokens and one new one; with the files in the page cache,
   and (as root) not in it.
