@@ -4,7 +4,9 @@
 
 use std::time::Instant;
 
-use moonlight_simd::quant::{Bits, QuantizedMatrix, QuantizedRows, ScaleType, Shape, quantize_tiles};
+use moonlight_simd::quant::{
+    BLOCK, Bits, QuantizedMatrix, QuantizedRows, ScaleType, Shape, quantize_block, quantize_tiles,
+};
 
 fn main() {
     let mut arguments = std::env::args().skip(1).map(|number| number.parse().expect("a number"));
@@ -46,6 +48,13 @@ fn main() {
                 out[0],
             );
         }
+        let start = Instant::now();
+        let mut codes = [0; BLOCK];
+        for block in weights.chunks_exact(BLOCK) {
+            std::hint::black_box(quantize_block(block, bits, ScaleType::F16, &mut codes));
+        }
+        let rate = weights.len() as f64 / start.elapsed().as_secs_f64() / 1e9;
+        println!(r#"{{"bits": "{bits:?}", "billion_quantized_per_second": {rate:.3}}}"#);
         let mut panel = vec![0.0; 256 * 256];
         let start = Instant::now();
         for repeat in 0..200 {

@@ -2,8 +2,9 @@
 
 use super::{BLOCK, Bits, ScaleType};
 
-/// The magnitudes, in steps, that the largest weight of a block of 4 bits is tried at: in eighths, from 6 to 9. Above 8 it is clipped.
-const EIGHTHS: std::ops::RangeInclusive<u8> = 48..=72;
+/// The magnitudes, in steps, that the largest weight of a block of 4 bits is tried at: this many eighths, and the 31 that follow (6 to 9.9).
+/// Above 8 it is clipped.
+const EIGHTHS: u8 = 48;
 
 /// Quantizes a block of up to 32 weights: writes the stored values and returns the scale, rounded to `scale_type`.
 ///
@@ -20,7 +21,8 @@ pub fn quantize_block(weights: &[f32], bits: Bits, scale_type: ScaleType, values
         Bits::Eight => whole.iter().fold(0.0_f32, |most, weight| most.max(weight.abs())) / 127.0,
         Bits::Four => best_scale(&whole),
     };
-    let stored = scale_type.narrow(scale);
+    // The sum turns -0 into 0.
+    let stored = scale_type.narrow(scale + 0.0);
     let scale = scale_type.widen(stored);
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
     let (zero, least, most) = match bits {
@@ -42,6 +44,9 @@ crate::by_level! {
     }
 }
 
+/// Numbers of steps that are tried side by side.
+const LANES: usize = 16;
+
 crate::by_level! {
     /// The scale of integers from -8 to 7 with the least squared error among those of [`EIGHTHS`].
     ///
@@ -52,35 +57,33 @@ crate::by_level! {
             largest = if weight.abs() > largest.abs() { weight } else { largest };
         }
         let (mut best, mut most) = (largest / -8.0, 0.0);
-        for eighths in EIGHTHS {
-            let inverse = f32::from(eighths) / -8.0 / largest;
-            let (mut products, mut squares) = ([0.0_f32; BLOCK / 2], [0.0_f32; BLOCK / 2]);
-            for half in weights.as_chunks::<{ BLOCK / 2 }>().0 {
-                for ((product, square), weight) in products.iter_mut().zip(&mut squares).zip(half) {
-                    let integer = (weight * inverse).round_ties_even().clamp(-8.0, 7.0);
+        // A lane has a number of steps: sums over the block then need no sums over lanes.
+        for first in [EIGHTHS, EIGHTHS + LANES as u8] {
+            let mut inverses = [0.0_f32; LANES];
+            for (lane, inverse) in inverses.iter_mut().enumerate() {
+                *inverse = (f32::from(first) + lane as f32) / -8.0 / largest;
+            }
+            let (mut products, mut squares) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+            for weight in weights {
+                for ((product, square), inverse) in products.iter_mut().zip(&mut squares).zip(&inverses) {
+                    let steps = (weight * inverse).round_ties_even();
+                    // Not `clamp`, whose rules for NaN take more instructions.
+                    let integer = if steps > 7.0 { 7.0 } else { steps };
+                    let integer = if integer < -8.0 { -8.0 } else { integer };
                     *product += weight * integer;
                     *square += integer * integer;
                 }
             }
-            let (product, square) = (sum(products), sum(squares));
-            let gain = product * product / square;
-            // False for NaN, so a block of zeros, or with a value that is not finite, keeps its first scale.
-            if gain > most {
-                (best, most) = (product / square, gain);
+            for (product, square) in products.into_iter().zip(squares) {
+                let gain = product * product / square;
+                // False for NaN, so a block of zeros, or with a value that is not finite, keeps its first scale.
+                if gain > most {
+                    (best, most) = (product / square, gain);
+                }
             }
         }
         best
     }
-}
-
-/// The sum, by halves, so that it is vectorized.
-#[inline(always)]
-fn sum(values: [f32; BLOCK / 2]) -> f32 {
-    let [mut eight, mut four, mut two] = [[0.0; 8], [0.0; 8], [0.0; 8]];
-    (0..8).for_each(|index| eight[index] = values[index] + values[index + 8]);
-    (0..4).for_each(|index| four[index] = eight[index] + eight[index + 4]);
-    (0..2).for_each(|index| two[index] = four[index] + four[index + 2]);
-    two[0] + two[1]
 }
 
 #[cfg(test)]
