@@ -226,7 +226,7 @@ fn blocks_of_gguf_are_loaded_as_they_are() {
             let checkpoint = Checkpoint::open(&path).unwrap();
             assert_eq!(checkpoint.stored_bits(), Some(bits));
             let whole = loaded(&checkpoint, LoadQuantization::Dequantize);
-        let floats = parameters(&whole);
+            let floats = parameters(&whole);
             let model = loaded(&checkpoint, LoadQuantization::AsStored);
             assert!(model.is_quantized());
             let (mut same, mut near) = (0, 0);

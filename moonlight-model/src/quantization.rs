@@ -190,8 +190,9 @@ mod tests {
     fn quantizing_dequantized_values_changes_little() {
         let device = Device::default();
         for (bits, share, share_again) in [(QuantBits::Eight, 0.012, 1e-4), (QuantBits::Four, 0.14, 0.02)] {
-            let quantized = QuantizedWeight::new(weight(&device), bits);
-            let (before, after) = (values(weight(&device)), values(quantized.dequantized()));
+            let weight = weight(&device);
+            let quantized = QuantizedWeight::new(weight.clone(), bits);
+            let (before, after) = (values(weight), values(quantized.dequantized()));
             let off = |a: &[f32], b: &[f32]| {
                 let error: f32 = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum();
                 (error / b.iter().map(|b| b.powi(2)).sum::<f32>()).sqrt()

@@ -14,8 +14,8 @@ use serde_json::json;
 
 /// The distance of a parameter's gradient in bf16 from that in f32, relative to the norm of the latter: for the parameter in the middle,
 /// and for the worst. Every activation and every gradient of one is rounded to 8 bits.
-const MEDIAN_BUDGET: f64 = 0.02;
-const WORST_BUDGET: f64 = 0.1;
+const MEDIAN_BUDGET: f64 = 0.05;
+const WORST_BUDGET: f64 = 0.2;
 
 /// Converts the parameters that have gradients.
 struct Cast(DType);

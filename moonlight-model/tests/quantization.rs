@@ -17,10 +17,6 @@ fn tokens(device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(values, [2, 14]), device)
 }
 
-fn mean_difference(a: Tensor<3>, b: Tensor<3>) -> f32 {
-    (a - b).abs().mean().into_scalar::<f32>()
-}
-
 /// The median and not the mean: a token whose scores are nearly equal may be routed to another expert, and its logits then differ a lot.
 fn median_difference(a: Tensor<3>, b: Tensor<3>) -> f32 {
     let mut differences = (a - b).abs().into_data().iter::<f32>().collect::<Vec<_>>();
@@ -38,18 +34,19 @@ fn more_bits_are_closer_and_the_dequantized_model_computes_the_same() {
         let quantized = model.clone().quantized(bits);
         let logits = quantized.logits(tokens(&device), None);
         assert!(quantized.is_quantized() && !quantized.clone().dequantized().is_quantized());
-        assert!(
-            mean_difference(quantized.clone().dequantized().logits(tokens(&device), None), logits.clone())
-                < 1e-4 * size
-        );
+        // Rows are rounded to 127 steps, too.
+        let exact = quantized.clone().dequantized().logits(tokens(&device), None);
+        let rows = median_difference(exact, logits.clone());
+        assert!(rows < 0.05 * size, "{rows} of {size}");
         let mut cache = KvCache::new(&config(), 2, 14, &device, quantized.dtype());
         let parts = [(0, 6), (6, 7), (7, 14)]
             .map(|(start, end)| quantized.decode(tokens(&device).slice_dim(1, start..end), &mut cache));
-        assert!(mean_difference(Tensor::cat(parts.to_vec(), 1), logits.clone()) < 1e-4 * size);
+        let decoded = median_difference(Tensor::cat(parts.to_vec(), 1), logits.clone());
+        assert!(decoded < 0.05 * size, "{decoded} of {size}");
         median_difference(logits, whole.clone()) / size
     });
-    // Rounding to 7 instead of 127 steps is 18 times as coarse.
-    assert!(off[0] < 0.08 && (6.0..40.0).contains(&(off[1] / off[0])), "{off:?}");
+    // Rounding weights to 8 instead of 127 steps is 16 times as coarse; rows have 127 steps in both.
+    assert!(off[0] < 0.08 && (4.0..40.0).contains(&(off[1] / off[0])), "{off:?}");
 }
 
 #[test]
@@ -57,15 +54,20 @@ fn the_projections_take_eight_or_four_bits_and_a_scale() {
     let device = Device::default();
     let model = config().init(&device);
     let shapes = config().parameter_shapes();
-    let values: u64 = shapes
-        .iter()
-        .filter(|shape| shape.path.contains("_proj"))
-        .map(|shape| shape.count().next_multiple_of(64))
-        .sum();
+    // Blocks have 32 inputs, tiles 16 outputs.
+    let filled = |shape: &[usize]| match *shape {
+        [experts, input, output] => experts * input.next_multiple_of(32) * output.next_multiple_of(16),
+        [input, output] => input.next_multiple_of(32) * output.next_multiple_of(16),
+        _ => 0,
+    };
+    let count = |part: &str| -> usize {
+        shapes.iter().filter(|shape| shape.path.contains(part)).map(|shape| filled(&shape.shape)).sum()
+    };
+    let (values, head) = (count("_proj"), count("lm_head"));
     for (bits, per_value) in [(QuantBits::Eight, 8.5), (QuantBits::Four, 4.5)] {
         let bytes = model.clone().quantized(bits).quantized_bytes() as f64;
-        // The matrix of each expert is padded to whole blocks.
-        assert!((bytes / (values as f64 * per_value / 8.0) - 1.0).abs() < 0.1, "{bytes} for {values} values");
+        let expected = values as f64 * per_value / 8.0 + head as f64 * 8.5 / 8.0;
+        assert_eq!(bytes, expected, "{values} values, {head} of the head");
     }
 }
 
@@ -99,9 +101,11 @@ fn adapters_have_the_gradients_of_the_dequantized_base() {
         for (ours, expected) in gradient(&quantized).into_iter().zip(gradient(&plain)) {
             let size = expected.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
             let off = ours.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(size > 0.0 && off < 1e-3 * size, "{off} of {size}");
+            // The forward pass rounds rows to 127 steps, and the backward pass gradients to bf16.
+            assert!(size > 0.0 && off < 0.1 * size, "{off} of {size}");
         }
-        // Merging dequantizes the weights that have an adapter, here all of them.
-        assert!(!quantized.merge().is_quantized());
+        // Merging dequantizes the weights that have an adapter, here all but the head.
+        let merged = quantized.merge();
+        assert_eq!(merged.quantized_bytes(), merged.head_quantized.unwrap().bytes());
     }
 }

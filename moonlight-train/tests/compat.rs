@@ -68,8 +68,9 @@ impl Fixtures {
             recorded["features"].as_array().unwrap().iter().map(|f| f.as_str().unwrap()).collect();
         let here = recorded["architecture"] == std::env::consts::ARCH && features == cpu_features();
         match (here, name) {
+            // Recorded when operands in bf16 were widened; now processors with AVX512-BF16 multiply them as they are.
+            (_, "bf16") => OTHER_CPU_BF16,
             (true, _) => BITWISE,
-            (false, "bf16") => OTHER_CPU_BF16,
             (false, _) => OTHER_CPU,
         }
     }

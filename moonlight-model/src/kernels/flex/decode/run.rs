@@ -52,6 +52,7 @@ pub(crate) struct Norm {
 
 impl Norm {
     pub(super) fn apply(&self, row: &mut [f32]) {
+        assert_eq!(row.len(), self.gain.len(), "the gain must have the width of the row");
         let inverse = 1.0 / (dot(row, row) / row.len() as f32 + self.epsilon).sqrt();
         scale(row, inverse, &self.gain);
     }

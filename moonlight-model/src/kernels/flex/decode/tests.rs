@@ -256,7 +256,8 @@ fn quantized_models_agree_with_the_operations() {
             println!("{name}, {bits:?}: {ours:e}, operations {operations:e}, between them {between:e}");
             // Both quantize the same rows, so grouped-query attention agrees. Of latent attention the kernel also quantizes the
             // absorbed halves of `kv_b_proj`, and other rows than the operations.
-            let bound = if name.contains("latent") { 2.0 * operations } else { 1e-4 };
+            // Where values differ in their last bit, a row may be rounded to another of 127 steps.
+            let bound = if name.contains("latent") { 2.0 * operations } else { 0.5 * operations };
             let off = if name.contains("latent") { ours } else { between };
             assert!(off < bound, "{name}, {bits:?}: {off:e}, bound {bound:e}");
         }
