@@ -3,14 +3,12 @@
 
 use std::mem::MaybeUninit;
 
-use crate::disjoint::BlockMut;
 use burn::tensor::bf16;
 use moonlight_simd::bf16_gemm::{self, Output};
 use moonlight_simd::by_level;
 use moonlight_simd::gemm::{self, Operand};
 
 use super::gemv;
-use super::matrix::{Matrix, MatrixMut};
 
 /// A dtype of the kernels. All sums are in f32 and rounded once.
 pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
@@ -47,28 +45,11 @@ pub(super) trait Element: burn::tensor::Element + bytemuck::Pod {
     /// order of memory.
     fn add_product(sums: &mut [f32], rows: &[&[Self]], weight: &[Self], width: usize);
 
-    /// A view in f32 of `rows x columns` from the start of `values`, whose rows are `row_stride` apart. bf16 is converted into
-    /// `scratch`; f32 is not copied.
-    fn view<'a>(
-        values: &'a [Self],
-        rows: usize,
-        columns: usize,
-        row_stride: usize,
-        scratch: &'a mut Vec<f32>,
-    ) -> Matrix<'a>;
-
     /// The value in f32, exactly.
     fn wide(self) -> f32;
 
     /// The nearest value, ties to even. NaN stays NaN.
     fn narrow(wide: f32) -> Self;
-
-    /// Lets `fill` write an f32 matrix of the shape of `target`, and stores it in `target`, rounded. f32 is written in place.
-    ///
-    /// # Panics
-    ///
-    /// If `fill` does not write the matrix, so that all of `target` is initialized afterwards.
-    fn write(target: BlockMut<'_, MaybeUninit<Self>>, scratch: &mut Vec<f32>, fill: impl FnOnce(&mut MatrixMut<'_>));
 }
 
 impl Element for f32 {
@@ -102,16 +83,6 @@ impl Element for f32 {
         gemv::add_product(sums, rows, weight, width);
     }
 
-    fn view<'a>(
-        values: &'a [f32],
-        rows: usize,
-        columns: usize,
-        row_stride: usize,
-        _scratch: &'a mut Vec<f32>,
-    ) -> Matrix<'a> {
-        Matrix::strided(values, rows, columns, row_stride)
-    }
-
     #[inline(always)]
     fn wide(self) -> f32 {
         self
@@ -120,12 +91,6 @@ impl Element for f32 {
     #[inline(always)]
     fn narrow(wide: f32) -> f32 {
         wide
-    }
-
-    fn write(target: BlockMut<'_, MaybeUninit<f32>>, _scratch: &mut Vec<f32>, fill: impl FnOnce(&mut MatrixMut<'_>)) {
-        let mut out = MatrixMut::unwritten(target);
-        fill(&mut out);
-        assert!(out.is_written(), "the matrix was not written");
     }
 }
 
@@ -171,20 +136,6 @@ impl Element for bf16 {
         }
     }
 
-    fn view<'a>(
-        values: &'a [bf16],
-        rows: usize,
-        columns: usize,
-        row_stride: usize,
-        scratch: &'a mut Vec<f32>,
-    ) -> Matrix<'a> {
-        scratch.resize(scratch.len().max(rows * columns), 0.0);
-        for (row, wide) in scratch.chunks_exact_mut(columns).take(rows).enumerate() {
-            widen(&values[row * row_stride..][..columns], wide);
-        }
-        Matrix::new(scratch, rows, columns)
-    }
-
     // Not `bf16::to_f32`, whose branch for NaN keeps loops from being vectorized. A bf16 is the upper half of an f32.
     #[inline(always)]
     fn wide(self) -> f32 {
@@ -198,20 +149,6 @@ impl Element for bf16 {
         let bits = wide.to_bits();
         let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
         bf16::from_bits(if wide.is_nan() { 0x7fc0 } else { rounded })
-    }
-
-    fn write(
-        mut target: BlockMut<'_, MaybeUninit<bf16>>,
-        scratch: &mut Vec<f32>,
-        fill: impl FnOnce(&mut MatrixMut<'_>),
-    ) {
-        let (rows, columns) = (target.rows(), target.columns());
-        scratch.resize(scratch.len().max(rows * columns), 0.0);
-        let tile = &mut scratch[..rows * columns];
-        fill(&mut MatrixMut::strided(tile, rows, columns, columns));
-        for (row, wide) in tile.chunks_exact(columns).enumerate() {
-            round_into(wide, target.row(row));
-        }
     }
 }
 

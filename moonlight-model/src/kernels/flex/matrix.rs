@@ -64,8 +64,6 @@ pub(super) struct MatrixMut<'a> {
     rows: usize,
     columns: usize,
     row_stride: usize,
-    /// Whether all elements are initialized, so that a product may be added to them.
-    written: bool,
     lifetime: PhantomData<&'a mut [f32]>,
 }
 
@@ -74,24 +72,7 @@ impl<'a> MatrixMut<'a> {
     pub(super) fn strided(values: &'a mut [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
         let mut block = BlockMut::new(values, rows, columns, row_stride);
         let values = block.as_mut_ptr();
-        Self { values, rows, columns, row_stride, written: true, lifetime: PhantomData }
-    }
-
-    /// A view of uninitialized memory.
-    pub(super) fn unwritten(mut block: BlockMut<'a, MaybeUninit<f32>>) -> Self {
-        Self {
-            values: block.as_mut_ptr().cast(),
-            rows: block.rows(),
-            columns: block.columns(),
-            row_stride: block.row_stride(),
-            written: false,
-            lifetime: PhantomData,
-        }
-    }
-
-    /// Whether all elements are initialized.
-    pub(super) fn is_written(&self) -> bool {
-        self.written
+        Self { values, rows, columns, row_stride, lifetime: PhantomData }
     }
 }
 
@@ -108,7 +89,7 @@ pub(super) enum Write {
 ///
 /// # Panics
 ///
-/// If the shapes do not match, or with [`Write::Add`] if `out` is not initialized.
+/// If the shapes do not match.
 pub(super) fn multiply<E: Element>(
     out: &mut MatrixMut<'_>,
     lhs: Matrix<'_, E>,
@@ -117,14 +98,11 @@ pub(super) fn multiply<E: Element>(
     write: Write,
 ) {
     assert!(lhs.columns == rhs.rows && out.rows == lhs.rows && out.columns == rhs.columns, "shapes must fit");
-    assert!(write == Write::Set || out.written, "the output is not initialized");
     let keep = if write == Write::Add { 1.0 } else { 0.0 };
     let shape = [lhs.rows, lhs.columns, rhs.columns];
     // SAFETY: the constructors of all three views asserted that they are within their memory; the memory of `out` is borrowed for
-    // writing, and the shapes match by the first assertion. `out` is read only if it is added to, and then it is
-    // initialized by the second assertion. The product writes all of `out`, even if the inner dimension is 0.
+    // writing, and the shapes match by the assertion.
     unsafe { E::multiply(shape, out.values, out.row_stride, lhs.operand(), rhs.operand(), keep, scale) };
-    out.written = true;
 }
 
 /// `out = lhs * rhs`, summed in f32 and rounded once, on the calling thread. Afterwards all of `out` is initialized.
@@ -147,36 +125,23 @@ mod tests {
 
     #[test]
     fn products_are_set_and_added_to() {
-        let memory = DisjointVec::<f32>::new(4);
-        // SAFETY: it is the only claim.
-        let mut out = MatrixMut::unwritten(unsafe { memory.block(2, 0..2, 0..2) });
+        let mut memory = [9.0; 4];
+        let mut out = MatrixMut::strided(&mut memory, 2, 2, 2);
         let (a, b) = ([1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 1.0, 1.0]);
         let (a, b) = (Matrix::new(&a, 2, 2), Matrix::new(&b, 2, 2));
-        assert!(!out.is_written());
         multiply(&mut out, a, b, 1.0, Write::Set);
-        assert!(out.is_written());
         multiply(&mut out, a, b.transposed(), 2.0, Write::Add);
-        // SAFETY: the product wrote all of the block.
-        assert_eq!(unsafe { memory.finish() }, [3.0 + 2.0, 2.0 + 6.0, 7.0 + 6.0, 4.0 + 14.0]);
+        assert_eq!(memory, [3.0 + 2.0, 2.0 + 6.0, 7.0 + 6.0, 4.0 + 14.0]);
     }
 
     #[test]
     fn a_product_over_nothing_is_zero() {
         let memory = DisjointVec::<f32>::new(6);
         // SAFETY: it is the only claim.
-        let mut out = MatrixMut::unwritten(unsafe { memory.block(3, 0..2, 0..3) });
-        multiply(&mut out, Matrix::<f32>::new(&[], 2, 0), Matrix::new(&[], 0, 3), 1.0, Write::Set);
+        let out = unsafe { memory.block(3, 0..2, 0..3) };
+        multiply_into(out, Matrix::<f32>::new(&[], 2, 0), Matrix::new(&[], 0, 3));
         // SAFETY: the product wrote all of the block.
         assert_eq!(unsafe { memory.finish() }, [0.0; 6]);
-    }
-
-    #[test]
-    #[should_panic(expected = "not initialized")]
-    fn nothing_is_added_to_uninitialized_memory() {
-        let memory = DisjointVec::<f32>::new(1);
-        // SAFETY: it is the only claim.
-        let mut out = MatrixMut::unwritten(unsafe { memory.block(1, 0..1, 0..1) });
-        multiply(&mut out, Matrix::new(&[1.0], 1, 1), Matrix::new(&[1.0], 1, 1), 1.0, Write::Add);
     }
 
     #[test]

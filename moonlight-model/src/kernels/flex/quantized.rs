@@ -8,7 +8,6 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, bf16, f16};
 use moonlight_simd::bf16_gemm;
-use moonlight_simd::gemm::Operand;
 use moonlight_simd::quant::{QuantizedMatrix, QuantizedRows, ScaleType};
 use rayon::prelude::*;
 
@@ -259,31 +258,22 @@ impl Scratch {
             let width = tiles.len() * QUANT_TILE; // of the panel, [inputs, width]
             let size = blocks.len() * QUANT_BLOCK * width;
             let start = rows.start * output + first;
+            let write = if first == 0 { Write::Set } else { Write::Add };
+            let mut out = MatrixMut::strided(sums, rows.len(), inputs.len(), inputs.len());
             match grad {
                 Grad::Wide(grad) => {
                     panel.resize(panel.len().max(size), 0.0);
                     matrix.dequantize(tiles, blocks.clone(), panel);
                     let grad = Matrix::strided(&grad[start..], rows.len(), columns.len(), output);
                     let weight = Matrix::strided(panel, inputs.len(), columns.len(), width).transposed();
-                    let mut out = MatrixMut::strided(sums, rows.len(), inputs.len(), inputs.len());
-                    multiply(&mut out, grad, weight, 1.0, if first == 0 { Write::Set } else { Write::Add });
+                    multiply(&mut out, grad, weight, 1.0, write);
                 }
                 Grad::Rounded(grad) => {
                     rounded_panel.resize(rounded_panel.len().max(size), bf16::ZERO);
                     matrix.dequantize(tiles, blocks.clone(), rounded_panel);
-                    let grad = &grad[start..][..(rows.len() - 1) * output + columns.len()];
-                    let weight = &rounded_panel[..(inputs.len() - 1) * width + columns.len()];
-                    let keep = if first == 0 { 0.0 } else { 1.0 };
-                    // SAFETY: the two slices are those of the operands, and `sums` has all rows and inputs.
-                    unsafe {
-                        bf16_gemm::multiply(
-                            [rows.len(), columns.len(), inputs.len()],
-                            bf16_gemm::Output::F32 { values: sums.as_mut_ptr(), keep, factor: 1.0 },
-                            inputs.len(),
-                            Operand { values: grad.as_ptr(), row_stride: output, column_stride: 1 },
-                            Operand { values: weight.as_ptr(), row_stride: 1, column_stride: width },
-                        );
-                    }
+                    let grad = Matrix::strided(&grad[start..], rows.len(), columns.len(), output);
+                    let weight = Matrix::strided(rounded_panel, inputs.len(), columns.len(), width).transposed();
+                    multiply(&mut out, grad, weight, 1.0, write);
                 }
             }
         }
