@@ -133,7 +133,7 @@ fn every_type_is_loaded_and_converted_alike() {
                 // Random weights in 4 bits.
                 assert!(distance.cosine > 0.99, "{family} {block_type} {tensor}: {distance:?}");
             }
-            opened.load_with(&device, Some(DType::F32), LoadQuantization::To(QuantBits::Eight)).unwrap().model;
+            opened.load_with(&device, Some(DType::F32), LoadQuantization::To(QuantBits::Eight)).unwrap();
         }
     }
 }
@@ -361,7 +361,7 @@ fn quantized_tensors_are_where_they_belong() {
                 let converted = parameters(&load(&path("converted"), &device, None).unwrap().model);
                 assert_eq!(converted, loaded, "{architecture} {block_type}");
             }
-            opened.load_with(&device, Some(DType::F32), LoadQuantization::To(QuantBits::Eight)).unwrap().model;
+            opened.load_with(&device, Some(DType::F32), LoadQuantization::To(QuantBits::Eight)).unwrap();
             // A file of blocks is bf16 unless its norms are wider.
             assert_eq!(opened.load(&device, None).unwrap().report.dtype, WeightDtype::Bf16);
         }
