@@ -139,7 +139,7 @@ impl Checkpoint {
         })
     }
 
-    /// Loads a burnpack file, each layer of which is quantized as soon as it is loaded: the rows of its matrices are the inputs,
+    /// Loads a burnpack file and quantizes each layer as soon as it is loaded: the rows of its matrices are the inputs,
     /// so that a block of a scale is scattered over the file.
     fn load_by_layer(
         &self,

@@ -273,7 +273,7 @@ fn rows_of_other_lengths_stay_as_they_are() {
     assert!(!home.path().join("odd").exists());
 }
 
-/// A packed model of which one thing is changed.
+/// A packed model with one change.
 fn changed(change: impl FnOnce(&mut Tensors, &mut Value)) -> (tempfile::TempDir, Checkpoint) {
     let home = tempfile::tempdir().unwrap();
     let source = saved(&mixture(), &home.path().join("source"), DType::BF16);

@@ -293,7 +293,7 @@ fn report_quantized(report: &QuantizeReport) {
     let QuantizeReport { quantized, copied, unquantized } = report;
     let copied = match copied {
         0 => String::new(),
-        copied => format!(", {copied} of which had this form"),
+        copied => format!("; {copied} of them had this form and were copied"),
     };
     let matrices = if *quantized == 1 { "matrix" } else { "matrices" };
     note(format_args!("quantized {quantized} {matrices} with one scale per group of 32{copied}"));

@@ -93,7 +93,7 @@ impl QuantScheme {
         }
     }
 
-    /// The bits of a packed matrix with `columns` columns, stored in `words` words a row. If no number of bits has that many
+    /// The bits of a packed matrix with `columns` columns, stored in `words` words a row. If none has that many
     /// words, the one of the config is expected.
     ///
     /// # Errors
@@ -474,7 +474,7 @@ mod tests {
         assert!(
             int8.packed_bits(64, Some(8)).unwrap_err().contains("weights of 4 bits; `quantization_config` has the")
         );
-        // A row of one word, and one that fits no number of bits.
+        // A row of one word, and one that does not fit any bits.
         assert_eq!((int8.packed_bits(4, Some(1)), int8.packed_bits(64, Some(7))), (Ok(Bits::Eight), Ok(Bits::Eight)));
         assert_eq!(QuantScheme::default().packed_bits(64, Some(16)), Ok(Bits::Eight));
         let mixed = scheme(packed(json!({"num_bits": 8, "type": "float"})));

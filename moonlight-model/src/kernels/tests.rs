@@ -394,7 +394,7 @@ mod flex_against_reference {
                 // Probabilities are rounded to bf16, and the output.
                 let rounded = Flex::cached_attention_forward(half(&query), half(&cache), &spec);
                 let exact = reference::cached_attention_forward::<Flex>(wide(half(&query)), wide(half(&cache)), &spec);
-                let off = relative_distance(wide(rounded), exact);
+                let off = relative_distance(rounded, exact);
                 assert!(off < ATTENTION_BUDGET, "{off}");
             }
         }

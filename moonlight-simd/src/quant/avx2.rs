@@ -30,7 +30,7 @@ pub(super) fn is_available() -> bool {
 ///
 /// # Safety
 ///
-/// [`is_available`] must be true, and `part` must describe valid memory for one tile and `rows`, of which there are 1 or 2.
+/// [`is_available`] must be true, and `part` must describe valid memory for one tile and 1 or 2 `rows`.
 pub(super) unsafe fn multiply(part: &Part<'_>, rows: usize, out: &mut [f32]) {
     assert!(out.len() == rows * TILE, "the output has all sums");
     // SAFETY: the caller's promises.

@@ -34,7 +34,7 @@ pub(super) fn is_available() -> bool {
 ///
 /// # Safety
 ///
-/// [`is_available`] must be true, and `part` must describe valid memory for `rows` and `tiles`, of which there are 1 to 6 and 1 to 2.
+/// [`is_available`] must be true, and `part` must describe valid memory for 1 to 6 `rows` and 1 to 2 `tiles`.
 pub(super) unsafe fn multiply(part: &Part<'_>, rows: usize, tiles: usize, out: &mut [f32]) {
     assert!(out.len() == rows * tiles * TILE, "the output has all sums");
     macro_rules! run {

@@ -16,7 +16,7 @@ pub(super) const MAX_ROWS: usize = 2;
 ///
 /// # Safety
 ///
-/// `part` must describe valid memory for one tile and `rows`, of which there are 1 or 2.
+/// `part` must describe valid memory for one tile and 1 or 2 `rows`.
 pub(super) unsafe fn multiply(part: &Part<'_>, rows: usize, out: &mut [f32]) {
     assert!(out.len() == rows * TILE, "the output has all sums");
     // SAFETY: the caller's promises; NEON is a part of every AArch64 processor that Rust's targets with `std` support.

@@ -213,7 +213,7 @@ impl Task {
     }
 }
 
-/// Defines a function that attends to some keys, for some number of lanes, of which it computes some at a time. It writes the weights
+/// Defines a function that attends to some keys, for some number of lanes, some at a time. It writes the weights
 /// `[keys, lanes]` of the queries `[key width, lanes]`, relative to the largest score so far, adds them to `sums`, and writes the
 /// factors by which earlier results become relative to the new largest score. Cache rows are `row` values apart, and the key starts at
 /// `first`.

@@ -53,7 +53,7 @@ struct Phase {
 // SAFETY: the only field that is not `Sync` is `phase`; its documentation states when it is accessed, and the accesses are ordered by
 // `claims` and `unfinished`. The work is `Sync`, and `run` keeps it alive until no chunk is unfinished.
 unsafe impl Sync for Shared {}
-// SAFETY: as above. A pointer that is left behind is not used after its phase.
+// SAFETY: as above. A pointer that stays is not used after its phase.
 unsafe impl Send for Shared {}
 
 impl Team {
