@@ -5,7 +5,7 @@
 
 use std::arch::is_x86_feature_detected;
 use std::arch::x86_64::{
-    __m256i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_and_si512, _mm512_castsi512_ps,
+    __m256i, __m512, __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_loadu_si256, _mm512_and_si512, _mm512_castsi512_ps,
     _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
     _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
     _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
@@ -17,8 +17,11 @@ use super::{BLOCK, Bits, ScaleType, TILE};
 
 /// Rows whose sums are in registers at once.
 pub(super) const MAX_ROWS: usize = 6;
-/// How far ahead of their use values are prefetched when a weight is read once, in bytes.
-const AHEAD: usize = 2048;
+/// How far ahead of their use values are prefetched when a weight is read once, in bytes: of 8 bits into the L1 cache, of 4 bits, which
+/// take longer to compute, into the L2 cache.
+const AHEAD_EIGHT: usize = 2048;
+/// See [`AHEAD_EIGHT`].
+const AHEAD_FOUR: usize = 4096;
 
 /// Whether the processor has the instructions.
 pub(super) fn is_available() -> bool {
@@ -90,8 +93,10 @@ unsafe fn sums<const R: usize, const T: usize, const FOUR: bool, const BF16: boo
         let load = |quad: usize| -> [__m512i; T] {
             std::array::from_fn(|tile| unsafe {
                 let at = values[tile].add(quad * 64);
-                if R == 1 {
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+                if R == 1 && FOUR {
+                    _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD_FOUR).cast());
+                } else if R == 1 {
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD_EIGHT).cast());
                 }
                 _mm512_loadu_si512(at.cast())
             })

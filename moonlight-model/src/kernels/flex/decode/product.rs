@@ -256,8 +256,23 @@ by_level! {
     }
 }
 
-/// Bytes that are prefetched ahead of the weights that are read.
+/// How far ahead of their use weights are prefetched, in values.
+///
+/// Into the L2 cache: the L1 cache waits for few lines at once. With 2 KiB ahead into L1 two threads read 25 GB a second in f32, with 8 KiB
+/// ahead into L2 36 GB (Zen 4); in bf16 4 KiB are better than 8.
 const PREFETCH: usize = 2048;
+
+/// Loads a line into the L2 cache, wherever the address points to.
+#[inline(always)]
+fn prefetch_far<E>(address: *const E) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch does not fault, and every x86-64 processor has it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
 
 /// Loads a line of the cache, wherever the address points to.
 #[inline(always)]
@@ -282,14 +297,14 @@ by_level! {
         let width = sums.len();
         sums.fill(0.0);
         // Of narrow strips the next one is prefetched, because what follows in memory belongs to other chunks.
-        let ahead = if stride == width { PREFETCH / size_of::<E>() } else { stride };
+        let ahead = if stride == width { PREFETCH } else { stride };
         for (&factor, line) in factors.iter().zip(lines.chunks(stride)) {
             let (line, rest) = line[..width].as_chunks::<VALUES>();
             let (sums, rest_sums) = sums.as_chunks_mut::<VALUES>();
             for (sums, line) in sums.iter_mut().zip(line) {
-                prefetch(line.as_ptr().wrapping_add(ahead));
+                prefetch_far(line.as_ptr().wrapping_add(ahead));
                 if size_of::<E>() == 4 {
-                    prefetch(line.as_ptr().wrapping_add(ahead + VALUES / 2));
+                    prefetch_far(line.as_ptr().wrapping_add(ahead + VALUES / 2));
                 }
                 for place in 0..VALUES {
                     sums[place] += factor * line[place].wide();
