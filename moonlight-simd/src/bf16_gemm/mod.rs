@@ -2,7 +2,7 @@
 //!
 //! With AVX512-BF16 (`vdpbf16ps`) operands are never widened: an instruction multiplies 32 pairs of bf16, exactly, and adds each two
 //! neighbors along the inner index to one of 16 sums. It treats denormal operands as zeros and flushes denormal sums to zero, whatever
-//! the mode of the processor. Elsewhere blocks of the operands are widened to f32 and multiplied by [`gemm`](crate::gemm).
+//! the mode of the processor. Elsewhere blocks of the operands are widened to f32 and multiplied by [`crate::gemm`].
 //!
 //! Both round each addition. [`relative_error`] bounds the difference from the exact product.
 
