@@ -28,6 +28,8 @@ pub struct QuantizedWeight {
     /// f16 or bf16 `[experts, scales]`; f32 on devices without these types.
     scales: Param<Tensor<2>>,
     #[module(skip)]
+    scale_type: ScaleType,
+    #[module(skip)]
     shape: QuantizedShape,
 }
 
@@ -83,7 +85,7 @@ impl QuantizedWeight {
         let dtype = if device.supports_dtype(DType::U8) { DType::U8 } else { DType::I32 };
         let values = Tensor::from_data(values.convert_dtype(dtype), (device, dtype));
         let scales = Param::from_tensor(scales).set_require_grad(false);
-        Self { values: Param::initialized(ParamId::new(), values), scales, shape }
+        Self { values: Param::initialized(ParamId::new(), values), scales, scale_type, shape }
     }
 
     /// The dequantized matrices, f32 `[experts, in, out]`.
@@ -94,26 +96,17 @@ impl QuantizedWeight {
         let device = scales.device();
         let values = self.values.val().into_data().convert::<u8>();
         let values = values.as_slice::<u8>().expect("the values were converted");
+        // In f32 on devices without types of 16 bits: converting them back is exact.
         let scales = scales.into_data();
-        let (scales, scale_type): (Vec<u16>, _) = match scales.dtype() {
-            DType::BF16 => (scales.iter::<bf16>().map(bf16::to_bits).collect(), ScaleType::Bf16),
-            // f32 on devices without types of 16 bits: it was converted from one of them.
-            _ => {
-                let f16_bits: Vec<u16> = scales.iter::<f32>().map(|scale| f16::from_f32(scale).to_bits()).collect();
-                let exact =
-                    scales.iter::<f32>().zip(&f16_bits).all(|(scale, &bits)| f16::from_bits(bits).to_f32() == scale);
-                if exact {
-                    (f16_bits, ScaleType::F16)
-                } else {
-                    (scales.iter::<f32>().map(|scale| bf16::from_f32(scale).to_bits()).collect(), ScaleType::Bf16)
-                }
-            }
+        let scales: Vec<u16> = match self.scale_type {
+            ScaleType::F16 => scales.iter::<f16>().map(f16::to_bits).collect(),
+            ScaleType::Bf16 => scales.iter::<bf16>().map(bf16::to_bits).collect(),
         };
         let mut weights = vec![0.0; experts * input * output];
         let matrices = weights.chunks_exact_mut(input * output);
         let parts = values.chunks_exact(self.shape.value_bytes()).zip(scales.chunks_exact(self.shape.scales()));
         for (weights, (values, scales)) in matrices.zip(parts) {
-            let matrix = QuantizedMatrix::new(self.shape, scale_type, values, scales);
+            let matrix = QuantizedMatrix::new(self.shape, self.scale_type, values, scales);
             weights.par_chunks_mut(QUANT_BLOCK * output).enumerate().for_each(|(block, rows)| {
                 let width = self.shape.tiles() * QUANT_TILE;
                 let mut panel = vec![0.0; QUANT_BLOCK * width];

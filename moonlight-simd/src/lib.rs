@@ -6,6 +6,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::sync::OnceLock;
 
+use half::bf16;
 #[doc(hidden)]
 pub use multiversion;
 use thiserror::Error;
@@ -112,6 +113,16 @@ fn compiled_level() -> Level {
         "aarch64+neon" => Level::Neon,
         _ => Level::Scalar,
     }
+}
+
+/// The nearest bf16, ties to even. NaN stays NaN.
+// Not `bf16::from_f32`, whose branch for NaN keeps loops from being vectorized. Adding 0x7fff and the lowest kept bit carries into the
+// kept bits if the dropped bits are above half, or are half and the lowest kept bit is 1.
+#[inline(always)]
+pub fn round_to_bf16(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
+    bf16::from_bits(if value.is_nan() { 0x7fc0 } else { rounded })
 }
 
 /// Why the level in the environment cannot be used.

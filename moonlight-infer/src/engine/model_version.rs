@@ -39,7 +39,7 @@ impl CacheShape {
         Self {
             layers: config.num_hidden_layers,
             row: config.attention_widths().cache,
-            dtype: model.dtype(),
+            dtype: model.cache_dtype(),
             device: model.embed_tokens.weight.val().device(),
         }
     }
@@ -54,7 +54,7 @@ impl CacheShape {
             let row = |[heads, width]: [usize; 2]| format!("{heads} x {width} values");
             format!("it caches {} for each token and layer, not {}", row(other.row), row(self.row))
         } else if other.dtype != self.dtype {
-            format!("its weights are {:?}, not {:?}", other.dtype, self.dtype)
+            format!("its KV cache is {:?}, not {:?}", other.dtype, self.dtype)
         } else if other.device != self.device {
             "it is on another device".into()
         } else {

@@ -31,7 +31,7 @@ impl Default for EngineOptions {
 
 impl EngineOptions {
     /// Bytes of the KV cache, which is allocated when the engine starts and never grows: `slots` sequences of `context` tokens.
-    /// `dtype` is that of the model's weights.
+    /// `dtype` is [`CausalLm::cache_dtype`](moonlight_model::CausalLm::cache_dtype).
     ///
     /// The rest of an engine's memory is that of one forward pass over `prefill_chunk` tokens.
     pub fn cache_bytes(&self, config: &ModelConfig, dtype: DType) -> u64 {

@@ -5,10 +5,10 @@
 
 use std::arch::is_x86_feature_detected;
 use std::arch::x86_64::{
-    __m256i, __m512, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_loadu_si256, _mm512_and_si512,
-    _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_dpbusd_epi32,
-    _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
+    __m256i, __m512, __m512i, _mm256_loadu_si256, _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtepi32_ps,
+    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps,
+    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi16,
+    _mm512_storeu_ps,
 };
 use std::sync::OnceLock;
 
@@ -17,12 +17,6 @@ use super::{BLOCK, Bits, ScaleType, TILE};
 
 /// Rows whose sums are in registers at once.
 pub(super) const MAX_ROWS: usize = 6;
-/// How far ahead of their use values are prefetched when a weight is read once, in bytes: of 8 bits into the L1 cache, of 4 bits, which
-/// take longer to compute, into the L2 cache.
-const AHEAD_EIGHT: usize = 2048;
-/// See [`AHEAD_EIGHT`].
-const AHEAD_FOUR: usize = 4096;
-
 /// Whether the processor has the instructions.
 pub(super) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
@@ -65,7 +59,7 @@ pub(super) unsafe fn multiply(part: &Part<'_>, rows: usize, tiles: usize, out: &
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn sums<const R: usize, const T: usize, const FOUR: bool, const BF16: bool>(part: &Part<'_>, out: &mut [f32]) {
-    let Part { blocks, .. } = *part;
+    let Part { blocks, tile_step, .. } = *part;
     let size = if FOUR { TILE * BLOCK / 2 } else { TILE * BLOCK };
     let zero = if FOUR { 8 } else { 128 };
     let mask = _mm512_set1_epi8(15);
@@ -73,7 +67,7 @@ unsafe fn sums<const R: usize, const T: usize, const FOUR: bool, const BF16: boo
     for block in 0..blocks {
         // SAFETY: `part` has `blocks` blocks for each row and tile, by the caller.
         let values: [*const u8; T] =
-            std::array::from_fn(|tile| unsafe { part.values.add((tile * blocks + block) * size) });
+            std::array::from_fn(|tile| unsafe { part.values.add((tile * tile_step + block) * size) });
         let x: [*const i8; R] = std::array::from_fn(|row| unsafe { part.x.add((row * blocks + block) * BLOCK) });
         let mut sums: [[__m512i; T]; R] = std::array::from_fn(|row| {
             // SAFETY: as above.
@@ -89,18 +83,8 @@ unsafe fn sums<const R: usize, const T: usize, const FOUR: bool, const BF16: boo
                 }
             }
         };
-        // SAFETY: a tile and block has `size` bytes. Prefetching any address is allowed.
-        let load = |quad: usize| -> [__m512i; T] {
-            std::array::from_fn(|tile| unsafe {
-                let at = values[tile].add(quad * 64);
-                if R == 1 && FOUR {
-                    _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD_FOUR).cast());
-                } else if R == 1 {
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD_EIGHT).cast());
-                }
-                _mm512_loadu_si512(at.cast())
-            })
-        };
+        // SAFETY: a tile and block has `size` bytes.
+        let load = |quad: usize| values.map(|values| unsafe { _mm512_loadu_si512(values.add(quad * 64).cast()) });
         if FOUR {
             for quad in 0..4 {
                 let both = load(quad);
@@ -114,7 +98,8 @@ unsafe fn sums<const R: usize, const T: usize, const FOUR: bool, const BF16: boo
         }
         let scales: [__m512; T] = std::array::from_fn(|tile| {
             // SAFETY: a tile and block has 16 scales.
-            let bits = unsafe { _mm256_loadu_si256(part.scales.add((tile * blocks + block) * TILE).cast::<__m256i>()) };
+            let bits =
+                unsafe { _mm256_loadu_si256(part.scales.add((tile * tile_step + block) * TILE).cast::<__m256i>()) };
             if BF16 {
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
             } else {

@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::{BLOCK, Bits, QuantizedMatrix, TILE};
+use crate::round_to_bf16;
 
 /// A type of the values of a panel.
 pub trait PanelValue: Copy {
@@ -20,13 +21,9 @@ impl PanelValue for f32 {
 }
 
 impl PanelValue for bf16 {
-    // Not `bf16::from_f32`, whose branch for NaN keeps loops from being vectorized. Adding 0x7fff and the lowest kept bit carries into the
-    // kept bits if the dropped bits are above half, or are half and the lowest kept bit is 1.
     #[inline(always)]
     fn rounded(value: f32) -> Self {
-        let bits = value.to_bits();
-        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
-        bf16::from_bits(if value.is_nan() { 0x7fc0 } else { rounded })
+        round_to_bf16(value)
     }
 }
 

@@ -18,6 +18,8 @@ pub(super) struct Part<'a> {
     pub(super) bits: Bits,
     pub(super) scale_type: ScaleType,
     pub(super) blocks: usize,
+    /// Blocks between the tiles of a call.
+    pub(super) tile_step: usize,
     /// `[tiles, blocks, bytes]`.
     pub(super) values: *const u8,
     /// `[tiles, blocks, 16]`.
@@ -57,14 +59,18 @@ impl QuantizedMatrix<'_> {
         assert!(range.end <= rows.len() && tiles.end <= self.shape.tiles(), "rows and tiles must exist");
         let kernel = kernel();
         let size = self.shape.bits.tile_bytes();
-        for first_tile in tiles.clone().step_by(kernel.tiles()) {
-            let tile_count = kernel.tiles().min(tiles.end - first_tile);
+        // The tiles of a call are far apart. Few rows are bound by memory, and a processor that reads several stretches of it does not
+        // wait at the end of each page, up to which it reads ahead.
+        let step = tiles.len().div_ceil(kernel.tiles());
+        for first_tile in tiles.start..tiles.start + step {
+            let tile_count = (tiles.end - first_tile).div_ceil(step);
             for first_row in range.clone().step_by(kernel.rows()) {
                 let row_count = kernel.rows().min(range.end - first_row);
                 let part = Part {
                     bits: self.shape.bits,
                     scale_type: self.scale_type,
                     blocks,
+                    tile_step: step * blocks,
                     values: self.values[first_tile * blocks * size..].as_ptr(),
                     scales: self.scales[first_tile * blocks * TILE..].as_ptr(),
                     x: rows.values[first_row * blocks * BLOCK..].as_ptr(),
@@ -86,15 +92,18 @@ impl QuantizedMatrix<'_> {
                     Kernel::Plain => {
                         for (row, sums) in sums.chunks_exact_mut(tile_count * TILE).enumerate() {
                             for (tile, sums) in sums.as_chunks_mut().0.iter_mut().enumerate() {
-                                *sums = self.tile_sums(rows, first_row + row, first_tile + tile);
+                                *sums = self.tile_sums(rows, first_row + row, first_tile + tile * step);
                             }
                         }
                     }
                 }
                 for (row, sums) in sums.chunks_exact(tile_count * TILE).enumerate() {
-                    let count = sums.len().min(self.shape.output - first_tile * TILE);
-                    let at = (first_row - range.start + row) * stride + (first_tile - tiles.start) * TILE;
-                    out[at..at + count].copy_from_slice(&sums[..count]);
+                    for (tile, sums) in sums.chunks_exact(TILE).enumerate() {
+                        let tile = first_tile + tile * step;
+                        let count = TILE.min(self.shape.output - tile * TILE);
+                        let at = (first_row - range.start + row) * stride + (tile - tiles.start) * TILE;
+                        out[at..at + count].copy_from_slice(&sums[..count]);
+                    }
                 }
             }
         }

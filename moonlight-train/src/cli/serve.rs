@@ -251,7 +251,7 @@ impl Arguments {
             prefill_chunk: options.prefill_chunk.max(options.slots),
             ..options
         };
-        let cache = units::bytes(options.cache_bytes(config, opened.model.dtype()));
+        let cache = units::bytes(options.cache_bytes(config, opened.model.cache_dtype()));
         tracing::info!(
             "serving `{}`: {} of KV cache for {} x {} tokens",
             Printable(name),

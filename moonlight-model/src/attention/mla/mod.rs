@@ -19,6 +19,8 @@ use crate::kernels::{CacheSpan, CachedAttentionSpec, GroupLayout, cached_attenti
 use crate::norm::RmsNorm;
 use crate::parameter::{AttentionRole, ProjectionRole};
 use crate::projection::{Projection, projections_of_fields};
+#[cfg(feature = "cpu")]
+use crate::quantization::{QuantBits, QuantizedWeight};
 
 pub use shape::MlaShape;
 
@@ -274,17 +276,17 @@ impl MultiHeadLatentAttention {
             return None;
         }
         let absorbed = if self.kv_b_proj.quantized.is_some() {
-            let [key, value] = self.halves();
-            few_tokens::AbsorbedHalves::quantized(key, value)
+            // In 8 bits: in f32 they would be most of what a quantized model reads in short contexts.
+            self.halves().map(|half| QuantizedWeight::new(half, QuantBits::Eight).few_tokens())
         } else {
-            let [key, value] = self.absorbed(cache);
-            few_tokens::AbsorbedHalves::plain(key, value)
+            self.absorbed(cache).map(few_tokens::Matrix::new)
         };
+        let [Some(key_half), Some(value_half)] = absorbed else { return None };
         Some(few_tokens::Mla {
             query,
             key_value_down: self.kv_a_proj_with_mqa.few_tokens()?,
             latent_norm: self.kv_a_layernorm.few_tokens()?,
-            absorbed: absorbed?,
+            absorbed: few_tokens::AbsorbedHalves { key: key_half, value: value_half },
             output: self.o_proj.few_tokens()?,
             widths: few_tokens::MlaWidths { heads, nope, rope, value, latent, scale: self.scale as f32 },
         })

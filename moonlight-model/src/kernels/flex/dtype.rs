@@ -5,8 +5,8 @@ use std::mem::MaybeUninit;
 
 use burn::tensor::bf16;
 use moonlight_simd::bf16_gemm::{self, Output};
-use moonlight_simd::by_level;
 use moonlight_simd::gemm::{self, Operand};
+use moonlight_simd::{by_level, round_to_bf16};
 
 use super::gemv;
 
@@ -142,13 +142,9 @@ impl Element for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
-    // Branchless for the same reason. Adding 0x7fff and the lowest kept bit carries into the kept bits if the dropped bits are above
-    // half, or are half and the lowest kept bit is 1.
     #[inline(always)]
     fn narrow(wide: f32) -> bf16 {
-        let bits = wide.to_bits();
-        let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
-        bf16::from_bits(if wide.is_nan() { 0x7fc0 } else { rounded })
+        round_to_bf16(wide)
     }
 }
 

@@ -1,12 +1,10 @@
 //! Latent attention of few tokens, with the halves of `kv_b_proj` absorbed into queries and outputs.
 
-use burn::tensor::Tensor;
-
 use super::attention::{AttentionShape, attend};
 use super::product::Rows;
 use super::run::{Norm, Run, Term, product};
 use super::store::Store;
-use super::weights::{Matrix, vector};
+use super::weights::Matrix;
 
 /// A latent attention as decoding reads it.
 #[derive(Debug)]
@@ -46,25 +44,9 @@ pub(crate) enum MlaQuery {
 #[derive(Debug)]
 pub(crate) struct AbsorbedHalves {
     /// `[heads, nope, latent]`.
-    key: Matrix,
+    pub(crate) key: Matrix,
     /// `[heads, latent, value]`.
-    value: Matrix,
-}
-
-impl AbsorbedHalves {
-    /// Halves in f32 or bf16: `[heads, nope, latent]` and `[heads, latent, value]`.
-    pub(crate) fn plain(key: Tensor<3>, value: Tensor<3>) -> Option<Self> {
-        Some(Self { key: Matrix::new(key)?, value: Matrix::new(value)? })
-    }
-
-    /// The same halves in 8 bits. In f32 they would be most of what a quantized model reads in short contexts.
-    pub(crate) fn quantized(key: Tensor<3>, value: Tensor<3>) -> Option<Self> {
-        let quantize = |half: Tensor<3>| {
-            let dims = half.dims();
-            Some(Matrix::quantize(&vector(half)?, dims))
-        };
-        Some(Self { key: quantize(key)?, value: quantize(value)? })
-    }
+    pub(crate) value: Matrix,
 }
 
 impl Mla {

@@ -1,9 +1,8 @@
 //! Products of few rows and the weights of a phase, divided into chunks.
 //!
 //! Their cost is reading the weights once from memory. A weight `[input, output]` in f32 or bf16 is divided by inputs, so that a chunk
-//! is one stretch of memory: on one machine two threads read 31 GB a second that way, and 27 GB in strips of 256 outputs. Its chunks
-//! therefore compute partial sums, which are added in order when they are read ([`Sums::read`]). A quantized weight is stored by
-//! tiles of outputs, and its chunks compute whole outputs.
+//! is one stretch of memory, which is read faster than strips of outputs. Its chunks therefore compute partial sums, which are added in
+//! order when they are read ([`Sums::read`]). A quantized weight is stored by tiles of outputs, and its chunks compute whole outputs.
 
 use std::ops::Range;
 
@@ -202,20 +201,14 @@ impl Product<'_> {
     fn compute_plain<E: Element>(&self, weight: &[E], depth: Range<usize>, columns: Range<usize>, sums: &mut [f32]) {
         let stride = self.shape[1];
         let lines = &weight[depth.start * stride + columns.start..(depth.end - 1) * stride + columns.end];
-        let factors = |&row: &u32| &self.x.row(row as usize)[depth.clone()];
-        match self.rows {
-            [row] => add_lines(sums, factors(row), lines, stride),
-            rows => {
-                // [depth / 4, rows, 4]: the factors of four lines for each row.
-                let mut quads = vec![[0.0; 4]; rows.len() * depth.len().div_ceil(4)];
-                for (index, row) in rows.iter().enumerate() {
-                    for (quad, values) in factors(row).chunks(4).enumerate() {
-                        quads[quad * rows.len() + index][..values.len()].copy_from_slice(values);
-                    }
-                }
-                add_quads(sums, &quads, rows.len(), lines, stride);
+        let (rows, step) = (self.rows.len(), depth.len().div_ceil(STREAMS));
+        let mut factors = vec![[0.0; STREAMS]; rows * step];
+        for (index, &row) in self.rows.iter().enumerate() {
+            for (stream, values) in self.x.row(row as usize)[depth.clone()].chunks(step).enumerate() {
+                values.iter().enumerate().for_each(|(at, &value)| factors[at * rows + index][stream] = value);
             }
         }
+        add_lines(sums, &factors, rows, lines, stride);
     }
 }
 
@@ -256,107 +249,46 @@ by_level! {
     }
 }
 
-/// How far ahead of their use weights are prefetched, in values.
+/// Lines that are read together.
 ///
-/// Into the L2 cache: the L1 cache waits for few lines at once. With 2 KiB ahead into L1 two threads read 25 GB a second in f32, with 8 KiB
-/// ahead into L2 36 GB (Zen 4); in bf16 4 KiB are better than 8.
-const PREFETCH: usize = 2048;
-
-/// Loads a line into the L2 cache, wherever the address points to.
-#[inline(always)]
-fn prefetch_far<E>(address: *const E) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch does not fault, and every x86-64 processor has it.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
-}
-
-/// Loads a line of the cache, wherever the address points to.
-#[inline(always)]
-pub(super) fn prefetch<E>(address: *const E) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch does not fault, and every x86-64 processor has it.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
-}
+/// They are far apart: a processor that reads several stretches of memory does not wait at the end of each page, up to which it reads
+/// ahead. On one machine (Zen 4, bf16) two threads read 52 GB a second in four stretches without a prefetch, 43 with one 4 KiB ahead,
+/// and 38 in one stretch with it.
+const STREAMS: usize = 4;
 
 by_level! {
-    /// Writes to `sums` the sum of `lines`, each times its factor. Lines are `stride` values apart and as wide as `sums`.
+    /// Writes to `sums`, `[rows, width]`, the sums of `lines`, each times its factor. Lines are `stride` values apart.
     ///
-    /// One line at a time, although the sums are then read and written for each: with two, one thread read bf16 at 8 to 13 GB a second
-    /// instead of 13, and at 11 to 16 instead of 21 in huge pages (Zen 4).
-    fn add_lines[E: Element](sums: &mut [f32], factors: &[f32], lines: &[E], stride: usize) {
+    /// `factors` is `[step, rows]` with the factors of the lines `at`, `at + step` and so on. Beyond the last line they are 0.
+    fn add_lines[E: Element](sums: &mut [f32], factors: &[[f32; STREAMS]], rows: usize, lines: &[E], stride: usize) {
         /// Values that are computed together: 64 bytes of bf16.
-        const VALUES: usize = 32;
-        let width = sums.len();
+        const LANES: usize = 32;
+        let (width, step) = (sums.len() / rows, factors.len() / rows);
+        let last = (lines.len() - width) / stride;
         sums.fill(0.0);
-        // Of narrow strips the next one is prefetched, because what follows in memory belongs to other chunks.
-        let ahead = if stride == width { PREFETCH } else { stride };
-        for (&factor, line) in factors.iter().zip(lines.chunks(stride)) {
-            let (line, rest) = line[..width].as_chunks::<VALUES>();
-            let (sums, rest_sums) = sums.as_chunks_mut::<VALUES>();
-            for (sums, line) in sums.iter_mut().zip(line) {
-                prefetch_far(line.as_ptr().wrapping_add(ahead));
-                if size_of::<E>() == 4 {
-                    prefetch_far(line.as_ptr().wrapping_add(ahead + VALUES / 2));
-                }
-                for place in 0..VALUES {
-                    sums[place] += factor * line[place].wide();
-                }
-            }
-            for (sum, value) in rest_sums.iter_mut().zip(rest) {
-                *sum += factor * value.wide();
-            }
-        }
-    }
-}
-
-by_level! {
-    /// [`add_lines`] for several rows: `quads` has for each four lines the factors of each row, and `sums` is `[rows, width]`.
-    fn add_quads[E: Element](sums: &mut [f32], quads: &[[f32; 4]], rows: usize, lines: &[E], stride: usize) {
-        const LANES: usize = 16;
-        let width = sums.len() / rows;
-        sums.fill(0.0);
-        for (index, quads) in quads.chunks_exact(rows).enumerate() {
-            let lines = &lines[index * 4 * stride..];
-            let whole = lines.len() >= 3 * stride + width;
-            // Four lines; those beyond the last have the factor 0 and are read from the last.
-            let line = |line: usize| {
-                let last = (lines.len() - width) / stride;
-                &lines[line.min(last) * stride..][..width]
-            };
-            let [a, b, c, d] = [line(0), line(1), line(2), line(3)];
-            let mut place = 0;
-            while place + LANES <= width {
-                if whole {
-                    for line in [a, b, c, d] {
-                        prefetch(line[place..].as_ptr().wrapping_add(4 * stride));
-                    }
-                }
-                let wide = |line: &[E]| -> [f32; LANES] {
-                    let line: &[E; LANES] = line[place..place + LANES].try_into().expect("the slice has this length");
-                    line.map(E::wide)
-                };
-                let (a, b, c, d) = (wide(a), wide(b), wide(c), wide(d));
-                for (row, [p, q, r, s]) in quads.iter().enumerate() {
-                    let sums: &mut [f32; LANES] =
-                        (&mut sums[row * width + place..][..LANES]).try_into().expect("the slice has this length");
+        for (at, factors) in factors.chunks_exact(rows).enumerate() {
+            let streams: [&[E]; STREAMS] = std::array::from_fn(|stream| {
+                &lines[(at + stream * step).min(last) * stride..][..width]
+            });
+            let streams = streams.map(|line| line.as_chunks::<LANES>());
+            let blocks = width / LANES;
+            for block in 0..blocks {
+                let values: [[f32; LANES]; STREAMS] = streams.map(|(line, _)| line[block].map(E::wide));
+                for (row, factors) in factors.iter().enumerate() {
+                    let sums = &mut sums[row * width + block * LANES..][..LANES];
                     for lane in 0..LANES {
-                        sums[lane] += (p * a[lane] + q * b[lane]) + (r * c[lane] + s * d[lane]);
+                        for stream in 0..STREAMS {
+                            sums[lane] += factors[stream] * values[stream][lane];
+                        }
                     }
                 }
-                place += LANES;
             }
-            for (row, [p, q, r, s]) in quads.iter().enumerate() {
-                for column in place..width {
-                    sums[row * width + column] += (p * a[column].wide() + q * b[column].wide())
-                        + (r * c[column].wide() + s * d[column].wide());
+            for (row, factors) in factors.iter().enumerate() {
+                let sums = &mut sums[row * width + blocks * LANES..(row + 1) * width];
+                for (lane, sum) in sums.iter_mut().enumerate() {
+                    for ((_, rest), factor) in streams.iter().zip(factors) {
+                        *sum += factor * rest[lane].wide();
+                    }
                 }
             }
         }

@@ -1,9 +1,9 @@
 //! [`Matrix`]: a weight as decoding reads it, in f32, bf16 or quantized.
 
 use burn::backend::Flex;
-use burn::backend::flex::{FlexTensor, Layout};
-use burn::tensor::{Bytes, DType, Int, Shape, Tensor, bf16, f16};
-use moonlight_simd::quant::{BLOCK, Bits, QuantizedMatrix, ScaleType, Shape as QuantizedShape, TILE, quantize_tiles};
+use burn::backend::flex::FlexTensor;
+use burn::tensor::{DType, Int, Tensor, bf16, f16};
+use moonlight_simd::quant::{BLOCK, QuantizedMatrix, ScaleType, Shape as QuantizedShape, TILE};
 
 use super::super::dtype::widen;
 use crate::huge_pages;
@@ -73,27 +73,6 @@ impl Matrix {
         let (input, output) = (shape.input, shape.output);
         let store = Store::Quantized { values, scales, scale_type, shape };
         is_ready.then_some(Self { store, experts, input, output, bias: None })
-    }
-
-    /// f32 `[experts, input, output]` in 8 bits.
-    pub(super) fn quantize(weights: &[f32], [experts, input, output]: [usize; 3]) -> Self {
-        let shape = QuantizedShape { bits: Bits::Eight, input, output };
-        let mut values = huge_pages::zeros::<u8>(experts * shape.value_bytes());
-        let mut scales = huge_pages::zeros::<u16>(experts * shape.scales());
-        let parts = values.chunks_exact_mut(shape.value_bytes()).zip(scales.chunks_exact_mut(shape.scales()));
-        for (weights, (values, scales)) in weights.chunks_exact(input * output).zip(parts) {
-            quantize_tiles(weights, shape, ScaleType::F16, 0, values, scales);
-        }
-        let tensor =
-            |bytes, width, dtype| FlexTensor::new(bytes, Layout::contiguous(Shape::new([experts, width])), dtype);
-        let scales = bytemuck::allocation::cast_vec::<u16, f16>(scales);
-        let store = Store::Quantized {
-            values: tensor(Bytes::from_elems(values), shape.value_bytes(), DType::U8),
-            scales: tensor(Bytes::from_elems(scales), shape.scales(), DType::F16),
-            scale_type: ScaleType::F16,
-            shape,
-        };
-        Self { store, experts, input, output, bias: None }
     }
 
     pub(super) fn is_quantized(&self) -> bool {
