@@ -15,8 +15,13 @@ use super::team::Team;
 use crate::disjoint::DisjointMut;
 use crate::kernels::CacheSpan;
 
-/// Keys of a chunk.
-const SEGMENT: usize = 256;
+/// Keys of a chunk, for a context of `keys`: of a short one every thread should have some. It must not depend on the number of threads,
+/// with which rounding would change.
+fn segment(keys: usize) -> usize {
+    (keys / 8).next_multiple_of(32).clamp(32, 256)
+}
+/// The most queries whose scores are computed together.
+const MAX_LANES: usize = 16;
 /// Keys whose scores are computed at a time.
 const BLOCK: usize = 64;
 
@@ -87,10 +92,11 @@ pub(super) fn attend(
     for &span in spans {
         // A window moves with the token: the first token sees the earliest key, the last the latest.
         let (from, end) = (shape.visible(span.start).start, span.end());
-        let segments = (end - from).div_ceil(SEGMENT);
+        let segment = segment(end - from);
+        let segments = (end - from).div_ceil(segment);
         for key_head in 0..shape.key_heads {
-            for start in (from..end).step_by(SEGMENT) {
-                tasks.push(Task { span, token, key_head, keys: start..end.min(start + SEGMENT), place: size });
+            for start in (from..end).step_by(segment) {
+                tasks.push(Task { span, token, key_head, keys: start..end.min(start + segment), place: size });
                 size += span.count * shape.partial();
             }
         }
@@ -158,16 +164,18 @@ impl Task {
         } else if group <= 8 {
             8
         } else {
-            group.next_multiple_of(16)
+            group.next_multiple_of(MAX_LANES)
         };
         let base = (self.span.sequence * shape.key_heads + self.key_head) * shape.capacity * shape.row;
         let cache = &cache[base..base + self.keys.end * shape.row];
         let width = shape.keys.len();
-        let mut transposed = vec![0.0; self.span.count * width * lanes]; // [tokens, key width, lanes]
+        let together = lanes.min(MAX_LANES);
+        let mut transposed = vec![0.0; self.span.count * width * lanes]; // [tokens, lanes / together, key width, together]
         for index in 0..self.span.count {
             for head in 0..group {
                 let query = queries.row((self.token + index) * shape.heads + self.key_head * group + head);
-                let transposed = transposed[index * width * lanes + head..].iter_mut().step_by(lanes);
+                let place = index * width * lanes + head / together * width * together + head % together;
+                let transposed = transposed[place..].iter_mut().step_by(together);
                 transposed.zip(query).for_each(|(place, value)| *place = shape.scale * value);
             }
         }
@@ -214,7 +222,7 @@ impl Task {
 }
 
 /// Defines a function that attends to some keys, for some number of lanes, some at a time. It writes the weights
-/// `[keys, lanes]` of the queries `[key width, lanes]`, relative to the largest score so far, adds them to `sums`, and writes the
+/// `[keys, lanes]` of the queries `[lanes / LANES, key width, LANES]`, relative to the largest score so far, adds them to `sums`, and writes the
 /// factors by which earlier results become relative to the new largest score. Cache rows are `row` values apart, and the key starts at
 /// `first`.
 macro_rules! weights {
@@ -231,12 +239,11 @@ macro_rules! weights {
                 let ([largest, sums, factors], [row, first]) = (state, place);
                 /// Keys at a time, whose sums stay in registers.
                 const KEYS: usize = 8;
-                /// Values of a key that are widened together.
-                const DEPTH: usize = 16;
                 let keys = cache.len() / row;
                 let lanes = weights.len() / keys;
                 let width = query.len() / lanes;
-                for group in (0..lanes).step_by(LANES) {
+                for (group, query) in (0..lanes).step_by(LANES).zip(query.chunks_exact(width * LANES)) {
+                    let query = query.as_chunks::<LANES>().0;
                     let mut most = [0.0_f32; LANES];
                     most.copy_from_slice(&largest[group..group + LANES]);
                     let old = most;
@@ -246,23 +253,12 @@ macro_rules! weights {
                         let lines: [&[E]; KEYS] =
                             std::array::from_fn(|index| &cache[(key + index.min(count - 1)) * row + first..][..width]);
                         let mut scores = [[0.0_f32; LANES]; KEYS];
-                        for place in (0..width).step_by(DEPTH) {
-                            let depth = DEPTH.min(width - place);
-                            let mut wide = [[0.0_f32; DEPTH]; KEYS];
-                            for (wide, line) in wide.iter_mut().zip(&lines) {
-                                if let Some(line) = line[place..].first_chunk::<DEPTH>() {
-                                    *wide = line.map(E::wide);
-                                } else {
-                                    wide.iter_mut().zip(&line[place..]).for_each(|(wide, value)| *wide = value.wide());
-                                }
-                            }
-                            for (index, query) in query[place * lanes..].chunks_exact(lanes).enumerate().take(depth) {
-                                let query: &[f32; LANES] =
-                                    query[group..group + LANES].try_into().expect("the slice has this length");
-                                for (scores, wide) in scores.iter_mut().zip(&wide) {
-                                    for (score, query) in scores.iter_mut().zip(query) {
-                                        *score += wide[index] * query;
-                                    }
+                        // A plain loop over the width: with blocks of it, the compiler gathers single values, twenty times as slow.
+                        for (place, query) in query.iter().enumerate() {
+                            for (scores, line) in scores.iter_mut().zip(&lines) {
+                                let value = line[place].wide();
+                                for (score, query) in scores.iter_mut().zip(query) {
+                                    *score += value * query;
                                 }
                             }
                         }

@@ -270,24 +270,20 @@ by_level! {
             let streams: [&[E]; STREAMS] = std::array::from_fn(|stream| {
                 &lines[(at + stream * step).min(last) * stride..][..width]
             });
-            let streams = streams.map(|line| line.as_chunks::<LANES>());
-            let blocks = width / LANES;
-            for block in 0..blocks {
-                let values: [[f32; LANES]; STREAMS] = streams.map(|(line, _)| line[block].map(E::wide));
-                for (row, factors) in factors.iter().enumerate() {
-                    let sums = &mut sums[row * width + block * LANES..][..LANES];
+            let [a, b, c, d] = streams.map(|line| line.as_chunks::<LANES>().0);
+            for (sums, [p, q, r, s]) in sums.chunks_exact_mut(width).zip(factors) {
+                let blocks = sums.as_chunks_mut::<LANES>().0.iter_mut().zip(a.iter().zip(b).zip(c.iter().zip(d)));
+                for (sums, ((a, b), (c, d))) in blocks {
                     for lane in 0..LANES {
-                        for stream in 0..STREAMS {
-                            sums[lane] += factors[stream] * values[stream][lane];
-                        }
+                        sums[lane] += (p * a[lane].wide() + q * b[lane].wide()) + (r * c[lane].wide() + s * d[lane].wide());
                     }
                 }
             }
+            let whole = width / LANES * LANES;
             for (row, factors) in factors.iter().enumerate() {
-                let sums = &mut sums[row * width + blocks * LANES..(row + 1) * width];
-                for (lane, sum) in sums.iter_mut().enumerate() {
-                    for ((_, rest), factor) in streams.iter().zip(factors) {
-                        *sum += factor * rest[lane].wide();
+                for column in whole..width {
+                    for (line, factor) in streams.iter().zip(factors) {
+                        sums[row * width + column] += factor * line[column].wide();
                     }
                 }
             }
