@@ -17,13 +17,13 @@ use crate::disjoint::DisjointMut;
 /// Bytes of a chunk of a weight in f32 or bf16.
 const PLAIN_BYTES: Range<usize> = 64 << 10..1 << 20;
 /// Chunks of a phase of such weights, within [`PLAIN_BYTES`]. More would make more partial sums.
-const PLAIN_CHUNKS: usize = 24;
+const PLAIN_CHUNKS: usize = 12;
 /// Bytes of a chunk of a quantized weight.
 const QUANTIZED_BYTES: Range<usize> = 16 << 10..256 << 10;
 /// Chunks of a phase of quantized weights, within [`QUANTIZED_BYTES`].
 const QUANTIZED_CHUNKS: usize = 48;
-/// The most outputs of a chunk, whose sums stay in the L1 cache.
-const MAX_COLUMNS: usize = 2048;
+/// The most outputs of a chunk of such a weight. Narrower strips would keep sums in the L1 cache, but memory is read slower.
+const MAX_COLUMNS: usize = 8192;
 
 /// Rows of activations, in f32 and if a weight needs it in 8 bits.
 #[derive(Debug, Default)]
@@ -143,7 +143,7 @@ pub(super) fn multiply(team: &mut Team, products: &[Product<'_>], sums: &mut Sum
                 // If many chunks have the same inputs anyway, whole columns need no partial sums.
                 let blocks = output.div_ceil(columns);
                 let inputs = if blocks >= 2 * PLAIN_CHUNKS { input } else { share / product.weight.bytes(1, columns) };
-                (columns, even_step(input, inputs.min(input), 4))
+                (columns, even_step(input, inputs.min(input), STREAMS))
             }
         };
         let split = Split {
@@ -252,9 +252,9 @@ by_level! {
 /// Lines that are read together.
 ///
 /// They are far apart: a processor that reads several stretches of memory does not wait at the end of each page, up to which it reads
-/// ahead. On one machine (Zen 4, bf16) two threads read 52 GB a second in four stretches without a prefetch, 43 with one 4 KiB ahead,
-/// and 38 in one stretch with it.
-const STREAMS: usize = 4;
+/// ahead. On one machine (Zen 4, bf16) two threads read 52 GB a second in four stretches, and 38 in one, even when it was prefetched. Eight
+/// are as fast, and their sums are read and written half as often.
+const STREAMS: usize = 8;
 
 by_level! {
     /// Writes to `sums`, `[rows, width]`, the sums of `lines`, each times its factor. Lines are `stride` values apart.
@@ -267,15 +267,17 @@ by_level! {
         let last = (lines.len() - width) / stride;
         sums.fill(0.0);
         for (at, factors) in factors.chunks_exact(rows).enumerate() {
-            let streams: [&[E]; STREAMS] = std::array::from_fn(|stream| {
-                &lines[(at + stream * step).min(last) * stride..][..width]
-            });
-            let [a, b, c, d] = streams.map(|line| line.as_chunks::<LANES>().0);
-            for (sums, [p, q, r, s]) in sums.chunks_exact_mut(width).zip(factors) {
-                let blocks = sums.as_chunks_mut::<LANES>().0.iter_mut().zip(a.iter().zip(b).zip(c.iter().zip(d)));
-                for (sums, ((a, b), (c, d))) in blocks {
+            let line = |stream: usize| &lines[(at + stream * step).min(last) * stride..][..width];
+            let streams = [line(0), line(1), line(2), line(3), line(4), line(5), line(6), line(7)];
+            let [a, b, c, d, e, f, g, h] = streams.map(|line| line.as_chunks::<LANES>().0);
+            for (sums, [p, q, r, s, t, u, v, w]) in sums.chunks_exact_mut(width).zip(factors) {
+                let first = a.iter().zip(b).zip(c.iter().zip(d));
+                let second = e.iter().zip(f).zip(g.iter().zip(h));
+                for (sums, (((a, b), (c, d)), ((e, f), (g, h)))) in sums.as_chunks_mut::<LANES>().0.iter_mut().zip(first.zip(second)) {
                     for lane in 0..LANES {
-                        sums[lane] += (p * a[lane].wide() + q * b[lane].wide()) + (r * c[lane].wide() + s * d[lane].wide());
+                        let first = (p * a[lane].wide() + q * b[lane].wide()) + (r * c[lane].wide() + s * d[lane].wide());
+                        let second = (t * e[lane].wide() + u * f[lane].wide()) + (v * g[lane].wide() + w * h[lane].wide());
+                        sums[lane] += first + second;
                     }
                 }
             }
