@@ -62,6 +62,7 @@ impl QuantizedMatrix<'_> {
         // The tiles of a call are far apart. Few rows are bound by memory, and a processor that reads several stretches of it does not
         // wait at the end of each page, up to which it reads ahead.
         let step = tiles.len().div_ceil(kernel.tiles());
+        let mut all_sums: Sums = [0.0; 6 * 2 * TILE];
         for first_tile in tiles.start..tiles.start + step {
             let tile_count = (tiles.end - first_tile).div_ceil(step);
             for first_row in range.clone().step_by(kernel.rows()) {
@@ -78,8 +79,7 @@ impl QuantizedMatrix<'_> {
                     x_sums: rows.sums[first_row * blocks..].as_ptr(),
                     lifetime: std::marker::PhantomData,
                 };
-                let mut sums: Sums = [0.0; 6 * 2 * TILE];
-                let sums = &mut sums[..row_count * tile_count * TILE];
+                let sums = &mut all_sums[..row_count * tile_count * TILE];
                 // SAFETY: `new` and `set` made all arrays whole, and rows and tiles exist by the assertion. The numbers of rows and
                 // tiles are those of the kernel, which `kernel` chose among those of the processor.
                 match kernel {

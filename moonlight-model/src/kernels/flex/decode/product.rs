@@ -16,12 +16,13 @@ use crate::disjoint::DisjointMut;
 
 /// Bytes of a chunk of a weight in f32 or bf16.
 const PLAIN_BYTES: Range<usize> = 64 << 10..1 << 20;
-/// Chunks of a phase of such weights, within [`PLAIN_BYTES`]. More would make more partial sums.
+/// Chunks of a phase of such weights, within [`PLAIN_BYTES`]. More would make more partial sums. Their number changes how results are
+/// rounded, so it must not depend on the threads.
 const PLAIN_CHUNKS: usize = 12;
 /// Bytes of a chunk of a quantized weight.
 const QUANTIZED_BYTES: Range<usize> = 16 << 10..256 << 10;
-/// Chunks of a phase of quantized weights, within [`QUANTIZED_BYTES`].
-const QUANTIZED_CHUNKS: usize = 48;
+/// Chunks of a phase of quantized weights for each thread, within [`QUANTIZED_BYTES`]. They change no result.
+const QUANTIZED_CHUNKS: usize = 4;
 /// The most outputs of a chunk of such a weight. Narrower strips would keep sums in the L1 cache, but memory is read slower.
 const MAX_COLUMNS: usize = 8192;
 
@@ -134,7 +135,7 @@ pub(super) fn multiply(team: &mut Team, products: &[Product<'_>], sums: &mut Sum
         let [input, output] = product.shape;
         let (columns, depth) = match product.weight {
             View::Quantized(_) => {
-                let share = chunk_bytes(bytes, QUANTIZED_CHUNKS, &QUANTIZED_BYTES);
+                let share = chunk_bytes(bytes, QUANTIZED_CHUNKS * rayon::current_num_threads(), &QUANTIZED_BYTES);
                 (even_step(output, share * TILE / product.weight.bytes(input, TILE), TILE), input)
             }
             View::F32(_) | View::Bf16(_) => {
