@@ -1,5 +1,7 @@
 //! [`Router`]: chooses the experts of each token and their weights.
 
+use std::sync::Arc;
+
 use burn::config::Config;
 use burn::module::{Module, Param};
 use burn::tensor::activation::{sigmoid, softmax};
@@ -11,6 +13,7 @@ use crate::config::limits::MAX_EXPERTS;
 use crate::init::Init;
 #[cfg(feature = "cpu")]
 use crate::kernels::few_tokens::{Matrix, vector};
+use crate::kernels::{GroupLayout, grouped_matmul};
 use crate::lora::low_rank::LowRank;
 use crate::parameter::ProjectionRole;
 use crate::projection::{LayerProjection, ProjectionMut, ProjectionRef, Projections, WeightMut, WeightRef};
@@ -170,7 +173,7 @@ impl Router {
     pub(super) fn route(&self, x: Tensor<2>) -> RouterOutput {
         let tokens = x.dims()[0];
         let x = x.cast(DType::F32);
-        let mut logits = x.clone().matmul(self.weight.val().cast(DType::F32)); // [tokens, experts]
+        let mut logits = exact_product(x.clone(), self.weight.val().cast(DType::F32)); // [tokens, experts]
         if let Some(lora) = &self.lora {
             logits = logits + lora.forward(x);
         }
@@ -224,6 +227,17 @@ impl Projections for Router {
         let projection = ProjectionMut::Matrix(WeightMut { weight, quantized: None, lora });
         list.push(LayerProjection { fields: path.clone(), role: ProjectionRole::Router, projection });
     }
+}
+
+/// `x W` in f32 on every device, `[rows, in]` times `[in, out]`. Where a GPU has tensor cores, Burn's own product rounds both factors to
+/// TF32, which has 10 bits and sends some tokens to other experts; the grouped product does not.
+fn exact_product(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    #[cfg(feature = "cpu")]
+    if x.device().inner() == Device::flex() {
+        return x.matmul(weight);
+    }
+    let layout = GroupLayout::uniform(1, x.dims()[0]);
+    grouped_matmul(x, weight.unsqueeze(), &Arc::new(layout))
 }
 
 fn to_host(data: TensorData) -> Vec<f32> {
