@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::sync::Mutex;
 
 /// How many kinds of counts a kernel has.
-pub const KINDS: usize = 14;
+pub const KINDS: usize = 16;
 
 /// What is counted while a kernel runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +38,10 @@ pub enum Kind {
     MatrixTf32,
     /// Operations of matrix units on int8.
     MatrixInt8,
+    /// Bytes of global memory that a launch reads, each counted once, in sectors of 32 bytes. Counted if counts are written.
+    DistinctRead,
+    /// Bytes of global memory that a launch writes, each counted once.
+    DistinctWritten,
 }
 
 const NAMES: [&str; KINDS] = [
@@ -55,6 +59,8 @@ const NAMES: [&str; KINDS] = [
     "matrix_flops_bf16",
     "matrix_flops_tf32",
     "matrix_ops_int8",
+    "distinct_bytes_read",
+    "distinct_bytes_written",
 ];
 
 #[derive(Clone, Default)]

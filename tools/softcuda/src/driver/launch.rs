@@ -120,6 +120,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
         deadline: began + Duration::from_secs(settings.timeout),
         races: settings.races,
         exits_allowed: !settings.barriers,
+        distinct: settings.counts.is_some(),
         threads: settings.threads,
     };
     let (kinds, fault) = run(&launch);

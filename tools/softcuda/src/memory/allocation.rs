@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::OnceLock;
 
-use super::{BASE, DEVICES, Mapping, RACES, SHADOW, SPAN, Whereabouts, Wrong, state};
+use super::{BASE, DEVICES, Mapping, RACES, SECTOR, SHADOW, SPAN, TOUCHED, Whereabouts, Wrong, state};
 
 /// Bytes after an allocation that must not be touched, at least.
 const GUARD: u64 = 16 << 10;
@@ -41,10 +41,13 @@ pub struct Memory {
 }
 
 fn reserve(races: bool) {
-    static MEMORY: OnceLock<(Mapping, Mapping)> = OnceLock::new();
+    static MEMORY: OnceLock<[Mapping; 3]> = OnceLock::new();
     static LAST: OnceLock<Mapping> = OnceLock::new();
     let size = SPAN as usize * DEVICES;
-    MEMORY.get_or_init(|| (Mapping::new(Some(BASE), size, false), Mapping::new(Some(BASE + SHADOW), size, false)));
+    let touched = (size as u64 / SECTOR * 8) as usize;
+    MEMORY.get_or_init(|| {
+        [(BASE, size), (BASE + SHADOW, size), (TOUCHED, touched)].map(|(at, size)| Mapping::new(Some(at), size, false))
+    });
     if races {
         LAST.get_or_init(|| Mapping::new(Some(RACES), size * 40, false));
     }

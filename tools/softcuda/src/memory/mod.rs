@@ -19,6 +19,10 @@ pub const SPAN: u64 = 1 << 36;
 pub const DEVICES: usize = 8;
 /// The state of a byte is this much after it.
 pub const SHADOW: u64 = 0x1000_0000_0000;
+/// Where the launches that last read and wrote a sector are remembered, 8 bytes for each sector.
+pub const TOUCHED: u64 = 0x2800_0000_0000;
+/// Bytes of a sector, which a device moves at once.
+pub const SECTOR: u64 = 32;
 /// Where the last accesses to bytes are remembered, 40 bytes for each byte.
 pub const RACES: u64 = 0x3000_0000_0000;
 

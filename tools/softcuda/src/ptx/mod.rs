@@ -6,18 +6,27 @@ mod syntax;
 mod token;
 mod types;
 
+use std::fmt;
+
 pub use syntax::{Array, Function, Instruction, Module, Operand, Parameter, Register, Space, Statement};
 pub use types::Type;
 
 /// Why a text is not PTX that this crate reads.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("line {line}: {what}")]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Error {
     /// The line in the text, from 1.
     pub line: u32,
     /// What was found there.
     pub what: String,
 }
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}", self.line, self.what)
+    }
+}
+
+impl std::error::Error for Error {}
 
 impl Error {
     fn new(line: u32, what: impl Into<String>) -> Self {

@@ -3,8 +3,8 @@
 use std::ffi::{CStr, c_char, c_int};
 use std::time::Instant;
 
-use crate::counts::KINDS;
-use crate::memory::{Mapping, SHADOW, Wrong, state};
+use crate::counts::{KINDS, Kind};
+use crate::memory::{BASE, Mapping, SECTOR, SHADOW, TOUCHED, Wrong, state};
 
 use super::barrier::Barrier;
 use super::copies::Copies;
@@ -74,6 +74,7 @@ pub(super) struct Block {
     pub(super) fault: Option<Fault>,
     deadline: Option<Instant>,
     pub(super) exits_allowed: bool,
+    distinct: bool,
 }
 
 // SAFETY: pointers in a block are to its own stacks, shared memory and threads.
@@ -104,6 +105,7 @@ impl Block {
             fault: None,
             deadline: None,
             exits_allowed: false,
+            distinct: false,
         })
     }
 
@@ -117,6 +119,7 @@ impl Block {
         self.launch = launch.number;
         self.deadline = Some(launch.deadline);
         self.exits_allowed = launch.exits_allowed;
+        self.distinct = launch.distinct;
         if launch.races && self.last.is_empty() {
             self.last = vec![Default::default(); SHARED];
         }
@@ -130,6 +133,8 @@ impl Block {
             nctaid: launch.grid,
             linear: i,
             dynamic: launch.dynamic,
+            launch: launch.number,
+            unused: 0,
             params: launch.params,
             base: launch.base,
             span: launch.span,
@@ -160,6 +165,9 @@ impl Block {
         unsafe { std::ptr::write_bytes(self.shared.start(), 0xcd, shared) };
         self.shared_state[..shared].fill(0);
         if entry.sync == 0 {
+            // No thread waits, so that all run on this stack.
+            self.alive = 0;
+            ENTRY.set(None);
             for i in 0..self.count as usize {
                 let thread = &raw mut self.threads[i];
                 // SAFETY: generated code for a thread of this block.
@@ -258,6 +266,21 @@ impl Block {
         self.fault.get_or_insert(Fault { kind, block: thread.ctaid, thread: thread.tid, line });
     }
 
+    /// Counts sectors that this launch has not touched before.
+    fn touch(&mut self, address: u64, size: u32, access: u32) {
+        for sector in (address - BASE) / SECTOR..=(address + u64::from(size) - 1 - BASE) / SECTOR {
+            // SAFETY: the range is in the span of the device, for which this memory is mapped.
+            let last = unsafe { &mut *((TOUCHED + 8 * sector) as *mut [u32; 2]) };
+            let kinds = [(access & 3 != WRITE, Kind::DistinctRead), (access & 3 != 0, Kind::DistinctWritten)];
+            for (last, (does, kind)) in last.iter_mut().zip(kinds) {
+                if does && *last != self.launch {
+                    *last = self.launch;
+                    self.counts[kind as usize] += SECTOR;
+                }
+            }
+        }
+    }
+
     /// Whether a thread may access memory, as generated code checks it: `false` with the fault remembered.
     pub(super) fn access(
         &mut self,
@@ -297,6 +320,9 @@ impl Block {
         if !good {
             // SAFETY: a thread of this block.
             unsafe { fault(&raw mut self.threads[linear], space | access, address, size, line) };
+        }
+        if good && !in_shared && self.distinct {
+            self.touch(address, size, access);
         }
         if good && !self.last.is_empty() {
             // SAFETY: as above.

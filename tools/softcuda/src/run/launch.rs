@@ -28,6 +28,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) deadline: Instant,
     pub(crate) races: bool,
     pub(crate) exits_allowed: bool,
+    /// Whether sectors are counted.
+    pub(crate) distinct: bool,
     pub(crate) threads: usize,
 }
 

@@ -13,6 +13,8 @@ pub(crate) struct Thread {
     pub(super) nctaid: [u32; 3],
     pub(super) linear: u32,
     pub(super) dynamic: u32,
+    pub(super) launch: u32,
+    pub(super) unused: u32,
     pub(super) params: u64,
     pub(super) base: u64,
     pub(super) span: u64,

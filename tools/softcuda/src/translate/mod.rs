@@ -16,7 +16,8 @@ mod warp;
 
 use std::fmt::Write;
 
-use crate::memory::SHADOW;
+use crate::counts::Kind;
+use crate::memory::{BASE, SHADOW, TOUCHED};
 use crate::ptx::{Array, Module, Space};
 
 pub use kernel::Kernel;
@@ -29,6 +30,8 @@ pub struct Options {
     pub uninitialized: bool,
     /// Report accesses of two threads that no barrier orders.
     pub races: bool,
+    /// Count the sectors that a launch touches.
+    pub distinct: bool,
 }
 
 /// A module as C.
@@ -55,6 +58,10 @@ pub fn translate(module: &Module, options: Options) -> Translation {
     let _ = writeln!(source, "#define PTX_SHADOW {SHADOW:#x}ull");
     let _ = writeln!(source, "#define PTX_UNINITIALIZED {}", u8::from(options.uninitialized));
     let _ = writeln!(source, "#define PTX_RACES {}", u8::from(options.races));
+    // The kind of count, or 0.
+    let distinct = if options.distinct { Kind::DistinctRead as usize } else { 0 };
+    let _ = writeln!(source, "#define PTX_DISTINCT {distinct}");
+    let _ = writeln!(source, "#define PTX_BASE {BASE:#x}ull\n#define PTX_TOUCHED {TOUCHED:#x}ull");
     for part in PRELUDE {
         source.push_str(part);
     }

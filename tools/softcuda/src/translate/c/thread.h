@@ -19,7 +19,7 @@ typedef struct {
     int (*copies)(Thread *, uint32_t how, uint32_t left);
 } Runtime;
 struct Thread {
-    uint32_t tid[3], ntid[3], ctaid[3], nctaid[3], linear, dynamic;
+    uint32_t tid[3], ntid[3], ctaid[3], nctaid[3], linear, dynamic, launch, unused;
     uint64_t params, base, span, shared, shared_size;
     uint8_t *shared_state;
     const uint64_t *globals;
@@ -81,6 +81,19 @@ static inline int ptx_local(uint64_t from, uint64_t size, uint64_t a, uint32_t n
     return at < size && n <= size - at && !(a & (align - 1));
 }
 
+#if PTX_DISTINCT
+// Sectors that this launch has not touched before.
+static inline void ptx_touch(Thread *t, uint64_t a, uint32_t n, uint32_t access) {
+    for (uint64_t s = (a - PTX_BASE) / 32; s <= (a + n - 1 - PTX_BASE) / 32; s++) {
+        uint32_t *last = (uint32_t *)(PTX_TOUCHED + 8 * s);
+        if ((access & 3) != PTX_WRITE && last[0] != t->launch) { last[0] = t->launch; t->counts[PTX_DISTINCT] += 32; }
+        if ((access & 3) != PTX_READ && last[1] != t->launch) { last[1] = t->launch; t->counts[PTX_DISTINCT + 1] += 32; }
+    }
+}
+#define PTX_TOUCH(a, n, access) ptx_touch(t, a, n, access);
+#else
+#define PTX_TOUCH(a, n, access)
+#endif
 #if PTX_RACES
 #define PTX_RACE(space, a, n, access, line) if (!t->run->race(t, (space) | (access), a, n, line)) goto done;
 #else
@@ -89,6 +102,7 @@ static inline int ptx_local(uint64_t from, uint64_t size, uint64_t a, uint32_t n
 #define PTX_FAULT(space, a, n, access, line) { t->run->fault(t, (space) | (access), a, n, line); goto done; }
 #define PTX_CHECK_GLOBAL(a, n, align, access, line) \
     if (__builtin_expect(!ptx_global(t, a, n, align, access), 0)) PTX_FAULT(PTX_GLOBAL, a, n, access, line) \
+    PTX_TOUCH(a, n, access) \
     PTX_RACE(PTX_GLOBAL, a, n, access, line)
 #define PTX_CHECK_SHARED(a, n, align, access, line) \
     if (__builtin_expect(!ptx_shared(t, a, n, align, access), 0)) PTX_FAULT(PTX_SHARED, a, n, access, line) \
