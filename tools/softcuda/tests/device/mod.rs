@@ -13,6 +13,8 @@ pub enum Value {
     Wide(u64),
     /// A number of 32 bits.
     Word(u32),
+    /// A structure of at most 32 bytes.
+    Structure([u32; 8]),
 }
 
 /// What came of a launch.
@@ -123,11 +125,12 @@ impl Device {
     ) -> (CUresult, CUresult) {
         let text = CString::new(ptx).unwrap();
         let (mut module, mut function) = (std::ptr::null(), std::ptr::null());
-        let mut words: Vec<u64> = values
+        let mut words: Vec<[u32; 8]> = values
             .iter()
-            .map(|value| match value {
-                Value::Wide(value) => *value,
-                Value::Word(value) => u64::from(*value),
+            .map(|value| match *value {
+                Value::Wide(value) => [value as u32, (value >> 32) as u32, 0, 0, 0, 0, 0, 0],
+                Value::Word(value) => [value, 0, 0, 0, 0, 0, 0, 0],
+                Value::Structure(words) => words,
             })
             .collect();
         let mut params: Vec<*mut c_void> = words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
