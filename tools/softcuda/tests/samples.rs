@@ -12,7 +12,8 @@ const WIDTH: usize = 300;
 fn run(ptx: &str, input: &[f32]) -> (device::Outcome, Vec<f32>) {
     let device = Device::new("all");
     let bf16 = |values: &[f32]| values.iter().map(|&value| f32_to_bf16(value)).collect::<Vec<u16>>();
-    let addresses = [device.upload(&bf16(input)), device.upload(&bf16(&[2.0; WIDTH])), device.allocate(2 * ROWS * WIDTH)];
+    let addresses =
+        [device.upload(&bf16(input)), device.upload(&bf16(&[2.0; WIDTH])), device.allocate(2 * ROWS * WIDTH)];
     let structure = [ROWS as u32, WIDTH as u32, 1e-5_f32.to_bits(), 0, 0, 0, 0, 0];
     let [a, b, c] = addresses.map(Value::Wide);
     let outcome = device.run(ptx, [ROWS as u32, 1, 1], [128, 1, 1], 512, &[a, b, c, Value::Structure(structure)]);

@@ -177,14 +177,9 @@ impl Parser {
             Kind::Sign('[') => {
                 let base = self.single(body)?;
                 let mut offset = 0;
-                loop {
-                    if self.take('+') {
-                        offset += self.integer()? as i64;
-                    } else if self.peek(0) == &Kind::Sign('-') {
-                        offset += self.integer()? as i64;
-                    } else {
-                        break;
-                    }
+                // `integer` reads a sign of its own.
+                while self.take('+') || self.peek(0) == &Kind::Sign('-') {
+                    offset += self.integer()? as i64;
                 }
                 // What follows a comma are the coordinates of a tensor: kept, so that the instruction is refused by its name.
                 if self.take(',') {

@@ -33,9 +33,11 @@ pub(crate) struct Launch<'a> {
     pub(crate) threads: usize,
 }
 
-/// Blocks that are not in use, kept for the next launch.
+/// Blocks that are not in use. In boxes, because threads have the address of their block.
+#[allow(clippy::vec_box, reason = "as above")]
 static IDLE: Mutex<Vec<Box<Block>>> = Mutex::new(Vec::new());
 
+#[allow(clippy::vec_box, reason = "as above")]
 fn idle() -> std::sync::MutexGuard<'static, Vec<Box<Block>>> {
     IDLE.lock().unwrap_or_else(PoisonError::into_inner)
 }

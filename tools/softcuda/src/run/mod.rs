@@ -2,6 +2,7 @@
 
 mod barrier;
 mod block;
+mod check;
 mod copies;
 mod fiber;
 mod launch;

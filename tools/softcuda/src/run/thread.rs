@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_int, c_void};
 
-use super::{barrier, block, copies, matrix, moves, race, warp};
+use super::{barrier, block, check, copies, matrix, moves, race, warp};
 
 /// A thread of a block.
 #[repr(C)]
@@ -55,9 +55,9 @@ pub(super) struct Runtime {
 }
 
 pub(super) static RUNTIME: Runtime = Runtime {
-    fault: block::fault,
+    fault: check::fault,
     race: race::race,
-    unknown: block::unknown,
+    unknown: check::unknown,
     tick: block::tick,
     barrier: barrier::barrier,
     warp: warp::warp,
