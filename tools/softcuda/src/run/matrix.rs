@@ -3,7 +3,7 @@
 use std::ffi::c_int;
 
 use super::thread::Thread;
-use super::warp::{How, Warp, meet};
+use super::warp::{How, Lane, Warp, meet};
 
 /// The type of the numbers of a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,19 +81,6 @@ pub fn f32_to_bf16(value: f32) -> u16 {
     if value.is_nan() { 0x7fff } else { ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
 }
 
-/// Number `i` of packed registers.
-fn number(registers: &[u32], i: usize, element: Element) -> f32 {
-    match element {
-        Element::F16 => f16_to_f32((registers[i / 2] >> (16 * (i % 2))) as u16),
-        Element::Bf16 => f32::from_bits(registers[i / 2] >> (16 * (i % 2)) << 16),
-        // The unit does not see the low bits.
-        Element::Tf32 => f32::from_bits(registers[i] & !0x1fff),
-        Element::F32 | Element::S32 => f32::from_bits(registers[i]),
-        Element::S8 => f32::from((registers[i / 4] >> (8 * (i % 4))) as i8),
-        Element::U8 => f32::from((registers[i / 4] >> (8 * (i % 4))) as u8),
-    }
-}
-
 pub(super) fn pack(registers: &mut [u32], i: usize, element: Element, value: u32) {
     let wide = element.bits();
     let per = (32 / wide) as usize;
@@ -103,17 +90,79 @@ pub(super) fn pack(registers: &mut [u32], i: usize, element: Element, value: u32
     *register = *register & !mask | value << shift & mask;
 }
 
-/// Matrices of a product, row by row.
+/// Matrices of a product, row by row, and where the numbers of lanes are in them.
 pub(super) struct Scratch {
     left: [f32; 1024],
     right: [f32; 1024],
     sum: [f32; 1024],
     whole: [i32; 1024],
+    /// The form that the places are of.
+    form: usize,
+    places: [Vec<u16>; 3],
 }
 
 impl Default for Scratch {
     fn default() -> Self {
-        Self { left: [0.0; 1024], right: [0.0; 1024], sum: [0.0; 1024], whole: [0; 1024] }
+        let places = [Vec::new(), Vec::new(), Vec::new()];
+        Self { left: [0.0; 1024], right: [0.0; 1024], sum: [0.0; 1024], whole: [0; 1024], form: 0, places }
+    }
+}
+
+impl Scratch {
+    /// Looks up where numbers are, once for products of one form.
+    fn arrange(&mut self, form: usize, layout: &Layout, m: usize) {
+        if self.form == form {
+            return;
+        }
+        self.form = form;
+        let [left, right, sum] = &mut self.places;
+        let fill = |places: &mut Vec<u16>, count: usize, place: &dyn Fn(usize, usize) -> usize| {
+            places.clear();
+            places.extend((0..32 * count).map(|at| place(at / count, at % count) as u16));
+        };
+        fill(left, m * layout.k / 32, &|lane, i| layout.left(lane, i));
+        fill(right, layout.k * layout.n / 32, &|lane, i| layout.right(lane, i));
+        fill(sum, m * layout.n / 32, &|lane, i| layout.sum(lane, i));
+    }
+}
+
+/// Puts the numbers that lanes bring from register `from` on to their places.
+fn spread(lanes: &[Lane; 32], from: usize, places: &[u16], element: Element, to: &mut [f32; 1024]) {
+    fn each(
+        lanes: &[Lane; 32],
+        from: usize,
+        places: &[u16],
+        to: &mut [f32; 1024],
+        number: impl Fn(&[u32], usize) -> f32,
+    ) {
+        for (lane, places) in lanes.iter().zip(places.chunks_exact(places.len() / 32)) {
+            let registers = &lane.given[from..from + 8];
+            for (i, &place) in places.iter().enumerate() {
+                to[usize::from(place) % 1024] = number(registers, i);
+            }
+        }
+    }
+    match element {
+        Element::F16 => each(lanes, from, places, to, |r, i| f16_to_f32((r[i / 2] >> (16 * (i % 2))) as u16)),
+        Element::Bf16 => each(lanes, from, places, to, |r, i| f32::from_bits(r[i / 2] >> (16 * (i % 2)) << 16)),
+        // The unit does not see the low bits.
+        Element::Tf32 => each(lanes, from, places, to, |r, i| f32::from_bits(r[i] & !0x1fff)),
+        Element::F32 | Element::S32 => each(lanes, from, places, to, |r, i| f32::from_bits(r[i])),
+        Element::S8 => each(lanes, from, places, to, |r, i| f32::from((r[i / 4] >> (8 * (i % 4))) as i8)),
+        Element::U8 => each(lanes, from, places, to, |r, i| f32::from((r[i / 4] >> (8 * (i % 4))) as u8)),
+    }
+}
+
+/// Adds the product of `left` and `right`, `N` columns wide, to `sum`.
+fn multiply<const N: usize>(left: &[f32], right: &[f32], sum: &mut [f32], k: usize) {
+    for (left, sum) in left.chunks_exact(k).zip(sum.as_chunks_mut::<N>().0) {
+        let mut total = *sum;
+        for (&left, right) in left.iter().zip(right.as_chunks::<N>().0) {
+            for (total, &right) in total.iter_mut().zip(right) {
+                *total += left * right;
+            }
+        }
+        *sum = total;
     }
 }
 
@@ -168,41 +217,32 @@ pub(super) fn complete(warp: &mut Warp, need: u32) -> bool {
     let layout = Layout { wmma: form[0] != 0, n, k, element: a };
     let integers = c == Element::S32;
     let scratch = &mut *warp.scratch;
-    for (at, lane) in warp.lanes.iter().enumerate() {
-        for i in 0..m * k / 32 {
-            scratch.left[layout.left(at, i)] = number(&lane.given[..8], i, a);
-        }
-        for i in 0..k * n / 32 {
-            scratch.right[layout.right(at, i)] = number(&lane.given[8..16], i, b);
-        }
-        for i in 0..m * n / 32 {
-            let to = layout.sum(at, i);
-            if integers {
-                scratch.whole[to] = lane.given[16 + i] as i32;
-            } else {
-                scratch.sum[to] = number(&lane.given[16..], i, c);
+    scratch.arrange(warp.lanes[0].form, &layout, m);
+    spread(&warp.lanes, 0, &scratch.places[0], a, &mut scratch.left);
+    spread(&warp.lanes, 8, &scratch.places[1], b, &mut scratch.right);
+    if integers {
+        for (lane, places) in warp.lanes.iter().zip(scratch.places[2].chunks_exact(m * n / 32)) {
+            for (&place, &value) in places.iter().zip(&lane.given[16..]) {
+                scratch.whole[usize::from(place)] = value as i32;
             }
         }
-    }
-    for row in 0..m {
-        for step in 0..k {
-            let left = scratch.left[row * k + step];
-            let right = &scratch.right[step * n..(step + 1) * n];
-            if integers {
-                for (sum, &right) in scratch.whole[row * n..(row + 1) * n].iter_mut().zip(right) {
-                    *sum = sum.wrapping_add((left * right) as i32);
-                }
-            } else {
-                for (sum, &right) in scratch.sum[row * n..(row + 1) * n].iter_mut().zip(right) {
-                    *sum += left * right;
-                }
-            }
+        for at in 0..m * n {
+            let pairs = (0..k).map(|step| scratch.left[at / n * k + step] * scratch.right[step * n + at % n]);
+            scratch.whole[at] = pairs.fold(scratch.whole[at], |sum, product| sum.wrapping_add(product as i32));
+        }
+    } else {
+        spread(&warp.lanes, 16, &scratch.places[2], c, &mut scratch.sum);
+        let (left, right, sum) = (&scratch.left[..m * k], &scratch.right[..k * n], &mut scratch.sum[..m * n]);
+        match n {
+            8 => multiply::<8>(left, right, sum, k),
+            16 => multiply::<16>(left, right, sum, k),
+            _ => multiply::<32>(left, right, sum, k),
         }
     }
     for (at, lane) in warp.lanes.iter_mut().enumerate() {
         lane.taken = [0; 8];
         for i in 0..m * n / 32 {
-            let from = layout.sum(at, i);
+            let from = usize::from(scratch.places[2][at * (m * n / 32) + i]);
             let value = match d {
                 Element::F16 => f32_to_f16(scratch.sum[from]).into(),
                 Element::S32 => scratch.whole[from] as u32,
