@@ -55,6 +55,11 @@ fn log() -> std::path::PathBuf {
 impl Device {
     /// The device, with the checks that `checks` names.
     pub fn new(checks: &str) -> Self {
+        Self::with(checks, &[])
+    }
+
+    /// The device, with other variables as well.
+    pub fn with(checks: &str, variables: &[(&str, &str)]) -> Self {
         static ONE: Mutex<()> = Mutex::new(());
         static ONCE: Once = Once::new();
         let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -67,6 +72,9 @@ impl Device {
                 std::env::set_var("SOFTCUDA_LOG", log());
                 std::env::set_var("SOFTCUDA_TIMEOUT", "2");
                 std::env::set_var("SOFTCUDA_SM", "90");
+                for (name, value) in variables {
+                    std::env::set_var(name, value);
+                }
             }
         });
         assert_eq!(cuInit(0), 0);
