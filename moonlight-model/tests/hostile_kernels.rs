@@ -485,14 +485,27 @@ fn arguments_that_break_a_rule_are_refused() {
     refused("cross_entropy", sizes, (1, 0), "`targets` has the shape [3], not [2]");
 }
 
-/// The first WGPU device against the CPU in f64. A target outside the vocabulary gives NaN.
-#[cfg(feature = "wgpu")]
+/// The first CUDA device, or else the first WGPU device, of those in this build.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn cube_device() -> Device {
+    #[cfg(feature = "cuda")]
+    if let Some(device) = Device::enumerate(burn::tensor::DeviceType::Cuda).into_iter().next() {
+        return device;
+    }
+    #[cfg(feature = "wgpu")]
+    return Device::wgpu(burn::tensor::DeviceKind::DefaultDevice);
+    #[cfg(not(feature = "wgpu"))]
+    panic!("this test needs a CUDA device");
+}
+
+/// A GPU against the CPU in f64. A target outside the vocabulary gives NaN.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 #[test]
 #[ignore = "needs a CubeCL device"]
 fn cube_hostile_arguments_are_refused_or_give_what_the_reference_gives() {
     use proptest::test_runner::TestRunner;
 
-    let device = Device::wgpu(burn::tensor::DeviceKind::DefaultDevice).autodiff();
+    let device = cube_device().autodiff();
     // Few sizes and few cases: some kernels are compiled for each shape, which takes long on a software device. Failures are
     // not shrunk for the same reason.
     let config =

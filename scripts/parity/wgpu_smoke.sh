@@ -70,8 +70,7 @@ run() {
     fi
 }
 
-# One build for both: the program of a test is built with the same features as the other tests.
-tests=(cargo test --workspace --features moonlight-train/wgpu --lib --test packing --test hostile_kernels)
+source scripts/parity/gpu_build.sh
 "${tests[@]}" --no-run
 # All except the one that compares times, which would fail on a busy machine.
 run "${tests[@]}" -- --ignored cube --skip kernels_of_one_pass_are_faster_than_the_reference | tee "$log.tests"

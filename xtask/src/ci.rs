@@ -41,15 +41,16 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     optional("two ranks on MPI", has_mpi, "there is no MPI here and it cannot be installed", || mpi(root))?;
     lint_all(root, has_mpi)?;
 
-    // This build takes longest, so it is skipped if the checks before it were slow.
+    // These share a build, which takes longest, so they are skipped if the checks before them were slow.
+    let late = |seconds: u64| format!("the checks before it took {seconds} seconds");
     let seconds = start.elapsed().as_secs();
-    let late = format!("the checks before it took {seconds} seconds");
-    optional("the GPU kernels on WGPU", seconds < 2700, &late, || wgpu(root))?;
+    optional("the GPU kernels on CUDA", seconds < 2400, &late(seconds), || cuda(root))?;
+    let seconds = start.elapsed().as_secs();
+    optional("the GPU kernels on WGPU", seconds < 3600, &late(seconds), || wgpu(root))?;
 
     // The fuzz targets have a sanitizer and share no build with the rest: without a cached build they take half an hour.
     let seconds = start.elapsed().as_secs();
-    let late = format!("the checks before them took {seconds} seconds");
-    optional("the fuzz targets", seconds < 1800, &late, || fuzz(root, 15))
+    optional("the fuzz targets", seconds < 1800, &late(seconds), || fuzz(root, 15))
 }
 
 /// Runs a check that this machine may not be able to run.
@@ -125,6 +126,10 @@ pub(crate) fn deny(root: &Path, advisories: bool) -> Result<()> {
 
 pub(crate) fn mpi(root: &Path) -> Result<()> {
     call(&mut command(root, "scripts/cluster/mpi_smoke.sh"))
+}
+
+pub(crate) fn cuda(root: &Path) -> Result<()> {
+    call(&mut command(root, "scripts/parity/cuda_smoke.sh"))
 }
 
 pub(crate) fn wgpu(root: &Path) -> Result<()> {

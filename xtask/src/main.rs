@@ -108,6 +108,8 @@ enum Task {
     },
     /// Train on two ranks with MPI
     Mpi,
+    /// Run the GPU kernels on a CUDA device in software
+    Cuda,
     /// Run the GPU kernels on a software Vulkan driver
     Wgpu,
     /// Run each fuzz target for some seconds
@@ -157,6 +159,7 @@ fn run(task: &Task, root: &Path) -> Result<()> {
         Task::Gguf => programs::gguf(root),
         Task::Notices { features } => notices::run(root, features),
         Task::Mpi => ci::mpi(root),
+        Task::Cuda => ci::cuda(root),
         Task::Wgpu => ci::wgpu(root),
         Task::Fuzz { seconds } => ci::fuzz(root, *seconds),
     }

@@ -1,6 +1,7 @@
 //! Writing an adapter in peft's layout.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
 use std::path::Path;
 
 use burn::tensor::TensorData;
@@ -15,10 +16,10 @@ use super::names;
 use super::{ADAPTER_WEIGHTS, NOTES, Note};
 use crate::error::CheckpointError;
 use crate::format::sidecars;
-use crate::io::temporary::write_anew;
+use crate::io::temporary::{create_anew, write_anew};
 
-/// A module of the file.
-struct Module {
+/// A module of the file. Its matrices are computed when they are written: those of all experts take as much memory as the adapters.
+struct Module<'a> {
     /// `layers.3.self_attn.q_proj`, `layers.3.mlp.experts.base_layer`.
     name: String,
     /// Its name in the config, `layers.3.mlp.experts.gate_up_proj` for a parameter.
@@ -27,21 +28,32 @@ struct Module {
     parameter: bool,
     rank: usize,
     alpha: f64,
-    /// `[rank, in]` and `[out, rank]`; for experts, with the ranks of all experts.
-    a: Matrix,
-    b: Matrix,
+    source: Source<'a>,
+}
+
+/// What the matrices of a module are made of.
+enum Source<'a> {
+    Plain(&'a Adapter),
+    /// The blocks of the output rows of a stacked parameter, some without an adapter.
+    Stack(Vec<Option<&'a Adapter>>),
+}
+
+/// The matrices of a module: `[rank, in]` and `[out, rank]`; for experts, with the ranks of all experts.
+#[derive(Clone, Copy)]
+enum Side {
+    A,
+    B,
 }
 
 /// A row-major matrix.
 struct Matrix {
-    rows: usize,
     columns: usize,
     values: Vec<f32>,
 }
 
 impl Matrix {
-    fn zeros(rows: usize, columns: usize) -> Self {
-        Self { rows, columns, values: vec![0.0; rows * columns] }
+    fn zeros([rows, columns]: [usize; 2]) -> Self {
+        Self { columns, values: vec![0.0; rows * columns] }
     }
 
     fn set(&mut self, row: usize, column: usize, value: f32) {
@@ -49,10 +61,14 @@ impl Matrix {
     }
 }
 
-/// The values of an adapter's matrix, and its last two dimensions.
-fn stack(data: &TensorData) -> (Vec<f32>, usize, usize) {
+/// The last two dimensions of an adapter's matrix.
+fn dims(data: &TensorData) -> [usize; 2] {
     let shape = data.shape();
-    (data.iter::<f32>().collect(), shape[shape.len() - 2], shape[shape.len() - 1])
+    [shape[shape.len() - 2], shape[shape.len() - 1]]
+}
+
+fn scale(adapter: &Adapter) -> f64 {
+    adapter.settings.scale(dims(&adapter.a)[1])
 }
 
 /// Writes the adapters of a model into an existing directory in peft's layout: `adapter_config.json`,
@@ -89,18 +105,18 @@ pub(crate) fn write_adapters(
 ) -> Result<(), AdapterError> {
     let modules = modules(adapters, model.moe.is_some());
     let config = config(&modules, adapters, model, base);
-    let write = |name: &str, bytes: &[u8]| {
-        let path = dir.join(name);
-        write_anew(&path, bytes).map_err(CheckpointError::write(&path))
-    };
-    write(ADAPTER_WEIGHTS, &safetensors(&modules, adapters))?;
-    write(ADAPTER_CONFIG, config.to_json().as_bytes())?;
+    let path = dir.join(ADAPTER_WEIGHTS);
+    create_anew(&path)
+        .and_then(|file| write_safetensors(&modules, adapters, file))
+        .map_err(CheckpointError::write(&path))?;
+    let path = dir.join(ADAPTER_CONFIG);
+    write_anew(&path, config.to_json().as_bytes()).map_err(CheckpointError::write(&path))?;
     Ok(())
 }
 
 /// The modules of the file. Gate and up of a stack become one module with the sum of their ranks: `A` has the rows of
 /// both; `B` has the columns of each in that one's half of the rows, and zeros elsewhere.
-fn modules(adapters: &[Adapter], experts_are_stacked: bool) -> Vec<Module> {
+fn modules(adapters: &[Adapter], experts_are_stacked: bool) -> Vec<Module<'_>> {
     // `gate_proj` and `up_proj` are trained separately: a stack may have an adapter of only one of them.
     let by_path: BTreeMap<&str, &Adapter> = adapters.iter().map(|adapter| (adapter.path.as_str(), adapter)).collect();
     let mut modules = Vec::new();
@@ -112,7 +128,7 @@ fn modules(adapters: &[Adapter], experts_are_stacked: bool) -> Vec<Module> {
         }
         let down = format!("{front}.down_proj");
         if projection == "down_proj" {
-            modules.push(fused(front, front, "down_proj", &[Some(adapter)]));
+            modules.push(fused(front, front, "down_proj", vec![Some(adapter)]));
             continue;
         }
         let halves = ["gate_proj", "up_proj"].map(|half| by_path.get(format!("{front}.{half}").as_str()).copied());
@@ -121,65 +137,98 @@ fn modules(adapters: &[Adapter], experts_are_stacked: bool) -> Vec<Module> {
         }
         let inner = format!("{front}.base_layer");
         let name = if by_path.contains_key(down.as_str()) { inner.as_str() } else { front };
-        modules.push(fused(front, name, names::GATE_UP, &halves));
+        modules.push(fused(front, name, names::GATE_UP, halves.to_vec()));
     }
     modules
 }
 
-fn plain(adapter: &Adapter, parameter: bool) -> Module {
-    let (a, input, rank) = stack(&adapter.a);
-    let (b, _, output) = stack(&adapter.b);
-    let (mut file_a, mut file_b) = (Matrix::zeros(rank, input), Matrix::zeros(output, rank));
-    for k in 0..rank {
-        (0..input).for_each(|i| file_a.set(k, i, a[i * rank + k])); // [in, rank] to [rank, in]
-        (0..output).for_each(|o| file_b.set(o, k, b[k * output + o])); // [rank, out] to [out, rank]
-    }
+fn plain(adapter: &Adapter, parameter: bool) -> Module<'_> {
     let target = if parameter { names::as_parameter(&adapter.path) } else { adapter.path.clone() };
-    let alpha = adapter.settings.alpha;
-    Module { name: adapter.path.clone(), target, parameter, rank, alpha, a: file_a, b: file_b }
+    let (rank, alpha) = (dims(&adapter.a)[1], adapter.settings.alpha);
+    Module { name: adapter.path.clone(), target, parameter, rank, alpha, source: Source::Plain(adapter) }
 }
 
-/// Fuses parts of a stacked parameter: `parts` are the blocks of its output rows, some without an adapter.
-fn fused(stack_path: &str, name: &str, parameter: &str, parts: &[Option<&Adapter>]) -> Module {
-    let present: Vec<&Adapter> = parts.iter().copied().flatten().collect();
-    let first = present.first().expect("a module is written for an adapter");
-    let experts = first.a.shape()[0];
-    let (_, input, _) = stack(&first.a);
-    let (_, _, height) = stack(&first.b);
-    let rank: usize = present.iter().map(|adapter| stack(&adapter.a).2).sum();
-    let scale = |adapter: &Adapter| adapter.settings.scale(stack(&adapter.a).2);
-    // peft's layout of stacks: in `A` the ranks of one expert are adjacent, `[experts * rank, in]`; in `B` the experts
-    // of one rank, `[out, rank * experts]`.
-    let (mut file_a, mut file_b) =
-        (Matrix::zeros(experts * rank, input), Matrix::zeros(parts.len() * height, rank * experts));
-    let mut first_rank = 0; // of the part
-    for (half, adapter) in parts.iter().enumerate() {
-        let Some(adapter) = adapter else { continue };
-        let ((a, _, own), (b, _, _)) = (stack(&adapter.a), stack(&adapter.b));
-        // A module has only one scale, so that `B` takes up a difference. Adapters of one run have the same scale, so
-        // that the ratio is usually 1.
-        let ratio = (scale(adapter) / scale(first)) as f32;
-        for expert in 0..experts {
-            for k in 0..own {
-                for i in 0..input {
-                    file_a.set(expert * rank + first_rank + k, i, a[(expert * input + i) * own + k]);
-                }
-                for o in 0..height {
-                    let value = b[(expert * own + k) * height + o] * ratio;
-                    file_b.set(half * height + o, (first_rank + k) * experts + expert, value);
-                }
-            }
-        }
-        first_rank += own;
-    }
+/// Fuses parts of a stacked parameter.
+fn fused<'a>(stack_path: &str, name: &str, parameter: &str, parts: Vec<Option<&'a Adapter>>) -> Module<'a> {
+    let first = first_of(&parts);
+    let rank: usize = parts.iter().flatten().map(|adapter| dims(&adapter.a)[1]).sum();
     Module {
         name: name.to_owned(),
         target: format!("{stack_path}.{parameter}"),
         parameter: true,
         rank,
         alpha: alpha_for(first.settings, scale(first), rank),
-        a: file_a,
-        b: file_b,
+        source: Source::Stack(parts),
+    }
+}
+
+fn first_of<'a>(parts: &[Option<&'a Adapter>]) -> &'a Adapter {
+    parts.iter().flatten().next().expect("a module is written for an adapter")
+}
+
+impl Module<'_> {
+    fn shape(&self, side: Side) -> [usize; 2] {
+        match (&self.source, side) {
+            (Source::Plain(adapter), Side::A) => [self.rank, dims(&adapter.a)[0]],
+            (Source::Plain(adapter), Side::B) => [dims(&adapter.b)[1], self.rank],
+            (Source::Stack(parts), side) => {
+                let first = first_of(parts);
+                let experts = first.a.shape()[0];
+                match side {
+                    Side::A => [experts * self.rank, dims(&first.a)[0]],
+                    Side::B => [parts.len() * dims(&first.b)[1], self.rank * experts],
+                }
+            }
+        }
+    }
+
+    fn values(&self, side: Side) -> Vec<f32> {
+        let mut matrix = Matrix::zeros(self.shape(side));
+        match &self.source {
+            Source::Plain(adapter) => {
+                let data = match side {
+                    Side::A => &adapter.a,
+                    Side::B => &adapter.b,
+                };
+                // The file has the transpose.
+                let [_, columns] = dims(data);
+                data.iter::<f32>().enumerate().for_each(|(at, value)| matrix.set(at % columns, at / columns, value));
+            }
+            Source::Stack(parts) => fill_stack(&mut matrix, side, parts, self.rank),
+        }
+        matrix.values
+    }
+}
+
+/// Fills peft's layout of stacks: in `A` the ranks of one expert are adjacent, `[experts * rank, in]`; in `B` the experts of one rank,
+/// `[out, rank * experts]`.
+fn fill_stack(matrix: &mut Matrix, side: Side, parts: &[Option<&Adapter>], rank: usize) {
+    let first = first_of(parts);
+    let (experts, input, height) = (first.a.shape()[0], dims(&first.a)[0], dims(&first.b)[1]);
+    let mut first_rank = 0; // of the part
+    for (half, adapter) in parts.iter().enumerate() {
+        let Some(adapter) = adapter else { continue };
+        let own = dims(&adapter.a)[1];
+        match side {
+            Side::A => {
+                let values = adapter.a.iter::<f32>().enumerate(); // [experts, in, own]
+                values.for_each(|(at, value)| {
+                    let (expert, i, k) = (at / (input * own), at / own % input, at % own);
+                    matrix.set(expert * rank + first_rank + k, i, value);
+                });
+            }
+            Side::B => {
+                // A module has only one scale, so that `B` takes up a difference. Adapters of one run have the same scale, so
+                // that the ratio is usually 1.
+                let ratio = (scale(adapter) / scale(first)) as f32;
+                let values = adapter.b.iter::<f32>().enumerate(); // [experts, own, out]
+                values.for_each(|(at, value)| {
+                    let (expert, k, o) = (at / (own * height), at / height % own, at % height);
+                    matrix.set(half * height + o, (first_rank + k) * experts + expert, value * ratio);
+                });
+            }
+        }
+        first_rank += own;
     }
 }
 
@@ -189,7 +238,7 @@ fn alpha_for(settings: LowRankSettings, scale: f64, rank: usize) -> f64 {
     scale * if settings.rslora { rank.sqrt() } else { rank }
 }
 
-fn config(modules: &[Module], adapters: &[Adapter], model: &ModelConfig, base: &Path) -> NewConfig {
+fn config(modules: &[Module<'_>], adapters: &[Adapter], model: &ModelConfig, base: &Path) -> NewConfig {
     let LowRankSettings { rslora, dropout, .. } = adapters[0].settings;
     let mut config = NewConfig { base: base.display().to_string(), rslora, dropout, ..NewConfig::default() };
     // The most frequent pair of rank and alpha becomes the default; the others become patterns.
@@ -204,7 +253,7 @@ fn config(modules: &[Module], adapters: &[Adapter], model: &ModelConfig, base: &
         (config.rank, config.alpha) = (rank, alpha);
     }
     // A name without its layer targets the projection in every layer. It is used only if every layer has the adapter.
-    let mut wanted: BTreeMap<(bool, String), Vec<&Module>> = BTreeMap::new();
+    let mut wanted: BTreeMap<(bool, String), Vec<&Module<'_>>> = BTreeMap::new();
     for module in modules {
         let short = module.target.splitn(3, '.').nth(2).unwrap_or(&module.target);
         let short = short.strip_prefix("self_attn.").unwrap_or(short);
@@ -257,13 +306,13 @@ fn candidates(model: &ModelConfig) -> Vec<String> {
     seen.iter().map(short).collect()
 }
 
-/// The file: a header with this project's note, then the matrices sorted by name. Written here because the safetensors
-/// library writes metadata in an order that differs from run to run.
-fn safetensors(modules: &[Module], adapters: &[Adapter]) -> Vec<u8> {
-    let mut tensors: Vec<(String, &Matrix)> = Vec::new();
+/// Writes a header with this project's note, then the matrices sorted by name. Written here because the safetensors library writes
+/// metadata in an order that differs from run to run.
+fn write_safetensors(modules: &[Module<'_>], adapters: &[Adapter], file: impl Write) -> io::Result<()> {
+    let mut tensors: Vec<(String, &Module<'_>, Side)> = Vec::new();
     for module in modules {
         let [a, b] = names::tensor_names(&module.name);
-        tensors.extend([(a, &module.a), (b, &module.b)]);
+        tensors.extend([(a, module, Side::A), (b, module, Side::B)]);
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     let note: Vec<Note> = adapters.iter().map(Note::for_adapter).collect();
@@ -271,20 +320,20 @@ fn safetensors(modules: &[Module], adapters: &[Adapter]) -> Vec<u8> {
     let note = serde_json::to_string(&note).expect("a list of plain values is JSON");
     header.insert("__metadata__".into(), json!({ "format": "pt", NOTES: note }));
     let mut offset = 0;
-    for (name, matrix) in &tensors {
-        let end = offset + 4 * matrix.values.len();
-        let info: Value =
-            json!({ "dtype": "F32", "shape": [matrix.rows, matrix.columns], "data_offsets": [offset, end] });
+    for (name, module, side) in &tensors {
+        let shape = module.shape(*side);
+        let end = offset + 4 * shape[0] * shape[1];
+        let info: Value = json!({ "dtype": "F32", "shape": shape, "data_offsets": [offset, end] });
         header.insert(name.clone(), info);
         offset = end;
     }
     let mut json = serde_json::to_vec(&Value::Object(header)).expect("a map of plain values is JSON");
     json.resize(json.len().next_multiple_of(8), b' ');
-    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
-    bytes.extend_from_slice(&json);
-    bytes.reserve(offset);
-    for (_, matrix) in tensors {
-        bytes.extend_from_slice(bytemuck::cast_slice(&matrix.values));
+    let mut file = io::BufWriter::new(file);
+    file.write_all(&(json.len() as u64).to_le_bytes())?;
+    file.write_all(&json)?;
+    for (_, module, side) in tensors {
+        file.write_all(bytemuck::cast_slice(&module.values(side)))?;
     }
-    bytes
+    file.flush()
 }
