@@ -5,7 +5,8 @@
 #
 #     scripts/parity/cuda_smoke.sh [FOLDER]
 #
-# FOLDER is for LLVM, ptxas and libdevice from PyPI (700 MB), by default ~/.cache/moonlight-cuda. Needs Linux on x86-64, gcc, g++ and
+# FOLDER is for LLVM, ptxas and libdevice from PyPI (700 MB), and for kernels that were assembled and compiled before, by default
+# ~/.cache/moonlight-cuda. Needs Linux on x86-64, gcc, g++ and
 # Python 3.10. Where something is not available, prints a line `SKIPPED: ...` with the reason and ends with 0. Findings of the device
 # are in `$CARGO_TARGET_DIR/cuda-smoke/log`. Takes half an hour to build on two cores, then some minutes.
 set -euo pipefail
@@ -57,15 +58,15 @@ XDG_DATA_HOME="$home/share" "${tests[@]}" --no-run
 # Each buffer is an allocation of its own, so that what is beyond it is found.
 work="$CARGO_TARGET_DIR/cuda-smoke"
 rm -rf "$work"
-mkdir -p "$work"
+mkdir -p "$work" "$home/kernels"
 config="cubecl.toml"
 [ ! -e "$config" ] || skip "there is a $config in the repository"
 trap 'rm -f "$config"' EXIT
 printf '[memory]\npersistent_memory = "enforced"\n' > "$config"
 
 run() {
-    if ! XDG_DATA_HOME="$home/share" LD_LIBRARY_PATH="$CARGO_TARGET_DIR/softcuda/release" SOFTCUDA_DIR="$work" \
-        SOFTCUDA_PTXAS="$CUDA_PATH/bin/ptxas" "$@" 2>> "$log"; then
+    if ! XDG_DATA_HOME="$home/share" LD_LIBRARY_PATH="$CARGO_TARGET_DIR/softcuda/release" SOFTCUDA_DIR="$home/kernels" \
+        SOFTCUDA_LOG="$work/log" SOFTCUDA_COUNTS="$work/counts-%p.json" SOFTCUDA_PTXAS="$CUDA_PATH/bin/ptxas" "$@" 2>> "$log"; then
         tail -n 40 "$log" >&2
         grep FINDING "$work/log" >&2 || true
         echo "cuda: failed: $* (the whole output is in $log, the device's in $work/log)" >&2
