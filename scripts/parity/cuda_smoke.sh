@@ -7,7 +7,7 @@
 #
 # LLVM, ptxas and libdevice come from PyPI (see gpu_build.sh). Needs Linux on x86-64, gcc, g++ and Python 3.10. Where something is not
 # available, prints a line `SKIPPED: ...` with the reason and ends with 0. Findings of the device are in
-# `$CARGO_TARGET_DIR/cuda-smoke/log`. Takes half an hour to build on two cores, then some minutes.
+# `$CARGO_TARGET_DIR/cuda-smoke/log`, its counts next to it; compiled kernels are kept in the folder of LLVM. Takes half an hour to build on two cores, then some minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -32,15 +32,15 @@ cargo test --manifest-path tools/softcuda/Cargo.toml --target-dir "$CARGO_TARGET
 # Each buffer is an allocation of its own, so that what is beyond it is found.
 work="$CARGO_TARGET_DIR/cuda-smoke"
 rm -rf "$work"
-mkdir -p "$work"
+mkdir -p "$work" "$cuda_home/kernels"
 config="cubecl.toml"
 [ ! -e "$config" ] || skip "there is a $config in the repository"
 trap 'rm -f "$config"' EXIT
 printf '[memory]\npersistent_memory = "enforced"\n' > "$config"
 
 run() {
-    if ! LD_LIBRARY_PATH="$CARGO_TARGET_DIR/softcuda/release" SOFTCUDA_DIR="$work" \
-        SOFTCUDA_PTXAS="$CUDA_PATH/bin/ptxas" "$@" 2>> "$log"; then
+    if ! LD_LIBRARY_PATH="$CARGO_TARGET_DIR/softcuda/release" SOFTCUDA_DIR="$cuda_home/kernels" SOFTCUDA_LOG="$work/log" \
+        SOFTCUDA_COUNTS="$work/counts-%p.json" SOFTCUDA_PTXAS="$CUDA_PATH/bin/ptxas" "$@" 2>> "$log"; then
         tail -n 40 "$log" >&2
         grep FINDING "$work/log" >&2 || true
         echo "cuda: failed: $* (the whole output is in $log, the device's in $work/log)" >&2

@@ -1,5 +1,7 @@
 //! What is wrong with a launch, in words.
 
+use std::sync::{Mutex, PoisonError};
+
 use crate::driver::error as code;
 use crate::memory::{Memory, Wrong};
 use crate::ptx::{Module, Statement};
@@ -47,6 +49,7 @@ fn what(fault: &Fault, ptx: &str, memory: &Memory) -> String {
             format!("race: {} of {size} bytes, {place}, after {other} (PTX line {other_line} `{line}`)", noun(*access))
         }
         FaultKind::Barrier(text) => text.clone(),
+        FaultKind::Undefined(what) => format!("{what} a value that is computed from memory that was not written"),
         FaultKind::Timeout => "the kernel does not end".into(),
         FaultKind::Unknown(text) => format!("not supported: {text}"),
     }
@@ -66,6 +69,27 @@ fn noun(access: u32) -> &'static str {
         0 => "read",
         1 => "write",
         _ => "atomic operation",
+    }
+}
+
+/// What was read first of what is not defined, by launches that wrote values computed from it.
+static ORIGINS: Mutex<[Option<String>; 128]> = Mutex::new([const { None }; 128]);
+
+/// Remembers the first read of a launch for the state that it writes.
+pub(crate) fn remember(state: u32, origin: String) {
+    if let Some(entry) = ORIGINS.lock().unwrap_or_else(PoisonError::into_inner).get_mut(state as usize) {
+        *entry = Some(origin);
+    }
+}
+
+/// What is known of how a byte of that state was written.
+pub(crate) fn origin(state: u8) -> String {
+    let origins = ORIGINS.lock().unwrap_or_else(PoisonError::into_inner);
+    match origins.get(usize::from(state)).and_then(Option::as_ref) {
+        Some(origin) => format!(
+            ", written with a value computed from memory that was not written; the first such read was: {origin}"
+        ),
+        None => String::new(),
     }
 }
 

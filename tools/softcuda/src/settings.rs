@@ -26,8 +26,10 @@ pub struct Settings {
     pub architectures: Vec<String>,
     /// Threads of the host that run blocks.
     pub threads: usize,
-    /// Report reads of memory that was not written.
+    /// Report where values that are not defined matter.
     pub uninitialized: bool,
+    /// Report each read of memory that was not written.
+    pub strict: bool,
     /// Report threads of a block that miss a barrier by ending before it.
     pub barriers: bool,
     /// Report accesses that no barrier orders.
@@ -75,12 +77,14 @@ impl Settings {
         let checks = variable("SOFTCUDA_CHECKS").unwrap_or_else(|| "uninitialized,barriers".into());
         let check = |name| checks.split(',').any(|check| check.trim() == name || check.trim() == "all");
         for word in checks.split(',').map(str::trim) {
-            if !matches!(word, "all" | "none" | "uninitialized" | "barriers" | "races" | "") {
+            if !matches!(word, "all" | "none" | "uninitialized" | "reads" | "barriers" | "races" | "") {
                 eprintln!("softcuda: `SOFTCUDA_CHECKS` names the unknown check `{word}`");
                 std::process::exit(2);
             }
         }
         let races = check("races");
+        // Not a part of `all`: a kernel may read what it does not use.
+        let strict = checks.split(',').any(|check| check.trim() == "reads");
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             sm,
@@ -96,7 +100,8 @@ impl Settings {
                 .unwrap_or_default(),
             // The last accesses are remembered without locks.
             threads: if races { 1 } else { parsed("SOFTCUDA_THREADS", cores).clamp(1, 64) },
-            uninitialized: check("uninitialized"),
+            uninitialized: check("uninitialized") || strict,
+            strict,
             barriers: check("barriers"),
             races,
             sticky: parsed("SOFTCUDA_STICKY", 1_u8) != 0,

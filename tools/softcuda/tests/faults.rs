@@ -11,7 +11,7 @@ const FAILED: i32 = 719;
 const NOT_SUPPORTED: i32 = 801;
 
 fn device() -> Device {
-    Device::new("all")
+    Device::new("all,reads")
 }
 
 /// One block of `threads`.

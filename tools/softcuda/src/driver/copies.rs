@@ -25,7 +25,8 @@ fn check(name: &str, address: u64, size: usize, written: bool, strict: bool) -> 
             _ => "is out of bounds",
         };
         let place = device.memory.whereabouts(at);
-        crate::log::finding(&format!("{name} of {size} bytes at {address:#x} {what}: {place}"));
+        let origin = device.memory.state(at).map_or_else(String::new, crate::finding::origin);
+        crate::log::finding(&format!("{name} of {size} bytes at {address:#x} {what}: {place}{origin}"));
         return if wrong == Wrong::Uninitialized { super::error::LAUNCH_FAILED } else { ILLEGAL_ADDRESS };
     }
     if written {

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::memory::state::{ALLOCATED, WRITTEN};
-use crate::run::{Launch, run};
+use crate::run::{Fault, FaultKind, Launch, run};
 use crate::translate::symbol;
 use crate::{counts, finding, log, settings};
 
@@ -122,16 +122,28 @@ pub unsafe extern "C" fn cuLaunchKernel(
         exits_allowed: !settings.barriers,
         distinct: settings.counts.is_some(),
         threads: settings.threads,
+        spoiled: device.spoiled,
     };
-    let (kinds, fault) = run(&launch);
+    let (kinds, fault, origin) = run(&launch);
     let seconds = began.elapsed().as_secs_f64();
     device.memory.mark(area, end, ALLOCATED);
     let blocks: u64 = grid.iter().map(|&size| u64::from(size)).product();
     let threads = blocks * block.iter().map(|&size| u64::from(size)).product::<u64>();
     counts::launch(name, blocks, threads, seconds, &kinds);
     log::line(&format!("launch {name} grid {grid:?} block {block:?} shared {dynamic}: {:.3} ms", seconds * 1e3));
-    let Some(fault) = fault else { return SUCCESS };
-    log::finding(&finding::describe(name, &fault, &function.module.ptx, &function.module.parsed, &device.memory));
+    let describe =
+        |fault: &Fault| finding::describe(name, fault, &function.module.ptx, &function.module.parsed, &device.memory);
+    let origin = origin.map(|origin| describe(&origin));
+    let text = fault.as_ref().map(|fault| match (&fault.kind, &origin) {
+        (FaultKind::Undefined(_), Some(origin)) => format!("{}; the first such read: {origin}", describe(fault)),
+        _ => describe(fault),
+    });
+    if let Some(origin) = origin {
+        finding::remember(device.spoiled, origin);
+        device.spoiled = if device.spoiled == 127 { 2 } else { device.spoiled + 1 };
+    }
+    let (Some(fault), Some(text)) = (fault, text) else { return SUCCESS };
+    log::finding(&text);
     match finding::result(&fault) {
         // A device would not have got here, so that it is an error of the launch itself.
         NOT_SUPPORTED => NOT_SUPPORTED,

@@ -54,8 +54,12 @@ fn load(ptx: &str) -> Result<Module, CUresult> {
     };
     let parsed = crate::ptx::Module::parse(ptx).map_err(|error| refused(error.to_string()))?;
     let assembled = assemble::check(ptx, &parsed.target, settings).map_err(refused)?;
-    let options =
-        Options { uninitialized: settings.uninitialized, races: settings.races, distinct: settings.counts.is_some() };
+    let options = Options {
+        uninitialized: settings.uninitialized,
+        strict: settings.strict,
+        races: settings.races,
+        distinct: settings.counts.is_some(),
+    };
     let translation = translate(&parsed, options);
     let mut globals = Vec::new();
     let mut device_state = state::current_device()?;

@@ -18,6 +18,8 @@ pub(super) struct Device {
     pub(super) parameters: u64,
     /// What a kernel did, returned by the calls after it.
     failed: CUresult,
+    /// The state of what the next launch writes with a value that is not defined.
+    pub(super) spoiled: u32,
 }
 
 static LAUNCHES: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
@@ -52,7 +54,7 @@ fn devices() -> &'static [Mutex<Device>] {
             // The parameters are not part of what a program may allocate.
             let mut memory = Memory::new(i, settings.memory + PARAMETERS, settings.races);
             let parameters = memory.allocate(PARAMETERS).unwrap_or(0);
-            Mutex::new(Device { memory, parameters, failed: error::SUCCESS })
+            Mutex::new(Device { memory, parameters, failed: error::SUCCESS, spoiled: 2 })
         };
         (0..settings.devices).map(device).collect()
     })

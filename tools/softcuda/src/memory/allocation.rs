@@ -181,7 +181,7 @@ impl Memory {
         let bad = states.iter().position(|&state| state >= state::GUARD || (written && state != state::WRITTEN));
         let Some(at) = bad else { return Ok(()) };
         let wrong = match states[at] {
-            state::ALLOCATED => Wrong::Uninitialized,
+            found if found < state::GUARD => Wrong::Uninitialized,
             state::FREED => Wrong::AfterFree,
             _ => Wrong::OutOfBounds,
         };

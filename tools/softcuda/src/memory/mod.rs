@@ -30,7 +30,7 @@ pub const RACES: u64 = 0x3000_0000_0000;
 pub mod state {
     /// Allocated, and not written.
     pub const ALLOCATED: u8 = 0;
-    /// Written.
+    /// Written. From here to `GUARD`: written with a value that is not defined.
     pub const WRITTEN: u8 = 1;
     /// Between allocations.
     pub const GUARD: u8 = 0x80;

@@ -33,11 +33,35 @@ pub(crate) struct Fault {
 #[derive(Clone, Debug)]
 
 pub(crate) enum FaultKind {
-    Access { wrong: Wrong, access: u32, address: u64, size: u32 },
-    Shared { wrong: Wrong, access: u32, at: i64, size: u32, whole: u32 },
-    Local { wrong: Wrong, access: u32, size: u32 },
-    Race { access: u32, address: u64, size: u32, shared: Option<u32>, other: String, other_line: u32 },
+    Access {
+        wrong: Wrong,
+        access: u32,
+        address: u64,
+        size: u32,
+    },
+    Shared {
+        wrong: Wrong,
+        access: u32,
+        at: i64,
+        size: u32,
+        whole: u32,
+    },
+    Local {
+        wrong: Wrong,
+        access: u32,
+        size: u32,
+    },
+    Race {
+        access: u32,
+        address: u64,
+        size: u32,
+        shared: Option<u32>,
+        other: String,
+        other_line: u32,
+    },
     Barrier(String),
+    /// What a value that is not defined decides.
+    Undefined(&'static str),
     Timeout,
     Unknown(String),
 }
@@ -72,6 +96,8 @@ pub(super) struct Block {
     yielded: bool,
     pub(super) counts: [u64; KINDS],
     pub(super) fault: Option<Fault>,
+    /// The first read of what is not defined.
+    pub(super) origin: Option<Fault>,
     deadline: Option<Instant>,
     pub(super) exits_allowed: bool,
     pub(super) distinct: bool,
@@ -103,6 +129,7 @@ impl Block {
             yielded: false,
             counts: [0; KINDS],
             fault: None,
+            origin: None,
             deadline: None,
             exits_allowed: false,
             distinct: false,
@@ -116,6 +143,7 @@ impl Block {
         self.count = x * y * z;
         self.counts = [0; KINDS];
         self.fault = None;
+        self.origin = None;
         self.launch = launch.number;
         self.deadline = Some(launch.deadline);
         self.exits_allowed = launch.exits_allowed;
@@ -134,7 +162,8 @@ impl Block {
             linear: i,
             dynamic: launch.dynamic,
             launch: launch.number,
-            unused: 0,
+            spoiled: launch.spoiled,
+            flags: [0; 4],
             params: launch.params,
             base: launch.base,
             span: launch.span,

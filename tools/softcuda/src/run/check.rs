@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char};
 use crate::counts::Kind;
 use crate::memory::{BASE, SECTOR, SHADOW, TOUCHED, Wrong, state};
 
-use super::block::{Block, FaultKind, GLOBAL, IN_LOCAL, IN_SHARED, SHARED, WRITE, block_of};
+use super::block::{Block, Fault, FaultKind, GLOBAL, IN_LOCAL, IN_SHARED, SHARED, WRITE, block_of};
 use super::thread::Thread;
 
 impl Block {
@@ -54,7 +54,7 @@ impl Block {
                     states.fill(state::WRITTEN);
                 }
                 free
-            } else if crate::settings::get().uninitialized {
+            } else if crate::settings::get().strict {
                 states.iter().all(|state| *state == state::WRITTEN)
             } else {
                 states.iter().all(|state| *state < state::GUARD)
@@ -109,8 +109,8 @@ pub(super) unsafe extern "C" fn fault(thread: *mut Thread, access: u32, address:
                 // SAFETY: the shadow of the span is mapped.
                 let wrong = match inside.then(|| unsafe { *((at + SHADOW) as *const u8) }) {
                     Some(state::WRITTEN) => continue,
-                    Some(state::ALLOCATED) if !written => continue,
-                    Some(state::ALLOCATED) => Wrong::Uninitialized,
+                    Some(found) if found < state::GUARD && !written => continue,
+                    Some(found) if found < state::GUARD => Wrong::Uninitialized,
                     Some(state::FREED) => Wrong::AfterFree,
                     _ => Wrong::OutOfBounds,
                 };
@@ -128,6 +128,63 @@ pub(super) unsafe extern "C" fn fault(thread: *mut Thread, access: u32, address:
         }
     };
     block.fail(t.linear as usize, line, kind);
+}
+
+/// A thread has read what is not defined, which may be of no consequence.
+pub(super) unsafe extern "C" fn undefined(thread: *mut Thread, address: u64, size: u32, line: u32) {
+    // SAFETY: called by generated code with its thread.
+    let (block, t) = unsafe { (block_of(thread), &*thread) };
+    if block.origin.is_some() {
+        return;
+    }
+    let at = address.wrapping_sub(t.shared);
+    let kind = if at < SHARED as u64 {
+        let whole = t.shared_size as u32;
+        FaultKind::Shared { wrong: Wrong::Uninitialized, access: 0, at: at as i64, size, whole }
+    } else if address.wrapping_sub(t.base) < t.span {
+        FaultKind::Access { wrong: Wrong::Uninitialized, access: 0, address, size }
+    } else {
+        FaultKind::Local { wrong: Wrong::Uninitialized, access: 0, size }
+    };
+    block.origin = Some(Fault { kind, block: t.ctaid, thread: t.tid, line });
+}
+
+/// A value that is not defined decides something.
+pub(super) unsafe extern "C" fn derived(thread: *mut Thread, what: u32, line: u32) {
+    // SAFETY: called by generated code with its thread.
+    let (block, linear) = unsafe { (block_of(thread), (*thread).linear) };
+    let what =
+        ["the thread branches by", "the thread accesses memory at", "an atomic operation takes"][what as usize % 3];
+    block.fail(linear as usize, line, FaultKind::Undefined(what));
+}
+
+/// The state of a byte that a thread may read.
+pub(super) fn state_of(block: &Block, address: u64) -> *mut u8 {
+    let t = &block.threads[0];
+    let at = address.wrapping_sub(t.shared);
+    if at < SHARED as u64 { t.shared_state.wrapping_add(at as usize) } else { address.wrapping_add(SHADOW) as *mut u8 }
+}
+
+/// Whether any of some bytes that were checked is not defined.
+pub(super) fn is_undefined(block: &mut Block, linear: usize, address: u64, size: u32, line: u32) -> bool {
+    if !crate::settings::get().uninitialized {
+        return false;
+    }
+    // SAFETY: the range was checked.
+    let states = unsafe { std::slice::from_raw_parts(state_of(block, address), size as usize) };
+    let found = states.iter().any(|&state| state != state::WRITTEN);
+    if found {
+        // SAFETY: a thread of this block.
+        unsafe { undefined(&raw mut block.threads[linear], address, size, line) };
+    }
+    found
+}
+
+/// Marks some bytes that were checked as written with a value that is not defined.
+pub(super) fn spoil(block: &mut Block, address: u64, size: u32) {
+    let spoiled = block.threads[0].spoiled as u8;
+    // SAFETY: the range was checked.
+    unsafe { std::ptr::write_bytes(state_of(block, address), spoiled, size as usize) };
 }
 
 pub(super) unsafe extern "C" fn unknown(thread: *mut Thread, what: *const c_char, line: u32) {

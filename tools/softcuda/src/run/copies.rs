@@ -5,6 +5,7 @@ use std::ffi::c_int;
 use crate::memory::state;
 
 use super::block::{Block, FaultKind, WRITE, block_of};
+use super::check::state_of;
 use super::thread::Thread;
 
 #[derive(Clone, Copy)]
@@ -87,8 +88,10 @@ fn carry_out(block: &mut Block, linear: usize, copy: Copy) -> bool {
     if !block.access(linear, WRITE, to, size, size, line) {
         return false;
     }
+    let (target, source) = (state_of(block, to), state_of(block, from));
     // SAFETY: both ranges were checked, the source when the copy was asked for; they are in different spaces.
     unsafe {
+        std::ptr::copy_nonoverlapping(source, target, given as usize);
         std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, given as usize);
         std::ptr::write_bytes((to as *mut u8).add(given as usize), 0, (size - given) as usize);
     }

@@ -31,6 +31,8 @@ pub(crate) struct Launch<'a> {
     /// Whether sectors are counted.
     pub(crate) distinct: bool,
     pub(crate) threads: usize,
+    /// The state of what is written with a value that is not defined.
+    pub(crate) spoiled: u32,
 }
 
 /// Blocks that are not in use. In boxes, because threads have the address of their block.
@@ -42,13 +44,13 @@ fn idle() -> std::sync::MutexGuard<'static, Vec<Box<Block>>> {
     IDLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs all blocks. Returns what was counted, and the first fault.
-pub(crate) fn run(launch: &Launch<'_>) -> ([u64; KINDS], Option<Fault>) {
+/// Runs all blocks. Returns what was counted, the first fault, and the first read of what is not defined.
+pub(crate) fn run(launch: &Launch<'_>) -> ([u64; KINDS], Option<Fault>, Option<Fault>) {
     let blocks: u64 = launch.grid.iter().map(|&size| u64::from(size)).product();
     let per_block: u64 = launch.block.iter().map(|&size| u64::from(size)).product();
     let next = AtomicU64::new(0);
     let failed = AtomicBool::new(false);
-    let result = Mutex::new(([0; KINDS], None));
+    let result = Mutex::new(([0; KINDS], None, None));
     let some = || {
         let mut block = idle().pop().unwrap_or_else(Block::new);
         block.begin(launch);
@@ -69,6 +71,9 @@ pub(crate) fn run(launch: &Launch<'_>) -> ([u64; KINDS], Option<Fault>) {
         }
         if result.1.is_none() {
             result.1 = block.fault.take();
+        }
+        if result.2.is_none() {
+            result.2 = block.origin.take();
         }
         idle().push(block);
     };

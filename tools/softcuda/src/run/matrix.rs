@@ -239,7 +239,9 @@ pub(super) fn complete(warp: &mut Warp, need: u32) -> bool {
             _ => multiply::<32>(left, right, sum, k),
         }
     }
+    let flags = flags(&warp.lanes, scratch, [m, n, k], [a, b, c]);
     for (at, lane) in warp.lanes.iter_mut().enumerate() {
+        lane.flags_taken = 0;
         lane.taken = [0; 8];
         for i in 0..m * n / 32 {
             let from = usize::from(scratch.places[2][at * (m * n / 32) + i]);
@@ -249,9 +251,37 @@ pub(super) fn complete(warp: &mut Warp, need: u32) -> bool {
                 _ => scratch.sum[from].to_bits(),
             };
             pack(&mut lane.taken, i, d, value);
+            if let Some(flags) = &flags {
+                lane.flags_taken |= u32::from(flags[from]) << (i as u32 * d.bits() / 32);
+            }
         }
     }
     true
+}
+
+/// Which numbers of the result are not defined: those whose row, column or summand has one that is not. `None` if all are.
+fn flags(lanes: &[Lane; 32], scratch: &Scratch, [m, n, k]: [usize; 3], kinds: [Element; 3]) -> Option<Vec<bool>> {
+    if lanes.iter().all(|lane| lane.flags == [0; 3]) {
+        return None;
+    }
+    let (mut rows, mut columns, mut out) = (vec![false; m], vec![false; n], vec![false; m * n]);
+    for (which, (places, kind)) in scratch.places.iter().zip(kinds).enumerate() {
+        let count = places.len() / 32;
+        for (at, &place) in places.iter().enumerate() {
+            let register = (at % count) as u32 * kind.bits() / 32;
+            if lanes[at / count].flags[which] >> register & 1 == 1 {
+                match which {
+                    0 => rows[usize::from(place) / k] = true,
+                    1 => columns[usize::from(place) % n] = true,
+                    _ => out[usize::from(place)] = true,
+                }
+            }
+        }
+    }
+    for (at, flag) in out.iter_mut().enumerate() {
+        *flag |= rows[at / n] || columns[at % n];
+    }
+    Some(out)
 }
 
 pub(super) unsafe extern "C" fn matrix(
@@ -271,11 +301,13 @@ pub(super) unsafe extern "C" fn matrix(
             lane.given[8 * i..8 * i + 8].copy_from_slice(std::slice::from_raw_parts(from, 8));
         }
         lane.form = form as usize;
+        lane.flags = [(*thread).flags[0], (*thread).flags[1], (*thread).flags[2]];
         if !meet(thread, How::Matrix, u32::MAX, line) {
             return 0;
         }
         let lane = &super::block::block_of(thread).warps[linear / 32].lanes[linear % 32];
         std::slice::from_raw_parts_mut(d, 8).copy_from_slice(&lane.taken);
+        (*thread).flags[3] = lane.flags_taken;
     }
     1
 }

@@ -5,6 +5,7 @@ use std::ffi::c_int;
 use crate::counts::Kind;
 
 use super::block::{Block, SHARED, WRITE, block_of};
+use super::check::{is_undefined, spoil};
 use super::matrix::{Element, pack};
 use super::thread::Thread;
 use super::warp::{How, meet};
@@ -39,11 +40,15 @@ pub(super) unsafe extern "C" fn moves(
         lane.form = form.as_ptr() as usize;
         lane.given[..8].copy_from_slice(values);
         // SAFETY: as above.
+        lane.flags = unsafe { [(*thread).flags[0], 0, 0] };
+        // SAFETY: as above.
         unsafe {
             if !meet(thread, How::Move, u32::MAX, line) {
                 return 0;
             }
-            values.copy_from_slice(&block_of(thread).warps[linear / 32].lanes[linear % 32].taken);
+            let lane = &block_of(thread).warps[linear / 32].lanes[linear % 32];
+            values.copy_from_slice(&lane.taken);
+            (*thread).flags[3] = lane.flags_taken;
         }
         return 1;
     }
@@ -51,6 +56,9 @@ pub(super) unsafe extern "C" fn moves(
     let element = Element::from_number(element);
     let size = element.bits() / 8;
     let write = what == 1;
+    // SAFETY: as above.
+    let given = unsafe { (*thread).flags[0] };
+    let mut taken = 0;
     for i in 0..rows * columns / 32 {
         let e = linear as u32 % 32 + 32 * i;
         let (row, column) = (u64::from(e / columns), u64::from(e % columns));
@@ -61,6 +69,11 @@ pub(super) unsafe extern "C" fn moves(
         }
         count(block, at, size, write);
         let per = 32 / element.bits();
+        if write && given >> (i / per) & 1 == 1 {
+            spoil(block, at, size);
+        } else if !write && is_undefined(block, linear, at, size, line) {
+            taken |= 1 << (i / per);
+        }
         let shift = element.bits() * (i % per);
         // SAFETY: the address was checked, and it is aligned.
         unsafe {
@@ -81,6 +94,8 @@ pub(super) unsafe extern "C" fn moves(
             }
         }
     }
+    // SAFETY: as above.
+    unsafe { (*thread).flags[3] = taken };
     1
 }
 
@@ -104,12 +119,20 @@ pub(super) unsafe fn complete(thread: *mut Thread, need: u32, line: u32) -> bool
         }
         count(block, address, 16, write);
     }
+    for lane in &mut block.warps[at].lanes {
+        lane.flags_taken = 0;
+    }
     for i in 0..count_of {
         for lane in 0..32 {
             let mut value = 0;
             for j in 0..2 {
                 let (row, column) = if turned { (lane % 4 * 2 + j, lane / 4) } else { (lane / 4, lane % 4 * 2 + j) };
                 let address = block.warps[at].lanes[8 * i + row].address + 2 * column as u64;
+                if write && block.warps[at].lanes[lane].flags[0] >> i & 1 == 1 {
+                    spoil(block, address, 2);
+                } else if !write && is_undefined(block, first + lane, address, 2, line) {
+                    block.warps[at].lanes[lane].flags_taken |= 1 << i;
+                }
                 // SAFETY: the row was checked.
                 unsafe {
                     if write {

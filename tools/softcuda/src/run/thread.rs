@@ -14,7 +14,10 @@ pub(crate) struct Thread {
     pub(super) linear: u32,
     pub(super) dynamic: u32,
     pub(super) launch: u32,
-    pub(super) unused: u32,
+    /// The state of what is written with a value that is not defined.
+    pub(super) spoiled: u32,
+    /// Which of the registers of an instruction of a warp are not defined: of three operands, and of the result.
+    pub(super) flags: [u32; 4],
     pub(super) params: u64,
     pub(super) base: u64,
     pub(super) span: u64,
@@ -52,6 +55,8 @@ pub(super) struct Runtime {
     moves: unsafe extern "C" fn(*mut Thread, *const u32, u64, u32, *mut u32, u32) -> c_int,
     copy: unsafe extern "C" fn(*mut Thread, u64, u64, u32, u32, u32) -> c_int,
     copies: unsafe extern "C" fn(*mut Thread, u32, u32) -> c_int,
+    undefined: unsafe extern "C" fn(*mut Thread, u64, u32, u32),
+    derived: unsafe extern "C" fn(*mut Thread, u32, u32),
 }
 
 pub(super) static RUNTIME: Runtime = Runtime {
@@ -65,4 +70,6 @@ pub(super) static RUNTIME: Runtime = Runtime {
     moves: moves::moves,
     copy: copies::copy,
     copies: copies::copies,
+    undefined: check::undefined,
+    derived: check::derived,
 };

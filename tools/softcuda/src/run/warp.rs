@@ -66,6 +66,9 @@ pub(super) struct Lane {
     /// The form of a product or move: a constant of generated code.
     pub(super) form: usize,
     pub(super) taken: [u32; 8],
+    /// Which registers that it brings and takes are not defined.
+    pub(super) flags: [u32; 3],
+    pub(super) flags_taken: u32,
 }
 
 /// A value that is not there.
@@ -107,6 +110,7 @@ impl Warp {
                 }
                 for lane in bits(group) {
                     self.lanes[lane].taken[0] = group;
+                    self.lanes[lane].flags_taken = 0;
                 }
                 self.waiting &= !group;
                 self.ready |= group;
@@ -148,17 +152,27 @@ impl Warp {
     }
 
     fn results(&mut self, how: How, need: u32) {
+        if matches!(how, How::Sync | How::Active | How::Matrix | How::Move) {
+            return;
+        }
         let values: [u32; 32] =
             std::array::from_fn(|lane| if need >> lane & 1 == 1 { self.lanes[lane].given[0] } else { POISON });
         let taking = || bits(need);
         let fold = |f: fn(u32, u32) -> u32| taking().map(|lane| values[lane]).reduce(f).unwrap_or(0);
+        let flags = taking().fold(0, |flags, lane| flags | self.lanes[lane].flags[0]);
+        for lane in taking() {
+            self.lanes[lane].flags_taken = if flags != 0 { 0xff } else { 0 };
+        }
         let same = match how {
             How::Sync | How::Active | How::Matrix | How::Move => return,
             How::Up | How::Down | How::Butterfly | How::Index => {
                 for lane in taking() {
                     let [_, b, c, ..] = self.lanes[lane].given;
                     let (from, inside) = source(how, lane as u32, b, c);
-                    self.lanes[lane].taken[..2].copy_from_slice(&[values[from as usize & 31], u32::from(inside)]);
+                    let from = from as usize & 31;
+                    self.lanes[lane].taken[..2].copy_from_slice(&[values[from], u32::from(inside)]);
+                    // What a thread brings that is not there is not defined.
+                    self.lanes[lane].flags_taken = if need >> from & 1 == 1 { self.lanes[from].flags[0] } else { 0xff };
                 }
                 return;
             }
@@ -227,6 +241,8 @@ pub(super) unsafe extern "C" fn warp(
     // SAFETY: called by generated code with its thread.
     let lane =
         unsafe { &mut block_of(thread).warps[(*thread).linear as usize / 32].lanes[(*thread).linear as usize % 32] };
+    // SAFETY: as above.
+    lane.flags = unsafe { [(*thread).flags[0], 0, 0] };
     if !given.is_null() {
         let count = match how {
             How::Up | How::Down | How::Butterfly | How::Index => 3,
@@ -245,6 +261,7 @@ pub(super) unsafe extern "C" fn warp(
             let linear = (*thread).linear as usize;
             let lane = &block_of(thread).warps[linear / 32].lanes[linear % 32];
             std::slice::from_raw_parts_mut(taken, 2).copy_from_slice(&lane.taken[..2]);
+            (*thread).flags[3] = lane.flags_taken;
         }
     }
     1

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use crate::counts::{KINDS, Kind};
 use crate::ptx::{Array, Function, Instruction, Module, Space, Statement, Type};
 
-use super::unset;
+use super::{Options, unset};
 
 /// What a launch needs to know of a kernel.
 #[derive(Clone, Debug)]
@@ -56,18 +56,27 @@ pub(super) struct Writer<'a> {
     /// Whether threads of a block wait for each other.
     pub(super) sync: bool,
     pub(super) seen: HashSet<String>,
+    /// Whether values that are not defined are followed.
+    pub(super) track: bool,
     counts: [u64; KINDS],
     counted: [bool; KINDS],
     body: String,
     unknown: Vec<(u32, String)>,
 }
 
-pub(super) fn write(module: &Module, function: &Function, globals: &[Array], source: &mut String) -> Kernel {
+pub(super) fn write(
+    module: &Module,
+    function: &Function,
+    globals: &[Array],
+    options: Options,
+    source: &mut String,
+) -> Kernel {
     let mut writer = Writer {
         registers: function.registers.iter().map(|register| (register.name.as_str(), register.ty)).collect(),
         places: HashMap::new(),
         sync: false,
         seen: HashSet::new(),
+        track: options.uninitialized,
         counts: [0; KINDS],
         counted: [false; KINDS],
         body: String::new(),
@@ -170,7 +179,7 @@ impl Writer<'_> {
             self.flush();
         }
         let code = match self.translate(instruction) {
-            Ok(code) => code,
+            Ok(code) => self.followed(instruction, code),
             Err(why) => {
                 let what = format!("`{}`: {why}", instruction.opcode());
                 let text = what.replace(['\\', '"'], "'");
@@ -184,6 +193,9 @@ impl Writer<'_> {
             }
             Some((register, negated)) => {
                 let not = if *negated { "!" } else { "" };
+                if self.track {
+                    let _ = writeln!(self.body, "    PTX_DERIVED(U_{register}, 0, {})", instruction.line);
+                }
                 let _ = write!(self.body, "    if ({not}R_{register}) {{ {code}");
                 self.flush();
                 let _ = writeln!(self.body, "    }}");
@@ -210,6 +222,11 @@ impl Writer<'_> {
             for some in names.chunks(32) {
                 let list: Vec<String> = some.iter().map(|name| format!("R_{name} = {poison}")).collect();
                 let _ = writeln!(source, "    {} {};", Type::untyped(bits).c(), list.join(", "));
+                if self.track {
+                    let list: Vec<String> =
+                        some.iter().map(|name| format!("U_{name} = {}", (1 << (bits / 8)) - 1)).collect();
+                    let _ = writeln!(source, "    uint8_t {};", list.join(", "));
+                }
             }
         }
         for kind in (0..KINDS).filter(|&kind| self.counted[kind]) {
@@ -218,7 +235,9 @@ impl Writer<'_> {
         let _ = writeln!(source, "    uint32_t spins = 0; (void)spins;");
         // Of one byte where there is none, for what asks for its address.
         let _ = writeln!(source, "    _Alignas(16) uint8_t locals[{}]; (void)locals;", local.max(1));
+        let _ = writeln!(source, "    uint8_t locals_state[{}]; (void)locals_state;", local.max(1));
         if local > 0 {
+            let _ = writeln!(source, "    memset(locals_state, 0, sizeof locals);");
             let _ = writeln!(source, "    memset(locals, 0xcd, sizeof locals);");
         }
         source.push_str(&self.body);

@@ -6,6 +6,7 @@ use crate::run::matrix::Element;
 
 use super::kernel::{Unknown, Writer};
 use super::memory::parts;
+use super::undefined::ADDRESS;
 
 /// `m16n8k16`.
 fn shape(i: &Instruction) -> Option<[u32; 3]> {
@@ -86,9 +87,13 @@ impl Writer<'_> {
             }
         }
         let form = [u32::from(wmma), m, n, k, d as u32, a as u32, b as u32, c as u32].map(|v| v.to_string()).join(", ");
-        let results = self.results(&i.operands[0], "d")?;
+        let results = self.results(&i.operands[0], "d")? + &self.put_flags_of(&i.operands[0], "t->flags[3]");
+        let flags: String = match self.track {
+            true => (0..3).map(|at| format!("t->flags[{at}] = {};", self.flags_of(&i.operands[at + 1]))).collect(),
+            false => String::new(),
+        };
         Ok(format!(
-            "{{ static const uint32_t form[] = {{ {form} }}; uint32_t a[8] = {av}, b[8] = {bv}, c[8] = {cv}, d[8]; \
+            "{{ static const uint32_t form[] = {{ {form} }}; uint32_t a[8] = {av}, b[8] = {bv}, c[8] = {cv}, d[8]; {flags} \
              if (!t->run->matrix(t, form, a, b, c, d, {})) goto done; {results} }}",
             i.line
         ))
@@ -166,6 +171,7 @@ impl Writer<'_> {
         values: usize,
         stride: &str,
     ) -> Result<String, Unknown> {
+        let checks = self.defined(i, self.operand(i, at)?, ADDRESS);
         let address = self.address(self.operand(i, at)?)?;
         let values = self.operand(i, values)?;
         let count = parts(values).len();
@@ -174,12 +180,16 @@ impl Writer<'_> {
         }
         let [what, rows, columns, element, flag] = form;
         let (given, taken) = match what {
-            0 | 2 => ("{ 0 }".to_owned(), self.results(values, "v")?),
+            0 | 2 => ("{ 0 }".to_owned(), self.results(values, "v")? + &self.put_flags_of(values, "t->flags[3]")),
             _ => (self.values(values)?.0, String::new()),
+        };
+        let flags = match what {
+            1 | 3 if self.track => format!("t->flags[0] = {};", self.flags_of(values)),
+            _ => String::new(),
         };
         let form = [what, rows, columns, element, flag, count as u32].map(|v| v.to_string()).join(", ");
         Ok(format!(
-            "{{ static const uint32_t form[] = {{ {form} }}; uint32_t v[8] = {given}; \
+            "{{ static const uint32_t form[] = {{ {form} }}; uint32_t v[8] = {given}; {checks} {flags} \
              if (!t->run->move(t, form, {address}, {stride}, v, {})) goto done; {taken} }}",
             i.line
         ))

@@ -4,6 +4,7 @@ use crate::counts::Kind;
 use crate::ptx::{Instruction, Operand, Space, Type};
 
 use super::kernel::{Place, Unknown, Writer};
+use super::undefined::{ADDRESS, ATOMIC};
 
 fn space(i: &Instruction) -> Space {
     for modifier in &i.modifiers {
@@ -79,7 +80,7 @@ impl Writer<'_> {
         if ty == Type::B128 || parts(to).len() != count as usize {
             return Err("the form of the load is not known".into());
         }
-        let mut out = format!("{{ uint64_t a = {}; ", self.address(from)?);
+        let mut out = self.defined(i, from, ADDRESS) + &format!("{{ uint64_t a = {}; ", self.address(from)?);
         // The place of a parameter is known, so that its bounds are checked here.
         let mut checked = false;
         if let (Space::Param, Operand::Address(base, offset)) = (space, from)
@@ -100,6 +101,11 @@ impl Writer<'_> {
         for (at, part) in parts(to).iter().enumerate() {
             let value = format!("*({volatile}{} *)(a + {})", each.c(), at as u32 * ty.bytes());
             out += &self.put(part, each, &value)?;
+            out += &match checked {
+                false => self.load_flags(i, space, at as u32 * ty.bytes(), ty, part),
+                true if self.track => self.put_flags(part, "0"),
+                true => String::new(),
+            };
         }
         Ok(out + " }")
     }
@@ -113,7 +119,7 @@ impl Writer<'_> {
         if ty == Type::B128 || space == Space::Param || parts(from).len() != count as usize {
             return Err("the form of the store is not known".into());
         }
-        let mut out = format!("{{ uint64_t a = {}; ", self.address(to)?);
+        let mut out = self.defined(i, to, ADDRESS) + &format!("{{ uint64_t a = {}; ", self.address(to)?);
         out += &self.check(i, space, size, "WRITE");
         self.count_access(space, size, true);
         let each = Type::untyped(ty.bits()).c();
@@ -121,6 +127,7 @@ impl Writer<'_> {
         for (at, part) in parts(from).iter().enumerate() {
             let (bits, _) = self.raw(part)?;
             out += &format!("*({volatile}{each} *)(a + {}) = ({each}){bits};", at as u32 * ty.bytes());
+            out += &self.store_flags(space, at as u32 * ty.bytes(), ty.bytes(), part);
         }
         Ok(out + " }")
     }
@@ -144,7 +151,13 @@ impl Writer<'_> {
         if !known || parts(values).len() != count as usize || ty.bits() < 16 {
             return Err("the form of the atomic operation is not known".into());
         }
-        let mut out = format!("{{ uint64_t a = {}; ", self.address(at)?);
+        let mut out = self.defined(i, at, ADDRESS);
+        for operand in &i.operands[first + 1..] {
+            for part in parts(operand) {
+                out += &self.defined(i, part, ATOMIC);
+            }
+        }
+        out += &format!("{{ uint64_t a = {}; ", self.address(at)?);
         out += &self.check(i, space, ty.bytes() * count, "ATOMIC");
         match space {
             Space::Shared => self.count_access(space, ty.bytes() * count, true),
@@ -167,7 +180,10 @@ impl Writer<'_> {
                 call + ")"
             };
             out += &match to.get(lane) {
-                Some(to) => self.put(to, if float { bits } else { whole }, &call)?,
+                Some(to) => {
+                    let put = self.put(to, if float { bits } else { whole }, &call)?;
+                    put + &if self.track { self.put_flags(to, "0") } else { String::new() }
+                }
                 None => format!("{call};"),
             };
         }
@@ -200,6 +216,7 @@ impl Writer<'_> {
         self.count(Kind::GlobalRead, *bytes);
         self.count(Kind::SharedWritten, *bytes);
         let (to, from) = (self.address(&i.operands[0])?, self.address(&i.operands[1])?);
-        Ok(format!("if (!t->run->copy(t, {to}, {from}, {size}, {given}, {})) goto done;", i.line))
+        let checks = self.defined(i, &i.operands[0], ADDRESS) + &self.defined(i, &i.operands[1], ADDRESS);
+        Ok(format!("{checks}if (!t->run->copy(t, {to}, {from}, {size}, {given}, {})) goto done;", i.line))
     }
 }

@@ -11,6 +11,7 @@ mod kernel;
 mod matrix;
 mod memory;
 mod operand;
+mod undefined;
 mod unset;
 mod warp;
 
@@ -26,8 +27,10 @@ pub(crate) use kernel::symbol;
 /// What is compiled into a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Report reads of memory that was not written.
+    /// Follow values that are not defined, and report where they matter.
     pub uninitialized: bool,
+    /// Report each read of memory that was not written.
+    pub strict: bool,
     /// Report accesses of two threads that no barrier orders.
     pub races: bool,
     /// Count the sectors that a launch touches.
@@ -56,7 +59,12 @@ const PRELUDE: [&str; 4] = [
 pub fn translate(module: &Module, options: Options) -> Translation {
     let mut source = String::new();
     let _ = writeln!(source, "#define PTX_SHADOW {SHADOW:#x}ull");
-    let _ = writeln!(source, "#define PTX_UNINITIALIZED {}", u8::from(options.uninitialized));
+    let _ = writeln!(
+        source,
+        "#define PTX_STRICT {}\n#define PTX_TRACK {}",
+        u8::from(options.strict),
+        u8::from(options.uninitialized)
+    );
     let _ = writeln!(source, "#define PTX_RACES {}", u8::from(options.races));
     // The kind of count, or 0.
     let distinct = if options.distinct { Kind::DistinctRead as usize } else { 0 };
@@ -74,7 +82,7 @@ pub fn translate(module: &Module, options: Options) -> Translation {
         .collect();
     let mut kernels = Vec::new();
     for function in module.functions.iter().filter(|function| function.entry) {
-        kernels.push(kernel::write(module, function, &globals, &mut source));
+        kernels.push(kernel::write(module, function, &globals, options, &mut source));
     }
     Translation { source, kernels, globals }
 }

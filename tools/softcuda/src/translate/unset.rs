@@ -99,7 +99,7 @@ fn blocks(body: &[Statement]) -> Vec<Block<'_>> {
 }
 
 /// Calls `visit` with each register of an instruction and whether it is written.
-fn each(instruction: &Instruction, visit: &mut impl FnMut(&str, bool)) {
+pub(super) fn each(instruction: &Instruction, visit: &mut impl FnMut(&str, bool)) {
     if let Some((register, _)) = &instruction.guard {
         visit(register, false);
     }

@@ -11,8 +11,20 @@ impl Writer<'_> {
         self.sync = true;
         let given = if given.is_empty() { "0".to_owned() } else { given.join(", ") };
         let (how, line) = (how as u32, i.line);
+        let (mut before, mut after) = (String::new(), String::new());
+        if self.track {
+            let source = i.operands.get(1).map_or_else(|| "0".into(), |operand| self.flags(operand));
+            before = format!("t->flags[0] = {source};");
+            let results = match i.operands.first() {
+                Some(Operand::Pair(a, b)) => vec![&**a, &**b],
+                Some(other) => vec![other],
+                None => Vec::new(),
+            };
+            after = results.iter().map(|to| self.put_flags(to, "t->flags[3]")).collect();
+        }
         format!(
-            "{{ uint32_t in[] = {{ {given} }}, out[2]; if (!t->run->warp(t, {how}, {mask}, in, out, {line})) goto done; {then} }}"
+            "{{ uint32_t in[] = {{ {given} }}, out[2]; {before} if (!t->run->warp(t, {how}, {mask}, in, out, {line})) goto done; \
+             {then} {after} }}"
         )
     }
 

@@ -17,9 +17,11 @@ typedef struct {
     int (*move)(Thread *, const uint32_t *form, uint64_t address, uint32_t stride, uint32_t *values, uint32_t line);
     int (*copy)(Thread *, uint64_t to, uint64_t from, uint32_t size, uint32_t given, uint32_t line);
     int (*copies)(Thread *, uint32_t how, uint32_t left);
+    void (*undefined)(Thread *, uint64_t address, uint32_t size, uint32_t line);
+    void (*derived)(Thread *, uint32_t what, uint32_t line);
 } Runtime;
 struct Thread {
-    uint32_t tid[3], ntid[3], ctaid[3], nctaid[3], linear, dynamic, launch, unused;
+    uint32_t tid[3], ntid[3], ctaid[3], nctaid[3], linear, dynamic, launch, spoiled, flags[4];
     uint64_t params, base, span, shared, shared_size;
     uint8_t *shared_state;
     const uint64_t *globals;
@@ -40,12 +42,13 @@ typedef struct {
 #define PTX_SHARED 16
 #define PTX_LOCAL 32
 
-// Each byte of memory has a byte of state: 0 allocated, 1 written, 0x80 and more not to be touched.
+// Each byte of memory has a byte of state: 0 allocated, 1 written, up to 0x7f written with a value that is not defined, 0x80 and
+// more not to be touched.
 static inline int ptx_state_read(const uint8_t *s, uint32_t n) {
     uint64_t v = 0, most = n < 8 ? n : 8;
     for (uint32_t at = 0; at < n; at += 8) {
         memcpy(&v, s + at, most);
-#if PTX_UNINITIALIZED
+#if PTX_STRICT
         if (v != 0x0101010101010101ull >> (64 - 8 * most)) return 0;
 #else
         if (v & 0x8080808080808080ull) return 0;
@@ -62,7 +65,23 @@ static inline int ptx_state_write(uint8_t *s, uint32_t n) {
     for (uint32_t at = 0; at < n; at += 8) memcpy(s + at, &ones, most);
     return 1;
 }
+// Which of up to eight bytes are not defined, a bit for each.
+static inline uint32_t ptx_undefined(const uint8_t *s, uint32_t n) {
+    uint64_t v = 0;
+    memcpy(&v, s, n);
+    if (v == 0x0101010101010101ull >> (64 - 8 * n)) return 0;
+    uint32_t u = 0;
+    for (uint32_t i = 0; i < n; i++) u |= (uint32_t)(s[i] != 1) << i;
+    return u;
+}
+static inline void ptx_spoil(Thread *t, uint8_t *s, uint32_t u, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) if (u >> i & 1) s[i] = t->spoiled;
+}
 static inline int ptx_state(uint8_t *s, uint32_t n, uint32_t access) {
+    if ((access & 3) == PTX_ATOMIC) {
+        for (uint32_t i = 0; i < n; i++) if (s[i] != 1 && (PTX_TRACK || s[i] >= 0x80)) return 0;
+        return 1;
+    }
     if ((access & 3) == PTX_WRITE) return ptx_state_write(s, n);
     return ptx_state_read(s, n);
 }
@@ -81,6 +100,13 @@ static inline int ptx_local(uint64_t from, uint64_t size, uint64_t a, uint32_t n
     return at < size && n <= size - at && !(a & (align - 1));
 }
 
+#define PTX_STATE_GLOBAL(a) ((uint8_t *)((a) + PTX_SHADOW))
+#define PTX_STATE_SHARED(a) (t->shared_state + ((a) - t->shared))
+#define PTX_STATE_LOCAL(a) (locals_state + ((a) - (uint64_t)locals))
+#define PTX_STATE_GENERIC(a) \
+    ((a) - t->shared < (1u << 20) ? PTX_STATE_SHARED(a) : (a) - (uint64_t)locals < sizeof locals ? PTX_STATE_LOCAL(a) : PTX_STATE_GLOBAL(a))
+// What decides where a program goes or what it touches must be defined.
+#define PTX_DERIVED(u, what, line) if (__builtin_expect((u) != 0, 0)) { t->run->derived(t, what, line); goto done; }
 #if PTX_DISTINCT
 // Sectors that this launch has not touched before.
 static inline void ptx_touch(Thread *t, uint64_t a, uint32_t n, uint32_t access) {
@@ -108,7 +134,8 @@ static inline void ptx_touch(Thread *t, uint64_t a, uint32_t n, uint32_t access)
     if (__builtin_expect(!ptx_shared(t, a, n, align, access), 0)) PTX_FAULT(PTX_SHARED, a, n, access, line) \
     PTX_RACE(PTX_SHARED, a, n, access, line)
 #define PTX_CHECK_LOCAL(a, n, align, access, line) \
-    if (__builtin_expect(!ptx_local((uint64_t)locals, sizeof locals, a, n, align), 0)) PTX_FAULT(PTX_LOCAL, a, n, access, line)
+    if (__builtin_expect(!ptx_local((uint64_t)locals, sizeof locals, a, n, align), 0)) PTX_FAULT(PTX_LOCAL, a, n, access, line) \
+    if ((access) & 3) memset(PTX_STATE_LOCAL(a), 1, n);
 // The address decides where it is.
 #define PTX_CHECK_GENERIC(a, n, align, access, line) \
     if (a - t->shared < (1u << 20)) { PTX_CHECK_SHARED(a, n, align, access, line) } \
