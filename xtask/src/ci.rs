@@ -44,9 +44,11 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     // These share a build, which takes longest, so they are skipped if the checks before them were slow.
     let late = |seconds: u64| format!("the checks before it took {seconds} seconds");
     let seconds = start.elapsed().as_secs();
-    optional("the GPU kernels on CUDA", seconds < 2400, &late(seconds), || cuda(root))?;
+    let is_early = seconds < 1800;
+    optional("the GPU kernels on CUDA", is_early, &late(seconds), || cuda(root))?;
     let seconds = start.elapsed().as_secs();
-    optional("the GPU kernels on WGPU", seconds < 3600, &late(seconds), || wgpu(root))?;
+    let is_built = is_early && seconds < 4200;
+    optional("the GPU kernels on WGPU", is_built || seconds < 2700, &late(seconds), || wgpu(root))?;
 
     // The fuzz targets have a sanitizer and share no build with the rest: without a cached build they take half an hour.
     let seconds = start.elapsed().as_secs();
