@@ -19,8 +19,15 @@ ATTRIBUTES = {
 }
 
 
+def library():
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ctypes.CDLL("libcuda.so")
+
+
 def main():
-    driver = ctypes.CDLL("libcuda.so.1")
+    driver = library()
 
     def ask(name, *arguments):
         status = getattr(driver, name)(*arguments)

@@ -1,5 +1,6 @@
 """Part 1: what the machine is. Later parts need the card's peaks and its memory."""
 
+import datetime
 import json
 import os
 import re
@@ -79,7 +80,8 @@ def doctor(day):
 
 
 def machine(day):
-    facts = {"system": " ".join(os.uname()), "processors": os.cpu_count(), "Python": sys.version.split()[0]}
+    facts = {"date": datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"), "command": " ".join(sys.argv)}
+    facts |= {"system": " ".join(os.uname()), "processors": os.cpu_count(), "Python": sys.version.split()[0]}
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as text:
         facts["processor"] = next((line.split(":")[1].strip() for line in text if line.startswith("model name")), "")
     disk = shutil.disk_usage(day.folder)

@@ -46,6 +46,8 @@ def page(settings, parts):
     text += ["| part | state | seconds |", "|---|---|---|"]
     text += [f"| {part['title']} | {state(part)} | {part.get('seconds', 0):.0f} |" for part in parts]
     for part in parts:
+        if part["state"] == "not started":
+            continue
         text += ["", f"## {part['title']}", ""]
         if part.get("about"):
             text += [part["about"], ""]
@@ -68,8 +70,8 @@ def lines(items):
         result = item.get("result", {})
         if "lines" in result:
             yield from ((f"{name}: {line['what']}", line) for line in result["lines"])
-        elif "facts" not in result:
-            yield name, result | {"note": result.get("note", "" if item["state"] == "done" else item["state"])}
+        elif item["state"] == "done" and "facts" not in result:
+            yield name, result
 
 
 def table(items):
@@ -94,8 +96,12 @@ def cell(value):
 
 
 def problems(items):
+    """What was not measured, and why; the output of a program that failed is quoted."""
     text = []
     for name, item in items.items():
         if item.get("error"):
-            text += ["", f"**{name}: {item['state']}**", "", *(f"    {line}" for line in item["error"].splitlines())]
+            first, *more = item["error"].splitlines()
+            text += ["", f"{name}: **{item['state']}**: {first}"]
+            if more:
+                text += ["", *(f"    {line}" for line in more)]
     return text
