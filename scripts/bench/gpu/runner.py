@@ -104,7 +104,8 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=stdout if words is None else subprocess.PIPE,
                     stderr=stderr,
-                    env=os.environ | (environment or {}),
+                    # A backtrace would push the message out of what an error quotes.
+                    env=os.environ | {"RUST_BACKTRACE": "0"} | (environment or {}),
                     start_new_session=True,
                 )
             except OSError as error:

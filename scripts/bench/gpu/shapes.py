@@ -51,7 +51,7 @@ TINY = {
     "bench-small, f32": Training("quickstart.toml", TINY_BLOCK | {"dtype": "f32"}, 2, 32, vocab_size=256),
     "bench-small, bf16": Training("quickstart.toml", TINY_BLOCK | {"dtype": "bf16"}, 2, 32, vocab_size=256),
     "one block of Moonlight, bf16": Training("quickstart.toml", TINY_BLOCK | {"dtype": "bf16"}, 1, 64, vocab_size=256),
-    "Moonlight-16B, LoRA, int4": Training("moonlight-16b-lora-24gb.toml", {}, 1, 32, 2, "int4", 1280),
+    "Moonlight-16B, LoRA, int4": Training("moonlight-16b-lora-24gb.toml", {}, 1, 32, 2, "int4", 40_960),
     "Moonlight-16B, all parameters": Training("moonlight-16b-sft-80gb.toml", {}, 1, 32, 1, "bf16", 1280),
 }
 
@@ -59,7 +59,8 @@ TINY = {
 CHECKPOINTS = {
     False: {"int4": (["--quantize", "int4"], 10e9), "bf16": ([], 32e9)},
     True: {
-        "int4": (["--layers", "2", "--scale", "128", "--quantize", "int4"], 1e8),
+        # Integers of 4 bits need widths that are multiples of 32.
+        "int4": (["--layers", "2", "--scale", "4", "--quantize", "int4"], 1e8),
         "bf16": (["--layers", "2", "--scale", "128"], 1e8),
     },
 }
