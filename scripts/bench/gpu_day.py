@@ -28,7 +28,7 @@ output of the programs. The exit code is 1 if something failed or had no time, 1
 The device's peak memory is what `nvidia-smi` counts ten times a second, without what was in use before: with the driver's context and
 what memory pools hold. Shares of f32 are of the peak in TF32, which Burn uses on cards with tensor cores.
 
-Needs: only Python; torch and transformers for the part `torch`. Takes: ten minutes (`--minutes`), a minute with `--tiny` on a CPU.
+Needs: only Python; torch and transformers for the part `torch`. Takes: ten minutes (`--minutes`), with `--tiny` on a CPU too.
 """
 
 import json

@@ -32,12 +32,15 @@ CARDS = [
 ]
 
 
-def find(name):
+def find(name, memory_bytes=None):
     """The card with this name, as `nvidia-smi` or the driver has it; `None` for one that the table lacks."""
     # GB200 is another machine, and a "4090 Laptop" or "4090 D" another chip.
     lower = f" {name.lower()} ".replace("-", " ").replace("_", " ")
     if any(word in lower for word in ("laptop", " d ", "gb200", "gh200")):
         return None
+    # Some drivers leave the size out of the name.
+    if "a100" in lower and memory_bytes and memory_bytes < 50e9:
+        lower += "40gb"
     return next((card for words, card in CARDS if all(word in lower for word in words)), None)
 
 

@@ -61,7 +61,7 @@ def driver(day):
     if {"memory_clock_khz", "memory_bus_bits"} <= facts.keys():
         # Two transfers a clock.
         facts["memory_gb_per_second"] = facts["memory_clock_khz"] * 1e3 * 2 * facts["memory_bus_bits"] / 8 / 1e9
-    card = cards.find(facts["name"])
+    card = cards.find(facts["name"], facts["memory_bytes"])
     facts["peaks by data sheet"] = str(card) if card else "not in the table: shares are left out"
     return {"facts": facts}
 
@@ -96,7 +96,7 @@ def learn(day, items):
     asked = results.get("driver", {}).get("facts", {})
     day.backends = report.get("build", {}).get("backends", [])
     name = asked.get("name") or results.get("nvidia-smi", {}).get("facts", {}).get("name") or ""
-    day.card = cards.find(name) if day.kind in ("cuda", "vulkan", "wgpu") else None
+    day.card = cards.find(name, asked.get("memory_bytes")) if day.kind in ("cuda", "vulkan", "wgpu") else None
     day.memory_bytes = asked.get("memory_bytes")
     if day.kind == "cpu":
         day.memory_bytes = report.get("memory", {}).get("free_bytes")
