@@ -143,7 +143,7 @@ def measure(day, options, settings, parts):
         part, wanted = parts[name], items(day)
         if options.again:
             part["items"] = {}
-        if name == "vulkan":
+        if name == "vulkan" and day.kind == "cuda":
             part["items"] |= peers.beside_cuda(parts)
         todo = [item for item in wanted if part["items"].get(item[0], {}).get("state") != "done"]
         part["state"] = "started"
