@@ -8,8 +8,21 @@ use anyhow::{Context, Result, bail};
 use crate::shell::{command, is_installed, output, run as call, succeeds};
 
 /// Modules that scripts import; they have no `--help`.
-const MODULES: [&str; 7] = [
+const MODULES: [&str; 20] = [
     "scripts/common.py",
+    "scripts/bench/gpu/cards.py",
+    "scripts/bench/gpu/day.py",
+    "scripts/bench/gpu/decoding.py",
+    "scripts/bench/gpu/driver.py",
+    "scripts/bench/gpu/facts.py",
+    "scripts/bench/gpu/kernels.py",
+    "scripts/bench/gpu/operations.py",
+    "scripts/bench/gpu/peers.py",
+    "scripts/bench/gpu/recipes.py",
+    "scripts/bench/gpu/report.py",
+    "scripts/bench/gpu/runner.py",
+    "scripts/bench/gpu/shapes.py",
+    "scripts/bench/gpu/training.py",
     "scripts/parity/llama_cpp.py",
     "scripts/parity/models.py",
     "scripts/cluster/tiny_run.py",
