@@ -56,7 +56,11 @@ fn a_value_that_is_not_selected_is_of_no_consequence() {
 fn arithmetic_spreads_it() {
     let device = device();
     let (from, to) = buffers(&device);
-    for operation in ["add.s32 %r4, %r3, 1;", "mov.b32 %f1, %r3;\nmul.f32 %f2, %f1, 0f40000000;\nmov.b32 %r4, %f2;", "shr.u32 %r4, %r3, 8;"] {
+    for operation in [
+        "add.s32 %r4, %r3, 1;",
+        "mov.b32 %f1, %r3;\nmul.f32 %f2, %f1, 0f40000000;\nmov.b32 %r4, %f2;",
+        "shr.u32 %r4, %r3, 8;",
+    ] {
         block(&device, &through(operation), 64, &[Value::Wide(from), Value::Wide(to)]).good();
         assert!(readable(to, 32), "{operation}");
         assert!(!readable(to + 128, 1), "{operation}");
@@ -88,8 +92,15 @@ fn a_branch_by_it_is_found() {
     let (from, to) = buffers(&device);
     let ptx = through("mov.u32 %r4, 0;\nsetp.gt.s32 %p1, %r3, 2;\n@%p1 bra L;\nmov.u32 %r4, 1;\nL:");
     block(&device, &ptx, 32, &[Value::Wide(from), Value::Wide(to)]).good();
-    block(&device, &ptx, 64, &[Value::Wide(from), Value::Wide(to)])
-        .fails(FAILED, &["the thread branches by a value that is computed from memory that was not written", "thread (32, 0, 0)", "the first such read", "ld.global.u32 %r3"]);
+    block(&device, &ptx, 64, &[Value::Wide(from), Value::Wide(to)]).fails(
+        FAILED,
+        &[
+            "the thread branches by a value that is computed from memory that was not written",
+            "thread (32, 0, 0)",
+            "the first such read",
+            "ld.global.u32 %r3",
+        ],
+    );
 }
 
 #[test]

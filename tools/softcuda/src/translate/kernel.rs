@@ -6,7 +6,7 @@ use std::fmt::Write;
 use crate::counts::{KINDS, Kind};
 use crate::ptx::{Array, Function, Instruction, Module, Space, Statement, Type};
 
-use super::{Options, unset};
+use super::{Options, undefined, unset};
 
 /// What a launch needs to know of a kernel.
 #[derive(Clone, Debug)]
@@ -58,6 +58,8 @@ pub(super) struct Writer<'a> {
     pub(super) seen: HashSet<String>,
     /// Whether values that are not defined are followed.
     pub(super) track: bool,
+    /// Registers that may have such a value.
+    pub(super) doubtful: HashSet<&'a str>,
     counts: [u64; KINDS],
     counted: [bool; KINDS],
     body: String,
@@ -77,6 +79,7 @@ pub(super) fn write(
         sync: false,
         seen: HashSet::new(),
         track: options.uninitialized,
+        doubtful: if options.uninitialized { undefined::doubtful(function) } else { HashSet::new() },
         counts: [0; KINDS],
         counted: [false; KINDS],
         body: String::new(),
@@ -193,7 +196,7 @@ impl Writer<'_> {
             }
             Some((register, negated)) => {
                 let not = if *negated { "!" } else { "" };
-                if self.track {
+                if self.doubtful.contains(register.as_str()) {
                     let _ = writeln!(self.body, "    PTX_DERIVED(U_{register}, 0, {})", instruction.line);
                 }
                 let _ = write!(self.body, "    if ({not}R_{register}) {{ {code}");
@@ -222,10 +225,8 @@ impl Writer<'_> {
             for some in names.chunks(32) {
                 let list: Vec<String> = some.iter().map(|name| format!("R_{name} = {poison}")).collect();
                 let _ = writeln!(source, "    {} {};", Type::untyped(bits).c(), list.join(", "));
-                if self.track {
-                    let list: Vec<String> =
-                        some.iter().map(|name| format!("U_{name} = {}", (1 << (bits / 8)) - 1)).collect();
-                    let _ = writeln!(source, "    uint8_t {};", list.join(", "));
+                for name in some.iter().filter(|name| self.doubtful.contains(*name)) {
+                    let _ = writeln!(source, "    uint8_t U_{name} = {};", (1 << (bits / 8)) - 1);
                 }
             }
         }

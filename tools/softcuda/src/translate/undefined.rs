@@ -2,7 +2,9 @@
 //! a bit for each of its bytes; arithmetic spreads them, selection takes those of what it selects. They matter where a program
 //! branches by them, accesses memory by them, or copies them to the host.
 
-use crate::ptx::{Instruction, Operand, Space, Type};
+use std::collections::HashSet;
+
+use crate::ptx::{Function, Instruction, Operand, Space, Statement, Type};
 
 use super::kernel::Writer;
 use super::memory::parts;
@@ -11,6 +13,51 @@ use super::unset;
 /// What a value that is not defined decides, as in `run::check`.
 pub(super) const ADDRESS: u32 = 1;
 pub(super) const ATOMIC: u32 = 2;
+
+/// Registers that may have a value that is not defined: those that are not computed from constants, parameters and numbers of
+/// threads alone. The others, most of what addresses are computed with, need no bits.
+pub(super) fn doubtful(function: &Function) -> HashSet<&str> {
+    let instructions: Vec<&Instruction> = function
+        .body
+        .iter()
+        .filter_map(|statement| match statement {
+            Statement::Instruction(instruction) => Some(instruction),
+            Statement::Label(_) => None,
+        })
+        .collect();
+    let mut known: HashSet<String> = HashSet::new();
+    for instruction in &instructions {
+        unset::each(instruction, &mut |name, written| {
+            if written {
+                known.insert(name.to_owned());
+            }
+        });
+    }
+    // What is never written is not defined.
+    let names = function.registers.iter().map(|register| register.name.as_str());
+    let mut out: HashSet<&str> = names.clone().filter(|name| !known.contains(*name)).collect();
+    loop {
+        let mut found: HashSet<String> = HashSet::new();
+        for instruction in &instructions {
+            let mut doubt = SOURCES.contains(&instruction.name.as_str()) && !instruction.has("param");
+            unset::each(instruction, &mut |name, written| doubt |= !written && out.contains(name));
+            if doubt {
+                unset::each(instruction, &mut |name, written| {
+                    if written && !out.contains(name) {
+                        found.insert(name.to_owned());
+                    }
+                });
+            }
+        }
+        if found.is_empty() {
+            return out;
+        }
+        out.extend(names.clone().filter(|name| found.contains(*name)));
+    }
+}
+
+/// Instructions whose results may not be defined although all of their operands are.
+const SOURCES: [&str; 8] = ["ld", "ldu", "shfl", "vote", "redux", "match", "wmma", "ldmatrix"];
 
 /// The bits of so many bytes.
 fn low(bytes: u32) -> u32 {
@@ -25,7 +72,7 @@ impl Writer<'_> {
     /// The bits of an operand: 0 for what is always defined.
     pub(super) fn flags(&self, operand: &Operand) -> String {
         match operand {
-            Operand::Register(name) => format!("U_{name}"),
+            Operand::Register(name) if self.doubtful.contains(name.as_str()) => format!("U_{name}"),
             Operand::Not(inner) => self.flags(inner),
             Operand::Address(base, _) => self.flags(base),
             _ => "0".into(),
@@ -35,7 +82,9 @@ impl Writer<'_> {
     /// Gives a register its bits.
     pub(super) fn put_flags(&self, operand: &Operand, flags: &str) -> String {
         match operand {
-            Operand::Register(name) => format!("U_{name} = ({flags}) & {};", low(self.bytes(name))),
+            Operand::Register(name) if self.doubtful.contains(name.as_str()) => {
+                format!("U_{name} = ({flags}) & {};", low(self.bytes(name)))
+            }
             _ => String::new(),
         }
     }
@@ -106,8 +155,8 @@ impl Writer<'_> {
         let mut written = false;
         let mut sources = Vec::new();
         unset::each(i, &mut |name, write| {
-            written |= write;
-            if !write && i.guard.as_ref().is_none_or(|(guard, _)| guard != name) {
+            written |= write && self.doubtful.contains(name);
+            if !write && self.doubtful.contains(name) && i.guard.as_ref().is_none_or(|(guard, _)| guard != name) {
                 sources.push(format!("U_{name}"));
             }
         });
