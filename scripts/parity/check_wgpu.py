@@ -2,13 +2,13 @@
 """Compares the program on a WGPU device with the same program on the CPU: scores, a greedy continuation, training steps.
 
     cargo build --workspace --features moonlight-train/wgpu
-    python3 scripts/parity/check_wgpu.py target/debug/moonlight [--device wgpu] [--steps 3] [--dtype bf16]
+    python3 scripts/parity/check_wgpu.py target/debug/moonlight [--device wgpu] [--steps 3] [--dtype bf16] [--budget 1e-2]
 
 Any Vulkan driver works; without a GPU, Mesa's llvmpipe runs it in software (Debian: `mesa-vulkan-drivers`, 25.0 from bookworm-backports). There the
 first step takes minutes, because each process compiles each shader when it is first used.
 
-The model is the quick start's after six steps on the CPU, on texts of this repository. Everything must agree within 1e-3 relative; with
-`--dtype bf16` within 5e-2, and the continuation is printed and not compared, because two tokens may be equally likely. Prints one line for each
+The model is the quick start's after six steps on the CPU, on texts of this repository. Everything must agree within 1e-3 relative or
+`--budget` (tensor cores multiply f32 in TF32, which has 10 bits); with `--dtype bf16` within 5e-2, and the continuation is printed and not compared, because two tokens may be equally likely. Prints one line for each
 comparison; the exit code is 1 if one fails.
 
 Needs: only Python, and a Vulkan driver. Takes: half a minute with a release build, minutes with a debug build.
@@ -33,7 +33,9 @@ def main():
     parser.add_argument("--device", default="wgpu")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", choices=BUDGETS, default="f32", help="of both devices")
+    parser.add_argument("--budget", type=float, help="the largest relative difference [default: by the dtype]")
     options = parser.parse_args()
+    options.budget = options.budget or BUDGETS[options.dtype]
     with tempfile.TemporaryDirectory() as home:
         good = run(options, pathlib.Path(home))
     sys.exit(0 if good else 1)
@@ -70,7 +72,7 @@ def run(options, home):
             fits |= options.dtype != "f32"
         else:
             worst = max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(values, other[name], strict=True))
-            fits, worst = worst < BUDGETS[options.dtype], f"{worst:.1e} largest difference of {len(values)}"
+            fits, worst = worst < options.budget, f"{worst:.1e} largest difference of {len(values)}"
         good &= fits
         print(f"{'ok' if fits else 'FAILED':6} {name}: {worst}")
     return good
