@@ -107,7 +107,7 @@ impl Evidence {
             writeln!(page, "| {} | {} |", cell(&claim.claim), cell(&claim.not_shown))?;
         }
         page.push_str(
-            "\nNo claim covers Moonlight's published weights; CUDA, Metal and any physical GPU; NCCL; MPI between real machines; vLLM, SGLang and \
+            "\nNo claim covers Moonlight's published weights; Metal and any physical GPU; NCCL; MPI between real machines; vLLM, SGLang and \
              llama.cpp (the layout is transformers'); training longer than minutes; any run of a Moonlight-16B recipe.\n",
         );
         Ok(page)
