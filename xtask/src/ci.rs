@@ -44,7 +44,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     // These share a build, which takes longest, so they are skipped if the checks before them were slow.
     let late = |seconds: u64| format!("the checks before it took {seconds} seconds");
     let seconds = start.elapsed().as_secs();
-    let is_early = seconds < 1800;
+    let is_early = seconds < 1500;
     optional("the GPU kernels on CUDA", is_early, &late(seconds), || cuda(root))?;
     let seconds = start.elapsed().as_secs();
     let is_built = is_early && seconds < 4200;
