@@ -8,13 +8,13 @@
 //!
 //! `cargo run --release -p moonlight-infer --example bench_generate -- MODEL [f32|bf16] [int8|int4]`
 
+mod precision;
+
 use std::io::{BufRead, Write};
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use moonlight_convert::LoadQuantization;
-use moonlight_infer::{OpenOptions, OpenedModel, Sampler, Sampling, Session};
-use moonlight_model::QuantBits;
+use moonlight_infer::{OpenedModel, Sampler, Sampling, Session};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -30,13 +30,7 @@ fn main() -> Result<(), Error> {
     moonlight_model::keep_freed_memory();
     let mut arguments = std::env::args().skip(1);
     let path = arguments.next().ok_or("usage: bench_generate MODEL [f32|bf16] [int8|int4]")?;
-    let mut options = OpenOptions::new().with_device("cpu").with_dtype(arguments.next().as_deref().unwrap_or("f32"));
-    options = match arguments.next().as_deref() {
-        None => options,
-        Some("int8") => options.with_quantization(LoadQuantization::To(QuantBits::Eight)),
-        Some("int4") => options.with_quantization(LoadQuantization::To(QuantBits::Four)),
-        Some(other) => return Err(format!("unknown precision `{other}`").into()),
-    };
+    let options = precision::open_options(arguments)?;
     let start = Instant::now();
     let OpenedModel { model, .. } = options.open(path)?;
     println!("{}", json!({"load_seconds": start.elapsed().as_secs_f64()}));

@@ -5,24 +5,18 @@
 //!
 //! `cargo run --release -p moonlight-infer --example logits -- MODEL [f32|bf16] [int8|int4]`
 
+mod precision;
+
 use std::io::{BufRead, Write};
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use moonlight_convert::LoadQuantization;
-use moonlight_infer::{OpenOptions, OpenedModel};
-use moonlight_model::QuantBits;
+use moonlight_infer::OpenedModel;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     moonlight_model::keep_freed_memory();
     let mut arguments = std::env::args().skip(1);
     let path = arguments.next().ok_or("usage: logits MODEL [f32|bf16] [int8|int4]")?;
-    let mut options = OpenOptions::new().with_device("cpu").with_dtype(arguments.next().as_deref().unwrap_or("f32"));
-    options = match arguments.next().as_deref() {
-        None => options,
-        Some("int8") => options.with_quantization(LoadQuantization::To(QuantBits::Eight)),
-        Some("int4") => options.with_quantization(LoadQuantization::To(QuantBits::Four)),
-        Some(other) => return Err(format!("unknown precision `{other}`").into()),
-    };
+    let options = precision::open_options(arguments)?;
     let OpenedModel { model, .. } = options.open(path)?;
     let mut stdout = std::io::stdout().lock();
     for line in std::io::stdin().lock().lines() {
