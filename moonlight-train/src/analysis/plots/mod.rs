@@ -1,6 +1,6 @@
 //! Plots from `metrics.jsonl`: those that a run draws at its end, and the curves of several runs in one figure.
 
-mod draw;
+pub(crate) mod draw;
 mod runs;
 
 use std::fs;
@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::error::TrainError;
 use crate::metrics::METRICS;
 
-use draw::{Curve, Format, draw};
+use draw::{Chart, Format, Series, draw};
 pub use runs::{Axis, RunComparison, plot_runs};
 
 /// Draws `loss.svg`, `lr.svg`, `grad_norm.svg` and, for a mixture of experts, `expert_load.svg` into `dir`.
@@ -26,20 +26,16 @@ pub fn write_plots(metrics: &Path, dir: &Path) -> Result<(), TrainError> {
     for metric in METRICS {
         let Some(plot) = &metric.plot else { continue };
         let validation = metric.validated.then_some(("valid", "validation"));
-        let curves: Vec<Curve> = [("train", plot.legend)]
+        let curves: Vec<Series> = [("train", plot.legend)]
             .into_iter()
             .chain(validation)
             .enumerate()
-            .map(|(color, (split, name))| Curve {
-                name: name.into(),
-                points: points(&records, split, metric.key),
-                color,
-                strong: true,
-            })
+            .map(|(color, (split, name))| Series::curve(name, points(&records, split, metric.key), color))
             .collect();
         if curves.iter().any(|curve| !curve.points.is_empty()) {
             let path = dir.join(format!("{}.svg", plot.file));
-            let svg = draw(plot.title, "step", &curves, Format::Svg)
+            let (title, x, y) = (plot.title.into(), draw::Axis::linear("step"), draw::Axis::linear(""));
+            let svg = draw(&Chart { title, x, y, series: curves }, Format::Svg)
                 .map_err(|problem| TrainError::write(&path)(std::io::Error::other(problem)))?;
             fs::write(&path, svg).map_err(TrainError::write(&path))?;
         }

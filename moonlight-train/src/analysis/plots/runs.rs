@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use serde_json::Value;
 
-use super::draw::{Curve, Format, draw};
+use super::draw::{self, Chart, Format, Series};
 use crate::error::TrainError;
 use crate::output_file::OutputFile;
 
@@ -77,13 +77,14 @@ pub fn plot_runs(comparison: &RunComparison, output: &Path) -> Result<(), TrainE
         known.extend(found.map(|(key, _)| key.clone()));
         let [train, valid] = ["train", "valid"].map(|split| points(&records, split, metric, *axis));
         let both = !valid.is_empty() && !train.is_empty();
-        let of = |name: String, points, strong| Curve { name, points, color, strong };
-        if !train.is_empty() {
-            let name = if both { String::new() } else { name.clone() };
-            curves.push(of(name, train, !both));
+        if both {
+            // Pale, without dots and a second entry in the legend.
+            curves.push(Series { strong: false, ..Series::line("", train, color) });
+        } else if !train.is_empty() {
+            curves.push(Series::curve(&name, train, color));
         }
         if !valid.is_empty() {
-            curves.push(of(name, valid, true));
+            curves.push(Series::curve(name, valid, color));
         }
     }
     if curves.is_empty() {
@@ -94,8 +95,9 @@ pub fn plot_runs(comparison: &RunComparison, output: &Path) -> Result<(), TrainE
     curves.sort_by_key(|curve| curve.strong);
     let has_pale = curves.iter().any(|curve| !curve.strong);
     let title = if has_pale { format!("{metric} (validation; training pale)") } else { metric.clone() };
-    let bytes = draw(&title, axis.name(), &curves, format)
-        .map_err(|problem| TrainError::write(output)(std::io::Error::other(problem)))?;
+    let chart = Chart { title, x: draw::Axis::linear(axis.name()), y: draw::Axis::linear(""), series: curves };
+    let bytes =
+        draw::draw(&chart, format).map_err(|problem| TrainError::write(output)(std::io::Error::other(problem)))?;
     OutputFile::write(output, &bytes).map_err(TrainError::write(output))
 }
 
