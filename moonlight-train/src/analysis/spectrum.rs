@@ -18,6 +18,9 @@ use serde::Serialize;
 
 use crate::error::TrainError;
 
+/// The number of points of [`MatrixSpectrum::quantiles`].
+pub const QUANTILES: usize = 17;
+
 /// The groups of the report's figure 4, in its order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub enum MatrixGroup {
@@ -69,8 +72,14 @@ pub struct MatrixSpectrum {
     pub entropy: f64,
     /// `sum_i sigma_i^2 / max_i sigma_i^2`.
     pub stable_rank: f64,
+    /// `exp(-sum_i p_i log p_i)` with `p_i = sigma_i / sum_j sigma_j` (Roy and Vetterli 2007): from 1 to the rank, and 0 for a
+    /// matrix of zeros. Unlike the other two it weights singular values by themselves, not by their squares.
+    pub effective_rank: f64,
     /// The largest singular value.
     pub largest: f64,
+    /// The singular values divided by the largest, at [`QUANTILES`] equally spaced ranks from the largest to the smallest, linearly
+    /// interpolated: curves of matrices of different size can be drawn over one axis. Zeros for a matrix of zeros.
+    pub quantiles: Vec<f64>,
 }
 
 /// Means of a group: first over its matrices in each layer, then over the layers that have any.
@@ -84,6 +93,10 @@ pub struct GroupSpectrum {
     pub entropy: f64,
     /// Mean stable rank.
     pub stable_rank: f64,
+    /// Mean effective rank.
+    pub effective_rank: f64,
+    /// Means of the [`QUANTILES`] singular values relative to the largest.
+    pub quantiles: Vec<f64>,
 }
 
 /// Which routed experts are measured.
@@ -129,7 +142,9 @@ pub fn layer_spectra(
                 shape,
                 entropy: spectrum.entropy(),
                 stable_rank: spectrum.stable_rank(),
+                effective_rank: effective_rank(&spectrum.singular_values),
                 largest: spectrum.singular_values.first().copied().unwrap_or(0.0),
+                quantiles: quantiles(&spectrum.singular_values),
             })
         })
         .collect()
@@ -145,7 +160,7 @@ pub fn by_group(matrices: &[MatrixSpectrum]) -> Vec<GroupSpectrum> {
     layers
         .into_iter()
         .map(|(group, layers)| {
-            let mean_over_layers = |metric: fn(&MatrixSpectrum) -> f64| {
+            let mean_over_layers = |metric: &dyn Fn(&MatrixSpectrum) -> f64| {
                 let of_layer = |matrices: &Vec<&MatrixSpectrum>| {
                     mean(&matrices.iter().map(|matrix| metric(matrix)).collect::<Vec<_>>())
                 };
@@ -154,11 +169,42 @@ pub fn by_group(matrices: &[MatrixSpectrum]) -> Vec<GroupSpectrum> {
             GroupSpectrum {
                 group,
                 matrices: layers.values().map(Vec::len).sum(),
-                entropy: mean_over_layers(|matrix| matrix.entropy),
-                stable_rank: mean_over_layers(|matrix| matrix.stable_rank),
+                entropy: mean_over_layers(&|matrix| matrix.entropy),
+                stable_rank: mean_over_layers(&|matrix| matrix.stable_rank),
+                effective_rank: mean_over_layers(&|matrix| matrix.effective_rank),
+                quantiles: (0..QUANTILES).map(|i| mean_over_layers(&|matrix| matrix.quantiles[i])).collect(),
             }
         })
         .collect()
+}
+
+/// [`MatrixSpectrum::effective_rank`] of singular values.
+fn effective_rank(singular_values: &[f64]) -> f64 {
+    let largest = singular_values.iter().copied().fold(0.0, f64::max);
+    if largest == 0.0 {
+        return 0.0;
+    }
+    // Relative to the largest, so that no sum overflows or vanishes.
+    let sum: f64 = singular_values.iter().map(|value| value / largest).sum();
+    let shares = singular_values.iter().map(|value| value / largest / sum);
+    let entropy: f64 = shares.filter(|share| *share > 0.0).map(|share| -share * share.ln()).sum();
+    entropy.exp()
+}
+
+/// [`MatrixSpectrum::quantiles`] of singular values in descending order.
+fn quantiles(singular_values: &[f64]) -> Vec<f64> {
+    let [largest, ..] = *singular_values else { return vec![0.0; QUANTILES] };
+    if largest == 0.0 {
+        return vec![0.0; QUANTILES];
+    }
+    let last = singular_values.len() - 1;
+    let at = |i: usize| {
+        // Integers, so that the two ends are the largest and the smallest value exactly.
+        let (below, rest) = (i * last / (QUANTILES - 1), i * last % (QUANTILES - 1));
+        let (left, right) = (singular_values[below] / largest, singular_values[(below + 1).min(last)] / largest);
+        left + (right - left) * rest as f64 / (QUANTILES - 1) as f64
+    };
+    (0..QUANTILES).map(at).collect()
 }
 
 /// Singular values in f64; `None` for a non-finite matrix. For 2048 x 1408 faer's blocked SVD takes a second, Burn's takes minutes.
@@ -255,6 +301,12 @@ mod tests {
         assert_eq!(counts, expected);
         // Random normal matrices are close to full rank.
         assert!(groups.iter().all(|group| group.entropy > 0.8 && group.entropy < 1.0), "{groups:?}");
+        // Singular values lie between their squares and a flat spectrum, and so does the rank that they give.
+        for matrix in &matrices {
+            let short = matrix.shape[0].min(matrix.shape[1]) as f64;
+            assert!(matrix.stable_rank < matrix.effective_rank && matrix.effective_rank <= short, "{matrix:?}");
+            assert!(matrix.quantiles[0] == 1.0 && matrix.quantiles.is_sorted_by(|a, b| a >= b), "{matrix:?}");
+        }
         let everything = all(&checkpoint, ExpertSelection { experts: 0, seed: 0 });
         assert_eq!(everything.iter().filter(|matrix| matrix.group == MatrixGroup::Experts).count(), 2 * 3 * 32);
     }
@@ -280,9 +332,41 @@ mod tests {
             shape: [2, 2],
             entropy,
             stable_rank: 1.0,
+            effective_rank: 10.0 * entropy,
             largest: 1.0,
+            quantiles: (0..QUANTILES).map(|i| entropy * i as f64).collect(),
         };
         let groups = by_group(&[one(0, 0.2), one(0, 0.4), one(0, 0.6), one(1, 0.8)]);
         assert!((groups[0].entropy - 0.6).abs() < 1e-12);
+        assert!((groups[0].effective_rank - 6.0).abs() < 1e-12);
+        let expected = (0..QUANTILES).map(|i| 0.6 * i as f64);
+        assert_eq!(groups[0].quantiles.len(), QUANTILES);
+        assert!(groups[0].quantiles.iter().zip(expected).all(|(ours, expected)| (ours - expected).abs() < 1e-12));
+    }
+
+    #[test]
+    fn the_effective_rank_is_the_exponential_of_the_entropy_of_the_singular_values() {
+        assert!((effective_rank(&[3.0; 5]) - 5.0).abs() < 1e-12, "equal values count fully");
+        assert!((effective_rank(&[7.0, 0.0, 0.0]) - 1.0).abs() < 1e-12, "rank one");
+        // Shares 3/4 and 1/4: their entropy is log 4 - 3/4 log 3.
+        let expected = 4.0 / 3f64.powf(0.75);
+        for scale in [1.0, 1e-200, 1e200] {
+            assert!((effective_rank(&[3.0 * scale, scale]) / expected - 1.0).abs() < 1e-12, "scale {scale}");
+        }
+        assert_eq!(effective_rank(&[0.0, 0.0]), 0.0);
+    }
+
+    #[test]
+    fn quantiles_are_interpolated_between_the_largest_and_the_smallest_value() {
+        let linear: Vec<f64> = (0..41).map(|i| 4.0 - 0.1 * f64::from(i)).collect();
+        let expected = |i: usize| 1.0 - i as f64 / 16.0;
+        for (i, value) in quantiles(&linear).into_iter().enumerate() {
+            assert!((value - expected(i)).abs() < 1e-12, "{i}: {value}");
+        }
+        let few = quantiles(&[2.0, 1.0, 0.5]);
+        assert_eq!((few[0], few[4], few[8], few[12], few[16]), (1.0, 0.75, 0.5, 0.375, 0.25));
+        assert_eq!(few.len(), QUANTILES);
+        assert_eq!(quantiles(&[3.0]), [1.0; QUANTILES]);
+        assert_eq!(quantiles(&[0.0, 0.0]), [0.0; QUANTILES]);
     }
 }

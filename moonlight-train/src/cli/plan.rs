@@ -2,15 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use moonlight_convert::{Checkpoint, gguf};
 use moonlight_infer::resolve_model;
 use moonlight_model::ModelConfig;
+use moonlight_model::config::ScoringFunc;
 use moonlight_optim::distributed::{DistributedForm, GatherPrecision};
 use serde_json::{Map, Value, json};
 
 use super::output::print;
 use super::{old_names, units};
+use crate::analysis::gate_factor::{Estimate, GateFactor};
 use crate::error::TrainError;
 use crate::plan::{
     Advice, Cluster, MemoryPart, MemoryPlan, MultiGpuPlan, StepPhase, Threads, TokenFlops, available_memory,
@@ -30,7 +32,7 @@ const RESERVE: u64 = 1;
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     /// The recipe of a training run, a TOML file
-    #[arg(required_unless_present = "model", conflicts_with = "model")]
+    #[arg(required_unless_present_any = ["model", "gate_factor"], conflicts_with = "model")]
     recipe: Option<PathBuf>,
     /// A model to run: a preset, a config.json, a directory with one, the folder of a run, or `org/name` in the Hub's cache
     #[arg(long, value_name = "MODEL")]
@@ -59,9 +61,55 @@ pub(super) struct Arguments {
     /// The rate of a GPU's matrix products, TFLOP per second; 989 is an H100 in bf16 (NVIDIA's data sheet)
     #[arg(long, value_name = "TFLOPS", default_value_t = 989.0, requires = "gpus", value_parser = positive)]
     matmul: f64,
+    #[command(flatten)]
+    gates: GateArguments,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct GateArguments {
+    /// Instead of a plan, print the factor on normalized gates with which a token's experts together have the RMS of one expert
+    /// (`routed_scaling_factor`; arXiv 2502.16982, appendix C), and its standard error
+    #[arg(
+        long, requires_all = ["experts", "top_k"],
+        conflicts_with_all = ["recipe", "model", "model_config", "sets", "device", "budget", "gpus"]
+    )]
+    gate_factor: bool,
+    /// The number of routed experts, for `--gate-factor`
+    #[arg(long, value_name = "N", requires = "gate_factor")]
+    experts: Option<usize>,
+    /// The number of routed experts of a token
+    #[arg(long, value_name = "N", requires = "gate_factor")]
+    top_k: Option<usize>,
+    /// Divide the experts into so many groups, which are ranked by the sum of their two best scores (DeepSeek-V3)
+    #[arg(long, value_name = "N", requires_all = ["gate_factor", "top_groups"])]
+    groups: Option<usize>,
+    /// The number of groups that the experts of a token may come from
+    #[arg(long, value_name = "N", requires_all = ["gate_factor", "groups"])]
+    top_groups: Option<usize>,
+    /// How logits become scores
+    #[arg(long, value_enum, default_value_t = Scoring::Sigmoid, requires = "gate_factor")]
+    scoring: Scoring,
+    /// The number of tokens that `--gate-factor` simulates; half the standard error takes four times as many
+    #[arg(
+        long, value_name = "N", default_value_t = 200_000, requires = "gate_factor",
+        value_parser = clap::value_parser!(u32).range(2..=1_000_000_000)
+    )]
+    draws: u32,
+    /// The seed of the logits that `--gate-factor` simulates
+    #[arg(long, default_value_t = 0, requires = "gate_factor")]
+    seed: u64,
+}
+
+/// `--scoring`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Scoring {
+    /// A sigmoid of each logit (Moonlight, DeepSeek-V3)
+    Sigmoid,
+    /// A softmax over all experts (DeepSeek-V2)
+    Softmax,
 }
 
 pub(super) fn positive(text: &str) -> Result<f64, String> {
@@ -71,12 +119,13 @@ pub(super) fn positive(text: &str) -> Result<f64, String> {
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     let text = match (&arguments.recipe, &arguments.model) {
+        _ if arguments.gates.gate_factor => gate_factor(&arguments.gates, arguments.json)?,
         (Some(recipe), _) => {
             let plan = RunPlan::new(recipe, arguments)?;
             if arguments.json { format!("{}\n", plan.json()) } else { plan.text() }
         }
         (None, Some(model)) => plan_inference(model, arguments.json)?,
-        (None, None) => unreachable!("clap requires one of the two"),
+        (None, None) => unreachable!("clap requires one of the three"),
     };
     print(&text)
 }
@@ -295,9 +344,97 @@ fn plan_inference(model: &Path, as_json: bool) -> Result<String, TrainError> {
     Ok(text)
 }
 
+/// The line or the JSON object of `--gate-factor`.
+fn gate_factor(arguments: &GateArguments, as_json: bool) -> Result<String, TrainError> {
+    let (Some(experts), Some(top_k)) = (arguments.experts, arguments.top_k) else {
+        unreachable!("clap requires both with `--gate-factor`");
+    };
+    let scoring = match arguments.scoring {
+        Scoring::Sigmoid => ScoringFunc::Sigmoid,
+        Scoring::Softmax => ScoringFunc::Softmax,
+    };
+    let (groups, top_groups) = (arguments.groups.unwrap_or(1), arguments.top_groups.unwrap_or(1));
+    let shape = GateFactor { experts, top_k, groups, top_groups, scoring };
+    shape.check()?;
+    let Estimate { mean, standard_error } = shape.estimate(arguments.draws as usize, arguments.seed);
+    if !as_json {
+        return Ok(format!("{mean:.6} {standard_error:.6}\n"));
+    }
+    let value = json!({
+        "factor": mean, "standard_error": standard_error, "draws": arguments.draws, "seed": arguments.seed,
+        "experts": experts, "top_k": top_k, "groups": groups, "top_groups": top_groups, "scoring": scoring,
+    });
+    Ok(format!("{value}\n"))
+}
+
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+    use clap::error::ErrorKind;
+
     use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Program {
+        #[command(flatten)]
+        plan: Arguments,
+    }
+
+    fn parsed(line: &str) -> Result<Arguments, clap::Error> {
+        Program::try_parse_from(["plan"].into_iter().chain(line.split_whitespace())).map(|program| program.plan)
+    }
+
+    #[test]
+    fn the_gate_factor_is_one_line_or_one_object() {
+        let printed = |line: &str| {
+            let arguments = parsed(line).unwrap();
+            gate_factor(&arguments.gates, arguments.json)
+        };
+        let line = printed("--gate-factor --experts 64 --top-k 6 --draws 20000 --seed 4").unwrap();
+        let numbers: Vec<f64> = line.split_whitespace().map(|number| number.parse().unwrap()).collect();
+        assert_eq!((line.lines().count(), numbers.len()), (1, 2), "{line}");
+        assert!((numbers[0] - 2.446).abs() < 1e-3 && numbers[1] < 1e-4, "{line}");
+
+        let options =
+            "--gate-factor --experts 32 --top-k 4 --groups 4 --top-groups 2 --scoring softmax --draws 500 --json";
+        let value: Value = serde_json::from_str(&printed(options).unwrap()).unwrap();
+        let keys =
+            ["draws", "seed", "experts", "top_k", "groups", "top_groups", "scoring"].map(|key| value[key].clone());
+        assert_eq!(json!(keys), json!([500, 0, 32, 4, 4, 2, "softmax"]));
+        assert!(value["factor"].as_f64().unwrap() > 1.0 && value["standard_error"].as_f64().unwrap() > 0.0, "{value}");
+
+        let error = printed("--gate-factor --experts 8 --top-k 9").unwrap_err();
+        assert_eq!(error.to_string(), "`--top-k 9` is outside 1..=8");
+    }
+
+    #[test]
+    fn options_of_the_gate_factor_and_of_a_plan_are_not_mixed() {
+        let kind = |line: &str| parsed(line).unwrap_err().kind();
+        for line in [
+            "--gate-factor",
+            "--gate-factor --experts 64",
+            "--model bench-small --experts 64",
+            "recipe.toml --top-k 6",
+            "recipe.toml --scoring softmax",
+            "recipe.toml --draws 100",
+            "recipe.toml --seed 1",
+            "--gate-factor --experts 64 --top-k 6 --groups 8",
+            "--gate-factor --experts 64 --top-k 6 --top-groups 4",
+            "",
+        ] {
+            assert_eq!(kind(line), ErrorKind::MissingRequiredArgument, "{line}");
+        }
+        for other in ["recipe.toml", "--model bench-small", "--device cpu", "--gpus 8", "--budget 8", "--set a=1"] {
+            let line = format!("--gate-factor --experts 64 --top-k 6 {other}");
+            assert_eq!(kind(&line), ErrorKind::ArgumentConflict, "{line}");
+        }
+        for draws in [0, 1] {
+            let line = format!("--gate-factor --experts 64 --top-k 6 --draws {draws}");
+            assert_eq!(kind(&line), ErrorKind::ValueValidation, "{line}");
+        }
+        parsed("recipe.toml").unwrap();
+        parsed("--gate-factor --experts 64 --top-k 6 --json").unwrap();
+    }
 
     #[test]
     fn a_gigabyte_of_a_card_is_kept_free() {

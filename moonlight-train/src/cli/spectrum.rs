@@ -11,7 +11,7 @@ use super::output::print;
 use crate::analysis::spectrum::{ExpertSelection, by_group, layer_spectra};
 use crate::error::TrainError;
 
-/// Print the SVD entropy and stable rank of the weights
+/// Print the SVD entropy, stable rank and effective rank of the weights
 ///
 /// Means over the Muon report's six groups of matrices (arXiv 2502.16982, section 3.4). A matrix of higher entropy uses more of its
 /// directions; models trained with Muon have higher entropy than those trained with AdamW.
@@ -44,11 +44,13 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), TrainError> {
     if arguments.json {
         return print(&format!("{}\n", json!({"matrices": matrices, "groups": groups})));
     }
-    let mut text = format!("{:<14} {:>8} {:>12} {:>12}\n", "group", "matrices", "SVD entropy", "stable rank");
+    let heads = ("matrices", "SVD entropy", "stable rank", "effective rank");
+    let mut text = format!("{:<14} {:>8} {:>12} {:>12} {:>15}\n", "group", heads.0, heads.1, heads.2, heads.3);
     for group in groups {
         let name = format!("{:?}", group.group);
-        let (count, entropy, rank) = (group.matrices, group.entropy, group.stable_rank);
-        text += &format!("{name:<14} {count:>8} {entropy:>12.4} {rank:>12.2}\n");
+        let (count, entropy) = (group.matrices, group.entropy);
+        let (stable, effective) = (group.stable_rank, group.effective_rank);
+        text += &format!("{name:<14} {count:>8} {entropy:>12.4} {stable:>12.2} {effective:>15.2}\n");
     }
     print(&text)
 }
