@@ -5,6 +5,7 @@
 pub mod analysis;
 pub mod checkpoint;
 pub mod cli;
+pub mod corpus;
 pub mod data;
 pub mod error;
 mod file_id;

@@ -4,7 +4,7 @@ r"""Fine-tunes a small model on conversations in four ways, each at its best lea
     cargo build --release --bin moonlight
     moonlight train configs/quickstart.toml --set train.steps=900 --set schedule.decay_steps=300 --set train.batch_size=8 \
         --set data.sequence_length=512 --set optimizer.learning_rate=8e-3 --set data.max_bytes=16000000      # the base
-    python scripts/experiments/make_conversations.py runs/conversations
+    moonlight data corpus --output runs/corpus
     python scripts/experiments/compare_finetuning.py tune      # each method at each rate of a grid: one seed, a third of the steps
     python scripts/experiments/compare_finetuning.py race      # each method at its best rate: three seeds, all steps, exact answers
 
@@ -46,7 +46,7 @@ def main():
     parser.add_argument("what", choices=["tune", "race"])
     parser.add_argument("--program", default=str(ROOT / "target/release/moonlight"), help="the `moonlight` to run")
     parser.add_argument("--base", default=str(ROOT / "runs/quickstart"), help="the model that is fine-tuned")
-    parser.add_argument("--conversations", default=str(ROOT / "runs/conversations"), help="from make_conversations.py")
+    parser.add_argument("--conversations", default=str(ROOT / "runs/corpus/conversations"), help="from `moonlight data corpus`")
     parser.add_argument("--runs", default=str(ROOT / "runs/compare-sft"), help="where the runs are kept")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--tune-steps", type=int, default=40)

@@ -37,6 +37,7 @@ mod limits;
 mod post_processor;
 mod tiktoken;
 mod token_stream;
+mod train_bpe;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::ErrorKind;
@@ -56,6 +57,7 @@ use byte_tokenizer::ByteTokenizer;
 pub use byte_tokenizer::{BOS, EOS, PAD};
 pub use error::TokenizerError;
 pub use token_stream::TokenStream;
+pub use train_bpe::{END_OF_TEXT, MIN_VOCAB, train_bpe};
 
 /// The name of the built-in tokenizer [`Tokenizer::bytes`].
 pub const BYTES_TOKENIZER: &str = "bytes";
