@@ -108,6 +108,14 @@ pub enum TrainError {
         /// The path of the matrix inside the layer.
         path: String,
     },
+    /// A study, its recipe or its table that cannot be read.
+    #[error("`{}`: {problem}", path.display())]
+    Study {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and the line.
+        problem: String,
+    },
     /// A plot in a file whose name ends in neither `.svg` nor `.png`.
     #[error("`{}` is neither an SVG nor a PNG", .0.display())]
     PlotFormat(PathBuf),
@@ -261,6 +269,7 @@ mod tests {
             | TrainError::NonFinite { .. }
             | TrainError::NonFiniteMatrix { .. }
             | TrainError::PlotFormat(_)
+            | TrainError::Study { .. }
             | TrainError::UnknownMetric { .. }
             | TrainError::Request { .. }
             | TrainError::Killed
@@ -326,6 +335,7 @@ mod tests {
             },
             TrainError::NonFiniteMatrix { layer: 3, path: "self_attn.o_proj".into() },
             TrainError::PlotFormat("loss.jpg".into()),
+            TrainError::Study { path: "study.toml".into(), problem: "line 3: unknown field `axis`".into() },
             TrainError::UnknownMetric { metric: "los".into(), known: "loss, lr".into() },
             TrainError::Request { problem: "a step needs 9.00 GB of memory".into(), hint: Some("lower it".into()) },
             TrainError::Killed,

@@ -18,5 +18,6 @@ pub mod recipe;
 pub mod schedule;
 #[cfg(feature = "server")]
 pub mod serve;
+pub mod study;
 pub mod tensorboard;
 pub mod trainer;

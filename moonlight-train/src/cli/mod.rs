@@ -16,11 +16,13 @@ mod plan;
 mod plot;
 #[cfg(test)]
 mod reference;
+mod report;
 mod score;
 #[cfg(feature = "server")]
 mod serve;
 mod signals;
 mod spectrum;
+mod sweep;
 mod train;
 mod units;
 
@@ -77,6 +79,8 @@ enum Command {
     Data(data::Command),
     Train(train::Arguments),
     Plot(plot::Arguments),
+    Sweep(sweep::Arguments),
+    Report(report::Arguments),
     Chat(chat::Arguments),
     Generate(generate::Arguments),
     #[cfg(feature = "server")]
@@ -114,6 +118,8 @@ pub fn main() -> ExitCode {
         Command::Data(command) => data::run(&command).map(|()| ExitCode::SUCCESS),
         Command::Train(arguments) => train::run(&arguments),
         Command::Plot(arguments) => plot::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Sweep(arguments) => sweep::run(&arguments),
+        Command::Report(arguments) => report::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Chat(arguments) => chat::run(&arguments),
         Command::Generate(arguments) => generate::run(&arguments).map(|()| ExitCode::SUCCESS),
         #[cfg(feature = "server")]

@@ -12,12 +12,14 @@
 //! * `prefetch.rs`: the next step's batches, read while a step is computed.
 //! * `dataset.rs`: the training and validation data of a run.
 //! * `bigram.rs`: the loss of a bigram model of the data, a baseline.
+//! * `digest.rs`: a hash of the text, by which studies tell results apart.
 //! * `inspect.rs`: statistics and samples for `moonlight data inspect`.
 
 mod batch;
 mod bigram;
 mod cuts;
 mod dataset;
+mod digest;
 mod error;
 mod files;
 #[doc(hidden)]
@@ -38,6 +40,7 @@ pub use batch::HostBatch;
 pub(crate) use batch::mask_scale;
 pub use bigram::bigram_loss;
 pub use dataset::Dataset;
+pub(crate) use digest::text_digest;
 pub use error::DataError;
 pub use inspect::{Inspection, Sample, SplitStats};
 pub use prefetch::{BatchRequest, Prefetcher};

@@ -152,6 +152,11 @@ impl Draft {
         Ok(Self { recipe, document, folder: path.parent().map(Path::to_owned) })
     }
 
+    /// Where the data are, as the recipe says it.
+    pub(crate) fn data(&self) -> &DataConfig {
+        &self.recipe.data
+    }
+
     /// Finds the recipe's model and fills in the defaults that follow from it. Reads the disk and the Hub's cache, and downloads
     /// nothing.
     ///
