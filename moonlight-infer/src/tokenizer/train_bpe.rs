@@ -273,7 +273,7 @@ mod tests {
     const TEXTS: [&str; 3] = [
         "fn main() {\n    let value = 1;\n    let other = value + value;\n    println!(\"{value} {other}\");\n}\n",
         "fn value() -> u32 {\n    let other = 2;\n    other\n}\n\nfn other() {}\n",
-        "größer als größer, 日本日本\r\n\tmain main main\n",
+        "größer größer, 日本日本\r\n\tmain main main\n",
     ];
 
     fn spelled(merges: &Merges) -> Vec<(String, String)> {

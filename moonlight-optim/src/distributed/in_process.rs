@@ -152,7 +152,8 @@ mod tests {
 
     #[test]
     fn a_rank_that_does_not_enter_is_named() {
-        let mut members = InProcess::collectives(3, Duration::from_millis(50));
+        // Long enough for both threads to start on a busy machine.
+        let mut members = InProcess::collectives(3, Duration::from_secs(1));
         let absent = members.remove(1);
         let results: Vec<_> = std::thread::scope(|scope| {
             let waiting: Vec<_> = members.iter().map(|member| scope.spawn(|| member.barrier())).collect();

@@ -314,7 +314,7 @@ pub const unsafe fn map<T: Into<u8>>(&'a mut self, a: HashMap<K, V>, b: [u8; 4])
     pub async fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<u8>>;
 /// See [`that`](crate::that) for more about it.
 pub fn see(mut self, a: u32, b: u32,) {
-/// Größer als alles andere hier.
+/// Größer, höher, weiter.
 pub fn larger() where Self: Sized {
 /// The version 1.5 of it is e.g. this, as of now.
 pub fn version(&'static self) -> Result<(), Error> {
@@ -423,7 +423,7 @@ count|pub fn list(self_value: u8, itself: u8, self: Box<Self>) -> u8|2
             .collect();
         let both = format!("{held_out}{SOURCE}");
         let made = make(&[file("a", SOURCE)], &[file("b", &both)], 100, 0);
-        // Four questions about each of the 40 functions, of which a quarter may be for exact answers.
+        // Four questions about each of the 40 functions; a quarter of them may be for exact answers.
         assert_eq!(made.valid.len(), 120);
         assert!((20..40).contains(&made.exact.len()), "{}", made.exact.len());
         for conversation in made.valid.iter().chain(&made.exact) {

@@ -14,7 +14,7 @@ use super::study_file::{Study, Tier, Tune};
 use crate::error::TrainError;
 
 /// Keys that a study sets by itself, or that do not change what a run learns.
-const FREE: [&str; 4] = ["run.name", "run.dir", "run.device", "sample"];
+const FREE: [&str; 5] = ["run.name", "run.dir", "run.device", "data.cache_dir", "sample"];
 
 /// What is the same for all runs of a study.
 #[derive(Debug, Clone)]
@@ -136,13 +136,7 @@ pub fn find_base(base: &Study, table: &RunTable, point: &BTreeMap<String, String
         let names = wanted.point.names(&base.tier.axes);
         wanted.seed == seed && point.iter().all(|(axis, value)| names.get(axis) == Some(value))
     };
-    let best = |wanted: &&Wanted| match &base.tier.tune {
-        None => true,
-        Some(_) => progress
-            .searches
-            .iter()
-            .any(|search| search.next.is_empty() && search.point == wanted.point && search.best() == wanted.tuned),
-    };
+    let best = |wanted: &&Wanted| progress.tuned(base, &wanted.point) == Some(wanted.tuned);
     progress.done.iter().chain(&progress.ready).filter(matches).find(best).cloned()
 }
 

@@ -75,7 +75,7 @@ struct Overrides {
     spectra: Option<Spectra>,
 }
 
-/// Alternatives, of which each point of the study has one.
+/// Alternatives: each point of the study has one of them.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Axis {

@@ -10,6 +10,7 @@ use crate::study::run_table::RunRow;
 pub(super) fn page(results: &Results<'_>) -> Result<Report, TrainError> {
     let study = results.study;
     let mut page = Page { name: study.name.clone(), text: format!("# {}\n\n", study.title), figures: Vec::new() };
+    page.text += "You will see what this study asked, what it ran and found, and what it cannot say.\n\n";
     page.text += &format!(
         "<!-- Made by `moonlight report` from `results/{}.{}.jsonl`; change the study, not this page. -->\n\n",
         study.name, study.tier_name
@@ -78,11 +79,12 @@ fn what_was_run(results: &Results<'_>) -> String {
     };
     let dates = all(|row| row.date.clone());
     let dates = match dates.as_slice() {
-        [] => "not run yet".to_owned(),
+        [] => "Not run yet".to_owned(),
         [one] => one.clone(),
         [first, .., last] => format!("{first} to {last}"),
     };
-    let hours = done.iter().filter_map(|row| row.measured.as_ref()).map(|run| run.seconds).sum::<f64>() / 3600.0;
+    // The sum of no seconds is -0.0.
+    let hours = done.iter().filter_map(|row| row.measured.as_ref()).map(|run| run.seconds).sum::<f64>().abs() / 3600.0;
     let missing = results.progress.ready.len();
     let mut text = format!("{dates}; {} runs, {hours:.2} hours of training steps", done.len());
     for (name, values) in [

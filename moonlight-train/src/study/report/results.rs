@@ -3,7 +3,7 @@
 use crate::error::TrainError;
 use crate::study::points::{Point, Progress, points};
 use crate::study::run_table::{Measured, RunRow, RunTable};
-use crate::study::statistics::{Interval, mean_interval};
+use crate::study::statistics::mean_interval;
 use crate::study::study_file::{Axis, Study};
 
 /// A study with its table.
@@ -113,7 +113,10 @@ pub(super) fn value(row: &RunRow, column: &str) -> Option<f64> {
 /// The mean of several seeds with its interval, the value of one, or a dash.
 pub(super) fn cell(values: &[f64]) -> String {
     match (mean_interval(values), values) {
-        (Some(Interval { low, high, .. }), [first, ..]) if low == high => format!("{first:.4}"),
+        // What is set and not measured, such as the RMS of `update_norm`, varies by rounding only.
+        (Some(interval), _) if interval.half_width() <= 1e-5 * interval.estimate.abs() => {
+            significant(interval.estimate)
+        }
         (Some(interval), _) => interval.to_string(),
         (None, [one]) => format!("{} (one seed)", significant(*one)),
         _ => "–".into(),

@@ -80,18 +80,26 @@ fn compare(
     let comparison = FlopsComparison::new(&a, &b, LossFloor::Known(0.0));
     let largest = b.iter().map(|size| size.flops).fold(0.0, f64::max);
     let intervals = bootstrap(&a, &b, LossFloor::Known(0.0), largest * EXTRAPOLATION, SEED);
+    let reach = a.iter().map(|size| size.flops).fold(0.0, f64::max);
+    let mut extrapolated = false;
     for (index, name) in size_names.iter().enumerate() {
-        let ratio = match (&comparison, &intervals) {
-            (_, Ok(intervals)) => intervals.sizes[index].map(|interval| interval.to_string()),
-            (Some(comparison), _) => Some(significant(comparison.sizes[index].ratio)),
-            _ => None,
-        };
+        let ratio = comparison.as_ref().map(|comparison| comparison.sizes[index].ratio);
+        let beyond = ratio.is_some_and(|ratio| b[index].flops / ratio > reach);
+        extrapolated |= beyond;
+        let interval = intervals.as_ref().ok().and_then(|intervals| intervals.sizes[index]);
+        let shown = interval.map(|interval| interval.to_string()).or_else(|| ratio.map(significant));
         part.text += &format!(
-            "| {name} | {:.2e} | {} | {} | {} |\n",
+            "| {name} | {:.2e} | {} | {} | {}{} |\n",
             a[index].flops,
             cell(&a[index].losses),
             cell(&b[index].losses),
-            ratio.unwrap_or_else(|| "–".into())
+            shown.unwrap_or_else(|| "–".into()),
+            if beyond { " \\*" } else { "" }
+        );
+    }
+    if extrapolated {
+        part.text += &format!(
+            "\n\\* {second}'s loss is below that of {first}'s largest run: the share follows from the fit beyond what was run.\n"
         );
     }
     part.text.push('\n');
