@@ -46,7 +46,9 @@ def main():
     parser.add_argument("what", choices=["tune", "race"])
     parser.add_argument("--program", default=str(ROOT / "target/release/moonlight"), help="the `moonlight` to run")
     parser.add_argument("--base", default=str(ROOT / "runs/quickstart"), help="the model that is fine-tuned")
-    parser.add_argument("--conversations", default=str(ROOT / "runs/corpus/conversations"), help="from `moonlight data corpus`")
+    parser.add_argument(
+        "--conversations", default=str(ROOT / "runs/corpus/conversations"), help="from `moonlight data corpus`"
+    )
     parser.add_argument("--runs", default=str(ROOT / "runs/compare-sft"), help="where the runs are kept")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--tune-steps", type=int, default=40)
