@@ -22,7 +22,7 @@ pub(crate) use console::ConsoleLines;
 pub(crate) use dashboard::{Dashboard, Progress};
 pub(crate) use file::MetricsFile;
 pub use memory::{peak_memory_mib, resident_memory_mib};
-pub(crate) use record_file::RecordFile;
+pub(crate) use record_file::{RecordFile, read_records};
 pub(crate) use reporter::{LogEvery, Reporter};
 
 /// Which data a record is about.

@@ -1,6 +1,6 @@
 //! A file in a run's folder with one JSON object for each record, in the order of the steps.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -64,6 +64,13 @@ impl RecordFile {
             }
         }
     }
+}
+
+/// The records of such a file. Other lines are left out: the last line is incomplete if the run is still training or
+/// was killed.
+pub(crate) fn read_records(path: &Path) -> Result<Vec<Value>, TrainError> {
+    let text = fs::read_to_string(path).map_err(TrainError::read(path))?;
+    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 
 /// Copies the records up to `step`.

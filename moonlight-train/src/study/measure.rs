@@ -12,6 +12,7 @@ use super::run_table::{GroupStatistics, Measured, WeightStatistics};
 use super::study_file::Spectra;
 use crate::analysis::spectrum::{ExpertSelection, MatrixGroup, MatrixSpectrum, by_group, layer_spectra};
 use crate::error::TrainError;
+use crate::metrics::read_records;
 use crate::plan::{TokenFlops, newton_schulz_flops};
 use crate::recipe::{OptimizerName, Recipe};
 
@@ -25,7 +26,7 @@ const CURVE_POINTS: usize = 40;
 /// Files that cannot be read, or a run without validation.
 pub fn measure(recipe: &Recipe, spectra: Spectra) -> Result<Measured, TrainError> {
     let folder = recipe.run.folder();
-    let records = records(&folder.join("metrics.jsonl"))?;
+    let records = read_records(&folder.join("metrics.jsonl"))?;
     let of = |split: &str| records.iter().filter(|record| record["split"] == split).collect::<Vec<_>>();
     let (train, valid) = (of("train"), of("valid"));
     let missing = |what: &str| TrainError::Request {
@@ -71,11 +72,6 @@ pub fn measure(recipe: &Recipe, spectra: Spectra) -> Result<Measured, TrainError
         tasks: tasks(&folder.join("evaluation.json"))?,
         weights: weights(&folder.join("checkpoints"), spectra)?,
     })
-}
-
-fn records(path: &Path) -> Result<Vec<Value>, TrainError> {
-    let text = fs::read_to_string(path).map_err(TrainError::read(path))?;
-    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 
 fn point(record: &Value) -> Option<(u64, f64)> {

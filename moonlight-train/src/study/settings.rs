@@ -108,6 +108,8 @@ fn read_table(path: &Path) -> Result<toml::Table, TrainError> {
 /// A run of another study that provides the weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BaseRun {
+    /// What is between the braces of `{run:...}`.
+    pub reference: String,
     /// The study's file.
     pub study: PathBuf,
     /// The name of a value for each axis that is given.
@@ -126,7 +128,7 @@ fn parse(study: &Study, set: &str) -> Option<BaseRun> {
     let (inside, _) = rest.split_once('}')?;
     let (name, point) = inside.split_once('/').unwrap_or((inside, ""));
     let point = point.split(',').filter_map(|pair| pair.split_once('=')).map(|(a, b)| (a.into(), b.into())).collect();
-    Some(BaseRun { study: study.folder.join(format!("{name}.toml")), point })
+    Some(BaseRun { reference: inside.into(), study: study.folder.join(format!("{name}.toml")), point })
 }
 
 /// The run that a [`BaseRun`] means, for a run with `seed`: the tuned one at its point. `None` until its search has ended.
@@ -140,7 +142,7 @@ pub fn find_base(base: &Study, table: &RunTable, point: &BTreeMap<String, String
     progress.done.iter().chain(&progress.ready).filter(matches).find(best).cloned()
 }
 
-/// Replaces each `{run:...}` by a folder.
+/// Replaces each `{run:...}` by the folder that belongs to its [`BaseRun::reference`]; `None` if one has no folder.
 pub fn resolve(sets: &[String], folder: impl Fn(&str) -> Option<PathBuf>) -> Option<Vec<String>> {
     let one = |set: &String| {
         let Some((before, rest)) = set.split_once(OPEN) else { return Some(set.clone()) };
@@ -148,12 +150,6 @@ pub fn resolve(sets: &[String], folder: impl Fn(&str) -> Option<PathBuf>) -> Opt
         Some(format!("{before}{}{after}", folder(inside)?.display()))
     };
     sets.iter().map(one).collect()
-}
-
-/// The study's text and point inside the braces of `{run:...}`, for [`resolve`].
-pub fn spelled(base: &BaseRun, inside: &str) -> bool {
-    let (name, _) = inside.split_once('/').unwrap_or((inside, ""));
-    base.study.file_stem() == Path::new(name).file_stem()
 }
 
 fn insert(table: &mut toml::Table, key: &str, value: Value) {

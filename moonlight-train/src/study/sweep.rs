@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::measure::measure;
 use super::points::{Progress, Wanted};
 use super::run_table::{Measured, RunRow, RunTable};
-use super::settings::{RunSettings, base_runs, find_base, resolve, spelled};
+use super::settings::{RunSettings, base_runs, find_base, resolve};
 use super::study_file::{Study, Tier};
 use crate::data::text_digest;
 use crate::error::TrainError;
@@ -133,20 +133,21 @@ fn study_text(study: &Study) -> Result<String, TrainError> {
 impl Sweep<'_> {
     fn run(&mut self, stop: &AtomicBool) -> Result<SweepOutcome, TrainError> {
         let start = Instant::now();
-        let mut announced = false;
         let mut signaled = false;
+        let mut progress = Progress::new(self.study, &self.table);
+        let (done, ready, waiting) = (progress.done.len(), progress.ready.len(), progress.waiting);
+        tracing::info!("{done} runs are done, {ready} can start, {waiting} points wait for their search");
         loop {
+            let added = self.added;
             self.collect(stop)?;
+            if self.added > added {
+                progress = Progress::new(self.study, &self.table);
+            }
+            self.busy.retain(|(_, until)| *until > Instant::now());
             let stopped = stop.load(Ordering::Relaxed);
             if stopped && !signaled {
                 self.running.iter().for_each(|run| ask_to_stop(&run.child));
                 signaled = true;
-            }
-            let progress = Progress::new(self.study, &self.table);
-            if !announced {
-                let (done, ready, waiting) = (progress.done.len(), progress.ready.len(), progress.waiting);
-                tracing::info!("{done} runs are done, {ready} can start, {waiting} points wait for their search");
-                announced = true;
             }
             if !stopped && start.elapsed() < self.options.budget {
                 self.start_ready(&progress)?;
@@ -161,7 +162,6 @@ impl Sweep<'_> {
 
     /// Starts what is missing on the devices that are free.
     fn start_ready(&mut self, progress: &Progress) -> Result<(), TrainError> {
-        self.busy.retain(|(_, until)| *until > Instant::now());
         for wanted in &progress.ready {
             if self.running.len() == self.options.devices.len() {
                 break;
@@ -210,7 +210,7 @@ impl Sweep<'_> {
             folders.push((base, folder));
         }
         let folder = |inside: &str| -> Option<PathBuf> {
-            folders.iter().find(|(base, _)| spelled(base, inside)).map(|(_, folder)| folder.clone())
+            folders.iter().find(|(base, _)| base.reference == inside).map(|(_, folder)| folder.clone())
         };
         let sets =
             resolve(&settings.sets, folder).ok_or_else(|| TrainError::Internal("a base run has no folder".into()))?;

@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::error::TrainError;
-use crate::metrics::METRICS;
+use crate::metrics::{METRICS, read_records};
 
 use draw::{Chart, Format, Series, draw};
 pub use runs::{Axis, RunComparison, plot_runs};
@@ -20,8 +20,7 @@ pub use runs::{Axis, RunComparison, plot_runs};
 ///
 /// A file that cannot be read or written.
 pub fn write_plots(metrics: &Path, dir: &Path) -> Result<(), TrainError> {
-    let text = fs::read_to_string(metrics).map_err(TrainError::read(metrics))?;
-    let records: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let records = read_records(metrics)?;
     fs::create_dir_all(dir).map_err(TrainError::write(dir))?;
     for metric in METRICS {
         let Some(plot) = &metric.plot else { continue };

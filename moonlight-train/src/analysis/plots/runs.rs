@@ -1,7 +1,6 @@
 //! The curves of several runs in one figure.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -9,6 +8,7 @@ use serde_json::Value;
 
 use super::draw::{self, Chart, Format, Series};
 use crate::error::TrainError;
+use crate::metrics::read_records;
 use crate::output_file::OutputFile;
 
 /// The horizontal axis.
@@ -104,9 +104,7 @@ pub fn plot_runs(comparison: &RunComparison, output: &Path) -> Result<(), TrainE
 /// The records of a run's `metrics.jsonl`.
 fn read(run: &Path) -> Result<Vec<Value>, TrainError> {
     let path = if run.is_dir() { run.join("metrics.jsonl") } else { run.to_owned() };
-    let text = fs::read_to_string(&path).map_err(TrainError::read(&path))?;
-    // The last line may be incomplete, if the run is still training or was killed.
-    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+    read_records(&path)
 }
 
 /// A name for each run: that of its folder, or the full path if two have the same name.
@@ -150,6 +148,8 @@ fn points(records: &[Value], split: &str, metric: &str, axis: Axis) -> Vec<(f64,
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn run(dir: &Path, name: &str, offset: f64) -> PathBuf {
