@@ -212,11 +212,45 @@ fn a_run_whose_terminal_closes_is_saved() {
     assert_eq!(checkpoints(&home.run("closed")).len(), 1);
 }
 
+/// The start of a mouse report. The thread of the dashboard that reads it waits for the rest.
+const HALF_A_KEY: &[u8] = b"\x1b[<0;";
+
+#[test]
+fn a_run_whose_terminal_closes_within_a_key_is_saved_and_ends() {
+    if !hangup_ends_programs() {
+        return;
+    }
+    let home = Home::new();
+    let mut run = OnTerminal::start(&home, "within-a-key");
+    run.wait_for(&["Perplexity", "Controls"]);
+    run.press(HALF_A_KEY);
+    std::thread::sleep(Duration::from_millis(500)); // until the dashboard has read it
+    let mut run = run.close();
+    let status = run.end();
+    assert_eq!(status.code(), Some(130), "{status:?}");
+    assert_eq!(checkpoints(&home.run("within-a-key")).len(), 1);
+}
+
+#[test]
+fn a_run_ends_although_the_dashboard_waits_for_the_rest_of_a_key() {
+    let home = Home::new();
+    let mut run = OnTerminal::start(&home, "half-a-key");
+    run.wait_for(&["Perplexity", "Controls"]);
+    run.press(HALF_A_KEY);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(Command::new("kill").args(["-TERM", &run.child.id().to_string()]).status().unwrap().success());
+    let said = run.wait_for(&["stopped after step"]);
+    assert!(said.contains("\x1b[?1049l"), "its screen is left: {said}");
+    assert_eq!(run.end(), Some(130));
+}
+
 #[test]
 fn a_run_continues_if_a_terminal_that_does_not_control_it_closes() {
     let home = Home::new();
-    let run = OnTerminal::open(&home, "unseen", false);
+    let mut run = OnTerminal::open(&home, "unseen", false);
     run.wait_for(&["Perplexity", "Controls"]);
+    run.press(HALF_A_KEY);
+    std::thread::sleep(Duration::from_millis(500));
     let mut run = run.close();
     let lines = || std::fs::read_to_string(home.run("unseen").join("metrics.jsonl")).unwrap().lines().count();
     let before = lines();

@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::{JoinHandle, spawn};
+use std::thread::{JoinHandle, sleep, spawn};
+use std::time::{Duration, Instant};
 
 use burn::train::Interrupter;
 use burn::train::metric::state::{FormatOptions, NumericMetricState};
@@ -47,6 +48,9 @@ impl Progress {
 /// nothing else. The panic ends only that thread, and the training loop sees a closed channel. Any other panic means that the
 /// terminal is gone, which does not end the run.
 ///
+/// The renderer's thread may also never end: it reads keys, and the library that it uses reads in an endless loop once the
+/// terminal is gone, or waits for the rest of a key of which only a part has arrived. So nothing waits for it without a limit.
+///
 /// While the dashboard is open, stderr is held back: its lines would garble the screen, and libraries that print to stderr
 /// panic once the terminal is gone.
 pub(crate) struct Dashboard {
@@ -58,6 +62,9 @@ pub(crate) struct Dashboard {
     /// Whether the dashboard has failed and log lines replace it.
     failed: bool,
 }
+
+/// How long the renderer may take to restore the terminal.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The start of the message with which the renderer panics after the key `k`.
 const KILL_MESSAGE: &str = "Killing training";
@@ -75,11 +82,14 @@ impl Dashboard {
         Self { metrics: Some(metrics), thread: Some(thread), stderr, lines, failed: false }
     }
 
-    /// Waits until the terminal is restored.
+    /// Restores the terminal.
     fn close(&mut self) -> Result<(), TrainError> {
         self.metrics = None;
         let Some(thread) = self.thread.take() else { return Ok(()) };
-        let joined = thread.join();
+        if terminal::is_gone() {
+            terminal::stop_reading_keys();
+        }
+        let joined = if ends_within(&thread, PATIENCE) { thread.join() } else { Err(Box::new("it does not end") as _) };
         if joined.is_err() {
             // Before stderr is released: its lines would vanish with the alternate screen.
             terminal::leave_screen();
@@ -101,6 +111,9 @@ impl Dashboard {
 
 impl Reporter for Dashboard {
     fn begin_step(&mut self) {
+        if self.thread.is_some() && terminal::is_gone() {
+            terminal::stop_reading_keys();
+        }
         terminal::keep_interrupt_key();
         self.lines.begin_step(); // for its clock, in case log lines replace the dashboard
     }
@@ -122,6 +135,14 @@ impl Drop for Dashboard {
     fn drop(&mut self) {
         let _ = self.close();
     }
+}
+
+fn ends_within(thread: &JoinHandle<()>, patience: Duration) -> bool {
+    let started = Instant::now();
+    while !thread.is_finished() && started.elapsed() < patience {
+        sleep(Duration::from_millis(2));
+    }
+    thread.is_finished()
 }
 
 /// Shows metrics until the sender is dropped.

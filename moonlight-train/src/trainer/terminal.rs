@@ -2,9 +2,13 @@
 
 use std::fs::File;
 use std::io::{IsTerminal, Write};
+use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 
-use rustix::stdio::stdin;
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::Errno;
+use rustix::pipe::pipe;
+use rustix::stdio::{dup2_stdin, stdin};
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 
 /// The terminal's mode before the dashboard.
@@ -31,6 +35,23 @@ pub(crate) fn keep_interrupt_key() {
     {
         state.local_modes.insert(LocalModes::ISIG);
         let _ = tcsetattr(stdin(), OptionalActions::Now, &state);
+    }
+}
+
+/// Whether stdin is a terminal that has been closed.
+pub(crate) fn is_gone() -> bool {
+    matches!(tcgetattr(stdin()), Err(Errno::IO))
+}
+
+/// Replaces stdin with a pipe that is never written to. crossterm, which reads keys for the dashboard, does not handle the end
+/// of its input, and would read from a terminal that is gone in an endless loop.
+pub(crate) fn stop_reading_keys() {
+    static WRITER: OnceLock<OwnedFd> = OnceLock::new(); // kept open, since without a writer the pipe is at its end
+    if let Ok((reader, writer)) = pipe()
+        && fcntl_setfl(&reader, OFlags::NONBLOCK).is_ok()
+        && WRITER.set(writer).is_ok()
+    {
+        let _ = dup2_stdin(&reader);
     }
 }
 

@@ -10,6 +10,12 @@ pub(crate) fn has_keys() -> bool {
 
 pub(crate) fn keep_interrupt_key() {}
 
+pub(crate) fn is_gone() -> bool {
+    false
+}
+
+pub(crate) fn stop_reading_keys() {}
+
 pub(crate) fn restore_mode() {}
 
 pub(crate) fn leave_screen() {}
