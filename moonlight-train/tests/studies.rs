@@ -6,8 +6,9 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -155,22 +156,69 @@ fn an_interrupted_sweep_waits_for_its_runs_and_says_so() {
     let path = study(&home, &STUDY.replace("\"train.steps\" = 8", "\"train.steps\" = 100000"));
     let child = sweep(&home, &path, &[]).stderr(Stdio::piped()).spawn().unwrap();
     let runs = home.path("runs/studies/tiny");
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !fs::read_dir(&runs).is_ok_and(|mut runs| {
-        runs.any(|run| {
-            run.is_ok_and(|run| run.path().join("metrics.jsonl").metadata().is_ok_and(|file| file.len() > 0))
-        })
-    }) {
-        assert!(Instant::now() < deadline, "no run takes a step");
-        sleep(Duration::from_millis(50));
-    }
-    let process = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
-    rustix::process::kill_process(process, rustix::process::Signal::INT).unwrap();
+    wait_for_a_step(&runs);
+    interrupt(&child);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{}", text(&output.stderr));
     assert!(rows(&home).is_empty());
     let checkpoint = fs::read_dir(&runs).unwrap().any(|run| run.unwrap().path().join("checkpoints").exists());
     assert!(checkpoint, "a run that was interrupted has a checkpoint");
+}
+
+/// Waits until one of the runs in a folder has taken a step.
+fn wait_for_a_step(runs: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let has_stepped = |run: PathBuf| run.join("metrics.jsonl").metadata().is_ok_and(|file| file.len() > 0);
+    while !fs::read_dir(runs).is_ok_and(|mut runs| runs.any(|run| run.is_ok_and(|run| has_stepped(run.path())))) {
+        assert!(Instant::now() < deadline, "no run takes a step");
+        sleep(Duration::from_millis(50));
+    }
+}
+
+fn interrupt(child: &Child) {
+    let process = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::INT).unwrap();
+}
+
+#[test]
+fn a_sweep_that_waits_for_the_run_of_another_process_can_be_interrupted() {
+    let home = Home::new();
+    let path = study(&home, &STUDY.replace("\"train.steps\" = 8", "\"train.steps\" = 100000"));
+    let runs = Runs(home.path("studies"));
+    let mut first = sweep(&home, &path, &[]).stderr(Stdio::null()).spawn().unwrap();
+    wait_for_a_step(&home.path("runs/studies/tiny"));
+    // Its runs continue.
+    first.kill().unwrap();
+    first.wait().unwrap();
+
+    let mut second = sweep(&home, &path, &[]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(second.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(log.any(|line| line.contains("is trained by another process")));
+    interrupt(&second);
+    let start = Instant::now();
+    let rest: Vec<_> = log.collect();
+    assert_eq!(second.wait().unwrap().code(), Some(130), "{rest:?}");
+    let took = start.elapsed();
+
+    assert!(runs.kill(), "the runs have ended, so nothing was waited for");
+    assert!(took < Duration::from_secs(30), "{took:?}");
+}
+
+/// The runs of a folder's studies, which is among the arguments of their processes. They are killed when the test ends.
+struct Runs(PathBuf);
+
+impl Runs {
+    /// Whether there was one to kill.
+    fn kill(&self) -> bool {
+        let pattern = format!("train .*{}", self.0.display());
+        Command::new("pkill").args(["-KILL", "-f", &pattern]).status().unwrap().success()
+    }
+}
+
+impl Drop for Runs {
+    fn drop(&mut self) {
+        self.kill();
+    }
 }
 
 #[test]

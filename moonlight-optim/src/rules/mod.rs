@@ -109,6 +109,16 @@ impl ParameterRules {
         Self::new().group("adamw", adamw).rule(Rule::to("adamw").because("AdamW takes all"))
     }
 
+    /// AdamW with `factor` times the learning rate (group `embedding`) for the embedding and the output head, by rules that come
+    /// before the existing ones. For models with Hugging Face's parameter names. Megatron calls it the decoupled learning rate.
+    pub fn with_embedding_rate(self, adamw: AdamWConfig, factor: f64) -> Self {
+        let rule = |path: &str| Rule::to("embedding").path(path).because("a rate of its own").optional();
+        let earlier = self.rules.into_iter().map(Rule::optional); // what the new rules leave for one of them may be nothing
+        let rules = [rule("**.embed_tokens.**"), rule("**.lm_head.**")].into_iter().chain(earlier).collect();
+        let group = GroupOptimizer::from(adamw).with_learning_rate_factor(factor);
+        Self { groups: self.groups, rules }.group("embedding", group)
+    }
+
     fn with_matrices_and_vectors(self) -> Self {
         self.rule(Rule::to("muon").rank(2..=2).because("matrix").optional())
             .rule(Rule::to("muon").rank(3..=3).because("stack of matrices").optional())

@@ -256,6 +256,24 @@ fn a_group_applies_its_factor_to_the_learning_rate() {
 }
 
 #[test]
+fn embedding_and_head_may_have_a_rate_of_their_own() {
+    for (rules, matrices) in [(moonlight(), "muon"), (ParameterRules::adamw(AdamWConfig::new()), "adamw")] {
+        for head in [true, false] {
+            let assignment =
+                rules.clone().with_embedding_rate(AdamWConfig::new(), 4.0).assign(&model(head)).unwrap();
+            for row in assignment.rows().iter().filter(|row| row.group != BUFFER) {
+                let expected = match row.path.as_str() {
+                    "embed_tokens.weight" | "lm_head.weight" => "embedding",
+                    path if path.ends_with("norm.gamma") => "adamw",
+                    _ => matrices,
+                };
+                assert_eq!(row.group, expected, "{}", row.path);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_scale_without_its_hidden_size_is_refused() {
     let muon = |scale: UpdateScale| ParameterRules::moonlight(MuonConfig::new().with_scale(scale), AdamWConfig::new());
     let unset = UpdateScale::HiddenSize { factor: 0.2, hidden: 0 };

@@ -34,6 +34,8 @@ pub struct OptimizerRecipe {
     pub name: OptimizerName,
     /// The peak learning rate of both optimizers.
     pub learning_rate: f64,
+    /// The learning rate of embedding and output head, relative to `learning_rate`.
+    pub embedding_rate_factor: f64,
     /// QK-clip's threshold on attention logits; 0 for no QK-clip.
     pub qk_clip: f64,
     /// Settings of Muon; not used with `name = "adamw"`.
@@ -51,6 +53,10 @@ struct Keys {
     /// The peak learning rate, from 0, of Muon and AdamW alike. With the scale `report` Muon takes AdamW's rates, from 2e-4 to
     /// 2e-3. Required.
     learning_rate: f64,
+    /// The learning rate of embedding and output head relative to `learning_rate`, above 0. Default: 1, the same rate.
+    /// Megatron's `--decoupled-lr` is the product of both.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    embedding_rate_factor: Option<f64>,
     /// Decoupled weight decay, from 0, of every parameter including norms: `W <- W - lr * weight_decay * W`.
     weight_decay: f64,
     /// How parameters in half precision take an update; it has no effect on f32 parameters. The default `master` keeps an f32
@@ -71,6 +77,7 @@ impl Default for Keys {
         Self {
             name: OptimizerName::Muon,
             learning_rate: 1e-3,
+            embedding_rate_factor: None,
             weight_decay: 0.1,
             rounding: Rounding::MasterWeights,
             update_rms: None,
@@ -88,10 +95,11 @@ impl<'de> Deserialize<'de> for OptimizerRecipe {
 
 impl Serialize for OptimizerRecipe {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let Self { name, learning_rate, qk_clip, muon, adamw } = self;
+        let Self { name, learning_rate, embedding_rate_factor, qk_clip, muon, adamw } = self;
         let keys = Keys {
             name: *name,
             learning_rate: *learning_rate,
+            embedding_rate_factor: (*embedding_rate_factor != 1.0).then_some(*embedding_rate_factor),
             weight_decay: muon.weight_decay,
             rounding: muon.rounding,
             update_rms: update_rms(&muon.scale),
@@ -135,7 +143,8 @@ impl Default for OptimizerRecipe {
 
 impl OptimizerRecipe {
     fn of(keys: Keys, mut muon: MuonConfig, mut adamw: AdamWConfig) -> Self {
-        let Keys { name, learning_rate, weight_decay, rounding, update_rms, qk_clip } = keys;
+        let Keys { name, learning_rate, embedding_rate_factor, weight_decay, rounding, update_rms, qk_clip } = keys;
+        let embedding_rate_factor = embedding_rate_factor.unwrap_or(1.0);
         (adamw.weight_decay, adamw.rounding) = (weight_decay, rounding);
         (muon.weight_decay, muon.rounding) = (weight_decay, rounding);
         // The default depends on the coefficients. It is filled in because `recipe.toml` must contain every value.
@@ -143,7 +152,7 @@ impl OptimizerRecipe {
         if let Some(rms) = update_rms {
             muon.scale = muon.scale.with_update_rms(rms);
         }
-        Self { name, learning_rate, qk_clip, muon, adamw }
+        Self { name, learning_rate, embedding_rate_factor, qk_clip, muon, adamw }
     }
 
     pub(super) fn check(&self, check: &mut Check<'_>) {
@@ -151,11 +160,14 @@ impl OptimizerRecipe {
             let hint = "write one from 2e-4 to 2e-3: with the default scale Muon takes AdamW's rates";
             check.missing("optimizer.learning_rate", hint);
         }
-        let Self { learning_rate, qk_clip, .. } = *self;
+        let Self { learning_rate, embedding_rate_factor, qk_clip, .. } = *self;
         let MuonConfig { weight_decay, momentum, .. } = self.muon;
         let AdamWConfig { betas, epsilon, .. } = self.adamw;
         check.require("optimizer.learning_rate", learning_rate >= 0.0, || {
             format!("is {learning_rate}; it must be at least 0")
+        });
+        check.require("optimizer.embedding_rate_factor", embedding_rate_factor > 0.0, || {
+            format!("is {embedding_rate_factor}; it must be above 0")
         });
         check.require("optimizer.weight_decay", weight_decay >= 0.0, || {
             format!("is {weight_decay}; it must be at least 0")
@@ -189,14 +201,15 @@ impl OptimizerRecipe {
 
     /// The rules that assign parameters to optimizers, for a model with this hidden size.
     pub(crate) fn rules(&self, hidden: usize) -> ParameterRules {
-        let Self { muon, adamw, .. } = self;
-        match self.name {
+        let Self { muon, adamw, embedding_rate_factor, .. } = self;
+        let rules = match self.name {
             OptimizerName::AdamW => ParameterRules::adamw(adamw.clone()),
             OptimizerName::Muon => {
                 let scale = muon.scale.with_hidden_size(hidden);
                 ParameterRules::moonlight(muon.clone().with_scale(scale), adamw.clone())
             }
-        }
+        };
+        if *embedding_rate_factor == 1.0 { rules } else { rules.with_embedding_rate(adamw.clone(), *embedding_rate_factor) }
     }
 }
 

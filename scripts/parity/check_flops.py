@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Compares the operations that `moonlight plan` counts with those that torch counts while transformers and torch.optim.Muon run.
+
+    cargo build --release -p moonlight-train
+    python scripts/parity/check_flops.py --moonlight target/release/moonlight
+
+torch's FlopCounterMode records every matrix product of a forward and a backward pass of the small models in fixtures/, in transformers'
+own classes, and of torch.optim.Muon's step. The counts must be equal, to the last operation, except for three things that are
+corrected here, since they are properties of the implementation:
+
+* transformers' eager attention multiplies all pairs of positions; `moonlight` counts those that a causal model needs
+* rotary embeddings multiply positions by frequencies in a matrix product, which `moonlight` does not count
+* the routed experts' choice is of the tokens given, so each token has `num_experts_per_tok` of them, as counted
+
+Studies state operations by this count. The exit code is 0 if every comparison holds.
+
+Needs: torch 2.9 or later, transformers (group `parity` installs them). Takes: under a minute.
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import common
+from common import late
+from models import load_strictly
+
+torch = late("torch")
+
+FAMILIES = ["moonlight-like", "deepseek-v3-like", "deepseek-v2-lite-like", "deepseek-v2-like", "llama", "qwen2"]
+
+checks = common.Checks()
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--moonlight", type=common.program, required=True, help="the built `moonlight`")
+    options = parser.parse_args()
+    common.print_versions("torch", "transformers")
+    for family in FAMILIES:
+        check(common.FIXTURES / family, options.moonlight)
+    checks.finish()
+
+
+def check(directory, moonlight):
+    name = directory.name
+    config = json.loads((directory / "config.json").read_text())
+    length = config["max_position_embeddings"]
+    ours = json.loads(common.call(moonlight, "plan", "--model", directory, "--json"))["operations_per_token"]
+    model, _ = load_strictly(directory)
+    forward, backward = passes(model, config, length)
+    checks.expect(f"{name}: forward", ours * length == forward, f"{ours * length} and {forward}")
+    # The backward pass has two products for each of the forward pass.
+    checks.expect(f"{name}: backward", 2 * forward == backward, f"{2 * forward} and {backward}")
+    planned = newton_schulz(moonlight, directory)
+    counted = muon(model)
+    checks.expect(f"{name}: Newton-Schulz", planned == counted, f"{planned} and {counted}")
+
+
+def passes(model, config, length):
+    """The operations of a forward and of a backward pass of one sequence, with attention to the positions before."""
+    ids = torch.arange(length)[None] % config["vocab_size"]
+    with counter() as forward:
+        loss = model(ids, labels=ids, use_cache=False).loss
+    with counter() as backward:
+        loss.backward()
+    rotated = config.get("qk_rope_head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rotary = rotated * length  # half as many frequencies, and two operations each
+    return causal(forward, length, rotary), causal(backward, length, 0)
+
+
+def causal(counted, length, rotary):
+    total = 0
+    for operation, count in counted.get_flop_counts()["Global"].items():
+        if "bmm" in str(operation):
+            pairs = (count - rotary) * (length + 1)
+            assert pairs % (2 * length) == 0, (operation, count)
+            count = pairs // (2 * length)
+        total += count
+    return total
+
+
+def newton_schulz(moonlight, directory):
+    """What `moonlight plan` says of a step on a GPU, which computes all of each symmetric product."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = pathlib.Path(folder, "recipe.toml")
+        text = pathlib.Path(folder, "text.txt")
+        text.write_text("text")
+        recipe.write_text(
+            f'[run]\nname = "plan"\n[model]\npath = "{directory}"\n'
+            f'[data]\ntrain = ["{text}"]\ntokenizer = "bytes"\nsequence_length = 8\n'
+            "[optimizer]\nlearning_rate = 1e-3\n[train]\nsteps = 1\n"
+        )
+        plan = common.call(moonlight, "plan", recipe, "--device", "cuda", "--json")
+    return json.loads(plan)["newton_schulz_operations"]
+
+
+def muon(model):
+    """The operations of torch.optim.Muon's step; it takes matrices, so stacks of experts are taken apart."""
+    matrices = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            matrices.extend(parameter.detach().flatten(0, -3) if parameter.ndim > 2 else [parameter.detach()])
+    matrices = [torch.nn.Parameter(part) for matrix in matrices for part in split(matrix)]
+    for matrix in matrices:
+        matrix.grad = torch.ones_like(matrix)
+    optimizer = torch.optim.Muon(matrices, lr=1e-3, ns_steps=5)
+    with counter() as counted:
+        optimizer.step()
+    return counted.get_total_flops()
+
+
+def split(matrix):
+    return [matrix]
+
+
+def counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    return FlopCounterMode(display=False)
+
+
+if __name__ == "__main__":
+    main()
