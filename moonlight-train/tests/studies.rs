@@ -23,7 +23,7 @@ question = "Does it work?"
 claim = "It does."
 limits = "Everything."
 recipe = "../recipe.toml"
-budget_hours = 1.0
+budget = "1h"
 seeds = [1, 2]
 
 [set]
@@ -222,6 +222,20 @@ impl Drop for Runs {
 }
 
 #[test]
+fn a_sweep_ends_at_its_budget_and_starts_runs_by_a_launcher() {
+    let home = Home::new();
+    let path = study(&home, STUDY);
+    for (budget, added) in [("0s", 0), ("9steps", 2), ("1flop", 1)] {
+        let output = sweep(&home, &path, &["--budget", budget, "--launcher", "env MOONLIGHT=1"]).output().unwrap();
+        let log = text(&output.stderr);
+        assert!(output.status.success() && log.contains(&format!("added {added} runs; ")), "{budget}: {log}");
+    }
+    let output = sweep(&home, &path, &["--launcher", "no-such-program"]).output().unwrap();
+    let log = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && log.contains("`no-such-program` cannot be started"), "{log}");
+}
+
+#[test]
 fn a_study_starts_from_the_weights_of_another_and_trains_them_again_if_they_are_gone() {
     let home = Home::new();
     let base = study(&home, STUDY);
@@ -258,6 +272,7 @@ fn a_study_that_cannot_be_read_names_the_place() {
     for (from, to, expected) in [
         ("seeds = [1, 2]", "seeds = []", "`seeds` is empty"),
         ("seeds = [1, 2]", "seed = [1, 2]", "unknown field `seed`"),
+        ("budget = \"1h\"", "budget = \"1\"", "the unit must be h, m, s, flop or steps"),
         ("by = [\"optimizer\"]", "by = [\"optim\"]", "the axis `optim`"),
         ("name = \"wide\"", "name = \"narrow\"", "the value `narrow` twice"),
         ("recipe = \"../recipe.toml\"", "recipe = \"none.toml\"", "none.toml"),

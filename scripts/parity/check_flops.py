@@ -5,12 +5,10 @@
     python scripts/parity/check_flops.py --moonlight target/release/moonlight
 
 torch's FlopCounterMode records every matrix product of a forward and a backward pass of the small models in fixtures/, in transformers'
-own classes, and of torch.optim.Muon's step. The counts must be equal, to the last operation, except for three things that are
-corrected here, since they are properties of the implementation:
+own classes, and of torch.optim.Muon's step. The counts must be equal, to the last operation, after two corrections:
 
 * transformers' eager attention multiplies all pairs of positions; `moonlight` counts those that a causal model needs
-* rotary embeddings multiply positions by frequencies in a matrix product, which `moonlight` does not count
-* the routed experts' choice is of the tokens given, so each token has `num_experts_per_tok` of them, as counted
+* `moonlight` counts each weight of a norm and each bias as two operations a token; they are in no matrix product
 
 Studies state operations by this count. The exit code is 0 if every comparison holds.
 
@@ -51,7 +49,10 @@ def check(directory, moonlight):
     ours = json.loads(common.call(moonlight, "plan", "--model", directory, "--json"))["operations_per_token"]
     model, _ = load_strictly(directory)
     forward, backward = passes(model, config, length)
-    checks.expect(f"{name}: forward", ours * length == forward, f"{ours * length} and {forward}")
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    vectors += [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    products = (ours - 2 * sum(vector.numel() for vector in vectors)) * length
+    checks.expect(f"{name}: forward", products == forward, f"{products} and {forward}")
     # The backward pass has two products for each of the forward pass.
     checks.expect(f"{name}: backward", 2 * forward == backward, f"{2 * forward} and {backward}")
     planned = newton_schulz(moonlight, directory)
@@ -66,18 +67,16 @@ def passes(model, config, length):
         loss = model(ids, labels=ids, use_cache=False).loss
     with counter() as backward:
         loss.backward()
-    rotated = config.get("qk_rope_head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    rotary = rotated * length  # half as many frequencies, and two operations each
-    return causal(forward, length, rotary), causal(backward, length, 0)
+    return causal(forward, length), causal(backward, length)
 
 
-def causal(counted, length, rotary):
+def causal(counted, length):
+    """The operations, if attention multiplied only the pairs of positions of which the second is not the later one."""
     total = 0
     for operation, count in counted.get_flop_counts()["Global"].items():
         if "bmm" in str(operation):
-            pairs = (count - rotary) * (length + 1)
-            assert pairs % (2 * length) == 0, (operation, count)
-            count = pairs // (2 * length)
+            assert count % (2 * length) == 0, (operation, count)
+            count = count // (2 * length) * (length + 1)
         total += count
     return total
 
@@ -91,29 +90,28 @@ def newton_schulz(moonlight, directory):
         recipe.write_text(
             f'[run]\nname = "plan"\n[model]\npath = "{directory}"\n'
             f'[data]\ntrain = ["{text}"]\ntokenizer = "bytes"\nsequence_length = 8\n'
-            "[optimizer]\nlearning_rate = 1e-3\n[train]\nsteps = 1\n"
+            "[optimizer]\nlearning_rate = 1e-3\nform = \"direct\"\n[train]\nsteps = 1\n"
         )
         plan = common.call(moonlight, "plan", recipe, "--device", "cuda", "--json")
     return json.loads(plan)["newton_schulz_operations"]
 
 
 def muon(model):
-    """The operations of torch.optim.Muon's step; it takes matrices, so stacks of experts are taken apart."""
+    """The operations of torch.optim.Muon's step. It takes matrices, so stacks of experts are taken apart."""
     matrices = []
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            matrices.extend(parameter.detach().flatten(0, -3) if parameter.ndim > 2 else [parameter.detach()])
-    matrices = [torch.nn.Parameter(part) for matrix in matrices for part in split(matrix)]
+        if parameter.ndim < 2 or name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            continue
+        # transformers stores two matrices of a checkpoint in one.
+        parts = parameter.detach().chunk(2, dim=-2) if name.endswith("gate_up_proj") else [parameter.detach()]
+        matrices.extend(matrix for part in parts for matrix in part.reshape(-1, *part.shape[-2:]))
+    matrices = [torch.nn.Parameter(matrix) for matrix in matrices]
     for matrix in matrices:
         matrix.grad = torch.ones_like(matrix)
     optimizer = torch.optim.Muon(matrices, lr=1e-3, ns_steps=5)
     with counter() as counted:
         optimizer.step()
     return counted.get_total_flops()
-
-
-def split(matrix):
-    return [matrix]
 
 
 def counter():

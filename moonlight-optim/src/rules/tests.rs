@@ -259,12 +259,11 @@ fn a_group_applies_its_factor_to_the_learning_rate() {
 fn embedding_and_head_may_have_a_rate_of_their_own() {
     for (rules, matrices) in [(moonlight(), "muon"), (ParameterRules::adamw(AdamWConfig::new()), "adamw")] {
         for head in [true, false] {
-            let assignment =
-                rules.clone().with_embedding_rate(AdamWConfig::new(), 4.0).assign(&model(head)).unwrap();
+            let assignment = rules.clone().with_embedding_rate(AdamWConfig::new(), 4.0).assign(&model(head)).unwrap();
             for row in assignment.rows().iter().filter(|row| row.group != BUFFER) {
                 let expected = match row.path.as_str() {
                     "embed_tokens.weight" | "lm_head.weight" => "embedding",
-                    path if path.ends_with("norm.gamma") => "adamw",
+                    path if path.ends_with("gamma") || path.ends_with("bias") => "adamw",
                     _ => matrices,
                 };
                 assert_eq!(row.group, expected, "{}", row.path);

@@ -170,11 +170,12 @@ impl RunPlan {
                 tokens: (recipe.train.batch_size * gradient_accumulation * settings.sequence) as u64,
                 flat: distributed.form == DistributedForm::Flat,
                 gather_bytes: if distributed.gather == GatherPrecision::Bf16 { 2 } else { 4 },
+                newton_schulz: recipe.optimizer.muon.build().newton_schulz().clone(),
             };
             MultiGpuPlan::new(&plan, cluster)
         });
         let token = plan.token_flops().training(settings.recompute) as f64;
-        let newton_schulz = plan.newton_schulz_flops(recipe.optimizer.newton_schulz_steps());
+        let newton_schulz = plan.newton_schulz_flops(recipe.optimizer.muon.build().newton_schulz());
         let newton_schulz = newton_schulz.map(|step| (step, tokens_for_share(0.1, step, token)));
         Ok(Self { plan, threads, assumed, gradient_accumulation, budget, advice, newton_schulz, multi_gpu })
     }

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use clap::Args;
 
@@ -12,8 +11,9 @@ use super::output::print;
 use super::signals::{self, Response};
 use super::{INTERRUPTED, units};
 use crate::error::TrainError;
+use crate::study::budget::Budget;
 use crate::study::study_file::{SMALL_TIER, Study};
-use crate::study::sweep::{SweepOptions, SweepOutcome, estimate, sweep};
+use crate::study::sweep::{Cost, SweepOptions, SweepOutcome, estimate, sweep};
 
 /// Run a study: train every run that it compares and that is missing
 ///
@@ -27,9 +27,10 @@ pub(super) struct Arguments {
     /// The size of the study: `small`, or a name from the file's `[tiers]`
     #[arg(long, default_value = SMALL_TIER)]
     tier: String,
-    /// The time after which no further run is started, such as 90m, 2h or 1.5h [default: the study's `budget_hours`]
-    #[arg(long, value_parser = duration)]
-    budget: Option<Duration>,
+    /// The time, operations or optimizer steps after which no further run is started: 90m, 2h, 1e15flop or 20000steps [default: the
+    /// study's `budget`]
+    #[arg(long)]
+    budget: Option<Budget>,
     /// Runs at once on the CPU [default: one for each core]
     #[arg(long, value_name = "N", conflicts_with = "devices", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
@@ -42,19 +43,6 @@ pub(super) struct Arguments {
     /// Print the points with their tokens and operations, and train nothing
     #[arg(long)]
     dry_run: bool,
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    let split = text.len() - text.chars().last().map_or(0, char::len_utf8);
-    let (number, unit) = text.split_at(split);
-    let seconds = match unit {
-        "h" => 3600.0,
-        "m" => 60.0,
-        "s" => 1.0,
-        _ => return Err("write a number and h, m or s, such as 2h".into()),
-    };
-    let number = number.parse::<f64>().ok().filter(|number| *number >= 0.0 && *number < 1e6);
-    number.map(|number| Duration::from_secs_f64(number * seconds)).ok_or_else(|| "not a time".into())
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
@@ -72,11 +60,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
         threads: (cores / devices.len()).max(1),
         devices,
         launcher: arguments.launcher.split_whitespace().map(str::to_owned).collect(),
-        budget: arguments.budget.unwrap_or_else(|| Duration::from_secs_f64(study.tier.budget_hours * 3600.0)),
+        budget: arguments.budget.unwrap_or(study.tier.budget),
     };
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
-    // The first signal waits for the runs, which get it from the terminal as well and write a checkpoint; the second ends the program.
+    // The first signal is passed to the runs, which write a checkpoint; the second ends the program.
     signals::handle(move |_| if flag.swap(true, Ordering::Relaxed) { Response::End } else { Response::Handled });
     let SweepOutcome { added, missing, interrupted } = sweep(&study, &options, &stop)?;
     let rest = if missing == 0 { "the study is complete".to_owned() } else { format!("{missing} runs are missing") };
@@ -91,25 +79,11 @@ fn table(study: &Study) -> Result<String, TrainError> {
     let (mut runs, mut total) = (0, 0.0);
     for point in points {
         let names = point.point.values().map(String::as_str).collect::<Vec<_>>().join(" ");
-        let tokens = units::count(point.tokens as f64);
-        text += &format!(
-            "{names:<44} {:>5} {tokens:>10} {:>12.2e} {:>14.2e}\n",
-            point.runs, point.flops, point.newton_schulz_flops
-        );
+        let Cost { tokens, flops, newton_schulz_flops } = point.cost;
+        let tokens = units::count(tokens as f64);
+        text += &format!("{names:<44} {:>5} {tokens:>10} {flops:>12.2e} {newton_schulz_flops:>14.2e}\n", point.runs);
         runs += point.runs;
-        total += point.runs as f64 * (point.flops + point.newton_schulz_flops);
+        total += point.runs as f64 * (flops + newton_schulz_flops);
     }
     Ok(text + &format!("at least {runs} runs, {total:.2e} operations\n"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn budgets_have_units() {
-        assert_eq!(duration("1.5h").unwrap(), Duration::from_secs(5400));
-        assert_eq!(duration("90m").unwrap(), Duration::from_secs(5400));
-        assert!(duration("90").is_err() && duration("").is_err() && duration("h").is_err() && duration("-1h").is_err());
-    }
 }

@@ -2,13 +2,14 @@
 
 use moonlight_model::ModelConfig;
 use moonlight_model::config::{ParameterKind, ParameterShape};
-use moonlight_optim::{Coefficients, NewtonSchulz};
+use moonlight_optim::NewtonSchulz;
 use serde::Serialize;
 
 /// Floating-point operations of one token. A multiplication and an addition count as two.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct TokenFlops {
-    /// Products with weights: two for each activated parameter, without the embedding, which is a lookup.
+    /// Products with weights: two for each activated parameter, without the embedding, which is a lookup. Those of norms
+    /// and biases are included, although they are in no product of matrices.
     pub weights: u64,
     /// Attention scores and weighted sums, averaged over the positions of a causal sequence.
     pub attention: u64,
@@ -43,10 +44,9 @@ pub(super) fn is_muon_parameter(shape: &ParameterShape) -> bool {
     matches!(shape.kind, ParameterKind::Matrix | ParameterKind::Experts | ParameterKind::Router)
 }
 
-/// Floating-point operations of one update of all Muon matrices: `steps` Newton-Schulz iterations each. With `symmetric` only half
-/// of each symmetric product is computed, as the CPU kernel does; Burn's operations on GPUs compute all of it.
-pub fn newton_schulz_flops(config: &ModelConfig, steps: usize, symmetric: bool) -> f64 {
-    let iteration = NewtonSchulz::new(&Coefficients::Report, steps);
+/// Floating-point operations of Newton-Schulz in one update of all Muon matrices. With `symmetric` only half of each symmetric
+/// product is computed, as the CPU kernel does; Burn's operations on GPUs compute all of it.
+pub fn newton_schulz_flops(config: &ModelConfig, iteration: &NewtonSchulz, symmetric: bool) -> f64 {
     let shapes = config.parameter_shapes();
     let of = |shape: &ParameterShape| match shape.shape.as_slice() {
         [stack @ .., rows, columns] => {
@@ -65,25 +65,33 @@ pub fn tokens_for_share(share: f64, optimizer: f64, token: f64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use moonlight_optim::{Coefficients, NewtonSchulzForm};
+
     use super::*;
+
+    fn five_steps() -> NewtonSchulz {
+        NewtonSchulz::new(&Coefficients::Report, 5)
+    }
 
     fn flops(preset: &str, sequence: usize) -> (f64, f64) {
         let config = ModelConfig::preset(preset).unwrap();
         let token = TokenFlops::for_sequence(&config, sequence).training(false) as f64;
-        (newton_schulz_flops(&config, 5, false), token)
+        (newton_schulz_flops(&config, &five_steps(), false), token)
     }
 
     #[test]
     fn newton_schulz_flops_are_the_sum_over_the_matrices() {
         let config = ModelConfig::preset("bench-small").unwrap();
-        let iteration = NewtonSchulz::new(&Coefficients::Report, 5);
+        let iteration = five_steps();
         let of = |count: f64, rows, columns| count * iteration.flops(rows, columns, true);
         // q, kv_a, kv_b, o; gate, up, down of the dense layer, of the shared experts (2 in one) and of 32 experts; router.
         let attention = of(1.0, 512, 768) + of(1.0, 512, 160) + of(1.0, 128, 1024) + of(1.0, 512, 512);
         let mixture = of(32.0 * 3.0, 512, 352) + of(3.0, 512, 704) + of(1.0, 32, 512);
         let expected = 8.0 * attention + of(3.0, 512, 1408) + 7.0 * mixture;
-        let found = newton_schulz_flops(&config, 5, true);
+        let found = newton_schulz_flops(&config, &iteration, true);
         assert!((found / expected - 1.0).abs() < 1e-12, "{found}, {expected}");
+        let direct = NewtonSchulz { form: NewtonSchulzForm::Direct, ..iteration };
+        assert!(newton_schulz_flops(&config, &direct, true) > found);
     }
 
     #[test]

@@ -19,7 +19,7 @@ mod tests;
 use moonlight_infer::device::ComputeDevice;
 use moonlight_model::ModelConfig;
 use moonlight_model::config::ParameterCount;
-use moonlight_optim::{Adaptive, MomentumPrecision, Rounding};
+use moonlight_optim::{Adaptive, MomentumPrecision, NewtonSchulz, Rounding};
 
 use crate::error::TrainError;
 use crate::frozen::frozen_parameters;
@@ -139,12 +139,12 @@ impl MemoryPlan {
         TokenFlops::for_sequence(&self.config, self.settings.sequence)
     }
 
-    /// Floating-point operations of Newton-Schulz in an optimizer step, with `steps` iterations. `None` unless Muon updates every
+    /// Floating-point operations of Newton-Schulz in an optimizer step. `None` unless Muon updates every
     /// matrix: with LoRA or frozen parameters the sum over all matrices would be wrong.
-    pub fn newton_schulz_flops(&self, steps: usize) -> Option<f64> {
+    pub fn newton_schulz_flops(&self, iteration: &NewtonSchulz) -> Option<f64> {
         let MemorySettings { muon, cpu, frozen, lora, .. } = &self.settings;
         let whole = *muon && lora.is_none() && !frozen.contains(&true);
-        whole.then(|| newton_schulz_flops(&self.config, steps, *cpu))
+        whole.then(|| newton_schulz_flops(&self.config, iteration, *cpu))
     }
 
     /// All phases of a step, in order.

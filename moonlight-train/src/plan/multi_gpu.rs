@@ -5,13 +5,14 @@
 //! trained parameters, `M` the number that Muon updates, `N` the world size, `b` the bytes of a weight.
 
 use moonlight_model::config::ParameterKind;
+use moonlight_optim::NewtonSchulz;
 use serde::Serialize;
 
 use super::flops::{is_muon_parameter, newton_schulz_flops};
 use super::{MemoryPart, MemoryPlan, StepPhase};
 
 /// The GPUs, their rates, and the size of a step.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Cluster {
     /// The number of ranks, each with a GPU.
     pub world_size: u64,
@@ -25,6 +26,8 @@ pub struct Cluster {
     pub flat: bool,
     /// Bytes of a gathered momentum value: 4, or 2 for bf16.
     pub gather_bytes: u64,
+    /// The iteration of Muon's updates.
+    pub newton_schulz: NewtonSchulz,
 }
 
 /// A predicted number and its formula.
@@ -61,7 +64,8 @@ impl MultiGpuPlan {
         for shape in shapes.iter().filter(|shape| shape.kind != ParameterKind::CorrectionBias) {
             *(if is_muon_parameter(shape) && settings.muon { &mut muon } else { &mut adamw }) += shape.count();
         }
-        let newton_schulz = if settings.muon { newton_schulz_flops(&plan.config, 5, false) } else { 0.0 };
+        let newton_schulz =
+            if settings.muon { newton_schulz_flops(&plan.config, &cluster.newton_schulz, false) } else { 0.0 };
         let (trained, ranks, bytes) = (muon + adamw, cluster.world_size as f64, settings.bytes_per_value as f64);
         let (billion, share) = (trained as f64 / 1e9, (ranks - 1.0) / ranks);
         let master = if settings.master_weights && settings.bytes_per_value < 4 { 4.0 } else { 0.0 };
@@ -180,6 +184,7 @@ impl MultiGpuPlan {
 #[cfg(test)]
 mod tests {
     use moonlight_model::ModelConfig;
+    use moonlight_optim::Coefficients;
 
     use super::*;
     use crate::plan::MemorySettings;
@@ -208,7 +213,10 @@ mod tests {
         };
         let plan = MemoryPlan::new(ModelConfig::preset("moonlight-16b-a3b").unwrap(), settings);
         let tokens = 2048 * 8192;
-        MultiGpuPlan::new(&plan, Cluster { world_size, link: 50e9, matmul: 989e12, tokens, flat, gather_bytes: 2 })
+        let newton_schulz = NewtonSchulz::new(&Coefficients::Report, 5);
+        let (link, matmul) = (50e9, 989e12);
+        let cluster = Cluster { world_size, link, matmul, tokens, flat, gather_bytes: 2, newton_schulz };
+        MultiGpuPlan::new(&plan, cluster)
     }
 
     fn of(items: &[Quantity], name: &str) -> f64 {

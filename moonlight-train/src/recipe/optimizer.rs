@@ -209,7 +209,11 @@ impl OptimizerRecipe {
                 ParameterRules::moonlight(muon.clone().with_scale(scale), adamw.clone())
             }
         };
-        if *embedding_rate_factor == 1.0 { rules } else { rules.with_embedding_rate(adamw.clone(), *embedding_rate_factor) }
+        if *embedding_rate_factor == 1.0 {
+            rules
+        } else {
+            rules.with_embedding_rate(adamw.clone(), *embedding_rate_factor)
+        }
     }
 }
 

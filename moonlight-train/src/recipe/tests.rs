@@ -380,10 +380,7 @@ fn options_of_choices_are_checked() {
             "optimizer.form.gram.restarts=[-1]",
             "`optimizer.form.gram.restarts[0]` must be a whole number from 0, not -1",
         ),
-        (
-            "optimizer.embedding_rate_factor=0",
-            "`optimizer.embedding_rate_factor` is 0; it must be above 0",
-        ),
+        ("optimizer.embedding_rate_factor=0", "`optimizer.embedding_rate_factor` is 0; it must be above 0"),
         ("optimizer.update_rms=0", "`optimizer.update_rms` is 0; it must be above 0"),
         ("optimizer.newton_schulz_steps=0", "`optimizer.newton_schulz_steps` is 0; it must be from 1 to 100"),
         ("schedule.stages=[{ to = 1.0 }]", "the recipe lacks `schedule.stages[0].steps`"),

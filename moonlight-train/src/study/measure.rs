@@ -50,8 +50,8 @@ pub fn measure(recipe: &Recipe, spectra: Spectra) -> Result<Measured, TrainError
     let outer = if config.tie_word_embeddings { head } else { 2 * head };
     let active = count.activated - outer;
     let muon = recipe.optimizer.name == OptimizerName::Muon && recipe.lora.is_none();
-    let newton_schulz =
-        if muon { newton_schulz_flops(&config, recipe.optimizer.newton_schulz_steps(), false) } else { 0.0 };
+    let iteration = recipe.optimizer.muon.build();
+    let newton_schulz = if muon { newton_schulz_flops(&config, iteration.newton_schulz(), false) } else { 0.0 };
     Ok(Measured {
         steps,
         tokens,

@@ -193,7 +193,7 @@ mod tests {
         claim = "c"
         limits = "l"
         recipe = "base.toml"
-        budget_hours = 1.0
+        budget = "1h"
         seeds = [1, 2, 3]
         axes = [
             { name = "size", values = [{ name = "small" }, { name = "large", set = { "model.hidden_size" = 64 } }] },

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::budget::Budget;
 use super::report::Section;
 use crate::error::TrainError;
 
@@ -29,7 +30,7 @@ struct StudyFile {
     found: String,
     // The small tier. `#[serde(flatten)]` would accept unknown keys.
     recipe: PathBuf,
-    budget_hours: f64,
+    budget: Budget,
     #[serde(default)]
     set: BTreeMap<String, toml::Value>,
     axes: Vec<Axis>,
@@ -48,8 +49,8 @@ struct StudyFile {
 pub struct Tier {
     /// The recipe that all runs share; in the file relative to the study.
     pub recipe: PathBuf,
-    /// Hours after which no further run is started; `--budget` overrides it.
-    pub budget_hours: f64,
+    /// After which no further run is started; `--budget` overrides it.
+    pub budget: Budget,
     /// Keys of the recipe for all runs.
     pub set: BTreeMap<String, toml::Value>,
     /// What is compared. A point of the study has a value of each axis.
@@ -67,7 +68,7 @@ pub struct Tier {
 #[serde(default, deny_unknown_fields)]
 struct Overrides {
     recipe: Option<PathBuf>,
-    budget_hours: Option<f64>,
+    budget: Option<Budget>,
     set: BTreeMap<String, toml::Value>,
     axes: Vec<Axis>,
     tune: Option<Tune>,
@@ -193,8 +194,8 @@ impl Study {
                 None => error.message().to_owned(),
             })
         })?;
-        let StudyFile { recipe, budget_hours, set, axes, tune, seeds, spectra, .. } = file;
-        let mut tier = Tier { recipe, budget_hours, set, axes, tune, seeds, spectra };
+        let StudyFile { recipe, budget, set, axes, tune, seeds, spectra, .. } = file;
+        let mut tier = Tier { recipe, budget, set, axes, tune, seeds, spectra };
         if tier_name != SMALL_TIER {
             let overrides = file.tiers.get(tier_name).ok_or_else(|| {
                 let known: Vec<_> = [SMALL_TIER].into_iter().chain(file.tiers.keys().map(String::as_str)).collect();
@@ -244,7 +245,7 @@ impl Overrides {
             }
         }
         tier.recipe = self.recipe.unwrap_or_else(|| std::mem::take(&mut tier.recipe));
-        tier.budget_hours = self.budget_hours.unwrap_or(tier.budget_hours);
+        tier.budget = self.budget.unwrap_or(tier.budget);
         tier.tune = self.tune.or_else(|| tier.tune.take());
         tier.seeds = self.seeds.unwrap_or_else(|| std::mem::take(&mut tier.seeds));
         tier.spectra = self.spectra.unwrap_or(tier.spectra);

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use super::budget::{Budget, Used};
 use super::measure::measure;
 use super::points::{Progress, Wanted};
 use super::run_table::{Measured, RunRow, RunTable};
@@ -40,8 +41,8 @@ pub struct SweepOptions {
     pub threads: usize,
     /// A command before the program, such as `mpirun -n 4`.
     pub launcher: Vec<String>,
-    /// Hours after which no further run is started.
-    pub budget: Duration,
+    /// After which no further run is started.
+    pub budget: Budget,
 }
 
 /// How a sweep ended.
@@ -92,6 +93,8 @@ struct Sweep<'a> {
     /// Names of runs that another process trains, and when to look again.
     busy: Vec<(String, Instant)>,
     added: usize,
+    /// Of the budget.
+    used: Used,
 }
 
 /// Trains what is missing until everything is done, the budget is used up, or `stop` is set.
@@ -107,7 +110,8 @@ pub fn sweep(study: &Study, options: &SweepOptions, stop: &AtomicBool) -> Result
     if table.other_text > 0 {
         tracing::warn!("{} rows are of another text, or repeated, and do not count", table.other_text);
     }
-    let mut sweep = Sweep { study, options, table, text, running: Vec::new(), busy: Vec::new(), added: 0 };
+    let (running, busy, used) = (Vec::new(), Vec::new(), Used::default());
+    let mut sweep = Sweep { study, options, table, text, running, busy, added: 0, used };
     let outcome = sweep.run(stop);
     if outcome.is_err() {
         sweep.end_all();
@@ -149,7 +153,8 @@ impl Sweep<'_> {
                 self.running.iter().for_each(|run| ask_to_stop(&run.child));
                 signaled = true;
             }
-            if !stopped && start.elapsed() < self.options.budget {
+            self.used.time = start.elapsed();
+            if !stopped {
                 self.start_ready(&progress)?;
             }
             if self.running.is_empty() && self.busy.is_empty() {
@@ -163,7 +168,7 @@ impl Sweep<'_> {
     /// Starts what is missing on the devices that are free.
     fn start_ready(&mut self, progress: &Progress) -> Result<(), TrainError> {
         for wanted in &progress.ready {
-            if self.running.len() == self.options.devices.len() {
+            if self.running.len() == self.options.devices.len() || self.options.budget.is_used_up(self.used) {
                 break;
             }
             let settings = self.table.base().run(self.study, wanted);
@@ -227,6 +232,7 @@ impl Sweep<'_> {
             .ok_or_else(|| TrainError::Internal("no device is free".into()))?;
         sets.push(format!("run.device=\"{}\"", self.options.devices[slot]));
         let recipe = Recipe::load(&path, &sets)?;
+        let cost = Cost::of(&path, &sets)?;
         let program = std::env::current_exe().map_err(|error| TrainError::Internal(error.to_string()))?;
         let mut command = match self.options.launcher.split_first() {
             Some((launcher, arguments)) => {
@@ -250,6 +256,8 @@ impl Sweep<'_> {
             hint: Some("the launcher must be on the path".into()),
         })?;
         tracing::info!("started `{}`", settings.name);
+        self.used.flops += cost.flops + cost.newton_schulz_flops;
+        self.used.steps += recipe.train.steps as f64;
         self.running.push(Running { child, wanted, settings, recipe, slot, start: Instant::now() });
         Ok(())
     }
@@ -389,12 +397,37 @@ pub struct Estimate {
     pub point: BTreeMap<String, String>,
     /// Runs: those of the search at least, and one for each seed.
     pub runs: usize,
-    /// Training tokens of a run.
+    /// What one run takes.
+    pub cost: Cost,
+}
+
+/// What a run takes, from the shapes of its recipe alone.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Cost {
+    /// Training tokens.
     pub tokens: u64,
-    /// Floating-point operations of a run, forward and backward.
+    /// Floating-point operations, forward and backward.
     pub flops: f64,
     /// Those of Newton-Schulz in addition.
     pub newton_schulz_flops: f64,
+}
+
+impl Cost {
+    fn of(recipe: &Path, sets: &[String]) -> Result<Self, TrainError> {
+        let shaped = crate::recipe::Draft::load(recipe, sets)?.resolve_shape(None)?;
+        let (recipe, config) = (shaped.recipe, shaped.config);
+        let step = recipe.train.batch_size * recipe.train.gradient_accumulation * recipe.data.sequence_length;
+        let tokens = step as u64 * recipe.train.steps;
+        let token = TokenFlops::for_sequence(&config, recipe.data.sequence_length).training(false);
+        let muon = recipe.optimizer.name == OptimizerName::Muon && recipe.lora.is_none();
+        let iteration = recipe.optimizer.muon.build();
+        let update = if muon { newton_schulz_flops(&config, iteration.newton_schulz(), false) } else { 0.0 };
+        Ok(Self {
+            tokens,
+            flops: token as f64 * tokens as f64,
+            newton_schulz_flops: update * recipe.train.steps as f64,
+        })
+    }
 }
 
 /// Estimates each point of a study. Weights and data need not exist, except for a tokenizer.
@@ -410,14 +443,7 @@ pub fn estimate(study: &Study) -> Result<Vec<Estimate>, TrainError> {
         let wanted = Wanted { point, tuned, seed: seeds[0] };
         let sets = table.base().run(study, &wanted).sets;
         let sets: Vec<_> = sets.into_iter().filter(|set| !set.contains("{run:")).collect();
-        let shaped = crate::recipe::Draft::load(recipe, &sets)?.resolve_shape(None)?;
-        let (recipe, config) = (shaped.recipe, shaped.config);
-        let step = recipe.train.batch_size * recipe.train.gradient_accumulation * recipe.data.sequence_length;
-        let tokens = step as u64 * recipe.train.steps;
-        let token = TokenFlops::for_sequence(&config, recipe.data.sequence_length).training(false);
-        let muon = recipe.optimizer.name == OptimizerName::Muon && recipe.lora.is_none();
-        let iterations = recipe.optimizer.newton_schulz_steps();
-        let update = if muon { newton_schulz_flops(&config, iterations, false) } else { 0.0 };
+        let cost = Cost::of(recipe, &sets)?;
         // A search tries at least three values; one of them is the best, whose first seeds are done.
         let is_tuned = tune.as_ref().is_some_and(|tune| {
             wanted
@@ -427,13 +453,7 @@ pub fn estimate(study: &Study) -> Result<Vec<Estimate>, TrainError> {
                 .all(|((axis, _), &index)| tune.by.contains(&axis.name) || index == 0)
         });
         let search = if is_tuned { 2 * tune.as_ref().map_or(0, |tune| tune.seeds) } else { 0 };
-        Ok(Estimate {
-            point: wanted.point.names(axes),
-            runs: seeds.len() + search,
-            tokens,
-            flops: token as f64 * tokens as f64,
-            newton_schulz_flops: update * recipe.train.steps as f64,
-        })
+        Ok(Estimate { point: wanted.point.names(axes), runs: seeds.len() + search, cost })
     };
     super::points::points(axes).into_iter().map(one).collect()
 }
