@@ -90,7 +90,7 @@ def newton_schulz(moonlight, directory):
         recipe.write_text(
             f'[run]\nname = "plan"\n[model]\npath = "{directory}"\n'
             f'[data]\ntrain = ["{text}"]\ntokenizer = "bytes"\nsequence_length = 8\n'
-            "[optimizer]\nlearning_rate = 1e-3\nform = \"direct\"\n[train]\nsteps = 1\n"
+            '[optimizer]\nlearning_rate = 1e-3\nform = "direct"\n[train]\nsteps = 1\n'
         )
         plan = common.call(moonlight, "plan", recipe, "--device", "cuda", "--json")
     return json.loads(plan)["newton_schulz_operations"]

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Tests the program and its CubeCL kernels on a CUDA device in software (tools/softcuda), which needs no GPU: every kernel is
 # assembled by NVIDIA's ptxas and run on the CPU, and each access to memory is checked. The kernels are compared with the reference
-# on the CPU, as a device with tensor cores (8.0) and as one without (7.5), then scores, a continuation and training steps.
+# on the CPU, as a device with tensor cores (8.0) and as one without (7.5), then scores, a continuation, and steps of
+# Muon, LoRA, a quantized base, a resumed run and two devices.
 #
 #     scripts/parity/cuda_smoke.sh
 #
@@ -62,8 +63,10 @@ for sm in 80 75; do
     grep -q '^test kernels::cube::tests::attention \.\.\. ok' "$log.tests"
     grep -q '^test cube_hostile_arguments_are_refused_or_give_what_the_reference_gives \.\.\. ok' "$log.tests"
 done
-# Without tensor cores everything is in f32; with them products are in TF32.
+# Without tensor cores everything is in f32; with them products are in TF32. Two devices exchange gradients through the host, for NCCL
+# has no device here.
+export SOFTCUDA_DEVICES=2
 export SOFTCUDA_SM=75
-run python3 scripts/parity/check_wgpu.py "$CARGO_TARGET_DIR/debug/moonlight" --device cuda
+run python3 scripts/parity/check_device.py "$CARGO_TARGET_DIR/debug/moonlight" --device cuda --steps 4 --all
 export SOFTCUDA_SM=80
-run python3 scripts/parity/check_wgpu.py "$CARGO_TARGET_DIR/debug/moonlight" --device cuda --budget 1e-2
+run python3 scripts/parity/check_device.py "$CARGO_TARGET_DIR/debug/moonlight" --device cuda --steps 4 --all --budget 1e-2

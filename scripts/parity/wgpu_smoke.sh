@@ -77,4 +77,4 @@ run "${tests[@]}" -- --ignored cube --skip kernels_of_one_pass_are_faster_than_t
 # Cargo succeeds even if a filter matches no test, so the output is checked.
 grep -q '^test kernels::cube::tests::attention \.\.\. ok' "$log.tests"
 grep -q '^test cube_hostile_arguments_are_refused_or_give_what_the_reference_gives \.\.\. ok' "$log.tests"
-run python3 scripts/parity/check_wgpu.py "$CARGO_TARGET_DIR/debug/moonlight"
+run python3 scripts/parity/check_device.py "$CARGO_TARGET_DIR/debug/moonlight"

@@ -23,6 +23,7 @@ mod fingerprint;
 mod freeze;
 mod in_loop;
 mod model_cell;
+mod nccl;
 mod outcome;
 mod process_group;
 mod qk_clip;

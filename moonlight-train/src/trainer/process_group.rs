@@ -18,6 +18,7 @@ use moonlight_optim::distributed::{
 
 use super::exchange::{agree, all_gather, broadcast_number};
 use super::in_loop::InLoop;
+use super::nccl;
 use super::outcome::Outcome;
 use super::rank_trainer::RankTrainer;
 use super::setup::{ReportInputs, ResumePoint, Setup};
@@ -167,7 +168,14 @@ impl ProcessGroup {
         if devices.len() == 1 {
             return across.into_iter().take(1).map(Communicator::new).collect();
         }
-        let has_nccl = supports_nccl(&devices[0]);
+        let supported = supports_nccl(&devices[0]);
+        let has_nccl = supported && nccl::is_installed();
+        if supported && !has_nccl {
+            tracing::warn!(
+                "there is no `libnccl.so`, so the devices exchange gradients through the host's memory, which is slow; NCCL's \
+                 development package has it"
+            );
+        }
         let inside = InProcess::collectives(devices.len(), self.recipe.timeout()).into_iter().map(|host| {
             if has_nccl { Arc::new(NcclCollective::new(host, devices.clone())) as Arc<dyn Collective> } else { host }
         });

@@ -50,8 +50,8 @@ def parity_items(day):
 
 
 def parity(day, dtype, device):
-    """`check_wgpu.py` in a process of its own, so that a device that hangs is ended in time."""
-    script = common.SCRIPTS / "parity" / "check_wgpu.py"
+    """`check_device.py` in a process of its own, so that a device that hangs is ended in time."""
+    script = common.SCRIPTS / "parity" / "check_device.py"
     command = [sys.executable, script, day.program("moonlight"), "--device", device, "--dtype", dtype]
     done = day.runner.run([*command, "--steps", "1" if day.tiny else "3"], expected=(0, 1))
     found = re.findall(r"^(ok|FAILED) +([^:]+): (.*)$", done.stdout, re.M)

@@ -1,21 +1,25 @@
 #!/usr/bin/env python3
-"""Compares the program on a WGPU device with the same program on the CPU: scores, a greedy continuation, training steps.
+"""Compares the program on a GPU with the same program on the CPU: scores, a greedy continuation, training steps.
 
     cargo build --workspace --features moonlight-train/wgpu
-    python3 scripts/parity/check_wgpu.py target/debug/moonlight [--device wgpu] [--steps 3] [--dtype bf16] [--budget 1e-2]
+    python3 scripts/parity/check_device.py target/debug/moonlight [--device wgpu] [--steps 3] [--dtype bf16] [--budget 1e-2] [--all]
 
 Any Vulkan driver works; without a GPU, Mesa's llvmpipe runs it in software (Debian: `mesa-vulkan-drivers`, 25.0 from bookworm-backports). There the
 first step takes minutes, because each process compiles each shader when it is first used.
 
-The model is the quick start's after six steps on the CPU, on texts of this repository. Everything must agree within 1e-3 relative or
-`--budget` (tensor cores multiply f32 in TF32, which has 10 bits); with `--dtype bf16` within 5e-2, and the continuation is printed and not compared, because two tokens may be equally likely. Prints one line for each
+The model is the quick start's after six steps on the CPU, on texts of this repository; the steps compared are Muon's. `--all` adds
+steps of LoRA, of LoRA on a base in 8 bits, of a run that was resumed after its first half, and of two devices.
+
+Everything must agree within 1e-3 relative or `--budget` (tensor cores multiply f32 in TF32, which has 10 bits); with `--dtype bf16`
+within 5e-2, and the continuation is printed and not compared, because two tokens may be equally likely. Prints one line for each
 comparison; the exit code is 1 if one fails.
 
-Needs: only Python, and a Vulkan driver. Takes: half a minute with a release build, minutes with a debug build.
+Needs: only Python, and the driver of the device. Takes: half a minute with a release build, minutes with a debug build.
 """
 
 import json
 import pathlib
+import shutil
 import sys
 import tempfile
 
@@ -29,11 +33,12 @@ TEXTS = ["pub fn newton_schulz(matrix: &Tensor<2>) -> Tensor<2> {", "Moonlight f
 
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("program", help="`moonlight`, built with the feature `wgpu`")
+    parser.add_argument("program", help="`moonlight`, built with the feature of the device")
     parser.add_argument("--device", default="wgpu")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", choices=BUDGETS, default="f32", help="of both devices")
     parser.add_argument("--budget", type=float, help="the largest relative difference [default: by the dtype]")
+    parser.add_argument("--all", action="store_true", help="also LoRA, a quantized base, a resumed run and two devices")
     options = parser.parse_args()
     options.budget = options.budget or BUDGETS[options.dtype]
     with tempfile.TemporaryDirectory() as home:
@@ -53,16 +58,17 @@ def run(options, home):
         call(options, "score", "--model", model, "--data", data, "--output", scores, *on(options, device))
         greedy = ["--max-new-tokens", 12, "--temperature", 0, "--json", *on(options, device)]
         output = call(options, "generate", "--model", model, "--prompt", "pub fn ", *greedy)
-        train(options, home, folder, device, options.steps, [recipe(home, model)])
-        metrics = (home / folder / "from-base/metrics.jsonl").read_text().splitlines()
+        training = train(options, home, f"{folder}-muon", device, options.steps, [recipe(home, model)])
         results[folder] = {
             "log-probabilities": [
                 p for line in scores.read_text().splitlines() for p in json.loads(line)["logprobs"][1:]
             ],
-            "losses of steps": [line["loss"] for line in map(json.loads, metrics)],
-            "gradient norms": [line["grad_norm"] for line in map(json.loads, metrics) if line["split"] == "train"],
+            "losses of steps": [line["loss"] for line in training],
+            "gradient norms": [line["grad_norm"] for line in training if line["split"] == "train"],
             "continuation": json.loads(output)["tokens"],
         }
+        if options.all:
+            results[folder] |= more(options, home, model, folder, device)
     cpu, other = results["reference"], results["device"]
     good = True
     for name, values in cpu.items():
@@ -78,8 +84,35 @@ def run(options, home):
     return good
 
 
-def recipe(home, model):
-    path = home / "from-base.toml"
+def more(options, home, model, folder, device):
+    """The losses of other kinds of training, by name."""
+
+    def losses(name, recipe, *settings):
+        lines = train(options, home, f"{folder}-{name}", device, options.steps, [recipe], *settings)
+        return [line["loss"] for line in lines]
+
+    lora = recipe(home, model, '[lora]\nrank = 4\nalpha = 8\ntargets = ["all"]\n')
+    full = recipe(home, model)
+    found = {
+        "losses of LoRA": losses("lora", lora, "moe.bias_update_rate=0"),
+        "losses of LoRA on 8 bits": losses("int8", lora, "moe.bias_update_rate=0", 'model.quantize="int8"'),
+        "losses on two devices": losses("two", full, "distributed.devices=2"),
+    }
+    # The run is left with the checkpoint of its first half.
+    half = options.steps // 2
+    losses("resumed", full, f"train.checkpoint_every={half}", "train.keep=0")
+    checkpoints = home / f"{folder}-resumed/from-base/checkpoints"
+    for checkpoint in checkpoints.glob("step-*"):
+        if int(checkpoint.name.split("-")[1]) > half:
+            shutil.rmtree(checkpoint)
+    settings = [f"train.checkpoint_every={half}", "train.keep=0"]
+    lines = train(options, home, f"{folder}-resumed", device, options.steps, [full, "--resume"], *settings)
+    found["losses of a resumed run"] = [line["loss"] for line in lines]
+    return found
+
+
+def recipe(home, model, more=""):
+    path = home / f"from-base{'-lora' if more else ''}.toml"
     path.write_text(f"""
 [run]
 name = "from-base"
@@ -103,11 +136,12 @@ validate_batches = 2
 [moe]
 bias_update_rate = 1e-3
 sequence_balance_weight = 1e-4
-""")
+{more}""")
     return path
 
 
-def train(options, home, folder, device, steps, recipes):
+def train(options, home, folder, device, steps, recipes, *more):
+    """The lines of the metrics of a run."""
     settings = {
         "run.dir": f'"{home / folder}"',
         "train.steps": steps,
@@ -125,7 +159,9 @@ def train(options, home, folder, device, steps, recipes):
     flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     # The base model is the same for every dtype.
     precision = ["--device", device] if folder == "base" else on(options, device)
-    call(options, "train", *recipes, *precision, *flags)
+    call(options, "train", *recipes, *precision, *flags, *(part for setting in more for part in ("--set", setting)))
+    name = "quickstart" if folder == "base" else "from-base"
+    return [json.loads(line) for line in (home / folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def on(options, device):
