@@ -71,7 +71,7 @@ def passes(model, config, length):
 
 
 def causal(counted, length):
-    """The operations, if attention multiplied only the pairs of positions of which the second is not the later one."""
+    """The operations, if attention multiplied only the pairs that a causal model needs."""
     total = 0
     for operation, count in counted.get_flop_counts()["Global"].items():
         if "bmm" in str(operation):

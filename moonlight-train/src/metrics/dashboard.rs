@@ -49,7 +49,7 @@ impl Progress {
 /// terminal is gone, which does not end the run.
 ///
 /// The renderer's thread may also never end: it reads keys, and the library that it uses reads in an endless loop once the
-/// terminal is gone, or waits for the rest of a key of which only a part has arrived. So nothing waits for it without a limit.
+/// terminal is gone, or waits for the rest of a key if only its start has arrived. So nothing waits for it without a limit.
 ///
 /// While the dashboard is open, stderr is held back: its lines would garble the screen, and libraries that print to stderr
 /// panic once the terminal is gone.

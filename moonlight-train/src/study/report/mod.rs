@@ -51,6 +51,9 @@ pub enum Section {
         axis: String,
         /// The value that the others are compared with.
         baseline: String,
+        /// Which values are compared with it; empty for all.
+        #[serde(default)]
+        others: Vec<String>,
         /// The axis of model sizes.
         size: String,
     },

@@ -35,8 +35,8 @@ pub(super) fn page(results: &Results<'_>) -> Result<Report, TrainError> {
             Section::Difference { title, axis, baseline, columns } => {
                 page.add(title, tables::difference(results, axis, baseline, columns)?)?;
             }
-            Section::ScalingLaw { title, axis, baseline, size } => {
-                page.add(title, scaling::scaling_law(results, axis, baseline, size)?)?;
+            Section::ScalingLaw { title, axis, baseline, others, size } => {
+                page.add(title, scaling::scaling_law(results, axis, baseline, others, size)?)?;
             }
             Section::Spectra { title, axis } => page.add(title, weights::spectra(results, axis)?)?,
             Section::Weights { title, axis } => page.add(title, weights::rms(results, axis)?)?,

@@ -40,11 +40,22 @@ fn sizes(results: &Results<'_>, points: &[Point], cost: &Cost) -> Vec<SizeRuns> 
     points.iter().map(one).collect()
 }
 
-pub(super) fn scaling_law(results: &Results<'_>, axis: &str, baseline: &str, size: &str) -> Result<Part, TrainError> {
+/// Compares `others` with the baseline, or all other values of the axis if it is empty.
+pub(super) fn scaling_law(
+    results: &Results<'_>,
+    axis: &str,
+    baseline: &str,
+    others: &[String],
+    size: &str,
+) -> Result<Part, TrainError> {
     let (axis, size) = (results.axis(axis)?, results.axis(size)?);
     let baseline = results.value(axis, baseline)?;
+    let others = match others {
+        [] => (0..results.axes()[axis].values.len()).filter(|&other| other != baseline).collect(),
+        others => others.iter().map(|other| results.value(axis, other)).collect::<Result<Vec<_>, _>>()?,
+    };
     let mut part = Part::default();
-    for other in (0..results.axes()[axis].values.len()).filter(|&other| other != baseline) {
+    for other in others {
         // The other axes, if there are any, are at their first values.
         let at = |value: usize, index: usize| {
             let mut point = Point(vec![0; results.axes().len()]);
