@@ -12,8 +12,9 @@ use super::signals::{self, Response};
 use super::{INTERRUPTED, units};
 use crate::error::TrainError;
 use crate::study::budget::Budget;
+use crate::study::cost::Cost;
 use crate::study::study_file::{SMALL_TIER, Study};
-use crate::study::sweep::{Cost, SweepOptions, SweepOutcome, estimate, sweep};
+use crate::study::sweep::{SweepOptions, SweepOutcome, estimate, sweep};
 
 /// Run a study: train every run that it compares and that is missing
 ///

@@ -8,13 +8,13 @@ use moonlight_convert::Checkpoint;
 use moonlight_infer::run_dir::checkpoint_folders;
 use serde_json::Value;
 
+use super::cost::Cost;
 use super::run_table::{GroupStatistics, Measured, WeightStatistics};
 use super::study_file::Spectra;
 use crate::analysis::spectrum::{ExpertSelection, MatrixGroup, MatrixSpectrum, by_group, layer_spectra};
 use crate::error::TrainError;
 use crate::metrics::read_records;
-use crate::plan::{TokenFlops, newton_schulz_flops};
-use crate::recipe::{OptimizerName, Recipe};
+use crate::recipe::Recipe;
 
 /// Points of a training curve.
 const CURVE_POINTS: usize = 40;
@@ -44,22 +44,19 @@ pub fn measure(recipe: &Recipe, spectra: Spectra) -> Result<Measured, TrainError
     let tokenizer = recipe.data.open_tokenizer()?;
     let config = recipe.model.config_for(tokenizer.as_ref())?;
     let count = config.parameter_count();
-    let token = TokenFlops::for_sequence(&config, recipe.data.sequence_length);
+    let cost = Cost::new(recipe, &config, steps, tokens);
     let head = (config.vocab_size * config.hidden_size) as u64;
     // Of the activated parameters, the embedding and the head, which are one matrix if they are tied.
     let outer = if config.tie_word_embeddings { head } else { 2 * head };
     let active = count.activated - outer;
-    let muon = recipe.optimizer.name == OptimizerName::Muon && recipe.lora.is_none();
-    let iteration = recipe.optimizer.muon.build();
-    let newton_schulz = if muon { newton_schulz_flops(&config, iteration.newton_schulz(), false) } else { 0.0 };
     Ok(Measured {
         steps,
         tokens,
         parameters: count.total,
         active_parameters: active,
         six_n_d: 6.0 * active as f64 * tokens as f64,
-        flops: token.training(false) as f64 * tokens as f64,
-        newton_schulz_flops: newton_schulz * steps as f64,
+        flops: cost.flops,
+        newton_schulz_flops: cost.newton_schulz_flops,
         seconds: seconds(&train),
         train_loss: mean_of(&train[tail..], "loss").ok_or_else(|| missing("training loss"))?,
         valid_loss,

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::budget::{Budget, Used};
+use super::cost::Cost;
 use super::measure::measure;
 use super::points::{Progress, Wanted};
 use super::run_table::{Measured, RunRow, RunTable};
@@ -17,8 +18,7 @@ use super::settings::{RunSettings, base_runs, find_base, resolve};
 use super::study_file::{Study, Tier};
 use crate::data::text_digest;
 use crate::error::TrainError;
-use crate::plan::{TokenFlops, newton_schulz_flops};
-use crate::recipe::{OptimizerName, Recipe};
+use crate::recipe::Recipe;
 
 /// How often ended processes are looked for.
 const POLL: Duration = Duration::from_millis(100);
@@ -399,35 +399,6 @@ pub struct Estimate {
     pub runs: usize,
     /// What one run takes.
     pub cost: Cost,
-}
-
-/// What a run takes, from the shapes of its recipe alone.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Cost {
-    /// Training tokens.
-    pub tokens: u64,
-    /// Floating-point operations, forward and backward.
-    pub flops: f64,
-    /// Those of Newton-Schulz in addition.
-    pub newton_schulz_flops: f64,
-}
-
-impl Cost {
-    fn of(recipe: &Path, sets: &[String]) -> Result<Self, TrainError> {
-        let shaped = crate::recipe::Draft::load(recipe, sets)?.resolve_shape(None)?;
-        let (recipe, config) = (shaped.recipe, shaped.config);
-        let step = recipe.train.batch_size * recipe.train.gradient_accumulation * recipe.data.sequence_length;
-        let tokens = step as u64 * recipe.train.steps;
-        let token = TokenFlops::for_sequence(&config, recipe.data.sequence_length).training(false);
-        let muon = recipe.optimizer.name == OptimizerName::Muon && recipe.lora.is_none();
-        let iteration = recipe.optimizer.muon.build();
-        let update = if muon { newton_schulz_flops(&config, iteration.newton_schulz(), false) } else { 0.0 };
-        Ok(Self {
-            tokens,
-            flops: token as f64 * tokens as f64,
-            newton_schulz_flops: update * recipe.train.steps as f64,
-        })
-    }
 }
 
 /// Estimates each point of a study. Weights and data need not exist, except for a tokenizer.
