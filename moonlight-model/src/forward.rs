@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::batch::Segments;
 use crate::forward_stats::Probe;
@@ -33,6 +33,8 @@ pub struct ForwardContext {
     /// `[batch * sequence]`: index in its sequence of the first token of each token's document.
     starts: Option<Arc<Vec<u32>>>,
     padding: Option<Arc<Vec<bool>>>,
+    /// `[batch * sequence]`: 0 for padding, 1 for other tokens; `None` without padding.
+    counted: Option<Tensor<1, Int>>,
     balance_weight: f64,
     probe: Probe,
 }
@@ -49,6 +51,7 @@ impl ForwardContext {
         Self {
             rotation: Some(rotary.at(&segments.positions, device)),
             starts: Some(segments.starts.clone()),
+            counted: counted(&segments.padding, device),
             padding: Some(segments.padding.clone()),
             ..Self::without_positions([segments.batch, segments.sequence])
         }
@@ -62,6 +65,7 @@ impl ForwardContext {
             rotation: None,
             starts: None,
             padding: None,
+            counted: None,
             balance_weight: 0.0,
             probe: Probe::default(),
         }
@@ -83,7 +87,7 @@ impl ForwardContext {
 
     /// The context on the inner device, without gradients, for the model that `valid()` returns.
     pub fn inner(self) -> Self {
-        Self { rotation: self.rotation.map(Rotation::inner), ..self }
+        Self { rotation: self.rotation.map(Rotation::inner), counted: self.counted.map(Tensor::inner), ..self }
     }
 
     /// Number of sequences.
@@ -127,6 +131,11 @@ impl ForwardContext {
         self.padding.as_ref().map(|padding| padding.as_slice())
     }
 
+    /// [`padding`](Self::padding) on the device: 0 for padding, 1 for other tokens. `None` without padding.
+    pub(crate) fn counted(&self) -> Option<Tensor<1, Int>> {
+        self.counted.clone()
+    }
+
     pub(crate) fn balance_weight(&self) -> f64 {
         self.balance_weight
     }
@@ -162,4 +171,10 @@ impl DecodeContext {
     pub(crate) fn is_prefill(&self) -> bool {
         self.spans.iter().all(|span| span.start == 0) && self.tokens.sequence > self.spans.len()
     }
+}
+
+fn counted(padding: &[bool], device: &Device) -> Option<Tensor<1, Int>> {
+    let counted: Vec<i32> = padding.iter().map(|&padding| i32::from(!padding)).collect();
+    let has_padding = padding.contains(&true);
+    has_padding.then(|| Tensor::from_data(TensorData::new(counted, [padding.len()]), device))
 }

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::attention::{Attention, AttentionConfig, LayerCache, ModelWidths};
@@ -199,7 +199,11 @@ impl DecoderLayer {
         })
     }
 
-    fn feed_forward(&self, x: Tensor<2>, context: &ForwardContext) -> (Tensor<2>, Option<Vec<u64>>, Option<Tensor<1>>) {
+    fn feed_forward(
+        &self,
+        x: Tensor<2>,
+        context: &ForwardContext,
+    ) -> (Tensor<2>, Option<Tensor<1, Int>>, Option<Tensor<1>>) {
         let normed = self.post_attention_layernorm.forward_rows(x.clone());
         match &self.mlp {
             FeedForward::Dense(mlp) => (x + mlp.forward_rows(normed), None, None),

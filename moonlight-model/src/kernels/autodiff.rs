@@ -12,6 +12,7 @@ use burn::backend::{Autodiff, AutodiffBackend, Backend};
 
 use super::reference::AttentionSaved;
 use super::{AttentionSpec, CachedAttentionSpec, GroupLayout, Kernels, ModelOps, QuantizedShape, RotationSpec};
+use crate::moe::RoutingRule;
 
 /// Evaluates `forward`. If a parent is tracked, the result becomes a node of the graph, and its backward step receives `state`, which
 /// saves parents by `prep.checkpoint`.
@@ -164,6 +165,31 @@ impl<B: Kernels, C: CheckpointStrategy> ModelOps for Autodiff<B, C> {
             |prep| (AttentionSaved { query, key_value, shared_key: None, output: output.clone(), log_sum }, spec),
             output
         )
+    }
+
+    // Choices have no gradient.
+    fn choose_experts(
+        scores: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        has_bias: bool,
+        rule: RoutingRule,
+    ) -> IntTensor<Self> {
+        let bias = has_bias.then(|| bias.into_primitive());
+        B::choose_experts_forward(scores.into_primitive(), bias, &rule)
+    }
+
+    fn count_choices(
+        choices: IntTensor<Self>,
+        counted: IntTensor<Self>,
+        has_counted: bool,
+        groups: usize,
+        sections: usize,
+    ) -> IntTensor<Self> {
+        B::count_choices_forward(choices, has_counted.then_some(counted), groups, sections)
+    }
+
+    fn sort_choices(choices: IntTensor<Self>, counts: IntTensor<Self>) -> IntTensor<Self> {
+        B::sort_choices_forward(choices, counts)
     }
 
     // Decoding has no gradient: the result enters the graph as a constant.

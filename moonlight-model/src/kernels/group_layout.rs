@@ -1,6 +1,11 @@
 //! [`GroupLayout`]: which rows of a matrix belong to which group. In a mixture of experts a group is an expert.
 
 use std::ops::Range;
+use std::sync::OnceLock;
+
+use burn::tensor::{Int, Tensor};
+
+use super::sort_choices;
 
 /// Rows sorted by group. Each row is a copy of a token.
 ///
@@ -17,17 +22,71 @@ use std::ops::Range;
 /// assert_eq!(layout.token_of_row(), [0, 2, 1, 2, 0, 1]);
 /// ```
 ///
+/// The layout of a router on a GPU is sorted there and stays there. The methods that return offsets or rows then wait for the device
+/// once; kernels on that device do not.
+///
 /// Every constructor ensures these invariants, on which the `unsafe` code of the kernels relies:
 ///
 /// - `offsets` begins with 0, never decreases, and ends with the number of rows;
 /// - `row_of_slot` is a permutation of the rows, and `token_of_row[row_of_slot[slot]] == slot / k`;
 /// - there is at least one group, `k` is not 0, and the number of rows fits in an `i32`, the type of index tensors.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct GroupLayout {
+    groups: usize,
+    rows: usize,
+    k: usize,
+    host: OnceLock<Sorted>,
+    device: Option<Tensor<1, Int>>,
+    /// Whether products are in f32 whatever [`super::F32Matmul`] allows.
+    exact: bool,
+}
+
+/// The order of the rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Sorted {
     offsets: Vec<usize>,
     token_of_row: Vec<u32>,
     row_of_slot: Vec<u32>,
-    k: usize,
+}
+
+/// Rows of a tile of the grouped product on a GPU.
+pub(super) const TILE_ROWS: usize = 64;
+
+/// A part of the buffer in which a layout is on a device: `u32` values, one part after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Section {
+    /// [`GroupLayout::offsets`].
+    Offsets,
+    /// [`GroupLayout::token_of_row`].
+    TokenOfRow,
+    /// [`GroupLayout::row_of_slot`].
+    RowOfSlot,
+    /// For each tile of at most [`TILE_ROWS`] rows of a group three values: the group, the first row of the tile, and the end of the
+    /// group's rows. Tiles that are not needed have no rows: `[0, 0, 0]`.
+    Tiles,
+}
+
+impl Section {
+    /// The index of the first value of the section.
+    pub(super) fn start(self, groups: usize, rows: usize) -> usize {
+        match self {
+            Self::Offsets => 0,
+            Self::TokenOfRow => groups + 1,
+            Self::RowOfSlot => groups + 1 + rows,
+            Self::Tiles => groups + 1 + 2 * rows,
+        }
+    }
+}
+
+/// The largest number of tiles that rows of these groups can need.
+pub(super) fn most_tiles(groups: usize, rows: usize) -> usize {
+    rows / TILE_ROWS + groups.min(rows)
+}
+
+/// The number of values of a layout's buffer on a device.
+#[cfg(any(test, feature = "cube"))]
+pub(super) fn packed_len(groups: usize, rows: usize) -> usize {
+    Section::Tiles.start(groups, rows) + 3 * most_tiles(groups, rows)
 }
 
 /// Why parts do not make a [`GroupLayout`].
@@ -106,7 +165,26 @@ impl GroupLayout {
             token_of_row[row] = (slot / k) as u32;
             row_of_slot[slot] = row as u32;
         }
-        Self { offsets, token_of_row, row_of_slot, k }
+        Self::sorted(offsets, token_of_row, row_of_slot, k)
+    }
+
+    fn sorted(offsets: Vec<usize>, token_of_row: Vec<u32>, row_of_slot: Vec<u32>, k: usize) -> Self {
+        let (groups, rows) = (offsets.len() - 1, token_of_row.len());
+        let host = OnceLock::from(Sorted { offsets, token_of_row, row_of_slot });
+        Self { groups, rows, k, host, device: None, exact: false }
+    }
+
+    /// [`from_choices`](Self::from_choices) of `[tokens, k]` on their device, with `counts`, the number of rows of each group
+    /// (`[1, groups]`). On a GPU it does not wait for it.
+    pub(crate) fn from_choice_tensor(choices: Tensor<2, Int>, counts: Tensor<2, Int>) -> Self {
+        let ([tokens, k], [_, groups]) = (choices.dims(), counts.dims());
+        #[cfg(feature = "cpu")]
+        if choices.device().inner() == burn::tensor::Device::flex() {
+            let choices: Vec<u32> = choices.into_data().iter::<u32>().collect();
+            return Self::from_choices(&choices, k, groups);
+        }
+        let device = Some(sort_choices(choices, counts));
+        Self { groups, rows: tokens * k, k, host: OnceLock::new(), device, exact: false }
     }
 
     /// A layout of `groups` groups with `rows_per_group` rows each, in order, and `k` = 1: the grouped product is then a batched
@@ -121,7 +199,13 @@ impl GroupLayout {
         let rows = rows.unwrap_or_else(|| panic!("{groups} x {rows_per_group} rows are more than an i32 can count"));
         let rows: Vec<u32> = (0..rows.unsigned_abs()).collect();
         let offsets = (0..=groups).map(|group| group * rows_per_group).collect();
-        Self { offsets, token_of_row: rows.clone(), row_of_slot: rows, k: 1 }
+        Self::sorted(offsets, rows.clone(), rows, 1)
+    }
+
+    /// The layout, with which f32 matrices are not rounded to TF32 on any device.
+    #[must_use]
+    pub(crate) fn exact(self) -> Self {
+        Self { exact: true, ..self }
     }
 
     /// A layout that was sorted elsewhere, from `offsets` (`groups + 1` entries), the token of each row and the row of each slot
@@ -165,22 +249,22 @@ impl GroupLayout {
             }
             is_taken[index] = true;
         }
-        Ok(Self { offsets, token_of_row, row_of_slot, k })
+        Ok(Self::sorted(offsets, token_of_row, row_of_slot, k))
     }
 
     /// The number of groups.
     pub fn groups(&self) -> usize {
-        self.offsets.len() - 1
+        self.groups
     }
 
     /// The number of rows, `tokens * k`.
     pub fn rows(&self) -> usize {
-        self.token_of_row.len()
+        self.rows
     }
 
     /// The number of tokens.
     pub fn tokens(&self) -> usize {
-        self.rows() / self.k
+        self.rows / self.k
     }
 
     /// The number of rows for each token.
@@ -190,7 +274,7 @@ impl GroupLayout {
 
     /// The first row of each group, followed by the number of rows: `groups + 1` entries.
     pub fn offsets(&self) -> &[usize] {
-        &self.offsets
+        &self.host().offsets
     }
 
     /// The rows of a group.
@@ -199,19 +283,77 @@ impl GroupLayout {
     ///
     /// If there is no such group.
     pub fn group(&self, group: usize) -> Range<usize> {
-        self.offsets[group]..self.offsets[group + 1]
+        let offsets = self.offsets();
+        offsets[group]..offsets[group + 1]
     }
 
     /// The token that each row is a copy of: `tokens * k` entries below `tokens`.
     pub fn token_of_row(&self) -> &[u32] {
-        &self.token_of_row
+        &self.host().token_of_row
     }
 
     /// The row of each slot: a permutation of `tokens * k` rows.
     pub fn row_of_slot(&self) -> &[u32] {
-        &self.row_of_slot
+        &self.host().row_of_slot
+    }
+
+    /// The buffer of the layout on the device where it was sorted, with the [`Section`]s one after the other; `None` for a layout that
+    /// was sorted on the host.
+    #[cfg(feature = "cube")]
+    pub(super) fn on_device(&self) -> Option<&Tensor<1, Int>> {
+        self.device.as_ref()
+    }
+
+    #[cfg(feature = "cube")]
+    pub(super) fn is_exact(&self) -> bool {
+        self.exact
+    }
+
+    /// The values of a section.
+    pub(super) fn section(&self, section: Section) -> Vec<u32> {
+        match section {
+            Section::Offsets => self.offsets().iter().map(|&offset| offset as u32).collect(),
+            Section::TokenOfRow => self.token_of_row().to_vec(),
+            Section::RowOfSlot => self.row_of_slot().to_vec(),
+            Section::Tiles => {
+                let mut tiles = Vec::with_capacity(3 * most_tiles(self.groups, self.rows));
+                for (group, range) in self.offsets().windows(2).enumerate() {
+                    for first in (range[0]..range[1]).step_by(TILE_ROWS) {
+                        tiles.extend([group as u32, first as u32, range[1] as u32]);
+                    }
+                }
+                tiles.resize(3 * most_tiles(self.groups, self.rows), 0);
+                tiles
+            }
+        }
+    }
+
+    /// All sections, as [`on_device`](Self::on_device) has them.
+    pub(super) fn packed(&self) -> Vec<u32> {
+        let sections = [Section::Offsets, Section::TokenOfRow, Section::RowOfSlot, Section::Tiles];
+        sections.into_iter().flat_map(|section| self.section(section)).collect()
+    }
+
+    fn host(&self) -> &Sorted {
+        self.host.get_or_init(|| {
+            let packed = self.device.clone().expect("a layout is on the host or on a device");
+            let packed: Vec<u32> = packed.into_data().iter::<u32>().collect();
+            let part = |section: Section, len| packed[section.start(self.groups, self.rows)..][..len].to_vec();
+            let offsets = part(Section::Offsets, self.groups + 1).into_iter().map(|offset| offset as usize).collect();
+            let (token_of_row, row_of_slot) =
+                (part(Section::TokenOfRow, self.rows), part(Section::RowOfSlot, self.rows));
+            Sorted { offsets, token_of_row, row_of_slot }
+        })
     }
 }
+
+impl PartialEq for GroupLayout {
+    fn eq(&self, other: &Self) -> bool {
+        self.k == other.k && self.host() == other.host()
+    }
+}
+
+impl Eq for GroupLayout {}
 
 #[cfg(test)]
 mod tests {
@@ -222,18 +364,32 @@ mod tests {
         // Three tokens with two choices each; group 2 gets no rows.
         let choices = [3, 0, 1, 3, 0, 1];
         let layout = GroupLayout::from_choices(&choices, 2, 4);
-        assert_eq!(layout.offsets, [0, 2, 4, 4, 6]);
-        assert_eq!(layout.token_of_row, [0, 2, 1, 2, 0, 1]);
-        assert_eq!(layout.row_of_slot, [4, 0, 2, 5, 1, 3]);
+        assert_eq!(layout.offsets(), [0, 2, 4, 4, 6]);
+        assert_eq!(layout.token_of_row(), [0, 2, 1, 2, 0, 1]);
+        assert_eq!(layout.row_of_slot(), [4, 0, 2, 5, 1, 3]);
         assert_eq!((layout.groups(), layout.rows(), layout.tokens()), (4, 6, 3));
         assert_eq!((layout.group(1), layout.group(2)), (2..4, 4..4));
     }
 
     #[test]
+    fn the_buffer_for_a_device_has_all_sections() {
+        let layout = GroupLayout::from_choices(&[3, 0, 1, 3, 0, 1], 2, 4);
+        // Three groups have rows, so three of at most four tiles are needed.
+        let tiles = [0, 0, 2, 1, 2, 4, 3, 4, 6, 0, 0, 0];
+        let expected = [&[0, 2, 4, 4, 6][..], &[0, 2, 1, 2, 0, 1], &[4, 0, 2, 5, 1, 3], &tiles].concat();
+        assert_eq!(layout.packed(), expected);
+        assert_eq!(layout.packed().len(), packed_len(4, 6));
+        assert_eq!(Section::Tiles.start(4, 6), expected.len() - tiles.len());
+        // As many tiles as there can be: 65 rows in two groups are 64 + 1 or, in the worst case, two tiles and one.
+        let worst = GroupLayout::from_choices(&[&[0; 65][..], &[1; 63]].concat(), 1, 2);
+        assert_eq!(worst.section(Section::Tiles), [0, 0, 65, 0, 64, 65, 1, 65, 128, 0, 0, 0]);
+    }
+
+    #[test]
     fn the_parts_of_a_layout_make_the_same_layout() {
         for layout in [GroupLayout::from_choices(&[3, 0, 1, 3, 0, 1], 2, 4), GroupLayout::uniform(3, 5)] {
-            let GroupLayout { offsets, token_of_row, row_of_slot, k } = layout.clone();
-            assert_eq!(GroupLayout::from_parts(offsets, token_of_row, row_of_slot, k), Ok(layout));
+            let Sorted { offsets, token_of_row, row_of_slot } = layout.host().clone();
+            assert_eq!(GroupLayout::from_parts(offsets, token_of_row, row_of_slot, layout.k()), Ok(layout));
         }
     }
 

@@ -32,6 +32,7 @@
 mod autodiff;
 mod cached_attention;
 mod check;
+mod f32_matmul;
 mod group_layout;
 mod ops;
 mod reference;
@@ -69,31 +70,29 @@ mod cube {
     //! other CubeCL runtime.
     //!
     //! The kernels do not depend on the runtime: cube sizes and shared memory stay within the limits that WebGPU guarantees
-    //! everywhere. They take f32 and the half types that the device can store; sums are in f32. Projections run the reference, because
-    //! Burn's product already uses matrix units (tensor cores); products by quantized weights and cached attention have no kernel yet.
+    //! everywhere. They take f32 and the half types that the device can store; sums are in f32. Projections run
+    //! Burn's product, which uses matrix units (tensor cores); products by quantized weights and cached attention have no kernel yet.
     //!
     //! A *cube* is a workgroup (WebGPU) or thread block (CUDA), a *unit* one of its threads.
     //!
     //! # Where the host waits for the device
     //!
-    //! All work is queued without waiting, with two exceptions:
-    //!
-    //! * In every layer of experts the router reads the scores (`[tokens, experts]`), because it chooses on the host: the list of
-    //!   tiles needs the layout there, the bias update and the balance loss need the loads.
-    //! * A training step reads its loss and gradient norm.
-    //!
-    //! To remove the first, the choice, its counts and its sorted order would have to be computed on the device, tiles launched
-    //! for the worst case (`rows / TILE` plus one for each expert; empty ones end at once), and loads kept there until the end of
-    //! the step. Decoding would gain most, because its layers are short compared with a round trip to the host.
+    //! All work of a forward and backward pass is queued without waiting: experts are chosen, counted and sorted on the device, and
+    //! products are launched for as many tiles as rows could need (`rows / TILE` and one for each expert; those without rows end at
+    //! once). A training step then reads its loss, its gradient norm and the loads of the experts. The product by quantized weights has
+    //! no kernel yet and reads the sorted rows in each layer.
 
     mod attention;
     mod cross_entropy;
     mod dispatch;
     mod grouped_gemm;
+    mod grouped_mma;
     mod launch;
     mod norm;
+    mod project;
     mod reduce;
     mod rotary;
+    mod routing;
     mod swiglu;
     mod tensor;
     #[cfg(all(test, feature = "cpu"))]
@@ -106,9 +105,11 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, Int, Tensor};
 
+use crate::moe::RoutingRule;
 pub(crate) use cached_attention::uniform_span;
 pub use cached_attention::{CacheSpan, CachedAttentionSpec};
 use check::Check;
+pub use f32_matmul::{F32Matmul, f32_matmul, set_f32_matmul};
 #[cfg(feature = "cpu")]
 pub(crate) use flex::decode as few_tokens;
 pub use group_layout::{GroupLayout, GroupLayoutError};
@@ -161,6 +162,22 @@ ops! {
                 spec: QuantizedShape,
                 layout: &GroupLayout,
             ) -> FloatTensor<Self>;
+        }
+
+        /// The kernels of [`choose_experts`], [`count_choices`] and [`sort_choices`], which have no gradient.
+        trait RoutingKernel {
+            fn choose_experts_forward(
+                scores: FloatTensor<Self>,
+                bias: Option<FloatTensor<Self>>,
+                rule: &RoutingRule,
+            ) -> IntTensor<Self>;
+            fn count_choices_forward(
+                choices: IntTensor<Self>,
+                counted: Option<IntTensor<Self>>,
+                groups: usize,
+                sections: usize,
+            ) -> IntTensor<Self>;
+            fn sort_choices_forward(choices: IntTensor<Self>, counts: IntTensor<Self>) -> IntTensor<Self>;
         }
 
         /// The kernels of [`dispatch_rows`] and [`combine_rows`].
@@ -247,37 +264,70 @@ ops! {
     }
 
     operations {
-        fn project(rows: FloatTensor<Self>, weight: FloatTensor<Self>) = B::project_forward(rows, weight);
-        fn grouped_matmul(rows: FloatTensor<Self>, weight: FloatTensor<Self>, layout: Arc<GroupLayout>) =
-            B::grouped_matmul_forward(rows, weight, &layout);
+        fn project(rows: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> =
+            B::project_forward(rows, weight);
+        fn grouped_matmul(
+            rows: FloatTensor<Self>,
+            weight: FloatTensor<Self>,
+            layout: Arc<GroupLayout>,
+        ) -> FloatTensor<Self> = B::grouped_matmul_forward(rows, weight, &layout);
         fn quantized_matmul(
             rows: FloatTensor<Self>,
             values: IntTensor<Self>,
             scales: FloatTensor<Self>,
             spec: QuantizedShape,
             layout: Arc<GroupLayout>,
-        ) = B::quantized_matmul_forward(rows, values, scales, spec, &layout);
-        fn dispatch_rows(tokens: FloatTensor<Self>, layout: Arc<GroupLayout>) =
+        ) -> FloatTensor<Self> = B::quantized_matmul_forward(rows, values, scales, spec, &layout);
+        fn dispatch_rows(tokens: FloatTensor<Self>, layout: Arc<GroupLayout>) -> FloatTensor<Self> =
             B::dispatch_rows_forward(tokens, &layout);
-        fn combine_rows(rows: FloatTensor<Self>, weights: FloatTensor<Self>, layout: Arc<GroupLayout>) =
-            B::combine_rows_forward(rows, weights, &layout);
-        fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) = B::swiglu_forward(gate, up);
-        fn rms_norm(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f32) =
+        fn combine_rows(
+            rows: FloatTensor<Self>,
+            weights: FloatTensor<Self>,
+            layout: Arc<GroupLayout>,
+        ) -> FloatTensor<Self> = B::combine_rows_forward(rows, weights, &layout);
+        fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> = B::swiglu_forward(gate, up);
+        fn rms_norm(x: FloatTensor<Self>, gain: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self> =
             B::rms_norm_forward(x, gain, epsilon);
-        fn rotate(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, spec: RotationSpec) =
-            B::rotate_forward(x, cos, sin, &spec);
+        fn rotate(
+            x: FloatTensor<Self>,
+            cos: FloatTensor<Self>,
+            sin: FloatTensor<Self>,
+            spec: RotationSpec,
+        ) -> FloatTensor<Self> = B::rotate_forward(x, cos, sin, &spec);
         fn latent_attention(
             query: FloatTensor<Self>,
             key_value: FloatTensor<Self>,
             shared_key: FloatTensor<Self>,
             spec: AttentionSpec,
-        ) = B::attention_forward(query, key_value, Some(shared_key), &spec).0;
-        fn grouped_attention(query: FloatTensor<Self>, key_value: FloatTensor<Self>, spec: AttentionSpec) =
-            B::attention_forward(query, key_value, None, &spec).0;
-        fn cached_attention(query: FloatTensor<Self>, cache: FloatTensor<Self>, spec: CachedAttentionSpec) =
-            B::cached_attention_forward(query, cache, &spec);
-        fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) =
+        ) -> FloatTensor<Self> = B::attention_forward(query, key_value, Some(shared_key), &spec).0;
+        fn grouped_attention(
+            query: FloatTensor<Self>,
+            key_value: FloatTensor<Self>,
+            spec: AttentionSpec,
+        ) -> FloatTensor<Self> = B::attention_forward(query, key_value, None, &spec).0;
+        fn cached_attention(
+            query: FloatTensor<Self>,
+            cache: FloatTensor<Self>,
+            spec: CachedAttentionSpec,
+        ) -> FloatTensor<Self> = B::cached_attention_forward(query, cache, &spec);
+        fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> =
             B::cross_entropy_forward(logits, targets);
+        fn choose_experts(
+            scores: FloatTensor<Self>,
+            bias: FloatTensor<Self>,
+            has_bias: bool,
+            rule: RoutingRule,
+        ) -> IntTensor<Self> = B::choose_experts_forward(scores, has_bias.then_some(bias), &rule);
+        fn count_choices(
+            choices: IntTensor<Self>,
+            counted: IntTensor<Self>,
+            has_counted: bool,
+            groups: usize,
+            sections: usize,
+        ) -> IntTensor<Self> =
+            B::count_choices_forward(choices, has_counted.then_some(counted), groups, sections);
+        fn sort_choices(choices: IntTensor<Self>, counts: IntTensor<Self>) -> IntTensor<Self> =
+            B::sort_choices_forward(choices, counts);
     }
 }
 
@@ -324,6 +374,68 @@ pub fn grouped_matmul(rows: Tensor<2>, weight: Tensor<3>, layout: &Arc<GroupLayo
         weight.into_dispatch(),
         layout.clone(),
     ))
+}
+
+/// The experts of each token, best first: see [`RoutingRule::choose`]. On a GPU it is not waited for.
+///
+/// # Shapes
+///
+/// - scores: f32 `[tokens, experts]`
+/// - bias: f32 `[experts]`
+/// - output: `[tokens, k]`
+///
+/// # Panics
+///
+/// If shapes or dtypes do not match.
+#[track_caller]
+pub(crate) fn choose_experts(scores: Tensor<2>, bias: Option<Tensor<1>>, rule: &RoutingRule) -> Tensor<2, Int> {
+    let check = Check("choose_experts");
+    let [tokens, experts] = check.float("scores", &scores);
+    check.shape("scores", [tokens, experts], [tokens, rule.experts]);
+    check.dtype("scores", scores.dtype(), DType::F32);
+    if let Some(bias) = &bias {
+        check.shape("bias", bias.dims(), [experts]);
+        check.dtype("bias", bias.dtype(), DType::F32);
+    }
+    // Burn dispatches no `Option`: without a bias the scores take its place, and are not read as one.
+    let (scores, has_bias) = (scores.into_dispatch(), bias.is_some());
+    let bias = bias.map_or_else(|| scores.clone(), Tensor::into_dispatch);
+    Tensor::from_dispatch(<Dispatch as ModelOps>::choose_experts(scores, bias, has_bias, rule.clone()))
+}
+
+/// How often each group was chosen, in each of `sections` equal parts of the tokens, first part first.
+///
+/// # Shapes
+///
+/// - choices: `[tokens, k]`, below `groups`
+/// - counted: `[tokens]`; a token with 0 does not count
+/// - output: `[sections, groups]`
+///
+/// # Panics
+///
+/// If shapes do not match, or `sections` does not divide the tokens.
+#[track_caller]
+pub(crate) fn count_choices(
+    choices: Tensor<2, Int>,
+    counted: Option<Tensor<1, Int>>,
+    groups: usize,
+    sections: usize,
+) -> Tensor<2, Int> {
+    let check = Check("count_choices");
+    let [tokens, _] = choices.dims();
+    check.rule(sections > 0 && tokens.is_multiple_of(sections), "the sections do not divide the tokens");
+    if let Some(counted) = &counted {
+        check.shape("counted", counted.dims(), [tokens]);
+    }
+    // As in `choose_experts`.
+    let (choices, has_counted) = (choices.into_dispatch(), counted.is_some());
+    let counted = counted.map_or_else(|| choices.clone(), Tensor::into_dispatch);
+    Tensor::from_dispatch(<Dispatch as ModelOps>::count_choices(choices, counted, has_counted, groups, sections))
+}
+
+/// The buffer of a [`GroupLayout`] on the device of the choices, `[tokens, k]`, from the rows of each group, `[1, groups]`.
+fn sort_choices(choices: Tensor<2, Int>, counts: Tensor<2, Int>) -> Tensor<1, Int> {
+    Tensor::from_dispatch(<Dispatch as ModelOps>::sort_choices(choices.into_dispatch(), counts.into_dispatch()))
 }
 
 /// [`grouped_matmul`] by frozen quantized weights, `w = (value - zero) * scale`, in the order of [`moonlight_simd::quant`].

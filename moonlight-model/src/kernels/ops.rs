@@ -23,7 +23,7 @@ macro_rules! ops {
             )*
         }
         operations {
-            $( fn $operation:ident($($argument:tt)*) = $forward:expr; )*
+            $( fn $operation:ident($($argument:tt)*) -> $output:ident<Self> = $forward:expr; )*
         }
     ) => {
         $(
@@ -44,11 +44,11 @@ macro_rules! ops {
         /// The operations that Burn dispatches. The public functions of the same names document their shapes.
         #[backend_extension(Flex: cfg(feature = "cpu"), Cube: cfg(feature = "cube"), Autodiff)]
         pub(crate) trait ModelOps: Backend {
-            $( fn $operation($($argument)*) -> FloatTensor<Self>; )*
+            $( fn $operation($($argument)*) -> $output<Self>; )*
         }
 
         impl<B: Kernels> ModelOps for B {
-            $( fn $operation($($argument)*) -> FloatTensor<Self> { $forward } )*
+            $( fn $operation($($argument)*) -> $output<Self> { $forward } )*
         }
     };
 }

@@ -6,13 +6,14 @@
 use std::ops::Range;
 
 use burn::backend::tensor::{Device, FloatTensor, IntTensor};
-use burn::backend::{Backend, TensorMetadata};
+use burn::backend::{Backend, TensorMetadata, read_sync};
 use burn::tensor::{DType, FloatDType, IntDType, Shape, Slice, TensorData};
 
 use super::{
     AttentionSpec, CacheSpan, CachedAttentionSpec, GroupLayout, QUANT_BLOCK, QUANT_TILE, QuantBits, QuantizedShape,
     RotationSpec, uniform_span,
 };
+use crate::moe::RoutingRule;
 
 /// See [`super::project`].
 pub(super) fn project_forward<B: Backend>(rows: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
@@ -128,6 +129,51 @@ fn dequantized<B: Backend>(
     let weight = B::float_reshape(weight, Shape::new([blocks * QUANT_BLOCK, tiles * QUANT_TILE]));
     let weight = slice::<B>(slice::<B>(weight, 0, 0, spec.input), 1, 0, spec.output);
     B::float_cast(weight, dtype)
+}
+
+/// See [`super::choose_experts`]. Chosen on the host, so this waits for the device.
+pub(super) fn choose_experts_forward<B: Backend>(
+    scores: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
+    rule: &RoutingRule,
+) -> IntTensor<B> {
+    let (device, tokens) = (scores.device(), scores.shape()[0]);
+    let to_host = |tensor| -> Vec<f32> {
+        read_sync(B::float_into_data(tensor)).expect("the device answers").iter::<f32>().collect()
+    };
+    let choices = rule.choose(&to_host(scores), bias.map(to_host).as_deref());
+    B::int_reshape(int_tensor::<B>(&choices, &device), Shape::new([tokens, rule.k]))
+}
+
+/// See [`super::count_choices`]. Counted on the host, so this waits for the device.
+pub(super) fn count_choices_forward<B: Backend>(
+    choices: IntTensor<B>,
+    counted: Option<IntTensor<B>>,
+    groups: usize,
+    sections: usize,
+) -> IntTensor<B> {
+    let (device, [tokens, k]) = (choices.device(), choices.shape().dims());
+    let choices = int_to_host::<B>(choices);
+    let counted = counted.map(int_to_host::<B>);
+    let mut counts = vec![0u32; sections * groups];
+    for (token, choices) in choices.chunks_exact(k).enumerate() {
+        if counted.as_ref().is_none_or(|counted| counted[token] != 0) {
+            let section = token / (tokens / sections);
+            choices.iter().for_each(|&group| counts[section * groups + group as usize] += 1);
+        }
+    }
+    B::int_reshape(int_tensor::<B>(&counts, &device), Shape::new([sections, groups]))
+}
+
+/// The buffer of a [`GroupLayout`] on a device. Sorted on the host, so this waits for the device.
+pub(super) fn sort_choices_forward<B: Backend>(choices: IntTensor<B>, counts: IntTensor<B>) -> IntTensor<B> {
+    let (device, [_, k], [_, groups]) = (choices.device(), choices.shape().dims(), counts.shape().dims());
+    let layout = GroupLayout::from_choices(&int_to_host::<B>(choices), k, groups);
+    int_tensor::<B>(&layout.packed(), &device)
+}
+
+fn int_to_host<B: Backend>(tensor: IntTensor<B>) -> Vec<u32> {
+    read_sync(B::int_into_data(tensor)).expect("the device answers").iter::<u32>().collect()
 }
 
 /// See [`super::dispatch_rows`].

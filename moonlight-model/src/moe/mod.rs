@@ -7,28 +7,28 @@
 mod balance;
 mod experts;
 mod router;
+mod routing_rule;
 pub(crate) mod shape;
 
 use std::sync::Arc;
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
 use crate::forward::ForwardContext;
 use crate::init::Init;
 #[cfg(feature = "cpu")]
 use crate::kernels::few_tokens;
-use crate::kernels::{GroupLayout, combine_rows, dispatch_rows};
+use crate::kernels::{GroupLayout, combine_rows, count_choices, dispatch_rows};
 use crate::mlp::{Mlp, MlpConfig};
 use crate::parameter::ProjectionRole;
 use crate::projection::projections_of_fields;
 
 pub(crate) use balance::bias_step;
 pub use experts::{Experts, ExpertsConfig};
-#[cfg(feature = "cpu")]
-pub(crate) use router::RoutingRule;
 pub use router::{Router, RouterConfig, RouterOutput};
+pub(crate) use routing_rule::RoutingRule;
 
 /// The config of a [`Moe`], with the names of `config.json`.
 ///
@@ -42,7 +42,7 @@ pub use router::{Router, RouterConfig, RouterOutput};
 /// let x = Tensor::<3>::random([2, 10, 64], Distribution::Default, &device);
 /// let output = moe.forward(x, &ForwardContext::without_positions([2, 10]));
 /// assert_eq!(output.hidden.dims(), [2, 10, 64]);
-/// assert_eq!(output.load.iter().sum::<u64>(), 2 * 10 * 2);
+/// assert_eq!(output.load.sum().into_scalar::<i32>(), 2 * 10 * 2);
 /// ```
 #[derive(Config, Debug, PartialEq)]
 pub struct MoeConfig {
@@ -113,7 +113,7 @@ pub struct MoeOutput<const D: usize> {
     /// `[batch, sequence, hidden]` (`D` = 3), or `[tokens, hidden]` (`D` = 2).
     pub hidden: Tensor<D>,
     /// Number of tokens routed to each expert, `[experts]`, without padding.
-    pub load: Vec<u64>,
+    pub load: Tensor<1, Int>,
     /// The weighted sequence-wise balance loss (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20), f32 `[1]`; `None` if the
     /// context's balance weight is 0.
     pub balance_loss: Option<Tensor<1>>,
@@ -152,15 +152,21 @@ impl Moe {
     pub(crate) fn forward_rows(&self, x: Tensor<2>, context: &ForwardContext) -> MoeOutput<2> {
         let routed = self.router.route(x.clone());
         let experts = self.router.experts();
-        let layout = Arc::new(GroupLayout::from_choices(&routed.choices, routed.k, experts));
+        let rows_of_experts = count_choices(routed.choices.clone(), None, experts, 1); // [1, experts]
+        let layout = GroupLayout::from_choice_tensor(routed.choices.clone(), rows_of_experts.clone());
+        let layout = Arc::new(layout);
         let rows = dispatch_rows(x.clone(), &layout); // [tokens * k, hidden], sorted by expert
         let rows = self.experts.forward(rows, &layout);
         let mut hidden = combine_rows(rows, routed.weights.clone(), &layout); // [tokens, hidden]
         if let Some(shared) = &self.shared_experts {
             hidden = hidden + shared.forward_rows(x);
         }
-        let load = balance::expert_load(&routed.choices, routed.k, experts, context.padding());
-        let balance_loss = (context.balance_weight() != 0.0).then(|| balance::sequence_loss(&routed, experts, context));
-        MoeOutput { hidden, load, balance_loss }
+        let load = match context.counted() {
+            None => rows_of_experts,
+            counted => count_choices(routed.choices.clone(), counted, experts, 1),
+        };
+        let balances = context.balance_weight() != 0.0;
+        let balance_loss = balances.then(|| balance::sequence_loss(&routed, self.router.rule(), context));
+        MoeOutput { hidden, load: load.reshape([experts]), balance_loss }
     }
 }

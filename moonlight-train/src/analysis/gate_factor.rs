@@ -318,13 +318,13 @@ mod tests {
             let rounded: Vec<f32> = logits.iter().map(|&logit| logit as f32).collect();
             let x = TensorData::new(rounded.clone(), [1, TOKENS, shape.experts]);
             let routed = router.forward(Tensor::<3>::from_data(x, &device));
+            let chosen: Vec<usize> = routed.choices.into_data().iter::<u32>().map(|expert| expert as usize).collect();
             let gates: Vec<f64> = routed.weights.into_data().iter::<f64>().collect();
             for token in 0..TOKENS {
                 let logits = &rounded[token * shape.experts..][..shape.experts];
                 let logits: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
                 let of_token = token * shape.top_k..(token + 1) * shape.top_k;
-                let mut choices: Vec<usize> =
-                    routed.choices[of_token.clone()].iter().map(|&expert| expert as usize).collect();
+                let mut choices = chosen[of_token.clone()].to_vec();
                 choices.sort_unstable();
                 assert_eq!(shape.choose(&shape.scores(&logits)), choices, "{shape:?}, token {token}");
                 let factor = 1.0 / gates[of_token].iter().map(|gate| gate * gate).sum::<f64>().sqrt();

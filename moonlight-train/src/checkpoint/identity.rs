@@ -76,6 +76,7 @@ const RULES: &[(&str, Rule)] = &[
     ("run.", Rule::Free),
     // Free, because the dtype of the weights, the shape of the model and the contents of the base are compared instead.
     ("model.dtype", Rule::Free),
+    ("model.matmul", Rule::Announced),
     ("model.path", Rule::Free),
     ("model.preset", Rule::Free),
     ("model.", Rule::Fixed),

@@ -7,6 +7,7 @@ use moonlight_convert::{Checkpoint, LoadQuantization, gguf};
 use moonlight_infer::tokenizer::Tokenizer;
 use moonlight_infer::{ModelDir, resolve_model};
 use moonlight_model::config::{AttentionShape, MoeShape, RopeConfig, fill_class_defaults, ignore_reason, shape_keys};
+use moonlight_model::kernels::F32Matmul;
 use moonlight_model::{ConfigError, ModelConfig, QuantBits};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -26,6 +27,9 @@ pub struct ModelRecipe {
     pub dtype: ModelDtype,
     /// How the frozen weights of a LoRA run are quantized.
     pub quantize: Quantize,
+    /// How a GPU multiplies f32 matrices.
+    #[serde(skip_serializing_if = "is_default")]
+    pub matmul: MatmulDtype,
     /// The folder of the weights to start from, with their `config.json`; `None` for a shape.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
@@ -52,6 +56,9 @@ struct Keys {
     /// How the frozen projections of a LoRA run are quantized, to need less memory; embedding, head, norms and routers stay in
     /// `dtype`. Needs `[lora]`.
     quantize: Quantize,
+    /// How a GPU with tensor cores (CUDA) multiplies f32 matrices: rounded to TF32, or in f32. The router, attention, norms, and the loss
+    /// are in f32 in either case. No effect on other devices and on bf16 and f16.
+    matmul: MatmulDtype,
     /// Weights to start from: a folder with `config.json` and safetensors files, the folder of a run (its newest checkpoint),
     /// or `org/name` in the Hub's cache. Excludes the keys of `config.json`.
     #[serde(deserialize_with = "optional_path")]
@@ -89,6 +96,32 @@ impl ModelDtype {
     }
 }
 
+/// In what a GPU multiplies f32 matrices.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum MatmulDtype {
+    /// TF32 on tensor cores: factors of 11 significant bits, sums in f32.
+    #[default]
+    Tf32,
+    /// f32, several times slower.
+    F32,
+}
+
+impl MatmulDtype {
+    /// The setting as the model's kernels take it.
+    pub fn setting(self) -> F32Matmul {
+        match self {
+            Self::Tf32 => F32Matmul::Tf32,
+            Self::F32 => F32Matmul::F32,
+        }
+    }
+}
+
+/// Old checkpoints do not have the key, and resume as with the default.
+fn is_default(matmul: &MatmulDtype) -> bool {
+    *matmul == MatmulDtype::default()
+}
+
 /// How frozen weights are quantized.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -120,8 +153,8 @@ impl Quantize {
 
 impl<'de> Deserialize<'de> for ModelRecipe {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let (Keys { dtype, quantize, path, preset }, shape) = read_flattened(deserializer)?;
-        Ok(Self { dtype, quantize, path, preset, shape, place: String::new(), held: None })
+        let (Keys { dtype, quantize, matmul, path, preset }, shape) = read_flattened(deserializer)?;
+        Ok(Self { dtype, quantize, matmul, path, preset, shape, place: String::new(), held: None })
     }
 }
 
@@ -159,7 +192,8 @@ impl JsonSchema for ModelRecipe {
 impl PartialEq for ModelRecipe {
     /// Compares the values, and neither their place in the recipe nor the lock.
     fn eq(&self, other: &Self) -> bool {
-        let parts = |it: &Self| (it.dtype, it.quantize, it.path.clone(), it.preset.clone(), it.shape.clone());
+        let parts =
+            |it: &Self| (it.dtype, it.quantize, it.matmul, it.path.clone(), it.preset.clone(), it.shape.clone());
         parts(self) == parts(other)
     }
 }
@@ -443,7 +477,7 @@ fn preset_shape(name: &str, folder: Option<&Path>) -> Result<Map<String, Value>,
     };
     // A recipe as preset: its `[model]` is the shape.
     if is_toml && let Some(Value::Object(model)) = shape.remove("model") {
-        let other = ["path", "preset", "dtype", "quantize"];
+        let other = ["path", "preset", "dtype", "quantize", "matmul"];
         shape = model.into_iter().filter(|(key, _)| !other.contains(&key.as_str())).collect();
         if shape.is_empty() {
             return Err(format!("`{name}` is a recipe whose `[model]` has no shape of its own"));

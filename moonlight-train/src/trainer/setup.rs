@@ -11,6 +11,7 @@ use moonlight_convert::{Checkpoint, CheckpointError, ConfinedDir, load};
 use moonlight_infer::device::{self, ComputeDevice};
 use moonlight_infer::tokenizer::{Tokenizer, TokenizerFile};
 use moonlight_infer::{InferError, load_base};
+use moonlight_model::kernels::set_f32_matmul;
 use moonlight_model::{CausalLm, ModelConfig, QuantBits};
 use moonlight_optim::distributed::Communicator;
 use moonlight_optim::{Assignment, MuonAdamW, OptimizerError, OptimizerOptions, StateError};
@@ -95,6 +96,7 @@ impl Setup {
         );
         let checkpoints = if recipe.lora.is_some() { checkpoints.for_adapters() } else { checkpoints };
         let weights = Weights { recipe: &recipe, path: weights, target, checkpoints: &checkpoints };
+        set_f32_matmul(recipe.model.matmul.setting());
         let (model, resumed) = weights.open(&config, from)?;
         let dtype = device::parse_dtype(recipe.model.dtype.as_str(), target)?;
         let identity = run_identity(&recipe, &model, tokenizer.as_ref(), &dataset, dtype)?;

@@ -10,7 +10,8 @@ use cubecl::prelude::*;
 
 use super::launch::launch;
 use super::reduce::{UNITS, cube_per_row, row_of_cube, sum_of_units};
-use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, to_float_tensor, upload};
+use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, layout_section, to_float_tensor};
+use crate::kernels::group_layout::Section;
 use crate::kernels::{DispatchKernel, GroupLayout, reference};
 
 impl DispatchKernel for Cube {
@@ -63,10 +64,10 @@ fn dispatch(tokens: CubeTensor, layout: &GroupLayout) -> CubeTensor {
     let (rows, width) = (layout.rows(), tokens.meta.shape()[1]);
     assert_shape(&tokens, [layout.tokens(), width]);
     let out = empty(&tokens, [rows, width], tokens.dtype);
-    let (sources, dtype) = (upload(&tokens, layout.token_of_row()), elem_type(&tokens));
+    let ((sources, start), dtype) = (layout_section(&tokens, layout, Section::TokenOfRow), elem_type(&tokens));
     // SAFETY: the kernel uses indices of rows, and of tokens from `token_of_row`, which a layout keeps below `tokens`. Both tensors
     // have the shapes of the layout, as asserted, and are contiguous.
-    unsafe { launch!(dispatch_kernel, cube_per_row(rows), [tokens, out], sources, rows, width, dtype) };
+    unsafe { launch!(dispatch_kernel, cube_per_row(rows), [tokens, out], sources, start, rows, width, dtype) };
     out
 }
 
@@ -83,11 +84,13 @@ fn combine(rows: CubeTensor, weights: Option<CubeTensor>, layout: &GroupLayout) 
     let weighted = weights.is_some();
     // A kernel needs a buffer for each argument; without weights this one is not read.
     let weights = weights.map_or_else(|| empty(&rows, [1], DType::F32), into_contiguous);
-    let (sources, dtype) = (upload(&rows, layout.row_of_slot()), elem_type(&rows));
+    let ((sources, start), dtype) = (layout_section(&rows, layout, Section::RowOfSlot), elem_type(&rows));
     let over = cube_per_row(tokens);
     // SAFETY: the kernel indexes slots by `token * k + choice` and rows by `row_of_slot`, which a layout keeps below `rows`; rows,
     // and weights if they are read, have the shapes of the layout, as asserted, and all are contiguous.
-    unsafe { launch!(combine_kernel, over, [rows, weights, out], sources, tokens, width, layout.k(), weighted, dtype) };
+    unsafe {
+        launch!(combine_kernel, over, [rows, weights, out], sources, start, tokens, width, layout.k(), weighted, dtype);
+    }
     out
 }
 
@@ -107,7 +110,7 @@ fn combine_grad(
     assert_dtype(&grad, rows.dtype);
     let grad_rows = empty(&rows, [layout.rows(), width], rows.dtype);
     let grad_weights = empty(&rows, [layout.tokens(), layout.k()], DType::F32);
-    let (sources, dtype) = (upload(&rows, layout.row_of_slot()), elem_type(&rows));
+    let ((sources, start), dtype) = (layout_section(&rows, layout, Section::RowOfSlot), elem_type(&rows));
     let (over, slots) = (cube_per_row(layout.rows()), layout.rows());
     // SAFETY: the kernel indexes slots by their index, tokens by `slot / k` and rows by `row_of_slot`, a permutation in every layout,
     // so each row is written by one cube (or by several that write the same values). Shapes and dtypes are as asserted, and all
@@ -118,6 +121,7 @@ fn combine_grad(
             over,
             [rows, weights, grad, grad_rows, grad_weights],
             sources,
+            start,
             slots,
             width,
             layout.k(),
@@ -132,12 +136,13 @@ fn dispatch_kernel<F: Float>(
     tokens: &[F],
     out: &mut [F],
     sources: &[u32],
+    start: usize,
     rows: usize,
     width: usize,
     #[define(F)] _dtype: ElemType,
 ) {
     let row = row_of_cube(rows);
-    let source = sources[row] as usize * width;
+    let source = sources[start + row] as usize * width;
     let mut at = UNIT_POS as usize;
     while at < width {
         out[row * width + at] = tokens[source + at];
@@ -151,6 +156,7 @@ fn combine_kernel<F: Float>(
     weights: &[f32],
     out: &mut [F],
     sources: &[u32],
+    start: usize,
     tokens: usize,
     width: usize,
     k: usize,
@@ -163,7 +169,7 @@ fn combine_kernel<F: Float>(
         let mut sum = 0f32;
         for choice in 0..k {
             let slot = token * k + choice;
-            let value = f32::cast_from(rows[sources[slot] as usize * width + at]);
+            let value = f32::cast_from(rows[sources[start + slot] as usize * width + at]);
             if comptime!(weighted) {
                 sum += value * weights[slot];
             } else {
@@ -183,13 +189,14 @@ fn combine_grad_kernel<F: Float>(
     grad_rows: &mut [F],
     grad_weights: &mut [f32],
     sources: &[u32],
+    start: usize,
     slots: usize,
     width: usize,
     k: usize,
     #[define(F)] _dtype: ElemType,
 ) {
     let slot = row_of_cube(slots);
-    let (row, token) = (sources[slot] as usize * width, slot / k * width);
+    let (row, token) = (sources[start + slot] as usize * width, slot / k * width);
     let weight = weights[slot];
     let mut scratch = Shared::<[f32]>::new_slice(UNITS);
     let mut dot = 0f32;

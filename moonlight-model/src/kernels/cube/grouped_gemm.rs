@@ -1,9 +1,11 @@
-//! The grouped product of experts: one launch for all experts, instead of a slice, a product and a copy for each.
+//! The grouped product of experts: one launch for all experts, instead of a slice, a product and a copy for each. Where a device has
+//! matrix units for the dtype, `grouped_mma` computes it; here is what runs everywhere, and f32 without rounding.
 //!
 //! A cube computes a tile of [`TILE`] x [`TILE`] values, each of its units a patch of [`PATCH`] x [`PATCH`] in registers, from strips of
 //! [`DEPTH`] values of both factors in shared memory: the usual blocking of a dense product on a GPU (Volkov and Demmel, SC'08).
-//! Half types are summed in f32 and rounded once. The host, which has the layout, sends a list of tiles to the device. An
-//! expert without rows has no tile; its weight gradient is filled with zeros.
+//! Half types are summed in f32 and rounded once. As many cubes
+//! are launched as there can be tiles, because the host need not know the layout; those without a tile end at once. An expert
+//! without rows has no tile; its weight gradient is filled with zeros.
 
 use burn::backend::Cube;
 use burn::backend::tensor::FloatTensor;
@@ -11,11 +13,13 @@ use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
+use super::grouped_mma;
 use super::tensor::{
-    address_type_of, assert_dtype, assert_shape, buffers, elem_type, empty, to_float_tensor, upload,
+    address_type_of, assert_dtype, assert_shape, buffers, elem_type, empty, layout_section, to_float_tensor,
     with_contiguous_rows,
 };
-use crate::kernels::{GroupLayout, GroupedMatmulKernel, reference};
+use crate::kernels::group_layout::{Section, TILE_ROWS, most_tiles};
+use crate::kernels::{F32Matmul, GroupLayout, GroupedMatmulKernel, f32_matmul, reference};
 
 impl GroupedMatmulKernel for Cube {
     fn grouped_matmul_forward(
@@ -24,7 +28,7 @@ impl GroupedMatmulKernel for Cube {
         layout: &GroupLayout,
     ) -> FloatTensor<Self> {
         match buffers([&rows, &weight]) {
-            Some([rows, weight]) if is_faster(&rows, layout) && rows.dtype == weight.dtype => {
+            Some([rows, weight]) if rows.dtype == weight.dtype => {
                 to_float_tensor(grouped_product(rows, weight, layout, false))
             }
             _ => reference::grouped_matmul_forward::<Self>(rows, weight, layout),
@@ -37,7 +41,7 @@ impl GroupedMatmulKernel for Cube {
         layout: &GroupLayout,
     ) -> FloatTensor<Self> {
         match buffers([&grad, &weight]) {
-            Some([grad, weight]) if is_faster(&grad, layout) && grad.dtype == weight.dtype => {
+            Some([grad, weight]) if grad.dtype == weight.dtype => {
                 to_float_tensor(grouped_product(grad, weight, layout, true))
             }
             _ => reference::grouped_matmul_rows_grad::<Self>(grad, weight, layout),
@@ -50,16 +54,14 @@ impl GroupedMatmulKernel for Cube {
         layout: &GroupLayout,
     ) -> FloatTensor<Self> {
         match buffers([&rows, &grad]) {
-            Some([rows, grad]) if is_faster(&rows, layout) && rows.dtype == grad.dtype => {
-                to_float_tensor(weight_grad(rows, grad, layout))
-            }
+            Some([rows, grad]) if rows.dtype == grad.dtype => to_float_tensor(weight_grad(rows, grad, layout)),
             _ => reference::grouped_matmul_weight_grad::<Self>(rows, grad, layout),
         }
     }
 }
 
 /// Rows and columns of the tile of a cube.
-const TILE: usize = 64;
+const TILE: usize = TILE_ROWS;
 /// Values that are summed between two fills of shared memory. With these sizes the two strips take 8.3 KB of the 16 KB that WebGPU
 /// guarantees.
 const DEPTH: usize = 16;
@@ -72,16 +74,10 @@ const PATCH: usize = TILE / SIDE;
 /// row use different banks.
 const PITCH: usize = TILE + 1;
 
-/// With at least this many rows an expert, Burn's product on matrix units is assumed to be worth its launch for each expert: at 64
-/// rows these kernels take about as long as three launches on a data-center GPU. This is an estimate, not a measurement.
-const MANY_ROWS: usize = 64;
-
-/// Whether these kernels are expected to be faster than the reference. For half types Burn's product uses matrix units (tensor
-/// cores) and these kernels do not, which decides once experts have many rows.
-fn is_faster(rows: &CubeTensor, layout: &GroupLayout) -> bool {
-    let active_experts = layout.offsets().windows(2).filter(|range| range[0] < range[1]).count();
-    let matrix_units = !rows.client.properties().features.matmul.cmma.is_empty();
-    rows.dtype == DType::F32 || !matrix_units || layout.rows() < MANY_ROWS * active_experts
+/// Whether products of this dtype run on matrix units. f32 does only where the program allows TF32.
+fn on_matrix_units(factor: &CubeTensor, layout: &GroupLayout) -> bool {
+    let allowed = factor.dtype != DType::F32 || (f32_matmul() == F32Matmul::Tf32 && !layout.is_exact());
+    allowed && grouped_mma::has_matrix_units(factor)
 }
 
 /// The rows of each expert times its matrix, `[rows, in] x [experts, in, out]`, or times its transpose, `[rows, out]` to `[rows, in]`.
@@ -93,9 +89,15 @@ fn grouped_product(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, t
     assert_shape(&weight, [layout.groups(), input, output]);
     assert_dtype(&weight, rows.dtype);
     let out = empty(&rows, [layout.rows(), columns], rows.dtype);
-    let tiles = row_tiles(layout);
-    let count = CubeCount::Static(columns.div_ceil(TILE) as u32, (tiles.len() / 3) as u32, 1);
-    let (client, tiles) = (rows.client.clone(), upload(&rows, &tiles));
+    if on_matrix_units(&rows, layout) {
+        // SAFETY: shapes and dtypes are asserted above.
+        unsafe { grouped_mma::grouped_product(&rows, &weight, &out, layout, transposed) };
+        return out;
+    }
+    let count = most_tiles(layout.groups(), layout.rows());
+    let count = CubeCount::Static(columns.div_ceil(TILE) as u32, count as u32, 1);
+    let client = rows.client.clone();
+    let (tiles, first_tile) = layout_section(&rows, layout, Section::Tiles);
     // SAFETY: rows stay within the bounds of a tile, and so of a group of the layout; weights are indexed by group; depth and
     // columns stay below the shapes of rows and result. All tensors have these shapes and one dtype, as asserted
     // above. `with_contiguous_rows` made their last dimensions contiguous, and for the others the kernel uses their strides.
@@ -109,6 +111,7 @@ fn grouped_product(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, t
             weight.into_tensor_arg(),
             out.clone().into_tensor_arg(),
             tiles,
+            first_tile,
             transposed,
             elem_type(&rows),
         );
@@ -124,9 +127,14 @@ fn weight_grad(rows: CubeTensor, grad: CubeTensor, layout: &GroupLayout) -> Cube
     assert_shape(&grad, [layout.rows(), output]);
     assert_dtype(&grad, rows.dtype);
     let out = empty(&rows, [layout.groups(), input, output], rows.dtype);
-    let offsets: Vec<u32> = layout.offsets().iter().map(|&offset| offset as u32).collect();
+    if on_matrix_units(&rows, layout) {
+        // SAFETY: shapes and dtypes are asserted above.
+        unsafe { grouped_mma::weight_grad(&rows, &grad, &out, layout) };
+        return out;
+    }
     let count = CubeCount::Static(output.div_ceil(TILE) as u32, input.div_ceil(TILE) as u32, layout.groups() as u32);
-    let (client, offsets) = (rows.client.clone(), upload(&rows, &offsets));
+    let client = rows.client.clone();
+    let (offsets, first_offset) = layout_section(&rows, layout, Section::Offsets);
     // SAFETY: the kernel indexes rows of both factors from one offset of the layout to the next, which never decrease and end
     // with the number of rows, and columns up to the widths of the factors. Shapes and dtypes are asserted above, and
     // `with_contiguous_rows` made the last dimensions contiguous.
@@ -140,21 +148,11 @@ fn weight_grad(rows: CubeTensor, grad: CubeTensor, layout: &GroupLayout) -> Cube
             grad.into_tensor_arg(),
             out.clone().into_tensor_arg(),
             offsets,
+            first_offset,
             elem_type(&rows),
         );
     }
     out
-}
-
-/// For each tile of rows three values: the expert, the first row of the tile, and the end of the expert's rows.
-fn row_tiles(layout: &GroupLayout) -> Vec<u32> {
-    let mut tiles = Vec::new();
-    for (expert, range) in layout.offsets().windows(2).enumerate() {
-        for first in (range[0]..range[1]).step_by(TILE) {
-            tiles.extend([expert as u32, first as u32, range[1] as u32]);
-        }
-    }
-    tiles
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -163,15 +161,17 @@ fn grouped_product_kernel<F: Float>(
     weight: &Tensor<F>,
     out: &mut Tensor<F>,
     tiles: &[u32],
+    first_tile: usize,
     #[comptime] transposed: bool,
     #[define(F)] _dtype: ElemType,
 ) {
-    let tile = CUBE_POS_Y as usize * 3;
+    let tile = first_tile + CUBE_POS_Y as usize * 3;
     let expert = tiles[tile] as usize;
     let first_row = tiles[tile + 1] as usize;
     let end_row = tiles[tile + 2] as usize;
     let first_column = CUBE_POS_X as usize * TILE;
-    let depth = rows.shape(1);
+    // A tile without rows has no depth, and nothing to store.
+    let depth = select(first_row < end_row, rows.shape(1), 0usize);
     let columns = out.shape(1);
     let base = expert * weight.stride(0);
 
@@ -197,10 +197,11 @@ fn weight_grad_kernel<F: Float>(
     grad: &Tensor<F>,
     out: &mut Tensor<F>,
     offsets: &[u32],
+    first_offset: usize,
     #[define(F)] _dtype: ElemType,
 ) {
     let expert = CUBE_POS_Z as usize;
-    let end = offsets[expert + 1] as usize;
+    let end = offsets[first_offset + expert + 1] as usize;
     let first_row = CUBE_POS_Y as usize * TILE;
     let first_column = CUBE_POS_X as usize * TILE;
     let height = rows.shape(1);
@@ -209,7 +210,7 @@ fn weight_grad_kernel<F: Float>(
     let mut left = Shared::<[f32]>::new_slice(comptime!(DEPTH * PITCH));
     let mut right = Shared::<[f32]>::new_slice(comptime!(DEPTH * PITCH));
     let mut sums = zeros();
-    let mut at = offsets[expert] as usize;
+    let mut at = offsets[first_offset + expert] as usize;
     while at < end {
         load::<F>(&mut left, rows, 0usize, rows.stride(0), at, end, first_row, height, false);
         load::<F>(&mut right, grad, 0usize, grad.stride(0), at, end, first_column, width, false);

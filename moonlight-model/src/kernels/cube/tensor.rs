@@ -2,22 +2,21 @@
 
 use std::any::Any;
 
-use burn::backend::Cube;
 use burn::backend::TensorMetadata;
 use burn::backend::cubecl::dtype_to_storage_type;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Cube, DispatchTensorKind};
 use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use crate::kernels::{CachedAttentionKernel, Kernels, ProjectKernel, QuantizedMatmulKernel};
+use crate::kernels::group_layout::Section;
+use crate::kernels::{CachedAttentionKernel, GroupLayout, Kernels, QuantizedMatmulKernel};
 
 impl Kernels for Cube {}
-// The reference is Burn's own product, which uses matrix units where a device has them.
-impl ProjectKernel for Cube {}
 // No kernels yet: these run the reference.
 impl QuantizedMatmulKernel for Cube {}
 impl CachedAttentionKernel for Cube {}
@@ -91,6 +90,12 @@ pub(super) fn to_float_tensor(buffer: CubeTensor) -> FloatTensor<Cube> {
     *tensor.downcast().expect("`buffers` downcast tensors of this type")
 }
 
+/// [`to_float_tensor`] for integers.
+pub(super) fn to_int_tensor(buffer: CubeTensor) -> IntTensor<Cube> {
+    let tensor: Box<dyn Any> = Box::new(buffer);
+    *tensor.downcast().expect("`int_buffer` downcast tensors of this type")
+}
+
 /// The dtype as CubeCL's element type.
 pub(super) fn elem_type(tensor: &CubeTensor) -> ElemType {
     dtype_to_storage_type(tensor.dtype)
@@ -114,6 +119,23 @@ pub(super) fn upload(like: &CubeTensor, numbers: &[u32]) -> BufferArg {
     let handle = like.client.create_from_slice(u32::as_bytes(numbers));
     // SAFETY: the buffer was made from exactly these values.
     unsafe { BufferArg::from_raw_parts(handle, numbers.len()) }
+}
+
+/// A section of a layout on the device of `like`: a buffer, and where the section starts in it.
+pub(super) fn layout_section(like: &CubeTensor, layout: &GroupLayout, section: Section) -> (BufferArg, usize) {
+    match on_same_device(like, layout) {
+        Some(packed) => (packed.into_buffer_arg(), section.start(layout.groups(), layout.rows())),
+        None => (upload(like, &layout.section(section)), 0),
+    }
+}
+
+/// The buffer of a layout that was sorted on the device of `like`.
+fn on_same_device(like: &CubeTensor, layout: &GroupLayout) -> Option<CubeTensor> {
+    match layout.on_device()?.clone().into_dispatch().kind {
+        DispatchTensorKind::Cube(tensor) => int_buffer(&tensor.int()).filter(|packed| packed.device == like.device),
+        #[allow(unreachable_patterns, reason = "Cube may be the only backend")]
+        _ => None,
+    }
 }
 
 /// The smallest integer type that can index every value of the tensors.

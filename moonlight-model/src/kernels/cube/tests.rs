@@ -3,9 +3,11 @@
 //! The tests need a device, so they are ignored by default; run them with `-- --ignored cube`. Without a device they fail.
 
 use burn::backend::cubecl::Device;
-use burn::backend::ops::FloatTensorOps;
+use burn::backend::ops::{FloatTensorOps, IntTensorOps};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, Cube, Flex, TensorMetadata, read_sync};
+use burn::backend::{
+    Backend, BackendTensor, Cube, DispatchTensor, DispatchTensorKind, Flex, TensorMetadata, read_sync,
+};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -167,6 +169,117 @@ fn a_grouped_product_reads_strided_tensors() {
         Cube::grouped_matmul_forward(fast_rows, fast_weight, &layout),
         reference::grouped_matmul_forward::<Flex>(rows, weight, &layout),
     );
+}
+
+/// Scores with ties, negative ones, both zeros, NaN and infinities.
+fn scores(tokens: usize, experts: usize) -> TensorData {
+    let mut values: Vec<f32> = numbers([tokens, experts], 5).iter::<f32>().map(|value| (value * 8.0).round()).collect();
+    let special = [f32::NAN, f32::NEG_INFINITY, -0.0, f32::INFINITY, -f32::NAN];
+    values.iter_mut().enumerate().filter(|(at, _)| at % 29 < 5 && at / 29 % 3 == 0).for_each(|(at, value)| {
+        *value = special[at % 29];
+    });
+    // A token whose scores are all NaN.
+    values[..experts].fill(f32::NAN);
+    TensorData::new(values, [tokens, experts])
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn routing() {
+    use crate::moe::shape::{ScoringFunc, TopkMethod};
+    let (cube, flex) = (device(), Default::default());
+    let ints = |tensor| -> Vec<u32> {
+        read_sync(Cube::int_into_data(tensor)).expect("the device answers").iter::<u32>().collect()
+    };
+    for (tokens, experts, k, groups, groups_per_token, method) in [
+        (1, 2, 1, 1, 1, TopkMethod::Greedy),
+        (7, 64, 6, 1, 1, TopkMethod::NoauxTc),
+        (200, 64, 6, 8, 3, TopkMethod::NoauxTc),
+        (33, 160, 6, 8, 3, TopkMethod::GroupLimitedGreedy),
+        (5, 1024, 8, 4, 2, TopkMethod::NoauxTc),
+        (300, 3, 2, 1, 1, TopkMethod::Greedy),
+    ] {
+        let (scoring, normalize, scale) = (ScoringFunc::Sigmoid, true, 1.0);
+        let rule = RoutingRule { experts, k, groups, groups_per_token, scoring, method, normalize, scale };
+        let (scores, bias) = (scores(tokens, experts), numbers([experts], 6));
+        for bias in [None, Some(bias)] {
+            let fast_bias = bias.as_ref().map(|bias| on::<Cube>(bias, &cube));
+            let slow_bias = bias.as_ref().map(|bias| on::<Flex>(bias, &flex));
+            let chosen = Cube::choose_experts_forward(on::<Cube>(&scores, &cube), fast_bias, &rule);
+            let expected = reference::choose_experts_forward::<Flex>(on::<Flex>(&scores, &flex), slow_bias, &rule);
+            let expected: Vec<u32> =
+                read_sync(Flex::int_into_data(expected)).expect("the CPU answers").iter::<u32>().collect();
+            assert_eq!(ints(chosen.clone()), expected, "{rule:?}");
+
+            let layout = GroupLayout::from_choices(&expected, k, experts);
+            let counts = Cube::count_choices_forward(chosen.clone(), None, experts, 1);
+            let rows: Vec<u32> = (0..experts).map(|group| layout.group(group).len() as u32).collect();
+            assert_eq!(ints(counts.clone()), rows, "{rule:?}");
+            assert_eq!(ints(Cube::sort_choices_forward(chosen.clone(), counts)), layout.packed(), "{rule:?}");
+
+            // Every third token is padding.
+            let counted: Vec<i32> = (0..tokens).map(|token| i32::from(token % 3 != 0)).collect();
+            let fast_counted = Some(whole_numbers::<Cube>(&counted, &cube));
+            let slow_counted = Some(whole_numbers::<Flex>(&counted, &flex));
+            let sections = if tokens % 5 == 0 { 5 } else { 1 };
+            let slow = Flex::int_from_data(TensorData::new(expected, [tokens, k]), &flex);
+            let slow = reference::count_choices_forward::<Flex>(slow, slow_counted, experts, sections);
+            let slow: Vec<u32> = read_sync(Flex::int_into_data(slow)).expect("the CPU answers").iter::<u32>().collect();
+            let fast = Cube::count_choices_forward(chosen, fast_counted, experts, sections);
+            assert_eq!(ints(fast), slow, "{rule:?}");
+        }
+    }
+}
+
+/// The layout of a router stays on the device.
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn products_and_rows_by_a_layout_on_the_device() {
+    let (cube, flex) = (device(), Default::default());
+    let (tokens, experts, width) = (300, 6, 70);
+    let expected = layout(tokens, experts);
+    let choices: Vec<i32> = (0..tokens).flat_map(|token| [0, 1 + (token * 7 % (experts - 2)) as i32]).collect();
+    let choices = Cube::int_from_data(TensorData::new(choices, [tokens, 2]), &cube);
+    let counts = Cube::count_choices_forward(choices.clone(), None, experts, 1);
+    let tensor =
+        |int| DispatchTensor { kind: DispatchTensorKind::Cube(BackendTensor::Int(int)), autodiff: Default::default() };
+    let layout =
+        GroupLayout::from_choice_tensor(Tensor::from_dispatch(tensor(choices)), Tensor::from_dispatch(tensor(counts)));
+    let (x, rows, weight) =
+        (numbers([tokens, width], 1), numbers([2 * tokens, width], 2), numbers([experts, width, 9], 3));
+    let (grad, weights) = (numbers([2 * tokens, 9], 4), numbers([tokens, 2], 5));
+    close(
+        "dispatch",
+        Cube::dispatch_rows_forward(on::<Cube>(&x, &cube), &layout),
+        reference::dispatch_rows_forward::<Flex>(on::<Flex>(&x, &flex), &expected),
+    );
+    close(
+        "combination",
+        Cube::combine_rows_forward(on::<Cube>(&rows, &cube), on::<Cube>(&weights, &cube), &layout),
+        reference::combine_rows_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weights, &flex), &expected),
+    );
+    let fast =
+        Cube::combine_rows_grad(on::<Cube>(&rows, &cube), on::<Cube>(&weights, &cube), on::<Cube>(&x, &cube), &layout);
+    let slow = reference::combine_rows_grad::<Flex>(
+        on::<Flex>(&rows, &flex),
+        on::<Flex>(&weights, &flex),
+        on::<Flex>(&x, &flex),
+        &expected,
+    );
+    close("combination's gradient for rows", fast.0, slow.0);
+    close("combination's gradient for weights", fast.1, slow.1);
+    close(
+        "product",
+        Cube::grouped_matmul_forward(on::<Cube>(&rows, &cube), on::<Cube>(&weight, &cube), &layout),
+        reference::grouped_matmul_forward::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&weight, &flex), &expected),
+    );
+    close(
+        "product's gradient for weights",
+        Cube::grouped_matmul_weight_grad(on::<Cube>(&rows, &cube), on::<Cube>(&grad, &cube), &layout),
+        reference::grouped_matmul_weight_grad::<Flex>(on::<Flex>(&rows, &flex), on::<Flex>(&grad, &flex), &expected),
+    );
+    // The host has read nothing yet; now it does, and has the same layout.
+    assert_eq!(layout, expected);
 }
 
 /// Attention without documents, with a sliding window, and with documents of another length in each sequence.

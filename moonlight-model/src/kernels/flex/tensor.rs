@@ -5,9 +5,11 @@ use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Shape};
 
 use super::dtype::Element;
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, RoutingKernel};
 
 impl Kernels for Flex {}
+// Scores are in the host's memory, where the reference chooses.
+impl RoutingKernel for Flex {}
 
 /// Runs a kernel on contiguous inputs if they share the dtype f32 or bf16, and the reference otherwise. Inputs after `f32:` must be f32
 /// in both cases.
