@@ -28,6 +28,8 @@ pub struct Settings {
     pub threads: usize,
     /// Report where values that are not defined matter.
     pub uninitialized: bool,
+    /// Report copies to the host of memory that was not written.
+    pub host: bool,
     /// Report each read of memory that was not written.
     pub strict: bool,
     /// Report threads of a block that miss a barrier by ending before it.
@@ -74,10 +76,10 @@ impl Settings {
             100 => "NVIDIA B200",
             _ => "CUDA device in software",
         };
-        let checks = variable("SOFTCUDA_CHECKS").unwrap_or_else(|| "uninitialized,barriers".into());
+        let checks = variable("SOFTCUDA_CHECKS").unwrap_or_else(|| "uninitialized,host,barriers".into());
         let check = |name| checks.split(',').any(|check| check.trim() == name || check.trim() == "all");
         for word in checks.split(',').map(str::trim) {
-            if !matches!(word, "all" | "none" | "uninitialized" | "reads" | "barriers" | "races" | "") {
+            if !matches!(word, "all" | "none" | "uninitialized" | "host" | "reads" | "barriers" | "races" | "") {
                 eprintln!("softcuda: `SOFTCUDA_CHECKS` names the unknown check `{word}`");
                 std::process::exit(2);
             }
@@ -101,6 +103,7 @@ impl Settings {
             // The last accesses are remembered without locks.
             threads: if races { 1 } else { parsed("SOFTCUDA_THREADS", cores).clamp(1, 64) },
             uninitialized: check("uninitialized") || strict,
+            host: check("host") || strict,
             strict,
             barriers: check("barriers"),
             races,

@@ -6,7 +6,7 @@ use device::{Device, Value, kernel};
 
 /// The 32-bit results of `body`, which leaves them in `%r20`, `%r21`, ... for each of two inputs in `%r3` and `%r4`.
 fn results(count: usize, inputs: &[[u32; 2]], body: &str) -> Vec<Vec<u32>> {
-    let device = Device::new("uninitialized,barriers");
+    let device = Device::new("uninitialized,host,barriers");
     let from = device.upload(inputs);
     let to = device.allocate(inputs.len() * count * 4);
     let stores: String = (0..count).map(|i| format!("st.global.u32 [%rd5+{}], %r{};\n", 4 * i, 20 + i)).collect();
@@ -243,7 +243,7 @@ fn pairs_are_computed_half_by_half() {
 
 #[test]
 fn atomic_operations_return_the_value_before() {
-    let device = Device::new("uninitialized,barriers");
+    let device = Device::new("uninitialized,host,barriers");
     let (cell, out) = (device.upload(&[10_u32, 0, 5]), device.allocate(4 * 64));
     let body = "atom.global.add.u32 %r3, [%rd1], 1;\natom.global.max.u32 %r4, [%rd1+4], %r1;\natom.global.inc.u32 %r5, [%rd1+8], 6;\n\
                 add.s64 %rd3, %rd2, %rd10;\nst.global.u32 [%rd3], %r3;";
@@ -257,7 +257,7 @@ fn atomic_operations_return_the_value_before() {
 
 #[test]
 fn what_a_warp_does_together() {
-    let device = Device::new("uninitialized,barriers");
+    let device = Device::new("uninitialized,host,barriers");
     let out = device.allocate(32 * 8 * 4);
     let body = "setp.lt.u32 %p1, %r1, 5;\nvote.sync.ballot.b32 %r20, %p1, 0xffffffff;\nvote.sync.any.pred %p2, %p1, 0xffffffff;\n\
                 vote.sync.all.pred %p3, %p1, 0xffffffff;\nselp.u32 %r21, 1, 0, %p2;\nselp.u32 %r22, 1, 0, %p3;\n\

@@ -8,7 +8,7 @@ use device::{Device, Value, kernel};
 /// Where the counts are written when the tests end.
 fn device() -> Device {
     let path = std::env::temp_dir().join("softcuda-test-counts.json");
-    Device::with("uninitialized,barriers", &[("SOFTCUDA_COUNTS", &path.to_string_lossy())])
+    Device::with("uninitialized,host,barriers", &[("SOFTCUDA_COUNTS", &path.to_string_lossy())])
 }
 
 #[test]

@@ -17,7 +17,7 @@ fn check(name: &str, address: u64, size: usize, written: bool, strict: bool) -> 
     if failed != SUCCESS {
         return failed;
     }
-    let strict = strict && crate::settings::get().uninitialized;
+    let strict = strict && crate::settings::get().host;
     if let Err((at, wrong)) = device.memory.check(address, size as u64, !written && strict) {
         let what = match wrong {
             Wrong::Uninitialized => "reads memory that was not written",
