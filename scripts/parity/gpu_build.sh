@@ -41,9 +41,11 @@ install_cuda() {
     CUDA_PATH="$(dirname "$(dirname "$(find "$cuda_home/venv/lib" -path '*cuda_nvcc/bin/ptxas')")")"
     export CUDA_PATH
     mkdir -p "$cuda_home/share/tracel"
-    ln -sfn "$llvm" "$cuda_home/share/tracel/tracel-llvm-$bundler"
+    # Only what is missing, because a newer time of these files would build the compiler, and so Burn, again.
+    local link="$cuda_home/share/tracel/tracel-llvm-$bundler"
+    [ "$(readlink "$link")" = "$llvm" ] || ln -sfn "$llvm" "$link"
     # With this file the bundler looks no further.
-    touch "$llvm/.tracel-llvm-installed"
+    [ -e "$llvm/.tracel-llvm-installed" ] || touch "$llvm/.tracel-llvm-installed"
     # Where the bundler looks.
     export XDG_DATA_HOME="$cuda_home/share"
 }

@@ -71,7 +71,7 @@ mod cube {
     //!
     //! The kernels do not depend on the runtime: cube sizes and shared memory stay within the limits that WebGPU guarantees
     //! everywhere. They take f32 and the half types that the device can store; sums are in f32. Projections run
-    //! Burn's product, which uses matrix units (tensor cores); products by quantized weights and cached attention have no kernel yet.
+    //! Burn's product, which uses matrix units (tensor cores); cached attention has no kernel yet.
     //!
     //! A *cube* is a workgroup (WebGPU) or thread block (CUDA), a *unit* one of its threads.
     //!
@@ -79,8 +79,7 @@ mod cube {
     //!
     //! All work of a forward and backward pass is queued without waiting: experts are chosen, counted and sorted on the device, and
     //! products are launched for as many tiles as rows could need (`rows / TILE` and one for each expert; those without rows end at
-    //! once). A training step then reads its loss, its gradient norm and the loads of the experts. The product by quantized weights has
-    //! no kernel yet and reads the sorted rows in each layer.
+    //! once). A training step then reads its loss, its gradient norm and the loads of the experts.
 
     mod attention;
     mod cross_entropy;
@@ -90,6 +89,7 @@ mod cube {
     mod launch;
     mod norm;
     mod project;
+    mod quantized;
     mod reduce;
     mod rotary;
     mod routing;

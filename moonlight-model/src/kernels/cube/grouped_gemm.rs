@@ -61,27 +61,32 @@ impl GroupedMatmulKernel for Cube {
 }
 
 /// Rows and columns of the tile of a cube.
-const TILE: usize = TILE_ROWS;
+pub(super) const TILE: usize = TILE_ROWS;
 /// Values that are summed between two fills of shared memory. With these sizes the two strips take 8.3 KB of the 16 KB that WebGPU
 /// guarantees.
-const DEPTH: usize = 16;
+pub(super) const DEPTH: usize = 16;
 /// Units along each side of a cube: 256 units, the most that WebGPU guarantees.
 const SIDE: usize = 16;
-const UNITS: usize = SIDE * SIDE;
+pub(super) const UNITS: usize = SIDE * SIDE;
 /// Rows and columns of the patch of a unit.
 const PATCH: usize = TILE / SIDE;
 /// The distance in shared memory between steps of the depth: one more than a tile has, so that units that write the values of one
 /// row use different banks.
-const PITCH: usize = TILE + 1;
+pub(super) const PITCH: usize = TILE + 1;
 
 /// Whether products of this dtype run on matrix units. f32 does only where the program allows TF32.
-fn on_matrix_units(factor: &CubeTensor, layout: &GroupLayout) -> bool {
+pub(super) fn on_matrix_units(factor: &CubeTensor, layout: &GroupLayout) -> bool {
     let allowed = factor.dtype != DType::F32 || (f32_matmul() == F32Matmul::Tf32 && !layout.is_exact());
     allowed && grouped_mma::has_matrix_units(factor)
 }
 
 /// The rows of each expert times its matrix, `[rows, in] x [experts, in, out]`, or times its transpose, `[rows, out]` to `[rows, in]`.
-fn grouped_product(rows: CubeTensor, weight: CubeTensor, layout: &GroupLayout, transposed: bool) -> CubeTensor {
+pub(super) fn grouped_product(
+    rows: CubeTensor,
+    weight: CubeTensor,
+    layout: &GroupLayout,
+    transposed: bool,
+) -> CubeTensor {
     let (rows, weight) = (with_contiguous_rows(rows), with_contiguous_rows(weight));
     let [_, input, output] = weight.meta.shape().dims::<3>();
     let (depth, columns) = if transposed { (output, input) } else { (input, output) };
@@ -224,7 +229,7 @@ fn weight_grad_kernel<F: Float>(
 }
 
 #[cube]
-fn zeros() -> Array<f32> {
+pub(super) fn zeros() -> Array<f32> {
     let mut sums = Array::<f32>::new(comptime!(PATCH * PATCH));
     #[unroll]
     for at in 0..comptime!(PATCH * PATCH) {
@@ -236,7 +241,7 @@ fn zeros() -> Array<f32> {
 /// Fills `strip`, `[DEPTH, TILE]`, with steps `at..` of the depth and rows or columns `first..` of a factor; zero outside it. The
 /// depth runs along the rows of the factor if `along` is true, and down its columns otherwise.
 #[cube]
-fn load<F: Float>(
+pub(super) fn load<F: Float>(
     strip: &mut Shared<[f32]>,
     factor: &Tensor<F>,
     base: usize,
@@ -269,7 +274,7 @@ fn load<F: Float>(
 
 /// Adds the product of two strips to the patch of each unit, which is consecutive rows, and columns [`SIDE`] apart.
 #[cube]
-fn multiply(left: &Shared<[f32]>, right: &Shared<[f32]>, sums: &mut Array<f32>) {
+pub(super) fn multiply(left: &Shared<[f32]>, right: &Shared<[f32]>, sums: &mut Array<f32>) {
     let (row, column) = (UNIT_POS as usize / SIDE * PATCH, UNIT_POS as usize % SIDE);
     for step in 0..DEPTH {
         let strip = step * PITCH;
@@ -291,7 +296,7 @@ fn multiply(left: &Shared<[f32]>, right: &Shared<[f32]>, sums: &mut Array<f32>) 
 
 /// Writes the patch of each unit, except what is outside the tile's rows and columns.
 #[cube]
-fn store<F: Float>(
+pub(super) fn store<F: Float>(
     sums: &Array<f32>,
     out: &mut Tensor<F>,
     base: usize,

@@ -14,11 +14,10 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use crate::kernels::group_layout::Section;
-use crate::kernels::{CachedAttentionKernel, GroupLayout, Kernels, QuantizedMatmulKernel};
+use crate::kernels::{CachedAttentionKernel, GroupLayout, Kernels};
 
 impl Kernels for Cube {}
-// No kernels yet: these run the reference.
-impl QuantizedMatmulKernel for Cube {}
+// No kernel yet: this runs the reference.
 impl CachedAttentionKernel for Cube {}
 
 /// The buffers of tensors whose dtype the kernels read: f32, or a half type that the device can store.

@@ -15,6 +15,7 @@ use burn::tensor::{DType, FloatDType, TensorData};
 
 use super::super::reference::{self, AttentionSaved};
 use super::super::*;
+use super::grouped_mma::has_matrix_units;
 use super::tensor::{buffers, int_buffer};
 
 /// The largest allowed error, relative to the largest value of a result.
@@ -77,8 +78,122 @@ fn close(name: &str, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>) {
 
 /// A layout with half of all rows for expert 0, none for the last expert, and some for each of the others.
 fn layout(tokens: usize, experts: usize) -> GroupLayout {
-    let choices: Vec<u32> = (0..tokens).flat_map(|token| [0, 1 + (token * 7 % (experts - 2)) as u32]).collect();
-    GroupLayout::from_choices(&choices, 2, experts)
+    // f32 stays f32 where the device has matrix units; the products on those have a test of their own.
+    GroupLayout::from_choices(&choices(tokens, experts), 2, experts).exact()
+}
+
+fn choices(tokens: usize, experts: usize) -> Vec<u32> {
+    (0..tokens).flat_map(|token| [0, 1 + (token * 7 % (experts - 2)) as u32]).collect()
+}
+
+/// Products and gradients on matrix units, where the device has them: in bf16 and f16, and in f32 rounded to TF32. The factors are
+/// exact in each type, so that only the order of the sums and the rounding of the result differ.
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn grouped_products_on_matrix_units() {
+    let (cube, flex) = (device(), Default::default());
+    // Less than a fragment, widths that can be read one by one only, several strips and tiles, and an expert with many tiles.
+    for (tokens, experts, input, output) in [(1, 3, 8, 8), (75, 5, 33, 70), (64, 4, 64, 256), (300, 6, 136, 72)] {
+        for dtype in [FloatDType::BF16, FloatDType::F16, FloatDType::F32] {
+            let layout = GroupLayout::from_choices(&choices(tokens, experts), 2, experts);
+            let exact = |shape: &[usize], seed| {
+                let wide = numbers([shape.iter().product()], seed);
+                let values: Vec<f32> = wide.iter::<f32>().map(|value| (value * 32.0).round() / 32.0).collect();
+                TensorData::new(values, shape.to_vec())
+            };
+            let rows = exact(&[2 * tokens, input], 1);
+            let weight = exact(&[experts, input, output], 2);
+            let grad = exact(&[2 * tokens, output], 3);
+            let fast = |data: &TensorData| Cube::float_cast(on::<Cube>(data, &cube), dtype);
+            let slow = |data: &TensorData| on::<Flex>(data, &flex);
+            let Some([probe]) = buffers([&fast(&rows)]) else { continue };
+            if !has_matrix_units(&probe) {
+                println!("no matrix units for {dtype:?}");
+                continue;
+            }
+            let check = |name: &str, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>| {
+                let ((shape, fast), (expected_shape, expected)) = (values::<Cube>(fast), values::<Flex>(expected));
+                assert_eq!(shape, expected_shape, "{name}");
+                let unit = match dtype {
+                    FloatDType::BF16 => 1.0 / 256.0,
+                    FloatDType::F16 => 1.0 / 2048.0,
+                    _ => 1e-6,
+                };
+                for (fast, expected) in fast.iter().zip(&expected) {
+                    let off = (fast - expected).abs();
+                    assert!(off <= expected.abs() * unit + 2e-5, "{name} in {dtype:?}: {fast} for {expected}");
+                }
+            };
+            check(
+                "product",
+                Cube::grouped_matmul_forward(fast(&rows), fast(&weight), &layout),
+                reference::grouped_matmul_forward::<Flex>(slow(&rows), slow(&weight), &layout),
+            );
+            check(
+                "product's gradient for rows",
+                Cube::grouped_matmul_rows_grad(fast(&grad), fast(&weight), &layout),
+                reference::grouped_matmul_rows_grad::<Flex>(slow(&grad), slow(&weight), &layout),
+            );
+            check(
+                "product's gradient for weights",
+                Cube::grouped_matmul_weight_grad(fast(&rows), fast(&grad), &layout),
+                reference::grouped_matmul_weight_grad::<Flex>(slow(&rows), slow(&grad), &layout),
+            );
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn quantized_products() {
+    let (cube, flex) = (device(), Default::default());
+    // Few rows, and so many that weights are dequantized first where there are matrix units.
+    for (tokens, bits) in [(7, QuantBits::Eight), (7, QuantBits::Four), (200, QuantBits::Eight), (200, QuantBits::Four)]
+    {
+        let (experts, input, output) = (5, 53, 37);
+        let layout = layout(tokens, experts);
+        let spec = QuantizedShape { bits, input, output };
+        let bytes = spec.value_bytes();
+        let packed: Vec<u8> = (0..experts * bytes).map(|at| (at * 37 + at / 5) as u8).collect();
+        let packed = TensorData::new(packed, [experts, bytes]);
+        let scales = numbers([experts, spec.scales()], 2);
+        let (rows, grad) = (numbers([2 * tokens, input], 1), numbers([2 * tokens, output], 3));
+        let stored = Cube::int_from_data(packed.clone(), &cube);
+        close(
+            "quantized product",
+            Cube::quantized_matmul_forward(
+                on::<Cube>(&rows, &cube),
+                stored.clone(),
+                on::<Cube>(&scales, &cube),
+                spec,
+                &layout,
+            ),
+            reference::quantized_matmul_forward::<Flex>(
+                on::<Flex>(&rows, &flex),
+                Flex::int_from_data(packed.clone(), &flex),
+                on::<Flex>(&scales, &flex),
+                spec,
+                &layout,
+            ),
+        );
+        close(
+            "quantized product's gradient",
+            Cube::quantized_matmul_rows_grad(
+                on::<Cube>(&grad, &cube),
+                stored,
+                on::<Cube>(&scales, &cube),
+                spec,
+                &layout,
+            ),
+            reference::quantized_matmul_rows_grad::<Flex>(
+                on::<Flex>(&grad, &flex),
+                Flex::int_from_data(packed, &flex),
+                on::<Flex>(&scales, &flex),
+                spec,
+                &layout,
+            ),
+        );
+    }
 }
 
 #[test]
@@ -238,7 +353,7 @@ fn products_and_rows_by_a_layout_on_the_device() {
     let (cube, flex) = (device(), Default::default());
     let (tokens, experts, width) = (300, 6, 70);
     let expected = layout(tokens, experts);
-    let choices: Vec<i32> = (0..tokens).flat_map(|token| [0, 1 + (token * 7 % (experts - 2)) as i32]).collect();
+    let choices: Vec<i32> = choices(tokens, experts).into_iter().map(|choice| choice as i32).collect();
     let choices = Cube::int_from_data(TensorData::new(choices, [tokens, 2]), &cube);
     let counts = Cube::count_choices_forward(choices.clone(), None, experts, 1);
     let tensor =
