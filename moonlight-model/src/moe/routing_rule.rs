@@ -96,6 +96,10 @@ impl RoutingRule {
         let mut group_scores: Vec<f32> = scores
             .chunks_exact(size)
             .map(|group| {
+                // A NaN of either sign makes the score of its group NaN, as in the kernel for GPUs.
+                if group.iter().any(|score| score.is_nan()) {
+                    return f32::NAN;
+                }
                 let mut group = group.to_vec();
                 group.sort_by(|a, b| b.total_cmp(a));
                 match self.method {

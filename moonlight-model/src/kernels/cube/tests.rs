@@ -359,7 +359,8 @@ fn products_and_rows_by_a_layout_on_the_device() {
     let tensor =
         |int| DispatchTensor { kind: DispatchTensorKind::Cube(BackendTensor::Int(int)), autodiff: Default::default() };
     let layout =
-        GroupLayout::from_choice_tensor(Tensor::from_dispatch(tensor(choices)), Tensor::from_dispatch(tensor(counts)));
+        GroupLayout::from_choice_tensor(Tensor::from_dispatch(tensor(choices)), Tensor::from_dispatch(tensor(counts)))
+            .exact();
     let (x, rows, weight) =
         (numbers([tokens, width], 1), numbers([2 * tokens, width], 2), numbers([experts, width, 9], 3));
     let (grad, weights) = (numbers([2 * tokens, 9], 4), numbers([tokens, 2], 5));
