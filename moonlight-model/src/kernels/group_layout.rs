@@ -349,7 +349,7 @@ impl GroupLayout {
 
 impl PartialEq for GroupLayout {
     fn eq(&self, other: &Self) -> bool {
-        self.k == other.k && self.host() == other.host()
+        (self.k, self.exact) == (other.k, other.exact) && self.host() == other.host()
     }
 }
 
