@@ -430,8 +430,10 @@ fn sort_kernel<I: Int>(
     let share = rows.div_ceil(UNITS);
     let (start, end) = (min(unit * share, rows), min((unit + 1) * share, rows));
     let mut own = 0u32;
-    for slot in start..end {
+    let mut slot = start;
+    while slot < end {
         own += u32::cast_from(group_of::<I>(choices[slot], groups) == group);
+        slot += 1;
     }
     let (before, _all) = sums_of_units(&mut scratch, own);
     let mut row = (first_row + before) as usize;
