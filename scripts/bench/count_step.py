@@ -63,7 +63,15 @@ def count(options, home, steps):
     environment.setdefault("SOFTCUDA_CHECKS", "none")
     arguments = [part for flag in flags for part in ("--set", flag)]
     common.call(
-        options.program, "train", options.recipe, "--device", "cuda", "--dtype", options.dtype, *arguments, env=environment
+        options.program,
+        "train",
+        options.recipe,
+        "--device",
+        "cuda",
+        "--dtype",
+        options.dtype,
+        *arguments,
+        env=environment,
     )
     return json.loads(file.read_text())
 

@@ -98,7 +98,7 @@ def more(options, home, model, folder, device):
         "losses of LoRA": losses("lora", lora, "moe.bias_update_rate=0"),
         "losses of LoRA on 8 bits": losses("int8", lora, "moe.bias_update_rate=0", 'model.quantize="int8"'),
     }
-    # Burn moves a tensor between devices with the padding of its rows, which nobody wrote: softcuda must not report that.
+    # Burn moves a tensor between devices with the padding of its rows, which was not written: softcuda must not report that.
     os.environ["SOFTCUDA_CHECKS"] = "uninitialized,barriers"
     found["losses on two devices"] = losses("two", full, "distributed.devices=2")
     del os.environ["SOFTCUDA_CHECKS"]

@@ -3,7 +3,7 @@
 //!
 //! A cube computes a tile of [`ROWS`] x [`COLUMNS`] values. Each of its eight planes has [`PART`] x [`PART`] of them, as four fragments.
 //! Strips of both factors are in shared memory twice: while the planes multiply one, the values of the next are on their way
-//! to registers, so that memory is waited for once a strip and not once a fragment. Tiles and layouts are those of
+//! to registers, so that the planes wait for memory only between two strips. Tiles and layouts are those of
 //! `grouped_gemm`.
 
 use burn_cubecl::tensor::CubeTensor;

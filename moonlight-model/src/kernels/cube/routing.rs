@@ -243,7 +243,7 @@ fn choose_kernel(
     }
 }
 
-/// The rank of a group of `size` experts, the first of which is `first`. NaN if a score that counts is.
+/// The rank of a group of `size` experts from `first` on; that of NaN if one of the scores is.
 #[cube]
 fn rank_of_group(
     scores: &[f32],
