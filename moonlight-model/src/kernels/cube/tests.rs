@@ -158,7 +158,9 @@ fn quantized_products() {
         let packed = TensorData::new(packed, [experts, bytes]);
         let scales = numbers([experts, spec.scales()], 2);
         let (rows, grad) = (numbers([2 * tokens, input], 1), numbers([2 * tokens, output], 3));
-        let stored = Cube::int_from_data(packed.clone(), &cube);
+        // As `QuantizedWeight` stores them: WGSL has no type of 8 bits.
+        let dtype = if Cube::supports_dtype(&cube, DType::U8) { DType::U8 } else { DType::I32 };
+        let stored = Cube::int_from_data(packed.clone().convert_dtype(dtype), &cube);
         close(
             "quantized product",
             Cube::quantized_matmul_forward(
