@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """Counts what a training step does on a GPU, on a CUDA device in software: launches, waits of the host, copies, bytes, operations.
 
-    scripts/parity/cuda_smoke.sh        # builds the program and the device, and prints where
-    LD_LIBRARY_PATH=... SOFTCUDA_SM=80 python3 scripts/bench/count_step.py moonlight [RECIPE] [--set KEY=VALUE ...] [--json FILE]
+    scripts/parity/cuda_smoke.sh        # builds the program and the device
+    LD_LIBRARY_PATH=... SOFTCUDA_SM=80 python3 scripts/bench/count_step.py moonlight SHAPE [--dtype bf16] [--json FILE]
 
-Runs RECIPE [default: the quick start, with two sequences of 64 tokens] on `--device cuda` twice, for two and for three steps, without
-validation, and subtracts: what is left is one step. For each kernel that matters it also prints the least time on two cards by
-their data sheets: the larger of bytes by bandwidth (each sector of 32 bytes once for each launch, which is what a perfect cache
-leaves) and operations by peak rate. The sum of these times is a bound from below for the step, not a prediction: it has no
-launches' overhead and no latency. Numbers of a small model say which kernels wait for memory there, and nothing of a large one.
+Runs SHAPE on `--device cuda` for one and for two steps of Muon, without validation, and subtracts: what is left is one step. For each
+kernel that matters it also prints the least time on two cards by their data sheets: the larger of bytes by bandwidth (each
+sector of 32 bytes once for each launch, which is what a perfect cache leaves) and operations by peak rate. The sum of these
+times is a bound from below for the step, not a prediction: it has no launches' overhead and no latency. Numbers of a small
+model say which kernels wait for memory there, and nothing of a large one.
+
+The device is slow, so that the shapes have few experts and layers, and steps few tokens. The number of experts has no effect on launches and
+waits, that of the layers a linear one, which two runs with other `--layers` show.
 
 `softcuda/README.md` describes the variables of the device; checks are turned off here. Needs: only Python. Takes: minutes.
 """
@@ -21,57 +24,58 @@ import tempfile
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[at]) for at in (0, 1)]
 import common
-from gpu import cards
+from gpu import cards, recipes, shapes, training
 
 WAITS = ("cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize")
 ON = ("H100 SXM", "RTX 4090")
 SHOWN = 20
 
+# The keys of `[model]`.
+SHAPES = {
+    "quickstart": {"vocab_size": 256},
+    "bench-small": {"preset": "bench-small", "n_routed_experts": 8, "num_hidden_layers": 3},
+    "moonlight-block": shapes.BLOCK | {"n_routed_experts": 8},
+}
+
 
 def main():
     parser = common.parser(__doc__)
     parser.add_argument("program", help="`moonlight`, built with cuda")
-    parser.add_argument("recipe", nargs="?", default=common.ROOT / "configs/quickstart.toml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--dtype", default="f32")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--sequence", type=int, default=64)
+    parser.add_argument("--optimizer", default="muon", choices=("muon", "adamw"))
     parser.add_argument("--json", type=pathlib.Path, help="write all counts to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        two, three = (count(options, pathlib.Path(home), steps) for steps in (2, 3))
-    step = difference(three, two)
+        one, two = (count(options, pathlib.Path(home), steps) for steps in (1, 2))
+    step = difference(two, one)
     if options.json:
         options.json.write_text(json.dumps(step, indent=1) + "\n")
     show(step)
 
 
 def count(options, home, steps):
-    settings = {
-        "run.dir": f'"{home / str(steps)}"',
-        "train.steps": steps,
-        "train.checkpoint_every": 0,
-        "train.validate_every": 0,
-        "train.batch_size": 2,
-        "data.sequence_length": 64,
-        "data.train": f'["{common.ROOT}/README.md", "{common.ROOT}/ARCHITECTURE.md"]',
-        "data.valid": f'["{common.ROOT}/CONTRIBUTING.md"]',
-        "schedule.warmup_steps": 0,
-        "schedule.decay_steps": 0,
+    shape = dict(SHAPES[options.shape])
+    if "preset" in shape:
+        shape = dict.fromkeys(training.quickstart_keys()) | shape
+    if options.layers:
+        shape["num_hidden_layers"] = options.layers
+    replaced = {
+        "model": shape | {"dtype": options.dtype},
+        "data": {"sequence_length": options.sequence},
+        "train": {"batch_size": options.batch},
     }
-    flags = [f"{key}={value}" for key, value in settings.items()] + options.settings
+    if options.optimizer == "adamw":
+        replaced["optimizer"] = {"name": "adamw"}
+    recipe = recipes.write(home, f"{steps}-steps", common.ROOT / "configs/quickstart.toml", replaced, 256)
     file = home / f"{steps}.json"
     environment = os.environ | {"SOFTCUDA_COUNTS": str(file)}
     environment.setdefault("SOFTCUDA_CHECKS", "none")
-    arguments = [part for flag in flags for part in ("--set", flag)]
     common.call(
-        options.program,
-        "train",
-        options.recipe,
-        "--device",
-        "cuda",
-        "--dtype",
-        options.dtype,
-        *arguments,
-        env=environment,
+        options.program, "train", recipe, "--device", "cuda", "--set", f"train.steps={steps}", env=environment
     )
     return json.loads(file.read_text())
 

@@ -5,6 +5,7 @@ mod assemble;
 mod compile;
 pub mod counts;
 pub mod driver;
+mod fault;
 mod finding;
 mod log;
 pub mod memory;

@@ -48,6 +48,30 @@ pub struct Settings {
     pub timeout: u64,
     /// Write the PTX of each module to the folder.
     pub dump: bool,
+    /// A fault that is put into modules.
+    pub fault: Option<Fault>,
+}
+
+/// A fault that is put into a kernel on purpose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// How the kernel's name begins.
+    pub kernel: String,
+    pub kind: String,
+    /// Which of the places for this kind in the kernel, from zero.
+    pub place: usize,
+}
+
+impl Fault {
+    /// The kinds, as in README.md.
+    pub const KINDS: [&str; 8] = ["barrier", "read", "write", "shared", "initial", "compare", "lane", "fragment"];
+
+    fn from_text(text: &str) -> Option<Self> {
+        let mut parts = text.split(':');
+        let (kernel, kind) = (parts.next()?.to_owned(), parts.next()?.to_owned());
+        let place = parts.next().map_or(Some(0), |place| place.parse().ok())?;
+        (Self::KINDS.contains(&kind.as_str()) && parts.next().is_none()).then_some(Self { kernel, kind, place })
+    }
 }
 
 fn variable(name: &str) -> Option<String> {
@@ -84,6 +108,15 @@ impl Settings {
                 std::process::exit(2);
             }
         }
+        let fault = variable("SOFTCUDA_FAULT").map(|text| {
+            Fault::from_text(&text).unwrap_or_else(|| {
+                eprintln!(
+                    "softcuda: `SOFTCUDA_FAULT` is `{text}`, and not KERNEL:KIND:N with a KIND of {:?}",
+                    Fault::KINDS
+                );
+                std::process::exit(2)
+            })
+        });
         let races = check("races");
         // Not a part of `all`: a kernel may read what it does not use.
         let strict = checks.split(',').any(|check| check.trim() == "reads");
@@ -113,6 +146,7 @@ impl Settings {
             optimization: variable("SOFTCUDA_OPT").unwrap_or_else(|| "-O1".into()),
             timeout: parsed("SOFTCUDA_TIMEOUT", 300),
             dump: parsed("SOFTCUDA_DUMP", 0_u8) != 0,
+            fault,
         }
     }
 }

@@ -62,7 +62,7 @@ pub(super) fn has_matrix_units(tensor: &CubeTensor) -> bool {
 }
 
 /// The type in which a factor is multiplied, and the depth of a fragment of it.
-fn stage_of(tensor: &CubeTensor) -> Option<(ElemType, usize)> {
+pub(super) fn stage_of(tensor: &CubeTensor) -> Option<(ElemType, usize)> {
     match elem_type(tensor) {
         half @ ElemType::Float(FloatKind::BF16 | FloatKind::F16) => Some((half, 16)),
         ElemType::Float(FloatKind::F32) => Some((ElemType::Float(FloatKind::TF32), 8)),

@@ -15,6 +15,7 @@ use burn::tensor::{DType, FloatDType, TensorData};
 
 use super::super::reference::{self, AttentionSaved};
 use super::super::*;
+use super::attention::{Units, try_forward, try_grad};
 use super::grouped_mma::has_matrix_units;
 use super::tensor::{buffers, int_buffer};
 
@@ -65,6 +66,12 @@ fn values<B: Backend>(tensor: FloatTensor<B>) -> (Vec<usize>, Vec<f32>) {
 /// Asserts that results differ by less than [`TOLERANCE`] of the largest value.
 #[track_caller]
 fn close(name: &str, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>) {
+    within(TOLERANCE, name, fast, expected);
+}
+
+/// Asserts that results differ by less than `tolerance` of the largest value.
+#[track_caller]
+fn within(tolerance: f32, name: &str, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>) {
     let ((shape, fast), (expected_shape, expected)) = (values::<Cube>(fast), values::<Flex>(expected));
     assert_eq!(shape, expected_shape, "{name}");
     // A gradient that is zero up to rounding has no magnitude to compare with, hence the minimum of 0.1.
@@ -73,7 +80,7 @@ fn close(name: &str, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>) {
     // `f32::max` ignores NaN, which would let a NaN pass.
     let worst = worst.fold(0.0, |most: f32, off| if off.is_nan() { f32::INFINITY } else { most.max(off) }) / largest;
     println!("{name} {shape:?}: {worst:.1e} of the largest");
-    assert!(worst < TOLERANCE, "{name} {shape:?}: {worst:.1e} of the largest value");
+    assert!(worst < tolerance, "{name} {shape:?}: {worst:.1e} of the largest value");
 }
 
 /// A layout with half of all rows for expert 0, none for the last expert, and some for each of the others.
@@ -415,15 +422,37 @@ fn specs(batch: usize, sequence: usize) -> [AttentionSpec; 3] {
     [spec(None), spec(windows), spec(Some(Arc::new(starts)))]
 }
 
-fn attention_agrees(query: &TensorData, key_value: &TensorData, shared: Option<&TensorData>, spec: &AttentionSpec) {
+/// Compares attention and its gradients with the reference. The factors are rounded to `dtype` for both, so that what is left is the rounding
+/// of products: with matrix units probabilities are rounded to `dtype`, or f32 to TF32.
+fn attention_agrees(
+    [query, key_value, shared]: [Option<&TensorData>; 3],
+    spec: &AttentionSpec,
+    dtype: FloatDType,
+    units: Units,
+) {
     let (cube, flex) = (device(), Default::default());
-    let fast = |data| on::<Cube>(data, &cube);
-    let slow = |data| on::<Flex>(data, &flex);
-    let (output, log_sum) = Cube::attention_forward(fast(query), fast(key_value), shared.map(fast), spec);
+    let fast = |data: &TensorData| Cube::float_cast(on::<Cube>(data, &cube), dtype);
+    let slow = |data: &TensorData| Flex::float_cast(Flex::float_cast(on::<Flex>(data, &flex), dtype), FloatDType::F32);
+    let (query, key_value) = (query.expect("a query is given"), key_value.expect("keys are given"));
+    if buffers([&fast(query)]).is_none() {
+        println!("the device does not store {dtype:?}");
+        return;
+    }
+    let tolerance = match (dtype, units) {
+        (FloatDType::BF16, _) => 1.5e-2,
+        (FloatDType::F16, _) => 2e-3,
+        (_, Units::Fastest) if has_matrix_units(&buffers([&fast(query)]).expect("it is stored")[0]) => 2e-3,
+        _ => TOLERANCE,
+    };
+    let near = |name: &str, fast: FloatTensor<Cube>, expected: FloatTensor<Flex>| {
+        within(tolerance, &format!("{name} in {dtype:?} ({units:?})"), fast, expected);
+    };
+    let (output, log_sum) =
+        try_forward(&fast(query), &fast(key_value), shared.map(fast).as_ref(), spec, units).expect("the kernels run");
     let (slow_output, slow_log_sum) =
         reference::attention_forward::<Flex>(slow(query), slow(key_value), shared.map(slow), spec);
-    close("attention", output.clone(), slow_output.clone());
-    close("attention's sums", log_sum.clone(), slow_log_sum.clone());
+    near("attention", output.clone(), slow_output.clone());
+    near("attention's sums", log_sum.clone(), slow_log_sum.clone());
     let grad = numbers::<4>(output.shape().dims(), 9);
     let saved = AttentionSaved::<Cube> {
         query: fast(query),
@@ -439,27 +468,44 @@ fn attention_agrees(query: &TensorData, key_value: &TensorData, shared: Option<&
         output: slow_output,
         log_sum: slow_log_sum,
     };
-    let grads = Cube::attention_grad(saved, fast(&grad), spec);
+    let grads = try_grad(&saved, &fast(&grad), spec, units).expect("the kernels run");
     let slow_grads = reference::attention_grad::<Flex>(slow_saved, slow(&grad), spec);
-    close("attention's gradient for queries", grads.0, slow_grads.0);
-    close("attention's gradient for keys and values", grads.1, slow_grads.1);
+    near("attention's gradient for queries", grads.0, slow_grads.0);
+    near("attention's gradient for keys and values", grads.1, slow_grads.1);
     assert_eq!(grads.2.is_some(), slow_grads.2.is_some());
     if let (Some(shared), Some(slow)) = (grads.2, slow_grads.2) {
-        close("attention's gradient for the shared key", shared, slow);
+        near("attention's gradient for the shared key", shared, slow);
     }
 }
+
+/// One token, exact blocks, and more; heads narrower and wider than a block of columns, and with whole chunks of 16 bytes.
+const HEADS: [(usize, usize, usize, usize, usize); 4] =
+    [(2, 1, 6, 4, 7), (2, 64, 5, 2, 4), (3, 131, 40, 24, 33), (2, 96, 24, 8, 40)];
 
 #[test]
 #[ignore = "needs a CubeCL device"]
 fn attention() {
-    // One token, exact blocks, and more; heads narrower and wider than a block of columns.
-    for (batch, sequence, own, shared, value) in [(2, 1, 6, 4, 7), (2, 64, 5, 2, 4), (3, 131, 40, 24, 33)] {
+    attention_in(&HEADS, FloatDType::F32, Units::Scalar);
+}
+
+#[test]
+#[ignore = "needs a CubeCL device"]
+fn attention_on_matrix_units() {
+    attention_in(&HEADS, FloatDType::F32, Units::Fastest);
+    // Each is a kernel of its own, so that not all are compiled in each type.
+    attention_in(&HEADS[2..], FloatDType::BF16, Units::Fastest);
+    attention_in(&HEADS[3..], FloatDType::F16, Units::Fastest);
+}
+
+fn attention_in(heads: &[(usize, usize, usize, usize, usize)], dtype: FloatDType, units: Units) {
+    for &(batch, sequence, own, shared, value) in heads {
         for spec in specs(batch, sequence) {
             let query = numbers([batch, sequence, 4, own + shared], 1);
             let shared_key = numbers([batch, sequence, shared], 2);
-            attention_agrees(&query, &numbers([batch, sequence, 4, own + value], 3), Some(&shared_key), &spec);
+            let keys = numbers([batch, sequence, 4, own + value], 3);
+            attention_agrees([Some(&query), Some(&keys), Some(&shared_key)], &spec, dtype, units);
             let keys = numbers([batch, sequence, 2, own + shared + value], 4);
-            attention_agrees(&query, &keys, None, &spec);
+            attention_agrees([Some(&query), Some(&keys), None], &spec, dtype, units);
         }
     }
 }
@@ -467,9 +513,13 @@ fn attention() {
 #[test]
 #[ignore = "needs a CubeCL device, and a minute on one in software"]
 fn attention_with_moonlights_heads() {
-    let query = numbers([1, 40, 2, 128 + 64], 1);
+    let (query, keys) = (numbers([1, 72, 2, 128 + 64], 1), numbers([1, 72, 2, 128 + 128], 2));
     let spec = AttentionSpec { scale: 192_f32.powf(-0.5), starts: None };
-    attention_agrees(&query, &numbers([1, 40, 2, 128 + 128], 2), Some(&numbers([1, 40, 64], 3)), &spec);
+    let inputs = [Some(&query), Some(&keys), Some(&numbers([1, 72, 64], 3))];
+    attention_agrees(inputs, &spec, FloatDType::F32, Units::Scalar);
+    for dtype in [FloatDType::F32, FloatDType::BF16] {
+        attention_agrees(inputs, &spec, dtype, Units::Fastest);
+    }
 }
 
 #[test]

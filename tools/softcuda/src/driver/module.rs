@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use crate::compile::{Library, hash};
 use crate::memory::state::WRITTEN;
 use crate::translate::{Kernel, Options, Translation, translate};
-use crate::{assemble, log, settings};
+use crate::{assemble, fault, log, settings};
 
 use super::device::most_shared;
 use super::error::{INVALID_PTX, INVALID_VALUE, NOT_FOUND, OUT_OF_MEMORY, SUCCESS};
@@ -91,7 +91,11 @@ pub unsafe extern "C" fn cuModuleLoadData(module: *mut *const Module, image: *co
         log::finding("a module is refused: it is not PTX");
         return INVALID_PTX;
     }
-    match load(&text) {
+    let faulty = settings::get().fault.as_ref().and_then(|wanted| fault::put(&text, wanted));
+    if let Some((_, change)) = &faulty {
+        log::line(&format!("fault put in on purpose: {change}"));
+    }
+    match load(faulty.as_ref().map_or(&text, |(text, _)| text)) {
         Ok(loaded) => {
             // SAFETY: the caller gives a place for the handle.
             unsafe { *module = Arc::into_raw(Arc::new(loaded)) };
