@@ -130,9 +130,9 @@ mod tests {
             ("lane", "became `shfl.sync.bfly.b32 %r5, %r1, 2, 31, -1;`"),
             ("fragment", "{%r15, %r14, %r16, %r17}, {%r18, %r19}"),
         ];
-        for (kind, change) in expected {
+        for (kind, part) in expected {
             let change = with(kind, 0).unwrap_or_else(|| panic!("{kind} has no place"));
-            assert!(change.contains(change), "{kind}: {change}");
+            assert!(change.contains(part), "{kind}: {change}");
         }
     }
 

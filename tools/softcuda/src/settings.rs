@@ -57,6 +57,7 @@ pub struct Settings {
 pub struct Fault {
     /// How the kernel's name begins.
     pub kernel: String,
+    /// One of [`Self::KINDS`].
     pub kind: String,
     /// Which of the places for this kind in the kernel, from zero.
     pub place: usize,

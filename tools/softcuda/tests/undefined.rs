@@ -182,3 +182,19 @@ fn copies_on_the_device_carry_it() {
     assert_eq!(unsafe { cuda::driver::cuMemcpyDtoD_v2(to, from, 256) }, 0);
     assert!(readable(to, 32) && !readable(to + 128, 1));
 }
+
+#[test]
+fn a_pair_with_an_unset_half_is_of_no_consequence_unless_the_half_is_used() {
+    let device = device();
+    let (from, to) = buffers(&device);
+    let pair = |used: &str| {
+        through(&format!(
+            "{{ .reg .b16 %h<5>;\ncvt.u16.u32 %h1, %r3;\nmov.b32 %r5, {{%h1, %h2}};\nmov.b32 {{%h3, %h4}}, %r5;\n\
+             cvt.u32.u16 %r4, {used}; }}"
+        ))
+    };
+    block(&device, &pair("%h3"), 32, &[Value::Wide(from), Value::Wide(to)]).good();
+    assert!(readable(to, 32));
+    block(&device, &pair("%h4"), 32, &[Value::Wide(from), Value::Wide(to)]).good();
+    assert!(!readable(to, 1));
+}

@@ -1,4 +1,7 @@
 //! Registers that are read although no path to the reading writes them: an accumulator that was forgotten to be set.
+//!
+//! A `mov` that packs several into one is no such reading: LLVM keeps a pair of which it has set one half. Whether the other one is
+//! used is followed by the bits of `undefined`.
 
 use std::collections::HashMap;
 
@@ -44,12 +47,13 @@ pub(super) fn find(function: &Function) -> Vec<(u32, String)> {
     let mut found: Vec<(u32, String)> = Vec::new();
     for ((block, set), _) in blocks.iter().zip(&mut entry).zip(&reached).filter(|(_, reached)| **reached) {
         for instruction in &block.instructions {
+            let packs = instruction.name == "mov" && matches!(instruction.operands.get(1), Some(Operand::Vector(_)));
             for write in [false, true] {
                 each(instruction, &mut |name, written| {
                     let Some(&i) = index.get(name) else { return };
                     if written && write {
                         set[i / 64] |= 1 << (i % 64);
-                    } else if !written && !write && set[i / 64] >> (i % 64) & 1 == 0 {
+                    } else if !packs && !written && !write && set[i / 64] >> (i % 64) & 1 == 0 {
                         set[i / 64] |= 1 << (i % 64);
                         found.push((instruction.line, name.to_owned()));
                     }
