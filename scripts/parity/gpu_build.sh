@@ -55,4 +55,4 @@ gpu_features="moonlight-train/wgpu"
 if [ -z "$no_cuda" ]; then
     gpu_features="$gpu_features,moonlight-train/cuda"
 fi
-tests=(cargo test --workspace --features "$gpu_features" --lib --test packing --test hostile_kernels)
+tests=(cargo test --workspace --features "$gpu_features,moonlight-model/kernel-text" --lib --test packing --test hostile_kernels)

@@ -97,6 +97,8 @@ mod cube {
     mod tensor;
     #[cfg(all(test, feature = "cpu"))]
     mod tests;
+    #[cfg(all(test, feature = "kernel-text"))]
+    mod text;
 }
 
 use std::sync::Arc;

@@ -10,6 +10,8 @@
 
 mod mma;
 mod scalar;
+#[cfg(all(test, feature = "kernel-text"))]
+pub(super) use scalar::kernels;
 
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;

@@ -13,6 +13,8 @@ use cubecl::prelude::*;
 use super::launch::launch;
 use super::reduce::{UNITS, cube_per_row, largest_of_units, row_of_cube, sum_of_units};
 use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, int_buffer, same_device, to_float_tensor};
+#[cfg(all(test, feature = "kernel-text"))]
+use super::text::Dialect;
 use crate::kernels::{CrossEntropyKernel, reference};
 
 impl CrossEntropyKernel for Cube {
@@ -135,4 +137,15 @@ fn grad_kernel<F: Float, I: Int>(
         out[line + at] = F::cast_from(grad * slope);
         at += UNITS;
     }
+}
+
+/// The kernels of this file as text.
+#[cfg(all(test, feature = "kernel-text"))]
+pub(super) fn kernels(on: &Dialect) -> Vec<Box<dyn CubeKernel>> {
+    use super::text::{buffer, kernel};
+    let dtypes = [on.float, on.int];
+    vec![
+        kernel!(on, 256, forward_kernel::ForwardKernel, buffer(), buffer(), buffer(), (), (), (), dtypes),
+        kernel!(on, 256, grad_kernel::GradKernel, buffer(), buffer(), buffer(), buffer(), (), (), (), dtypes),
+    ]
 }

@@ -11,6 +11,8 @@ use cubecl::prelude::*;
 use super::launch::launch;
 use super::reduce::{UNITS, cube_per_row, row_of_cube, sum_of_units};
 use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, layout_section, to_float_tensor};
+#[cfg(all(test, feature = "kernel-text"))]
+use super::text::Dialect;
 use crate::kernels::group_layout::Section;
 use crate::kernels::{DispatchKernel, GroupLayout, reference};
 
@@ -211,4 +213,48 @@ fn combine_grad_kernel<F: Float>(
     if UNIT_POS == 0 {
         grad_weights[slot] = dot;
     }
+}
+
+/// The kernels of this file as text.
+#[cfg(all(test, feature = "kernel-text"))]
+pub(super) fn kernels(on: &Dialect) -> Vec<Box<dyn CubeKernel>> {
+    use super::text::{buffer, kernel};
+    let float = on.float;
+    let mut list = vec![
+        kernel!(on, 256, dispatch_kernel::DispatchKernel, buffer(), buffer(), buffer(), (), (), (), float),
+        kernel!(
+            on,
+            256,
+            combine_grad_kernel::CombineGradKernel,
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            (),
+            (),
+            (),
+            (),
+            float
+        ),
+    ];
+    for weighted in [false, true] {
+        list.push(kernel!(
+            on,
+            256,
+            combine_kernel::CombineKernel,
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            (),
+            (),
+            (),
+            (),
+            weighted,
+            float
+        ));
+    }
+    list
 }

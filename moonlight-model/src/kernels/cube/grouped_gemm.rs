@@ -18,6 +18,8 @@ use super::tensor::{
     address_type_of, assert_dtype, assert_shape, buffers, elem_type, empty, layout_section, to_float_tensor,
     with_contiguous_rows,
 };
+#[cfg(all(test, feature = "kernel-text"))]
+use super::text::Dialect;
 use crate::kernels::group_layout::{Section, TILE_ROWS, most_tiles};
 use crate::kernels::{F32Matmul, GroupLayout, GroupedMatmulKernel, f32_matmul, reference};
 
@@ -317,4 +319,37 @@ pub(super) fn store<F: Float>(
             }
         }
     }
+}
+
+/// The kernels of this file as text.
+#[cfg(all(test, feature = "kernel-text"))]
+pub(super) fn kernels(on: &Dialect) -> Vec<Box<dyn CubeKernel>> {
+    use super::text::{buffer, kernel, tensor};
+    let float = on.float;
+    let mut list = vec![kernel!(
+        on,
+        UNITS,
+        weight_grad_kernel::WeightGradKernel,
+        tensor(),
+        tensor(),
+        tensor(),
+        buffer(),
+        (),
+        float
+    )];
+    for transposed in [false, true] {
+        list.push(kernel!(
+            on,
+            UNITS,
+            grouped_product_kernel::GroupedProductKernel,
+            tensor(),
+            tensor(),
+            tensor(),
+            buffer(),
+            (),
+            transposed,
+            float
+        ));
+    }
+    list
 }

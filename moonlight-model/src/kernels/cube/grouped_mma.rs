@@ -13,6 +13,8 @@ use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
 use super::tensor::{address_type_of, elem_type, layout_section};
+#[cfg(all(test, feature = "kernel-text"))]
+use super::text::Dialect;
 use crate::kernels::GroupLayout;
 use crate::kernels::group_layout::{Section, TILE_ROWS, most_tiles};
 
@@ -444,4 +446,46 @@ fn store<F: Numeric>(
     }
     // The next fragment may not be written before all values of this one are read.
     sync_cube();
+}
+
+/// The kernels of this file as text.
+#[cfg(all(test, feature = "kernel-text"))]
+pub(super) fn kernels(on: &Dialect) -> Vec<Box<dyn CubeKernel>> {
+    use super::text::{buffer, kernel, tensor};
+    let plan = |left, right| Plan { step: FRAGMENT, depth: 2 * FRAGMENT, left, right };
+    let types = [on.float; 2];
+    let mut list = Vec::new();
+    for width in [1, 8] {
+        for right in [Lines::AlongDepth, Lines::AcrossDepth] {
+            let plan = plan(Lines::AlongDepth, right);
+            list.push(kernel!(
+                on,
+                UNITS,
+                grouped_product_kernel::GroupedProductKernel,
+                tensor(),
+                tensor(),
+                tensor(),
+                buffer(),
+                (),
+                width,
+                plan,
+                types
+            ));
+        }
+        let plan = plan(Lines::AcrossDepth, Lines::AcrossDepth);
+        list.push(kernel!(
+            on,
+            UNITS,
+            weight_grad_kernel::WeightGradKernel,
+            tensor(),
+            tensor(),
+            tensor(),
+            buffer(),
+            (),
+            width,
+            plan,
+            types
+        ));
+    }
+    list
 }

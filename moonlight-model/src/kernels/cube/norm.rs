@@ -11,6 +11,8 @@ use cubecl::prelude::*;
 use super::launch::launch;
 use super::reduce::{UNITS, cube_per_row, row_of_cube, sum_of_units};
 use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, to_float_tensor};
+#[cfg(all(test, feature = "kernel-text"))]
+use super::text::Dialect;
 use crate::kernels::{RmsNormKernel, reference};
 
 impl RmsNormKernel for Cube {
@@ -170,4 +172,16 @@ fn gain_grad_kernel<F: Float>(
         }
         grad_gain[part * width + column] = sum;
     }
+}
+
+/// The kernels of this file as text.
+#[cfg(all(test, feature = "kernel-text"))]
+pub(super) fn kernels(on: &Dialect) -> Vec<Box<dyn CubeKernel>> {
+    use super::text::{buffer, kernel};
+    let dtypes = [on.float; 2];
+    vec![
+        kernel!(on, 256, forward_kernel::ForwardKernel, buffer(), buffer(), buffer(), (), (), (), dtypes),
+        kernel!(on, 256, grad_kernel::GradKernel, buffer(), buffer(), buffer(), buffer(), buffer(), (), (), (), dtypes),
+        kernel!(on, 256, gain_grad_kernel::GainGradKernel, buffer(), buffer(), buffer(), buffer(), (), (), on.float),
+    ]
 }

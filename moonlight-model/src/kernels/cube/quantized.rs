@@ -14,6 +14,8 @@ use super::tensor::{
     address_type_of, assert_shape, buffers, elem_type, empty, int_buffer, layout_section, same_device, to_float_tensor,
     with_contiguous_rows,
 };
+#[cfg(all(test, feature = "kernel-text"))]
+use super::text::Dialect;
 use crate::kernels::group_layout::{Section, most_tiles};
 use crate::kernels::{
     GroupLayout, QUANT_BLOCK, QUANT_TILE, QuantBits, QuantizedMatmulKernel, QuantizedShape, reference,
@@ -265,4 +267,47 @@ fn dequantize_kernel<F: Float, I: Int, S: Float>(
         let (group, row) = (line / input, line % input);
         out[ABSOLUTE_POS] = F::cast_from(weight_at::<I, S>(values, scales, group, row, column, packing));
     }
+}
+
+/// The kernels of this file as text.
+#[cfg(all(test, feature = "kernel-text"))]
+pub(super) fn kernels(on: &Dialect) -> Vec<Box<dyn CubeKernel>> {
+    use super::text::{buffer, kernel, tensor};
+    let mut list = Vec::new();
+    for bits in [QuantBits::Four, QuantBits::Eight] {
+        let shape = QuantizedShape { input: 256, output: 512, bits };
+        let scales = shape.tiles() * shape.blocks() * QUANT_TILE;
+        let packing = Packing { bits, blocks: shape.blocks(), value_bytes: shape.value_bytes(), scales };
+        let dtypes = [on.float, on.byte, on.float];
+        list.push(kernel!(
+            on,
+            256,
+            dequantize_kernel::DequantizeKernel,
+            buffer(),
+            buffer(),
+            buffer(),
+            (),
+            (),
+            (),
+            packing,
+            dtypes
+        ));
+        for transposed in [false, true] {
+            list.push(kernel!(
+                on,
+                UNITS,
+                product_kernel::ProductKernel,
+                tensor(),
+                buffer(),
+                buffer(),
+                tensor(),
+                buffer(),
+                (),
+                transposed,
+                packing,
+                dtypes
+            ));
+        }
+    }
+    list
 }

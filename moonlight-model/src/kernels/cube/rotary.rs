@@ -8,6 +8,8 @@ use cubecl::prelude::*;
 
 use super::launch::{launch, unit_per_value};
 use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, to_float_tensor};
+#[cfg(all(test, feature = "kernel-text"))]
+use super::text::Dialect;
 use crate::kernels::{RotaryKernel, RotationSpec, reference};
 
 impl RotaryKernel for Cube {
@@ -91,4 +93,28 @@ fn forward_kernel<F: Float, G: Float>(
             }
         }
     }
+}
+
+/// The kernels of this file as text.
+#[cfg(all(test, feature = "kernel-text"))]
+pub(super) fn kernels(on: &Dialect) -> Vec<Box<dyn CubeKernel>> {
+    use super::text::{buffer, kernel};
+    let heads = |interleave| HeadRotation { heads: 16, width: 192, start: 128, interleave };
+    let dtypes = [on.float; 2];
+    [false, true]
+        .map(|interleave| {
+            kernel!(
+                on,
+                256,
+                forward_kernel::ForwardKernel,
+                buffer(),
+                buffer(),
+                buffer(),
+                buffer(),
+                (),
+                heads(interleave),
+                dtypes
+            )
+        })
+        .into()
 }

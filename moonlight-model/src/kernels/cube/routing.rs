@@ -10,6 +10,8 @@ use cubecl::prelude::*;
 use super::launch::launch;
 use super::reduce::{UNITS, cube_per_row, row_of_cube};
 use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, int_buffer, same_device, to_int_tensor};
+#[cfg(all(test, feature = "kernel-text"))]
+use super::text::Dialect;
 use crate::config::limits::MAX_EXPERTS;
 use crate::kernels::group_layout::{Section, TILE_ROWS, most_tiles, packed_len};
 use crate::kernels::{RoutingKernel, reference};
@@ -471,4 +473,63 @@ fn sort_kernel<I: Int>(
             tile += UNITS;
         }
     }
+}
+
+/// The kernels of this file as text.
+#[cfg(all(test, feature = "kernel-text"))]
+pub(super) fn kernels(on: &Dialect) -> Vec<Box<dyn CubeKernel>> {
+    use super::text::{buffer, kernel};
+    let mut list = Vec::new();
+    for limit in [GroupLimit::None, GroupLimit::ByTwoBest, GroupLimit::ByBest] {
+        for biased in [false, true] {
+            list.push(kernel!(
+                on,
+                UNITS,
+                choose_kernel::ChooseKernel,
+                buffer(),
+                buffer(),
+                buffer(),
+                (),
+                (),
+                (),
+                (),
+                (),
+                biased,
+                limit
+            ));
+        }
+    }
+    for masked in [false, true] {
+        list.push(kernel!(
+            on,
+            UNITS,
+            count_kernel::CountKernel,
+            buffer(),
+            buffer(),
+            buffer(),
+            (),
+            (),
+            (),
+            (),
+            masked,
+            [on.int; 2]
+        ));
+    }
+    list.push(kernel!(
+        on,
+        UNITS,
+        sort_kernel::SortKernel,
+        buffer(),
+        buffer(),
+        buffer(),
+        (),
+        (),
+        (),
+        (),
+        (),
+        (),
+        (),
+        on.int
+    ));
+    list
 }

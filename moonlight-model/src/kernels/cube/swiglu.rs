@@ -8,6 +8,8 @@ use cubecl::prelude::*;
 
 use super::launch::{launch, unit_per_value};
 use super::tensor::{assert_dtype, assert_shape, buffers, elem_type, empty, to_float_tensor};
+#[cfg(all(test, feature = "kernel-text"))]
+use super::text::Dialect;
 use crate::kernels::{SwigluKernel, reference};
 
 impl SwigluKernel for Cube {
@@ -97,4 +99,15 @@ fn grad_kernel<F: Float>(
         grad_up[ABSOLUTE_POS] = F::cast_from(grad * gate * sigmoid);
         grad_gate[ABSOLUTE_POS] = F::cast_from(grad * up * sigmoid * (1f32 + gate * (1f32 - sigmoid)));
     }
+}
+
+/// The kernels of this file as text.
+#[cfg(all(test, feature = "kernel-text"))]
+pub(super) fn kernels(on: &Dialect) -> Vec<Box<dyn CubeKernel>> {
+    use super::text::{buffer, kernel};
+    let float = on.float;
+    vec![
+        kernel!(on, 256, forward_kernel::ForwardKernel, buffer(), buffer(), buffer(), (), float),
+        kernel!(on, 256, grad_kernel::GradKernel, buffer(), buffer(), buffer(), buffer(), buffer(), (), float),
+    ]
 }

@@ -605,19 +605,17 @@ fn chunk_of<F: Numeric, S: Numeric, N: Size, V: Size>(
     inside: bool,
 ) -> Vector<S, V> {
     let (size, whole) = (N::value(), V::value());
-    let mut chunk = Vector::<S, V>::new(S::from_int(0));
+    let mut values = Array::<S>::new(whole);
     #[unroll]
     for piece in 0..comptime!(whole / size) {
         let to = column + comptime!(piece * size);
+        let mut read = Vector::<F, N>::new(F::from_int(0));
         if inside && to < width {
-            let values = tensor[(line + to) / size];
-            #[unroll]
-            for e in 0..size {
-                chunk.insert(comptime!(piece * size + e), S::cast_from(values.extract(e)));
-            }
+            read = tensor[(line + to) / size];
         }
+        keep::<F, S, N>(&mut values, comptime!(piece * size), read);
     }
-    chunk
+    chunk_from::<S, V>(&values)
 }
 
 /// [`chunk_of`] for a key, which is the part of its key head and the part of all.
@@ -635,25 +633,42 @@ fn key_chunk<F: Numeric, S: Numeric, N: Size, V: Size>(
     let heads = comptime!(plan.heads);
     let (size, whole) = (N::value(), V::value());
     let position = batch * sequence + at;
-    let mut chunk = Vector::<S, V>::new(S::from_int(0));
+    let mut values = Array::<S>::new(whole);
     #[unroll]
     for piece in 0..comptime!(whole / size) {
         let to = column + comptime!(piece * size);
-        let mut values = Vector::<F, N>::new(F::from_int(0));
+        let mut read = Vector::<F, N>::new(F::from_int(0));
         if at < sequence {
             if to < heads.own {
                 let line = (position * heads.key_heads + key_head) * comptime!(heads.own + heads.value);
-                values = key_value[(line + to) / size];
+                read = key_value[(line + to) / size];
             }
             // Never true without a shared key, whose buffer is then that of the query.
             if to >= heads.own && to < comptime!(heads.width()) {
-                values = shared_key[(position * heads.shared + to - heads.own) / size];
+                read = shared_key[(position * heads.shared + to - heads.own) / size];
             }
         }
-        #[unroll]
-        for e in 0..size {
-            chunk.insert(comptime!(piece * size + e), S::cast_from(values.extract(e)));
-        }
+        keep::<F, S, N>(&mut values, comptime!(piece * size), read);
+    }
+    chunk_from::<S, V>(&values)
+}
+
+/// Puts a vector's values from index `at` of an array.
+#[cube]
+fn keep<F: Numeric, S: Numeric, N: Size>(values: &mut Array<S>, #[comptime] at: usize, read: Vector<F, N>) {
+    #[unroll]
+    for e in 0..N::value() {
+        values[comptime!(at + e)] = S::cast_from(read.extract(e));
+    }
+}
+
+/// The values of an array as a vector.
+#[cube]
+fn chunk_from<S: Numeric, V: Size>(values: &Array<S>) -> Vector<S, V> {
+    let mut chunk = Vector::<S, V>::new(values[0usize]);
+    #[unroll]
+    for e in 1..V::value() {
+        chunk.insert(e, values[e]);
     }
     chunk
 }
@@ -748,7 +763,6 @@ fn score_at(step: usize, register: usize, e: usize, size: usize) -> usize {
 /// A register of values of a chunk, from value `at`.
 #[cube]
 fn part_of<S: Numeric, V: Size, W: Size>(chunk: Vector<S, V>, #[comptime] at: usize) -> Vector<S, W> {
-    // Every value is set at once: of a register that is half empty, a check would say that it is read before it is written.
     let mut values = Vector::<S, W>::new(chunk.extract(at));
     #[unroll]
     for e in 1..W::value() {

@@ -11,6 +11,8 @@ use cubecl::prelude::*;
 
 use super::{Grads, HeadShape, Inputs, MASKED, Upstream, start_of, zeros};
 use crate::kernels::cube::tensor::{address_type_of, elem_type};
+#[cfg(all(test, feature = "kernel-text"))]
+use crate::kernels::cube::text::Dialect;
 
 /// Queries, keys and columns in a block.
 const BLOCK: usize = 32;
@@ -632,4 +634,66 @@ fn add_product(
             }
         }
     }
+}
+
+/// The kernels of this file as text.
+#[cfg(all(test, feature = "kernel-text"))]
+pub(in crate::kernels::cube) fn kernels(on: &Dialect) -> Vec<Box<dyn CubeKernel>> {
+    use crate::kernels::cube::text::{buffer, kernel};
+    let float = on.float;
+    let mut list = Vec::new();
+    for (shared, documents) in [(64, false), (0, true)] {
+        let heads = HeadShape { heads: 16, key_heads: 16, own: 192 - shared, shared, value: 128, documents };
+        list.push(kernel!(
+            on,
+            UNITS,
+            forward_kernel::ForwardKernel,
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            (),
+            (),
+            heads,
+            float
+        ));
+        list.push(kernel!(
+            on,
+            UNITS,
+            query_grad_kernel::QueryGradKernel,
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            (),
+            (),
+            heads,
+            float
+        ));
+        list.push(kernel!(
+            on,
+            UNITS,
+            key_grad_kernel::KeyGradKernel,
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            buffer(),
+            (),
+            (),
+            heads,
+            float
+        ));
+    }
+    list
 }
