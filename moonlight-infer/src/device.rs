@@ -57,6 +57,15 @@ pub struct ComputeDevice {
     pub is_cpu: bool,
 }
 
+/// What a device is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Workload {
+    /// Tensors of the same sizes come back in each step.
+    Training,
+    /// Tensors grow with a conversation.
+    Inference,
+}
+
 /// The backends in the order in which `auto` tries them, and whether each is compiled in.
 const KINDS: &[(&str, bool)] = &[
     ("cuda", cfg!(feature = "cuda")),
@@ -73,6 +82,17 @@ impl ComputeDevice {
     ///
     /// [`DeviceError`] for an unknown device and for a backend that is not compiled in.
     pub fn open(name: &str) -> Result<Self, DeviceError> {
+        Self::open_for(name, Workload::Inference)
+    }
+
+    /// [`open`](Self::open), with memory managed for the workload. All GPUs of a process are used as the first one was opened for; a
+    /// file with settings of CubeCL, `cubecl.toml`, in the working folder or above it counts before both.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    #[allow(unused_variables, reason = "not used in a build for the CPU alone")]
+    pub fn open_for(name: &str, workload: Workload) -> Result<Self, DeviceError> {
         let built: Vec<&str> = KINDS.iter().filter(|(_, built)| *built).map(|(kind, _)| *kind).collect();
         let name = if name == "auto" { built.first().copied().unwrap_or("cpu") } else { name };
         let (kind, index) = match name.split_once(':') {
@@ -92,6 +112,10 @@ impl ComputeDevice {
                 Some(index.parse::<usize>().map_err(invalid)?)
             }
         };
+        #[cfg(any(feature = "cuda", feature = "wgpu", feature = "vulkan", feature = "metal"))]
+        if kind != "cpu" {
+            crate::gpu_runtime::configure(workload);
+        }
         Ok(Self { device: device(kind, index), is_cpu: kind == "cpu" })
     }
 }

@@ -9,6 +9,8 @@ mod error;
 pub mod eval;
 mod expand_env;
 pub mod generate;
+#[cfg(any(feature = "cuda", feature = "wgpu", feature = "vulkan", feature = "metal"))]
+mod gpu_runtime;
 mod load_model;
 mod model_dir;
 mod model_files;

@@ -91,5 +91,6 @@ pub use in_process::InProcess;
 pub use mpi::Mpi;
 pub use nccl::{NcclCollective, supports_nccl};
 pub use single_rank::SingleRank;
+pub(crate) use sum_of_squares::SumsOfSquares;
 pub use sum_of_squares::sum_of_squares;
 pub use transport::{HostCollective, Payload, Transport};

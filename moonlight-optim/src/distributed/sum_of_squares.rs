@@ -1,6 +1,6 @@
 //! Norms that do not depend on how a tensor is divided among ranks.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, Transaction};
 
 /// Elements widened to f64 at a time: 8 MiB, so that the norm of a large embedding needs no f64 copy of it.
 const CHUNK: usize = 1 << 20;
@@ -10,14 +10,33 @@ const CHUNK: usize = 1 << 20;
 /// In f64 the order of summation changes about the 12th digit. However the tensor is divided among ranks, the sums of the parts
 /// therefore add up to that of the whole within f32 precision, and every world size clips by the same f32 factor.
 pub fn sum_of_squares<const D: usize>(tensor: Tensor<D>) -> f64 {
-    let elements = tensor.shape().num_elements();
-    let wide = if tensor.device().supports_dtype(DType::F64) { DType::F64 } else { DType::F32 };
-    let flat = tensor.reshape([elements]);
-    let sums = (0..elements).step_by(CHUNK).map(|start| {
-        let part = flat.clone().narrow(0, start, CHUNK.min(elements - start)).cast(wide);
-        part.clone().mul(part).sum()
-    });
-    sums.reduce(|sum, part| sum.add(part)).map_or(0.0, |sum| sum.into_scalar::<f64>())
+    let mut sums = SumsOfSquares::default();
+    sums.add(tensor);
+    sums.total()
+}
+
+/// [`sum_of_squares`] of several tensors. Their sums stay on the device until all are read at once, because each reading waits for the
+/// device.
+#[derive(Debug, Default)]
+pub(crate) struct SumsOfSquares(Vec<Tensor<1>>);
+
+impl SumsOfSquares {
+    pub(crate) fn add<const D: usize>(&mut self, tensor: Tensor<D>) {
+        let elements = tensor.shape().num_elements();
+        let wide = if tensor.device().supports_dtype(DType::F64) { DType::F64 } else { DType::F32 };
+        let flat = tensor.reshape([elements]);
+        let sums = (0..elements).step_by(CHUNK).map(|start| {
+            let part = flat.clone().narrow(0, start, CHUNK.min(elements - start)).cast(wide);
+            part.clone().mul(part).sum()
+        });
+        self.0.extend(sums.reduce(|sum, part| sum.add(part)));
+    }
+
+    /// The sum over all tensors, in the order in which they were added.
+    pub(crate) fn total(self) -> f64 {
+        let read = self.0.into_iter().fold(Transaction::default(), Transaction::register).execute();
+        read.iter().flat_map(|sum| sum.iter::<f64>()).fold(0.0, |total, sum| total + sum)
+    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use burn::tensor::{Shape, Tensor};
 use super::partition::OptimizerKind;
 use super::whole_matrix::Matrices;
 use super::{MuonAdamW, scaled};
-use crate::distributed::sum_of_squares;
+use crate::distributed::SumsOfSquares;
 use crate::memory::step_batches;
 use crate::module_values::{AutodiffSettings, Replacer};
 
@@ -25,9 +25,9 @@ impl MuonAdamW {
 
     /// Summed in the module's order, so that the result does not depend on when each gradient was added.
     pub(super) fn sum_of_squares_local<M: Module>(&self, module: &M) -> f64 {
-        let mut visitor = SumSquares { path: Vec::new(), optimizer: self, sum: 0.0 };
+        let mut visitor = SumSquares { path: Vec::new(), optimizer: self, sums: SumsOfSquares::default() };
         module.visit(&mut visitor);
-        visitor.sum
+        visitor.sums.total()
     }
 
     /// Muon's batches one after the other, then AdamW's parameters in the module's order.
@@ -89,7 +89,7 @@ impl ModuleVisitor for Merge<'_> {
 struct SumSquares<'a> {
     path: Vec<String>,
     optimizer: &'a MuonAdamW,
-    sum: f64,
+    sums: SumsOfSquares,
 }
 
 impl ModuleVisitor for SumSquares<'_> {
@@ -106,7 +106,7 @@ impl ModuleVisitor for SumSquares<'_> {
             // The second name of a shared tensor is not in `by_path`; its gradient counts once.
             && self.optimizer.by_path.contains_key(&self.path.join("."))
         {
-            self.sum += sum_of_squares(gradient);
+            self.sums.add(gradient);
         }
     }
 }

@@ -9,7 +9,7 @@ use burn::tensor::{DType, Device, Shape, Tensor};
 
 use super::partition::{Bucket, DistributedForm, OptimizedParameter, OptimizerKind, Segment, holders};
 use super::{GatherPrecision, MuonAdamW, scaled};
-use crate::distributed::{CollectiveError, PendingCollective, sum_of_squares};
+use crate::distributed::{CollectiveError, PendingCollective, SumsOfSquares};
 use crate::module_values::Replacer;
 
 /// A segment that this rank owns, with its values and its summed gradient.
@@ -129,7 +129,9 @@ impl MuonAdamW {
             Reduction::Done(gradients) => Some(gradients),
             _ => None,
         });
-        Ok(own.flatten().map(|gradient| sum_of_squares(gradient.clone())).sum())
+        let mut sums = SumsOfSquares::default();
+        own.flatten().for_each(|gradient| sums.add(gradient.clone()));
+        Ok(sums.total())
     }
 
     pub(super) fn apply_sharded<M: Module>(&mut self, lr: f64, scale: f64, module: M) -> Result<M, CollectiveError> {

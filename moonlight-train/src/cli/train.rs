@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use burn::train::Interrupter;
 use clap::Args;
-use moonlight_infer::device::ComputeDevice;
+use moonlight_infer::device::{ComputeDevice, Workload};
 
 use super::INTERRUPTED;
 use super::signals::{self, Response};
@@ -38,7 +38,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode, TrainError> {
         sets.extend(value.iter().map(|value| format!("{key}=\"{value}\"")));
     }
     let recipe = Recipe::load(&arguments.recipe, &sets)?;
-    let target = ComputeDevice::open(&recipe.run.device)?;
+    let target = ComputeDevice::open_for(&recipe.run.device, Workload::Training)?;
     let interrupter = stop_on_signals();
     let outcome = trainer::train(&recipe, &target, arguments.resume, &interrupter)?;
     if !outcome.interrupted {

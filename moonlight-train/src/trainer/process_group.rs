@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use burn::train::Interrupter;
-use moonlight_infer::device::{self, ComputeDevice};
+use moonlight_infer::device::{self, ComputeDevice, Workload};
 use moonlight_model::CausalLm;
 use moonlight_optim::distributed::{
     Collective, CollectiveError, Communicator, HierarchicalCollective, InProcess, NcclCollective, SingleRank,
@@ -157,7 +157,10 @@ impl ProcessGroup {
         let before = 0;
         let target = |offset| match before + offset {
             0 => Ok(first.clone()),
-            offset => Ok(ComputeDevice::open(&device::nth_device_name(&recipe.run.device, offset))?),
+            offset => {
+                let name = device::nth_device_name(&recipe.run.device, offset);
+                Ok(ComputeDevice::open_for(&name, Workload::Training)?)
+            }
         };
         (0..self.recipe.devices).map(target).collect()
     }
