@@ -7,14 +7,17 @@
 Any Vulkan driver works; without a GPU, Mesa's llvmpipe runs it in software (Debian: `mesa-vulkan-drivers`, 25.0 from bookworm-backports). There the
 first step takes minutes, because each process compiles each shader when it is first used.
 
-The model is the quick start's after six steps on the CPU, on texts of this repository; the steps compared are Muon's. `--all` adds
-steps of LoRA, of LoRA on a base in 8 bits, of a run that was resumed after its first half, and of two devices.
+The model is a small one of the quick start's family after six steps on the CPU, on texts of this repository; the steps compared are
+Muon's. `--all` adds four steps each of LoRA, of LoRA on a base in 8 bits, of a run that was resumed after its first half, and of two
+devices. `--quickstart N` compares N steps of the quick start itself instead, with four sequences of 64 tokens, and prints both losses
+of each.
 
 Everything must agree within 1e-3 relative or `--budget` (tensor cores multiply f32 in TF32, which has 10 bits); with `--dtype bf16`
 within 5e-2, and the continuation is printed and not compared, because two tokens may be equally likely. Prints one line for each
 comparison; the exit code is 1 if one fails.
 
-Needs: only Python, and the driver of the device. Takes: half a minute with a release build, minutes with a debug build.
+Needs: only Python, and the driver of the device. Takes: half a minute with a release build, minutes with a debug build or on
+a device in software.
 """
 
 import json
@@ -29,6 +32,16 @@ import common
 
 ROOT = common.ROOT
 BUDGETS = {"f32": 1e-3, "bf16": 5e-2}
+# Of the runs of `--all`.
+FEW = 4
+# A step of the quick start's own model takes a device in software half a minute.
+SMALL = {
+    "model.hidden_size": 64,
+    "model.intermediate_size": 128,
+    "model.moe_intermediate_size": 64,
+    "model.num_hidden_layers": 3,
+    "model.n_routed_experts": 8,
+}
 TEXTS = ["pub fn newton_schulz(matrix: &Tensor<2>) -> Tensor<2> {", "Moonlight for Burn"]
 
 
@@ -39,11 +52,13 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", choices=BUDGETS, default="f32", help="of both devices")
     parser.add_argument("--budget", type=float, help="the largest relative difference [default: by the dtype]")
+    parser.add_argument("--matmul", choices=("tf32", "f32"), help="`model.matmul` of the device's runs")
+    parser.add_argument("--quickstart", type=int, metavar="N", help="compare N steps of the quick start alone")
     parser.add_argument("--all", action="store_true", help="also LoRA, a quantized base, a resumed run and two devices")
     options = parser.parse_args()
     options.budget = options.budget or BUDGETS[options.dtype]
     with tempfile.TemporaryDirectory() as home:
-        good = run(options, pathlib.Path(home))
+        good = (quickstart if options.quickstart else run)(options, pathlib.Path(home))
     sys.exit(0 if good else 1)
 
 
@@ -85,11 +100,26 @@ def run(options, home):
     return good
 
 
+def quickstart(options, home):
+    curves = []
+    for folder, device in (("reference", "cpu"), ("device", options.device)):
+        settings = ["train.batch_size=4", "data.sequence_length=64", 'sample.prompt=""']
+        lines = train(options, home, folder, device, options.quickstart, [ROOT / "configs/quickstart.toml"], *settings)
+        curves.append([line["loss"] for line in lines if line["split"] == "train"])
+    worst = 0.0
+    for step, (cpu, other) in enumerate(zip(*curves, strict=True), 1):
+        worst = max(worst, abs(cpu - other) / cpu)
+        print(f"step {step:3}: {cpu:.5f} on the CPU, {other:.5f} on {options.device}")
+    good = worst < options.budget
+    print(f"{'ok' if good else 'FAILED':6} losses of the quick start: {worst:.1e} largest difference")
+    return good
+
+
 def more(options, home, model, folder, device):
     """The losses of other kinds of training, by name."""
 
     def losses(name, recipe, *settings):
-        lines = train(options, home, f"{folder}-{name}", device, options.steps, [recipe], *settings)
+        lines = train(options, home, f"{folder}-{name}", device, FEW, [recipe], *settings)
         return [line["loss"] for line in lines]
 
     lora = recipe(home, model, '[lora]\nrank = 4\nalpha = 8\ntargets = ["all"]\n')
@@ -103,14 +133,14 @@ def more(options, home, model, folder, device):
     found["losses on two devices"] = losses("two", full, "distributed.devices=2")
     del os.environ["SOFTCUDA_CHECKS"]
     # The run is left with the checkpoint of its first half.
-    half = options.steps // 2
+    half = FEW // 2
     losses("resumed", full, f"train.checkpoint_every={half}", "train.keep=0")
     checkpoints = home / f"{folder}-resumed/from-base/checkpoints"
     for checkpoint in checkpoints.glob("step-*"):
         if int(checkpoint.name.split("-")[1]) > half:
             shutil.rmtree(checkpoint)
     settings = [f"train.checkpoint_every={half}", "train.keep=0"]
-    lines = train(options, home, f"{folder}-resumed", device, options.steps, [full, "--resume"], *settings)
+    lines = train(options, home, f"{folder}-resumed", device, FEW, [full, "--resume"], *settings)
     found["losses of a resumed run"] = [line["loss"] for line in lines]
     return found
 
@@ -153,18 +183,22 @@ def train(options, home, folder, device, steps, recipes, *more):
         "train.validate_every": steps,
         "train.validate_batches": 2,
     }
-    if folder == "base":
+    own = recipes[0].name == "quickstart.toml"
+    if own:
+        settings |= SMALL if folder == "base" else {}
         settings |= {
             "data.train": f'["{ROOT}/README.md", "{ROOT}/ARCHITECTURE.md"]',
             "data.valid": f'["{ROOT}/CONTRIBUTING.md"]',
-            "schedule.warmup_steps": 2,
-            "schedule.decay_steps": 2,
+            "schedule.warmup_steps": min(2, steps // 2),
+            "schedule.decay_steps": min(2, steps // 2),
         }
+    if options.matmul and device != "cpu":
+        settings["model.matmul"] = f'"{options.matmul}"'
     flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     # The base model is the same for every dtype.
     precision = ["--device", device] if folder == "base" else on(options, device)
     call(options, "train", *recipes, *precision, *flags, *(part for setting in more for part in ("--set", setting)))
-    name = "quickstart" if folder == "base" else "from-base"
+    name = "quickstart" if own else "from-base"
     return [json.loads(line) for line in (home / folder / name / "metrics.jsonl").read_text().splitlines()]
 
 

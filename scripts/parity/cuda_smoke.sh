@@ -63,10 +63,14 @@ for sm in 80 75; do
     grep -q '^test kernels::cube::tests::attention \.\.\. ok' "$log.tests"
     grep -q '^test cube_hostile_arguments_are_refused_or_give_what_the_reference_gives \.\.\. ok' "$log.tests"
 done
-# Without tensor cores everything is in f32; with them products are in TF32. Two devices exchange gradients through the host, for NCCL
-# has no device here.
+# Forty steps of Muon. Without tensor cores everything is in f32; with them products are in TF32. Two devices exchange gradients
+# through the host, for NCCL has no device here.
 export SOFTCUDA_DEVICES=2
 export SOFTCUDA_SM=75
-run python3 scripts/parity/check_device.py "$CARGO_TARGET_DIR/debug/moonlight" --device cuda --steps 4 --all
+run python3 scripts/parity/check_device.py "$CARGO_TARGET_DIR/debug/moonlight" --device cuda --steps 40 --all --budget 2e-3
 export SOFTCUDA_SM=80
-run python3 scripts/parity/check_device.py "$CARGO_TARGET_DIR/debug/moonlight" --device cuda --steps 4 --all --budget 1e-2
+run python3 scripts/parity/check_device.py "$CARGO_TARGET_DIR/debug/moonlight" --device cuda --steps 40 --all --budget 1e-2
+# bf16 with master weights in f32, against the same on the CPU.
+run python3 scripts/parity/check_device.py "$CARGO_TARGET_DIR/debug/moonlight" --device cuda --steps 4 --dtype bf16
+# Faults that are put into the kernels must be found.
+run python3 scripts/parity/kernel_faults.py "${tests[@]}"

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How a GPU with matrix units (tensor cores) multiplies f32 matrices; torch calls it `float32_matmul_precision`.
 ///
-/// It has an effect on CUDA alone, and none on bf16 and f16. The router, attention, norms and the loss are in f32 in either case.
+/// It has an effect on CUDA alone, and none on bf16 and f16. The router, norms and the loss are in f32 in either case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum F32Matmul {
     /// Both factors are rounded to TF32, which has 10 bits of mantissa instead of 23, and multiplied on matrix units: eight times as

@@ -56,7 +56,7 @@ struct Keys {
     /// How the frozen projections of a LoRA run are quantized, to need less memory; embedding, head, norms and routers stay in
     /// `dtype`. Needs `[lora]`.
     quantize: Quantize,
-    /// How a GPU with tensor cores (CUDA) multiplies f32 matrices: rounded to TF32, or in f32. The router, attention, norms, and the loss
+    /// How a GPU with tensor cores (CUDA) multiplies f32 matrices: rounded to TF32, or in f32. The router, norms, and the loss
     /// are in f32 in either case. No effect on other devices and on bf16 and f16.
     matmul: MatmulDtype,
     /// Weights to start from: a folder with `config.json` and safetensors files, the folder of a run (its newest checkpoint),

@@ -172,30 +172,45 @@ fn grouped_product_kernel<F: Float>(
     #[comptime] transposed: bool,
     #[define(F)] _dtype: ElemType,
 ) {
-    let tile = first_tile + CUBE_POS_Y as usize * 3;
-    let expert = tiles[tile] as usize;
-    let first_row = tiles[tile + 1] as usize;
-    let end_row = tiles[tile + 2] as usize;
-    let first_column = CUBE_POS_X as usize * TILE;
-    // A tile without rows has no depth, and nothing to store.
-    let depth = select(first_row < end_row, rows.shape(1), 0usize);
-    let columns = out.shape(1);
-    let base = expert * weight.stride(0);
+    let tile = Tile::of_cube(tiles, first_tile, rows.shape(1));
+    let (first_column, columns) = (CUBE_POS_X as usize * TILE, out.shape(1));
+    let base = tile.group * weight.stride(0);
 
     let mut left = Shared::<[f32]>::new_slice(comptime!(DEPTH * PITCH));
     let mut right = Shared::<[f32]>::new_slice(comptime!(DEPTH * PITCH));
     let mut sums = zeros();
     let mut at = 0usize;
-    while at < depth {
-        load::<F>(&mut left, rows, 0usize, rows.stride(0), at, depth, first_row, end_row, true);
-        load::<F>(&mut right, weight, base, weight.stride(1), at, depth, first_column, columns, transposed);
+    while at < tile.depth {
+        load::<F>(&mut left, rows, 0usize, rows.stride(0), at, tile.depth, tile.first, tile.end, true);
+        load::<F>(&mut right, weight, base, weight.stride(1), at, tile.depth, first_column, columns, transposed);
         sync_cube();
         multiply(&left, &right, &mut sums);
         sync_cube();
         at += DEPTH;
     }
     let line = out.stride(0);
-    store::<F>(&sums, out, 0usize, line, first_row, end_row, first_column, columns);
+    store::<F>(&sums, out, 0usize, line, tile.first, tile.end, first_column, columns);
+}
+
+/// The rows of a group that a cube multiplies.
+#[derive(CubeType)]
+pub(super) struct Tile {
+    pub group: usize,
+    /// The first row, and the one after the last.
+    pub first: usize,
+    pub end: usize,
+    /// The depth of the product; 0 for a tile without rows, which has nothing to store.
+    pub depth: usize,
+}
+
+#[cube]
+impl Tile {
+    /// The tile of this cube, whose position in the layout is its second coordinate.
+    pub(super) fn of_cube(tiles: &[u32], first_tile: usize, depth: usize) -> Tile {
+        let at = first_tile + CUBE_POS_Y as usize * 3;
+        let (first, end) = (tiles[at + 1] as usize, tiles[at + 2] as usize);
+        Tile { group: tiles[at] as usize, first, end, depth: select(first < end, depth, 0usize) }
+    }
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]

@@ -12,6 +12,7 @@ use cubecl::ir::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
+use super::grouped_gemm::Tile;
 use super::tensor::{address_type_of, elem_type, layout_section};
 #[cfg(all(test, feature = "kernel-text"))]
 use super::text::Dialect;
@@ -171,19 +172,13 @@ fn grouped_product_kernel<F: Numeric, S: Numeric, N: Size>(
     #[comptime] plan: Plan,
     #[define(F, S)] _types: [ElemType; 2],
 ) {
-    let tile = first_tile + CUBE_POS_Y as usize * 3;
-    let expert = tiles[tile] as usize;
-    let first_row = tiles[tile + 1] as usize;
-    let end_row = tiles[tile + 2] as usize;
+    let tile = Tile::of_cube(tiles, first_tile, rows.shape(1));
     let first_column = CUBE_POS_X as usize * COLUMNS;
-    let columns = out.shape(1);
-    // A tile without rows has no depth, and nothing to store.
-    let depth = select(first_row < end_row, rows.shape(1), 0usize);
-    let left = Factor { base: 0usize.runtime(), line: rows.stride(0), first: first_row, end: end_row };
-    let base = expert * weight.stride(0);
-    let right = Factor { base, line: weight.stride(1), first: first_column, end: columns };
+    let left = Factor { base: 0usize.runtime(), line: rows.stride(0), first: tile.first, end: tile.end };
+    let base = tile.group * weight.stride(0);
+    let right = Factor { base, line: weight.stride(1), first: first_column, end: out.shape(1) };
     let line = out.stride(0);
-    product::<F, S, N>(rows, &left, weight, &right, 0usize.runtime(), depth, out, 0usize.runtime(), line, plan);
+    product::<F, S, N>(rows, &left, weight, &right, 0usize.runtime(), tile.depth, out, 0usize.runtime(), line, plan);
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]

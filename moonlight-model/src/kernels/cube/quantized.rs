@@ -8,7 +8,9 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::grouped_gemm::{DEPTH, PITCH, TILE, UNITS, grouped_product, load, multiply, on_matrix_units, store, zeros};
+use super::grouped_gemm::{
+    DEPTH, PITCH, TILE, Tile, UNITS, grouped_product, load, multiply, on_matrix_units, store, zeros,
+};
 use super::launch::{launch, unit_per_value};
 use super::tensor::{
     address_type_of, assert_shape, buffers, elem_type, empty, int_buffer, layout_section, same_device, to_float_tensor,
@@ -213,31 +215,25 @@ fn product_kernel<F: Float, I: Int, S: Float>(
     #[comptime] packing: Packing,
     #[define(F, I, S)] _dtypes: [ElemType; 3],
 ) {
-    let tile = first_tile + CUBE_POS_Y as usize * 3;
-    let group = tiles[tile] as usize;
-    let first_row = tiles[tile + 1] as usize;
-    let end_row = tiles[tile + 2] as usize;
-    let first_column = CUBE_POS_X as usize * TILE;
-    // A tile without rows has no depth, and nothing to store.
-    let depth = select(first_row < end_row, rows.shape(1), 0usize);
-    let columns = out.shape(1);
+    let tile = Tile::of_cube(tiles, first_tile, rows.shape(1));
+    let (first_column, columns) = (CUBE_POS_X as usize * TILE, out.shape(1));
 
     let mut left = Shared::<[f32]>::new_slice(comptime!(DEPTH * PITCH));
     let mut right = Shared::<[f32]>::new_slice(comptime!(DEPTH * PITCH));
     let mut sums = zeros();
     let mut at = 0usize;
-    while at < depth {
-        load::<F>(&mut left, rows, 0usize, rows.stride(0), at, depth, first_row, end_row, true);
+    while at < tile.depth {
+        load::<F>(&mut left, rows, 0usize, rows.stride(0), at, tile.depth, tile.first, tile.end, true);
         for round in 0..comptime!(DEPTH * TILE / UNITS) {
             let index = UNIT_POS as usize + round * UNITS;
             let (step, column) = (index / TILE, index % TILE);
             let (depth_at, column_at) = (at + step, first_column + column);
             let mut weight = 0f32;
-            if depth_at < depth && column_at < columns {
+            if depth_at < tile.depth && column_at < columns {
                 if comptime!(transposed) {
-                    weight = weight_at::<I, S>(values, scales, group, column_at, depth_at, packing);
+                    weight = weight_at::<I, S>(values, scales, tile.group, column_at, depth_at, packing);
                 } else {
-                    weight = weight_at::<I, S>(values, scales, group, depth_at, column_at, packing);
+                    weight = weight_at::<I, S>(values, scales, tile.group, depth_at, column_at, packing);
                 }
             }
             right[step * PITCH + column] = weight;
@@ -248,7 +244,7 @@ fn product_kernel<F: Float, I: Int, S: Float>(
         at += DEPTH;
     }
     let line = out.stride(0);
-    store::<F>(&sums, out, 0usize, line, first_row, end_row, first_column, columns);
+    store::<F>(&sums, out, 0usize, line, tile.first, tile.end, first_column, columns);
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
