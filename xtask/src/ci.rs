@@ -15,6 +15,11 @@ const EXAMPLES: [&str; 5] = ["own_burn_program", "custom_model", "generate", "lo
 const FEATURES: &str =
     "moonlight-train/cuda,moonlight-train/wgpu,moonlight-train/vulkan,moonlight-train/metal,moonlight-train/parquet";
 
+const CUDA: &str = "scripts/parity/cuda_smoke.sh";
+
+/// Seconds after the start of all checks when those on CUDA begin no more parts.
+const CUDA_SECONDS: u64 = 4000;
+
 /// Everything that a change must pass, ordered so that the most likely errors show first.
 pub(crate) fn run(root: &Path) -> Result<()> {
     let start = Instant::now();
@@ -45,7 +50,10 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     let late = |seconds: u64| format!("the checks before it took {seconds} seconds");
     let seconds = start.elapsed().as_secs();
     let is_early = seconds < 1500;
-    optional("the GPU kernels on CUDA", is_early, &late(seconds), || cuda(root))?;
+    optional("the GPU kernels on CUDA", is_early, &late(seconds), || {
+        let left = CUDA_SECONDS.saturating_sub(start.elapsed().as_secs());
+        call(command(root, CUDA).env("CUDA_SMOKE_SECONDS", left.to_string()))
+    })?;
     let seconds = start.elapsed().as_secs();
     let is_built = is_early && seconds < 4200;
     optional("the GPU kernels on WGPU", is_built || seconds < 2700, &late(seconds), || wgpu(root))?;
@@ -131,7 +139,7 @@ pub(crate) fn mpi(root: &Path) -> Result<()> {
 }
 
 pub(crate) fn cuda(root: &Path) -> Result<()> {
-    call(&mut command(root, "scripts/parity/cuda_smoke.sh"))
+    call(&mut command(root, CUDA))
 }
 
 pub(crate) fn wgpu(root: &Path) -> Result<()> {
