@@ -40,7 +40,9 @@ pub(crate) fn check(ptx: &str, target: &str, settings: &Settings) -> Result<usiz
             continue;
         }
         fs::create_dir_all(&settings.folder).map_err(|error| error.to_string())?;
-        let text = settings.folder.join(format!("{key:016x}-{}.ptx", std::process::id()));
+        // Another thread may assemble the same text for another device, or another process: each has a file of its own.
+        let (process, thread) = (std::process::id(), format!("{:?}", std::thread::current().id()));
+        let text = settings.folder.join(format!("{key:016x}-{process}-{}.ptx", thread.replace(['(', ')'], "")));
         fs::write(&text, ptx).map_err(|error| error.to_string())?;
         let output = Command::new(ptxas)
             .arg(format!("-arch=sm_{architecture}"))
