@@ -75,9 +75,7 @@ def count(options, home, steps):
     file = home / f"{steps}.json"
     environment = os.environ | {"SOFTCUDA_COUNTS": str(file)}
     environment.setdefault("SOFTCUDA_CHECKS", "none")
-    common.call(
-        options.program, "train", recipe, "--device", "cuda", "--set", f"train.steps={steps}", env=environment
-    )
+    common.call(options.program, "train", recipe, "--device", "cuda", "--set", f"train.steps={steps}", env=environment)
     return json.loads(file.read_text())
 
 

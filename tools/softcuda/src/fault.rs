@@ -7,6 +7,8 @@ pub(crate) fn put(ptx: &str, fault: &Fault) -> Option<(String, String)> {
     let entry = format!(".entry {}", fault.kernel);
     let mut inside = false;
     let mut places = 0;
+    // Lists of registers that are still to come up to the left factor's, if an instruction is written over several lines.
+    let mut lists = 0;
     let mut found = None;
     let lines: Vec<&str> = ptx.lines().collect();
     for (at, line) in lines.iter().enumerate() {
@@ -16,7 +18,14 @@ pub(crate) fn put(ptx: &str, fault: &Fault) -> Option<(String, String)> {
         if !inside {
             continue;
         }
-        let Some(changed) = changed(line.trim(), &fault.kind) else { continue };
+        if fault.kind == "fragment" && is(line.trim(), PRODUCTS) && !line.contains('{') {
+            lists = 2;
+            continue;
+        }
+        let is_left = lists == 1 && line.contains('{');
+        lists -= usize::from(lists > 0 && line.contains('{'));
+        let changed = if is_left { swapped(line.trim()) } else { changed(line.trim(), &fault.kind) };
+        let Some(changed) = changed else { continue };
         if places == fault.place {
             found = Some((at, changed));
             break;
@@ -50,18 +59,24 @@ fn changed(line: &str, kind: &str) -> Option<String> {
             Some(format!("{start}{}{end}", lane ^ 3))
         }
         "fragment" => {
-            if !is(line, &["mma.sync", "wmma.mma"]) {
-                return None;
-            }
-            // The first two registers of the left factor, which is the second list.
-            let (_, list) = line.match_indices('{').nth(1).map(|(at, _)| line.split_at(at + 1))?;
-            let registers: Vec<&str> = list.split('}').next()?.split(',').map(str::trim).collect();
-            let [first, second, ..] = registers[..] else { return None };
-            let list = list.replacen(first, "\0", 1).replacen(second, first, 1).replacen('\0', second, 1);
-            Some(format!("{}{list}", &line[..line.len() - list.len()]))
+            // The left factor is the second list.
+            let at = is(line, PRODUCTS).then(|| line.match_indices('{').nth(1))??.0;
+            Some(format!("{}{}", &line[..at], swapped(&line[at..])?))
         }
         _ => None,
     }
+}
+
+/// Products of matrices.
+const PRODUCTS: &[&str] = &["mma.sync", "wmma.mma"];
+
+/// A text whose first list has its first two registers exchanged.
+fn swapped(text: &str) -> Option<String> {
+    let (start, list) = text.split_once('{')?;
+    let registers: Vec<&str> = list.split('}').next()?.split(',').map(str::trim).collect();
+    let [first, second, ..] = registers[..] else { return None };
+    let list = list.replacen(first, "\0", 1).replacen(second, first, 1).replacen('\0', second, 1);
+    Some(format!("{start}{{{list}"))
 }
 
 /// Whether a line is one of these instructions; a predicate may be before it.
@@ -110,6 +125,11 @@ mod tests {
 \tsetp.lt.u32 %p2, %r5, %r6;
 \tmma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r10, %r11, %r12, %r13}, {%r14, %r15, %r16, %r17}, {%r18, %r19}, {%r20, %r21, %r22, %r23};
 \tst.global.b32 [%rd2], %r5;
+\twmma.mma.sync.aligned.row.row.m16n16k16.f32.f32
+\t\t{%r30, %r31},
+\t\t{%r32, %r33},
+\t\t{%r34, %r35},
+\t\t{%r30, %r31};
 \tbar.sync 1;
 }";
 
@@ -137,8 +157,13 @@ mod tests {
     }
 
     #[test]
+    fn an_instruction_may_be_written_over_several_lines() {
+        assert!(with("fragment", 1).is_some_and(|change| change.ends_with("became `{%r33, %r32},`")));
+    }
+
+    #[test]
     fn places_are_counted_within_the_kernel() {
-        assert!(with("barrier", 1).is_some_and(|change| change.contains("line 15: `bar.sync 1;`")));
+        assert!(with("barrier", 1).is_some_and(|change| change.contains("`bar.sync 1;`")));
         assert_eq!(with("barrier", 2), None);
         let other = Fault { kernel: "three".into(), kind: "barrier".into(), place: 0 };
         assert_eq!(put(PTX, &other), None);

@@ -1,6 +1,6 @@
 //! Registers that are read although no path to the reading writes them: an accumulator that was forgotten to be set.
 //!
-//! A `mov` that packs several into one is no such reading: LLVM keeps a pair of which it has set one half. Whether the other one is
+//! A `mov` that packs several into one is no such reading: LLVM keeps a pair with one half set. Whether the other one is
 //! used is followed by the bits of `undefined`.
 
 use std::collections::HashMap;
