@@ -79,13 +79,16 @@ pub(super) fn try_forward(
     Some((to_float_tensor(output), to_float_tensor(log_sum)))
 }
 
+/// Gradients for the query, for keys and values, and for the shared key, if there is one.
+type AttentionGrads = (FloatTensor<Cube>, FloatTensor<Cube>, Option<FloatTensor<Cube>>);
+
 /// `reference::attention_grad`; `None` if the kernels do not read these tensors.
 pub(super) fn try_grad(
     saved: &AttentionSaved<Cube>,
     output_grad: &FloatTensor<Cube>,
     spec: &AttentionSpec,
     units: Units,
-) -> Option<(FloatTensor<Cube>, FloatTensor<Cube>, Option<FloatTensor<Cube>>)> {
+) -> Option<AttentionGrads> {
     let AttentionSaved { query, key_value, shared_key, output, log_sum } = saved;
     let has_shared = shared_key.is_some();
     let delta = Cube::float_sum_dim(Cube::float_mul(to_f32(output_grad.clone()), to_f32(output.clone())), 3);
