@@ -9,8 +9,8 @@ first step takes minutes, because each process compiles each shader when it is f
 
 The model is a small one of the quick start's family after six steps on the CPU, on texts of this repository; the steps compared are
 Muon's. `--all` adds four steps each of LoRA, of LoRA on a base in 8 bits, of a run that was resumed after its first half, and of two
-devices. `--quickstart N` compares N steps of the quick start itself instead, with four sequences of 64 tokens, and prints both losses
-of each.
+devices. `--quickstart N` compares N steps with the quick start's own model instead, with four sequences of 64 tokens, and prints both
+losses of each.
 
 Everything must agree within 1e-3 relative or `--budget` (tensor cores multiply f32 in TF32, which has 10 bits); with `--dtype bf16`
 within 5e-2, and the continuation is printed and not compared, because two tokens may be equally likely. Prints one line for each
@@ -102,10 +102,12 @@ def run(options, home):
 
 
 def quickstart(options, home):
+    # Weights are drawn by the device, so that both runs start from those of the CPU after a step.
+    train(options, home, "first", "cpu", 1, [ROOT / "configs/quickstart.toml"])
+    path = recipe(home, home / "first/quickstart/checkpoints/step-00000001")
     curves = []
     for folder, device in (("reference", "cpu"), ("device", options.device)):
-        settings = ["train.batch_size=4", "data.sequence_length=64", 'sample.prompt=""']
-        lines = train(options, home, folder, device, options.quickstart, [ROOT / "configs/quickstart.toml"], *settings)
+        lines = train(options, home, folder, device, options.quickstart, [path], "train.batch_size=4")
         curves.append([line["loss"] for line in lines if line["split"] == "train"])
     worst = 0.0
     for step, (cpu, other) in enumerate(zip(*curves, strict=True), 1):
@@ -197,7 +199,7 @@ def train(options, home, folder, device, steps, recipes, *more):
         settings["model.matmul"] = f'"{options.matmul}"'
     flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     # The base model is the same for every dtype.
-    precision = ["--device", device] if folder == "base" else on(options, device)
+    precision = ["--device", device] if own else on(options, device)
     call(options, "train", *recipes, *precision, *flags, *(part for setting in more for part in ("--set", setting)))
     name = "quickstart" if own else "from-base"
     return [json.loads(line) for line in (home / folder / name / "metrics.jsonl").read_text().splitlines()]
